@@ -1,0 +1,194 @@
+"""Which tiles an image is cut into, what is kept of them, and how many tokens that makes: integers only.
+
+The processor counts placeholders with this file and the model arranges features with it, so that the two cannot
+disagree. Surprising: the arithmetic mixes floats and truncation exactly as the original LLaVA does, because released
+checkpoints were trained on its rounding errors. `transformers` rounds before truncating and reads pinpoints in the
+other order, and therefore picks other grids for about one image size in twenty.
+
+Every pair is (height, width). The original stores pinpoints as (width, height): swap each pair, keep the list order.
+Only the standard library is used, and the file is copied into Hub repositories as it is.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# What each merge type does with the features of the detail tiles. "flat": one tile after the other, whole. "spatial":
+# the rows of the joined map. "spatial_unpad": those rows without the black borders, each closed by a newline feature.
+PATCH_MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """The tiles of one image and the part of their joined feature map that becomes tokens.
+
+    `grid_rows` by `grid_columns` detail tiles follow the tile that shows the whole image; both are 0 for an image
+    that is a single tile. With P patches per side, the slice `[top:bottom, left:right]` of the
+    (grid_rows * P, grid_columns * P) map is kept; it may be empty in one direction.
+    """
+
+    grid_rows: int
+    grid_columns: int
+    top: int
+    bottom: int
+    left: int
+    right: int
+    num_tokens: int
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles in `pixel_values`, the whole image included."""
+        return 1 + self.grid_rows * self.grid_columns
+
+    @property
+    def kept_rows(self) -> int:
+        """Rows of the joined feature map that are kept."""
+        return self.bottom - self.top
+
+    @property
+    def kept_columns(self) -> int:
+        """Columns of the joined feature map that are kept, newline not counted."""
+        return self.right - self.left
+
+
+def check_merge_type(patch_merge_type: str) -> None:
+    """Refuses an unknown merge type.
+
+    Raises:
+        ValueError: `patch_merge_type` is not one of `PATCH_MERGE_TYPES`.
+    """
+    if patch_merge_type not in PATCH_MERGE_TYPES:
+        raise ValueError(
+            f"got patch_merge_type={patch_merge_type!r}; expected one of {', '.join(PATCH_MERGE_TYPES)}; "
+            "set it in the model config"
+        )
+
+
+def check_pinpoints(pinpoints: Sequence[Sequence[int]], *, tile_size: int) -> None:
+    """Refuses pinpoints that cannot be cut into whole tiles.
+
+    Args:
+        pinpoints: (height, width) pairs in pixels.
+        tile_size: side of a tile in pixels.
+
+    Raises:
+        ValueError: the list is empty, an entry is not a pair, or a side is not a positive multiple of `tile_size`.
+    """
+    if not pinpoints:
+        raise ValueError("got no pinpoints; expected at least one (height, width) pair; set image_grid_pinpoints")
+    for pinpoint in pinpoints:
+        if len(pinpoint) != 2 or any(side < 1 or side % tile_size for side in pinpoint):
+            raise ValueError(
+                f"got pinpoint {tuple(pinpoint)}; expected (height, width), each a positive multiple of the tile size "
+                f"{tile_size}; correct image_grid_pinpoints or the size of the image processor"
+            )
+
+
+def select_grid(height: int, width: int, pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """Picks the pinpoint that shows most pixels of the image, then the one that wastes fewest; ties go to the first.
+
+    Args:
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        pinpoints: candidate (height, width) pairs in pixels; their order decides ties.
+
+    Returns:
+        (height, width) of the chosen pinpoint.
+    """
+
+    def usefulness(pinpoint: Sequence[int]) -> tuple[int, int]:
+        scale = min(pinpoint[1] / width, pinpoint[0] / height)
+        shown = min(int(width * scale) * int(height * scale), width * height)
+        return shown, shown - pinpoint[0] * pinpoint[1]
+
+    # max() returns the first of equals, which is the tie rule
+    best_height, best_width = max(pinpoints, key=usefulness)
+    return best_height, best_width
+
+
+def fit_inside(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int]:
+    """Size of the image once resized, aspect ratio kept, to touch the inside of the target.
+
+    The free side is rounded up, unlike in `select_grid` and in unpadding, which both truncate.
+
+    Args:
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        target_height: of the pinpoint, in pixels.
+        target_width: of the pinpoint, in pixels.
+
+    Returns:
+        (height, width) in pixels, neither larger than the target.
+    """
+    scale_height = target_height / height
+    scale_width = target_width / width
+    if scale_width < scale_height:
+        return min(math.ceil(height * scale_width), target_height), target_width
+    return target_height, min(math.ceil(width * scale_height), target_width)
+
+
+def plan_image(
+    height: int,
+    width: int,
+    *,
+    tile_size: int,
+    patches_per_side: int,
+    prefix_tokens: int = 0,
+    pinpoints: tuple[tuple[int, int], ...] | None,
+    patch_merge_type: str,
+) -> ImageLayout:
+    """Lays out one image: its tiles, the features kept of them, and the number of tokens.
+
+    Args:
+        height: of the image after its EXIF orientation, in pixels.
+        width: of the image after its EXIF orientation, in pixels.
+        tile_size: side of a tile in pixels.
+        patches_per_side: P, patches along the side of a tile; a tile has P * P patch features.
+        prefix_tokens: features of a tile that are no patches and are kept (1 for CLIP's CLS, else 0).
+        pinpoints: (height, width) pairs in pixels; None for one tile per image
+            ("pad" and "square"), where the merge type has nothing to merge.
+        patch_merge_type: "flat", "spatial" or "spatial_unpad".
+
+    Returns:
+        The layout. `num_tokens` counts newlines and prefix features, but no start or end token.
+
+    Raises:
+        ValueError: an unknown merge type, an image without pixels, pinpoints that are no whole tiles, or a spatial
+            merge of features that include a prefix, which has no place in a grid.
+    """
+    check_merge_type(patch_merge_type)
+    if height < 1 or width < 1:
+        raise ValueError(f"got an image of height {height} and width {width}; expected at least 1 pixel each")
+    tokens_per_tile = patches_per_side**2 + prefix_tokens
+    if pinpoints is None:
+        return ImageLayout(0, 0, 0, 0, 0, 0, num_tokens=tokens_per_tile)
+    if prefix_tokens and patch_merge_type != "flat":
+        raise ValueError(
+            f"got {prefix_tokens} prefix features per tile with patch_merge_type={patch_merge_type!r}; expected none, "
+            "because they have no place in the grid; select patch features only, or merge 'flat'"
+        )
+    check_pinpoints(pinpoints, tile_size=tile_size)
+
+    grid_height, grid_width = select_grid(height, width, pinpoints)
+    rows, columns = grid_height // tile_size, grid_width // tile_size
+    map_height, map_width = rows * patches_per_side, columns * patches_per_side
+    if patch_merge_type == "flat":
+        num_tokens = (1 + rows * columns) * tokens_per_tile
+        return ImageLayout(rows, columns, 0, map_height, 0, map_width, num_tokens)
+    if patch_merge_type == "spatial":
+        return ImageLayout(rows, columns, 0, map_height, 0, map_width, tokens_per_tile + map_height * map_width)
+    top, left = _find_padding(height, width, map_height, map_width)
+    bottom, right = map_height - top, map_width - left
+    num_tokens = tokens_per_tile + (bottom - top) * (right - left + 1)
+    return ImageLayout(rows, columns, top, bottom, left, right, num_tokens)
+
+
+def _find_padding(height: int, width: int, map_height: int, map_width: int) -> tuple[int, int]:
+    """(top, left) rows and columns of the map that show only padding; as many go at the bottom and on the right.
+
+    An odd amount of padding keeps one row or column of it, and a map side that is nearly all padding keeps nothing
+    (an image of 8000 x 100 has no detail tokens). Checkpoints were trained on both.
+    """
+    if width / height > map_width / map_height:
+        return (map_height - int(height * (map_width / width))) // 2, 0
+    return 0, (map_width - int(width * (map_height / height))) // 2

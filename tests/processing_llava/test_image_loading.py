@@ -1,0 +1,266 @@
+"""Every mode becomes the right RGB, and every image that is damaged, foreign or too large is refused quickly."""
+
+import base64
+import io
+import os
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import ExifTags, Image
+
+from processing_llava.image_loading import ImageLimits, check_image_size, load_image
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def encode(image, *, format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def png_chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png_with_header(width, height, *, after_pixels=b""):
+    """A PNG whose header may announce more pixels than follow."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = png_chunk(b"IDAT", zlib.compress(bytes(1 + 3 * 1)))
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + pixels + after_pixels + png_chunk(b"IEND", b"")
+
+
+@pytest.fixture
+def corner():
+    """6 wide, 4 high, black, with a red pixel at the top left."""
+    image = Image.new("RGB", (6, 4))
+    image.putpixel((0, 0), RED)
+    return image
+
+
+def test_bytes_path_data_uri_and_file_object_give_the_same_image(corner, tmp_path):
+    data = encode(corner)
+    path = tmp_path / "image.png"
+    path.write_bytes(data)
+    uri = "data:image/png;base64," + base64.b64encode(data).decode()
+    with path.open("rb") as file:
+        sources = (data, bytearray(data), path, str(path), uri, io.BytesIO(data), file)
+        images = [load_image(source) for source in sources]
+    for image in images:
+        assert (image.mode, image.size, image.tobytes()) == ("RGB", (6, 4), corner.tobytes())
+
+
+def test_line_breaks_in_a_data_uri_are_allowed(corner):
+    uri = "DATA:image/png;base64," + base64.encodebytes(encode(corner)).decode()
+    assert load_image(uri).tobytes() == corner.tobytes()
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_formats_are_told_by_content(format, tmp_path):
+    path = tmp_path / "no_extension"
+    path.write_bytes(encode(Image.new("RGB", (8, 8), (200, 200, 200)), format=format))
+    image = load_image(path)
+    assert image.mode == "RGB"
+    assert all(abs(level - 200) <= 3 for level in image.getpixel((4, 4)))
+
+
+def test_upright_rgb_image_is_returned_itself(corner):
+    assert load_image(corner) is corner
+    assert load_image(load_image(encode(corner))).tobytes() == corner.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("mode", "pixel", "expected"),
+    [
+        ("L", 128, (128, 128, 128)),
+        ("LA", (0, 0), WHITE),
+        ("LA", (100, 255), (100, 100, 100)),
+        ("RGBA", (255, 0, 0, 255), RED),
+        ("RGBA", (255, 0, 0, 0), WHITE),
+        ("RGBA", (0, 0, 0, 51), (204, 204, 204)),
+        ("CMYK", (0, 255, 255, 0), RED),
+        ("1", 1, WHITE),
+        ("1", 0, (0, 0, 0)),
+        ("I;16", 0, (0, 0, 0)),
+        ("I;16", 65535, WHITE),
+        ("I;16", 257 * 100, (100, 100, 100)),
+    ],
+)
+def test_modes_become_rgb(mode, pixel, expected):
+    image = Image.new(mode, (3, 2), pixel)
+    assert load_image(image).getpixel((1, 1)) == expected
+    if mode != "CMYK":
+        assert load_image(encode(image)).getpixel((1, 1)) == expected
+
+
+def test_palettes_become_rgb_and_their_transparent_entries_white():
+    image = Image.new("P", (3, 2), 1)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    assert load_image(encode(image)).getpixel((0, 0)) == RED
+    assert load_image(encode(image, transparency=1)).getpixel((0, 0)) == WHITE
+    assert load_image(encode(image, transparency=bytes([255, 0]))).getpixel((0, 0)) == WHITE
+
+
+def test_transparent_colour_of_an_image_without_alpha_becomes_white():
+    image = Image.new("RGB", (3, 2), RED)
+    assert load_image(encode(image, transparency=RED)).getpixel((0, 0)) == WHITE
+    assert load_image(encode(Image.new("L", (3, 2), 7), transparency=7)).getpixel((0, 0)) == WHITE
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_modes_without_a_range_of_values_are_refused(mode):
+    with pytest.raises(ValueError, match=f"mode {mode}, whose range of values is unknown"):
+        load_image(Image.new(mode, (3, 2)))
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, (0, 0, 255))]
+    for format in ("GIF", "PNG", "WEBP"):
+        data = encode(frames[0], format=format, save_all=True, append_images=frames[1:])
+        red, green, blue = load_image(data).getpixel((2, 2))
+        assert red > 250 and max(green, blue) < 5
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size", "red_at"),
+    [
+        (1, (6, 4), (0, 0)),
+        (2, (6, 4), (5, 0)),
+        (3, (6, 4), (5, 3)),
+        (4, (6, 4), (0, 3)),
+        (5, (4, 6), (0, 0)),
+        (6, (4, 6), (3, 0)),
+        (7, (4, 6), (3, 5)),
+        (8, (4, 6), (0, 5)),
+        (99, (6, 4), (0, 0)),
+    ],
+)
+def test_exif_orientation_is_applied_once(corner, orientation, size, red_at):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image = load_image(encode(corner, exif=exif))
+    assert (image.size, image.getpixel(red_at)) == (size, RED)
+    assert load_image(image).tobytes() == image.tobytes()
+
+
+def test_damaged_exif_leaves_the_pixels_as_stored(corner):
+    corner.info["exif"] = b"Exif\x00\x00no header of a TIFF"
+    assert load_image(corner).tobytes() == corner.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("limit", "size"),
+    [
+        ({"max_side": 50}, (51, 50)),
+        ({"max_pixels": 100}, (11, 10)),
+        ({"max_aspect_ratio": 4}, (9, 2)),
+        ({"max_aspect_ratio": 4}, (2, 9)),
+    ],
+)
+def test_limits_name_the_size_and_how_to_raise_them(limit, size):
+    (name,) = limit
+    image = Image.new("RGB", size)
+    for source in (image, encode(image)):
+        with pytest.raises(ValueError, match=rf"{size[0]} x {size[1]} pixels; .* ImageLimits\({name}=\.\.\.\)"):
+            load_image(source, limits=ImageLimits(**limit))
+        assert load_image(source).size == size
+
+
+def test_default_limits_allow_the_published_extreme_and_refuse_one_pixel_wide_images():
+    check_image_size(100, 8000)
+    with pytest.raises(ValueError, match="max_aspect_ratio of at most 200, not 6000"):
+        check_image_size(6000, 1)
+
+
+def test_limits_below_one_are_refused():
+    with pytest.raises(ValueError, match="max_side=0"):
+        ImageLimits(max_side=0)
+
+
+@pytest.mark.parametrize("size", [(30_000, 30_000), (9_000, 9_000), (2_000_000_000, 2_000_000_000), (6_000, 1)])
+def test_a_header_that_announces_too_much_is_refused_before_decoding(size):
+    data = png_with_header(*size)
+    assert len(data) < 100
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="ImageLimits"):
+        load_image(data)
+    assert time.perf_counter() - start < 0.5
+
+
+def test_too_many_bytes_are_refused_without_reading_them_all(corner, tmp_path):
+    limits = ImageLimits(max_bytes=1000)
+    data = encode(corner) + bytes(1_000_000)
+    path = tmp_path / "large.png"
+    path.write_bytes(data)
+    file = io.BytesIO(data)
+    for source in (data, path, file, "data:image/png;base64," + base64.b64encode(data).decode()):
+        with pytest.raises(ValueError, match=r"expected at most 1000; .* ImageLimits\(max_bytes=\.\.\.\)"):
+            load_image(source, limits=limits)
+    assert file.tell() == 1001
+
+
+def test_truncated_files_are_refused():
+    noise = Image.effect_noise((64, 64), 80).convert("RGB")
+    for format in ("PNG", "JPEG", "GIF", "BMP", "WEBP"):
+        data = encode(noise, format=format)
+        with pytest.raises(ValueError, match="cannot be decoded|no image of a known format"):
+            load_image(data[: len(data) // 2])
+
+
+def test_damaged_chunks_are_refused():
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        load_image(png_with_header(1, 1, after_pixels=png_chunk(b"gAMA", b"a")))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"just some text", b'<svg xmlns="http://www.w3.org/2000/svg"/>', b"%PDF-1.7", b"II*\x00\x08\x00\x00\x00"],
+    ids=["empty", "text", "svg", "pdf", "tiff"],
+)
+def test_foreign_formats_are_refused_whatever_their_name(data, tmp_path):
+    path = tmp_path / "renamed.png"
+    path.write_bytes(data)
+    for source in (data, path):
+        with pytest.raises(ValueError, match="expected one of JPEG, PNG, WEBP, GIF, BMP"):
+            load_image(source)
+
+
+@pytest.mark.parametrize("url", ["http://localhost/a.png", "https://a.b/c.jpg", "file:///image.png", "s3://a/b"])
+def test_urls_are_refused(url):
+    with pytest.raises(ValueError, match="URLs are not fetched here; download the image"):
+        load_image(url)
+
+
+def test_missing_file_is_named_on_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing.png; expected an image file") as caught:
+        load_image(tmp_path / "missing.png")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["\0", "x" * 100_000, ""])
+def test_impossible_paths_are_refused_shortly(path):
+    with pytest.raises((ValueError, FileNotFoundError), match="correct") as caught:
+        load_image(path)
+    assert len(str(caught.value)) < 300
+
+
+def test_folders_and_pipes_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path(os.devnull)):
+        with pytest.raises(ValueError, match="no regular file"):
+            load_image(path)
+
+
+@pytest.mark.parametrize("uri", ["data:,hello", "data:image/png,abc", "data:;base64", "data:image/png;base64,$$$"])
+def test_broken_data_uris_are_refused(uri):
+    with pytest.raises(ValueError, match="got the data URI"):
+        load_image(uri)
+
+
+@pytest.mark.parametrize("source", [None, 3, ["a.png"], io.StringIO("text")])
+def test_other_types_are_refused(source):
+    with pytest.raises(ValueError, match=f"got an image of type {type(source).__name__}"):
+        load_image(source)
