@@ -1,0 +1,132 @@
+"""AnyLlavaConfig: every dense LLaVA is one class whose parts are chosen here.
+
+What is surprising: `vision_feature_layer` counts like the `hidden_states` of a transformers vision model (0 is the
+embedding output, -1 the last layer), `image_grid_pinpoints` are (height, width) pairs whose order decides ties, and
+`image_token_id` may lie outside the vocabulary: image positions never reach the embedding table.
+"""
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from processing_llava.image_layouts import check_merge_type
+
+from .projectors import check_projector_type
+from .vision_towers import vision_tower_family
+
+FEATURE_SELECT_STRATEGIES = ("patch", "cls_patch")
+
+
+class AnyLlavaConfig(PreTrainedConfig):
+    """Configuration of a LLaVA: a vision tower, a projector and a causal language model.
+
+    Args:
+        vision_config: Configuration (or its dict) of the vision tower: CLIP, SigLIP or DINOv2.
+        text_config: Configuration (or its dict) of any causal language model of transformers.
+        image_token_id: Id that stands for one image feature in `input_ids`.
+        projector_type: "linear", "mlpNx_gelu" for any N >= 1, or "identity".
+        vision_feature_layer: Index, or list of indices, of the hidden states that are projected. Features of several
+            layers are concatenated along the channels.
+        vision_feature_select_strategy: "patch" drops the prefix tokens of the tower (class token, registers);
+            "cls_patch" keeps them.
+        patch_merge_type: How the features of several tiles become one sequence: "flat" (tile after tile), "spatial"
+            (one grid in reading order) or "spatial_unpad" (the same without the padding, one learned newline per row).
+        image_grid_pinpoints: Sizes in pixels as (height, width) that an image may be tiled to; None for one tile.
+        scale_image_features: Multiply projected features by sqrt(hidden_size). LLaVAs on Gemma that were trained
+            before transformers 5, where the language model scaled every input embedding, need it.
+        lm_head_bias: Whether the output layer has a bias (Phi has one).
+        tie_word_embeddings: Whether the output layer shares the input embeddings. Default: what `text_config` says.
+
+    Raises:
+        ValueError: if a choice is unknown, or a part cannot be combined with another.
+    """
+
+    model_type = "any_llava"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+
+    def __init__(
+        self,
+        vision_config: PreTrainedConfig | dict | None = None,
+        text_config: PreTrainedConfig | dict | None = None,
+        *,
+        image_token_id: int = 32000,
+        projector_type: str = "mlp2x_gelu",
+        vision_feature_layer: int | list[int] = -2,
+        vision_feature_select_strategy: str = "patch",
+        patch_merge_type: str = "flat",
+        image_grid_pinpoints: list[list[int]] | None = None,
+        scale_image_features: bool = False,
+        lm_head_bias: bool = False,
+        tie_word_embeddings: bool | None = None,
+        **kwargs,
+    ) -> None:
+        self.vision_config = _sub_config(vision_config, default_model_type="clip_vision_model")
+        self.text_config = _sub_config(text_config, default_model_type="llama")
+        self.image_token_id = image_token_id
+        self.projector_type = projector_type
+        self.vision_feature_layer = vision_feature_layer
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.patch_merge_type = patch_merge_type
+        self.image_grid_pinpoints = image_grid_pinpoints
+        self.scale_image_features = scale_image_features
+        self.lm_head_bias = lm_head_bias
+        if tie_word_embeddings is None:
+            tie_word_embeddings = self.text_config.tie_word_embeddings
+        self._check()
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    @property
+    def vision_feature_layers(self) -> list[int]:
+        """The used hidden states as non-negative indices."""
+        layers = self.vision_feature_layer
+        num_hidden_states = self.vision_config.num_hidden_layers + 1
+        return [layer % num_hidden_states for layer in (layers if isinstance(layers, list) else [layers])]
+
+    @property
+    def vision_feature_size(self) -> int:
+        """Channels of one feature before projection."""
+        return self.vision_config.hidden_size * len(self.vision_feature_layers)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Features of a tile that are not patches and are kept."""
+        if self.vision_feature_select_strategy == "patch":
+            return 0
+        return vision_tower_family(self.vision_config).num_prefix_tokens(self.vision_config)
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    def _check(self) -> None:
+        check_projector_type(
+            self.projector_type, in_size=self.vision_feature_size, out_size=self.text_config.hidden_size
+        )
+        vision_tower_family(self.vision_config)
+        if self.vision_feature_select_strategy not in FEATURE_SELECT_STRATEGIES:
+            raise ValueError(
+                f"got vision_feature_select_strategy={self.vision_feature_select_strategy!r}; "
+                f"expected one of {', '.join(FEATURE_SELECT_STRATEGIES)}"
+            )
+        check_merge_type(self.patch_merge_type)
+        num_hidden_states = self.vision_config.num_hidden_layers + 1
+        layers = (
+            self.vision_feature_layer if isinstance(self.vision_feature_layer, list) else [self.vision_feature_layer]
+        )
+        for layer in layers:
+            if not -num_hidden_states <= layer < num_hidden_states:
+                raise ValueError(
+                    f"got vision_feature_layer={self.vision_feature_layer}; expected indices from "
+                    f"{-num_hidden_states} to {num_hidden_states - 1}, since the tower has "
+                    f"{num_hidden_states - 1} layers"
+                )
+        if self.image_grid_pinpoints and self.patch_merge_type != "flat" and self.num_prefix_tokens:
+            raise ValueError(
+                f"got vision_feature_select_strategy='cls_patch' with patch_merge_type={self.patch_merge_type!r}; "
+                "a class token has no place in a grid: use 'patch', or patch_merge_type='flat'"
+            )
+
+
+def _sub_config(config: PreTrainedConfig | dict | None, *, default_model_type: str) -> PreTrainedConfig:
+    if isinstance(config, PreTrainedConfig):
+        return config
+    config = dict(config or {})
+    return AutoConfig.for_model(config.pop("model_type", default_model_type), **config)

@@ -1,0 +1,97 @@
+"""What generation with images needs beyond transformers' GenerationMixin.
+
+Image tokens may lie outside the vocabulary. Whatever indexes scores or embeddings by input ids (a repetition penalty, a
+text model that drafts) is therefore shown text ids only.
+"""
+
+from typing import Any
+
+import torch
+from transformers import GenerationMixin, LogitsProcessorList
+from transformers.generation.candidate_generator import AssistedCandidateGenerator, CandidateGenerator
+
+
+class AnyLlavaGenerationMixin(GenerationMixin):
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        """As in transformers; rows whose image tokens do not match their images are refused before any work.
+
+        Raises:
+            ValueError: with the numbers of the first row that disagrees.
+        """
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        pixel_values = kwargs.get("pixel_values")
+        if pixel_values is None:
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("pixel_values", "image_sizes")}
+        elif input_ids is not None:
+            layouts = self.model.plan_images(pixel_values, kwargs.get("image_sizes"))
+            image_mask_BL = self.model.get_image_mask(input_ids, None)
+            self.model.check_image_tokens(image_mask_BL, [layout.num_tokens for layout in layouts])
+        return super().generate(inputs, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, *args, past_key_values=None, is_first_iteration: bool | None = False, **kwargs
+    ) -> dict[str, Any]:
+        # transformers never calls a step of an assistant the first one, and drops the images from all others.
+        cache_is_empty = past_key_values is None or past_key_values.get_seq_length() == 0
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            *args,
+            past_key_values=past_key_values,
+            is_first_iteration=is_first_iteration or cache_is_empty,
+            **kwargs,
+        )
+
+    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(*args, **kwargs)
+        vocab_size = self.config.text_config.vocab_size
+        if 0 <= self.config.image_token_id < vocab_size:
+            return processors
+        return TextOnlyLogitsProcessorList(processors, vocab_size=vocab_size)
+
+    def _get_candidate_generator(self, *args, **kwargs) -> CandidateGenerator:
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        if type(generator) is AssistedCandidateGenerator:
+            drafts_text = "image" not in generator.assistant_model.input_modalities
+            if drafts_text:
+                return TextDraftGenerator(generator)
+        return generator
+
+
+class TextOnlyLogitsProcessorList(LogitsProcessorList):
+    """Logits processors that are not shown image tokens."""
+
+    def __init__(self, processors: LogitsProcessorList, *, vocab_size: int) -> None:
+        super().__init__(processors)
+        self.vocab_size = vocab_size
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.FloatTensor:
+        return super().__call__(replace_image_tokens(input_ids, vocab_size=self.vocab_size), scores, **kwargs)
+
+
+class TextDraftGenerator(CandidateGenerator):
+    """Candidates of a language model that cannot see: it is shown the text around the images."""
+
+    def __init__(self, generator: AssistedCandidateGenerator) -> None:
+        self.generator = generator
+        self.vocab_size = generator.assistant_model.config.get_text_config().vocab_size
+
+    def get_candidates(self, input_ids: torch.LongTensor, **kwargs) -> tuple[torch.LongTensor, torch.Tensor | None]:
+        text_ids = replace_image_tokens(input_ids, vocab_size=self.vocab_size)
+        candidates, logits = self.generator.get_candidates(text_ids, **kwargs)
+        new_tokens = candidates[:, input_ids.shape[1] :].to(input_ids.device)
+        return torch.cat([input_ids, new_tokens], dim=1), logits
+
+    def update_candidate_strategy(
+        self, input_ids: torch.LongTensor, scores: torch.FloatTensor, num_matches: int
+    ) -> None:
+        self.generator.update_candidate_strategy(input_ids, scores, num_matches)
+
+
+def replace_image_tokens(input_ids: torch.LongTensor, *, vocab_size: int) -> torch.LongTensor:
+    """Ids `[B, L]` in which those without an embedding are the largest other id of their row.
+
+    An id that the row holds anyway adds nothing to what a repetition penalty punishes.
+    """
+    has_embedding = (input_ids >= 0) & (input_ids < vocab_size)
+    largest_ids = input_ids.where(has_embedding, 0).amax(dim=1, keepdim=True)
+    return input_ids.where(has_embedding, largest_ids)

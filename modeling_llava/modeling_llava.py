@@ -1,0 +1,381 @@
+"""AnyLlavaModel and AnyLlavaForConditionalGeneration: a LLaVA in one reading.
+
+The forward pass:
+1. the pruned vision tower encodes tiles, and the projector maps their features to text embeddings;
+2. the features of an image's tiles are merged to one sequence (`merge_tiles`, planned by `image_layouts`);
+3. each position of `input_ids` that holds `image_token_id` is given one feature, in reading order;
+4. the language model runs on the embeddings.
+
+What is surprising: `image_token_id` may lie outside the vocabulary, so image positions are masked before the
+embedding lookup; and `generate` runs steps 1 and 2 once, then passes the result on as `mm_encoder_outputs`.
+"""
+
+# Shape suffixes: B rows, L tokens, I images, T tiles, P features per tile, V vision width, D text width,
+#                 N features of one image
+
+import math
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.auto import AutoModel
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from processing_llava.image_layouts import ImageLayout, plan_image
+
+from .configuration_llava import AnyLlavaConfig
+from .generation import AnyLlavaGenerationMixin
+from .projectors import build_projector
+from .vision_towers import build_vision_tower
+
+
+class AnyLlavaPreTrainedModel(PreTrainedModel):
+    config_class = AnyLlavaConfig
+    config: AnyLlavaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, AnyLlavaModel) and module.image_newline is not None:
+            nn.init.normal_(module.image_newline, std=1 / math.sqrt(self.config.text_config.hidden_size))
+
+
+class AnyLlavaModel(AnyLlavaPreTrainedModel):
+    """Vision tower, projector and language model, without the output layer."""
+
+    def __init__(self, config: AnyLlavaConfig) -> None:
+        super().__init__(config)
+        text_size = config.text_config.hidden_size
+        self.vision_tower = build_vision_tower(config.vision_config, num_layers=max(config.vision_feature_layers))
+        self.mm_projector = build_projector(
+            config.projector_type, in_size=config.vision_feature_size, out_size=text_size
+        )
+        has_newline = config.patch_merge_type == "spatial_unpad"
+        self.image_newline = nn.Parameter(torch.zeros(text_size)) if has_newline else None
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def plan_images(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None) -> list[ImageLayout]:
+        """The layout of each image: its tiles, and how many features it has in the text.
+
+        Args:
+            pixel_values: `[I, 3, H, W]`, or `[I, T, 3, H, W]` for tiled images.
+            image_sizes: `[I, 2]` original (height, width) in pixels; needed for tiled images.
+
+        Raises:
+            ValueError: if sizes are missing or do not match the images.
+        """
+        config = self.config
+        tile = {
+            "tile_size": config.vision_config.image_size,
+            "patches_per_side": config.patches_per_side,
+            "prefix_tokens": config.num_prefix_tokens,
+            "patch_merge_type": config.patch_merge_type,
+        }
+        if pixel_values.ndim == 4:
+            return [plan_image(1, 1, pinpoints=None, **tile)] * len(pixel_values)
+        if config.image_grid_pinpoints is None:
+            raise ValueError(
+                f"got tiled pixel_values of shape {tuple(pixel_values.shape)} but config.image_grid_pinpoints is "
+                "None; expected [I, 3, H, W]: set the processor's image_aspect_ratio to 'pad' or 'square'"
+            )
+        if image_sizes is None or len(image_sizes) != len(pixel_values):
+            raise ValueError(
+                f"got {len(pixel_values)} tiled images and "
+                f"{'no' if image_sizes is None else len(image_sizes)} image_sizes; expected one (height, width) for "
+                "each image: pass on what the processor returns"
+            )
+        pinpoints = tuple(tuple(pinpoint) for pinpoint in config.image_grid_pinpoints)
+        sizes = image_sizes.tolist() if isinstance(image_sizes, torch.Tensor) else image_sizes
+        return [plan_image(height, width, pinpoints=pinpoints, **tile) for height, width in sizes]
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Encode and project images.
+
+        Args:
+            pixel_values: `[I, 3, H, W]`, or `[I, T, 3, H, W]` padded to the largest number of tiles.
+            image_sizes: `[I, 2]` original (height, width) in pixels; needed for tiled images.
+
+        Returns:
+            The output of the vision tower over all tiles; `pooler_output` is a list with one `[N, D]` tensor for
+            each image: its features in the order of the text.
+
+        Raises:
+            ValueError: if `image_sizes` are missing or do not match the images.
+        """
+        layouts = self.plan_images(pixel_values, image_sizes)
+        if pixel_values.ndim == 5:
+            pixel_values = torch.cat([tiles[: layout.num_tiles] for tiles, layout in zip(pixel_values, layouts)])
+        outputs = self.encode_tiles(pixel_values, **kwargs)
+        features_TPD = outputs.pooler_output
+        images = features_TPD.split([layout.num_tiles for layout in layouts])
+        outputs.pooler_output = [self.merge_tiles(tiles, layout) for tiles, layout in zip(images, layouts)]
+        return outputs
+
+    def encode_tiles(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """The tower's output over tiles `[T, 3, H, W]`, with the projected features `[T, P, D]` as pooler_output."""
+        layers = self.config.vision_feature_layers
+        if len(layers) > 1:
+            kwargs["output_hidden_states"] = True
+        outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+        if len(layers) > 1:
+            features_TPV = torch.cat([outputs.hidden_states[layer] for layer in layers], dim=-1)
+        else:
+            features_TPV = outputs.last_hidden_state
+        num_patches = self.config.patches_per_side**2
+        features_TPV = features_TPV[:, -(num_patches + self.config.num_prefix_tokens) :]
+        features_TPD = self.mm_projector(features_TPV)
+        if self.config.scale_image_features:
+            features_TPD = features_TPD * math.sqrt(features_TPD.shape[-1])
+        outputs.pooler_output = features_TPD
+        return outputs
+
+    def merge_tiles(self, features_TPD: torch.Tensor, layout: ImageLayout) -> torch.Tensor:
+        """One image's features `[N, D]`: the overview tile, then the detail tiles as the layout says."""
+        if layout.num_tiles == 1 or self.config.patch_merge_type == "flat":
+            return features_TPD.flatten(0, 1)
+        overview_PD, details_TPD = features_TPD[0], features_TPD[1:]
+        side = self.config.patches_per_side
+        # [rows, columns, side, side, D] -> [rows * side, columns * side, D]
+        grid = details_TPD.unflatten(1, (side, side)).unflatten(0, (layout.grid_rows, layout.grid_columns))
+        grid = grid.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        grid = grid[layout.top : layout.bottom, layout.left : layout.right]
+        if self.image_newline is not None:
+            newline = self.image_newline.to(grid.dtype).expand(grid.shape[0], 1, -1)
+            grid = torch.cat([grid, newline], dim=1)
+        return torch.cat([overview_PD, grid.flatten(0, 1)])
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LlavaModelOutputWithPast:
+        """Hidden states of the language model, one for each position of `input_ids`.
+
+        Args:
+            input_ids: `[B, L]`; every image has as many `image_token_id` in its row as it has features.
+            pixel_values: `[I, 3, H, W]` or `[I, T, 3, H, W]`: all images of all rows, in reading order.
+            inputs_embeds: `[B, L, D]` instead of `input_ids`; with images only if `image_token_id` has an embedding.
+            image_sizes: `[I, 2]` original (height, width); needed for tiled images.
+            mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
+
+        Raises:
+            ValueError: if image tokens and features disagree in a row, or inputs contradict each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("got both or neither of input_ids and inputs_embeds; expected exactly one of them")
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None and encoded is not None:
+            raise ValueError("got pixel_values and mm_encoder_outputs['image']; expected at most one of them")
+
+        has_images = pixel_values is not None or encoded is not None
+        image_mask_BL = self.get_image_mask(input_ids, inputs_embeds if has_images else None)
+        if pixel_values is not None:
+            layouts = self.plan_images(pixel_values, image_sizes)
+            self.check_image_tokens(image_mask_BL, [layout.num_tokens for layout in layouts])
+            encoded = self.get_image_features(pixel_values, image_sizes, return_dict=True)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(image_mask_BL, 0))
+
+        features_ND = None
+        if encoded is not None:
+            features_ND = torch.cat(list(encoded.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            if features_ND.shape[-1] != inputs_embeds.shape[-1]:
+                raise ValueError(
+                    f"got image features of width {features_ND.shape[-1]}; expected {inputs_embeds.shape[-1]}, the "
+                    "width of this language model: encode the images with this model"
+                )
+        if image_mask_BL is not None:
+            self._check_total(image_mask_BL, 0 if features_ND is None else len(features_ND))
+        if features_ND is not None:
+            inputs_embeds = inputs_embeds.masked_scatter(image_mask_BL[..., None], features_ND)
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            return_dict=True,
+            **kwargs,
+        )
+        return LlavaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=features_ND,
+        )
+
+    def get_image_mask(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.BoolTensor | None:
+        """Where image features belong, `[B, L]`; None if that cannot be asked (embeddings without images).
+
+        Raises:
+            ValueError: if only embeddings are given and the image token has none.
+        """
+        image_token_id = self.config.image_token_id
+        if input_ids is not None:
+            return input_ids == image_token_id
+        if inputs_embeds is None:
+            return None
+        embeddings = self.get_input_embeddings()
+        if not 0 <= image_token_id < embeddings.num_embeddings:
+            raise ValueError(
+                f"got inputs_embeds with images, but image_token_id={image_token_id} has no embedding among "
+                f"{embeddings.num_embeddings}; expected input_ids: pass them instead of inputs_embeds"
+            )
+        image_embed = embeddings(torch.tensor(image_token_id, device=inputs_embeds.device))
+        return (inputs_embeds == image_embed).all(-1)
+
+    def check_image_tokens(self, image_mask_BL: torch.Tensor, features_per_image: list[int]) -> None:
+        """Refuse rows whose image tokens are not those of whole images, so that no row gets another row's image.
+
+        Raises:
+            ValueError: with the numbers of the first row that disagrees.
+        """
+        if torch.compiler.is_compiling():
+            return
+        remaining = list(reversed(features_per_image))
+        for row, num_tokens in enumerate(image_mask_BL.sum(dim=1).tolist()):
+            num_features = 0
+            while num_features < num_tokens and remaining:
+                num_features += remaining.pop()
+            if num_features != num_tokens:
+                raise ValueError(
+                    f"got {num_tokens} image tokens in row {row} and images with {num_features} features; expected "
+                    "equal numbers: let the processor expand the prompt, and do not cut it"
+                )
+        if remaining:
+            raise ValueError(
+                f"got {len(features_per_image)} images with {sum(features_per_image)} features and "
+                f"{sum(features_per_image) - sum(remaining)} image tokens; expected equal numbers: "
+                f"{len(remaining)} images have no place in the text"
+            )
+
+    def _check_total(self, image_mask_BL: torch.Tensor, num_features: int) -> None:
+        num_tokens = image_mask_BL.sum()
+        if torch.compiler.is_compiling():
+            torch._check_tensor_all(num_tokens == num_features)
+        elif num_tokens != num_features:
+            hint = "" if num_features else ": pass pixel_values or mm_encoder_outputs"
+            raise ValueError(
+                f"got {int(num_tokens)} image tokens and {num_features} image features; expected equal numbers{hint}"
+            )
+
+
+class AnyLlavaForConditionalGeneration(AnyLlavaPreTrainedModel, AnyLlavaGenerationMixin):
+    """A LLaVA that writes text about images."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: AnyLlavaConfig) -> None:
+        super().__init__(config)
+        self.model = AnyLlavaModel(config)
+        text_config = config.text_config
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """See `AnyLlavaModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, image_sizes, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        image_sizes: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LlavaCausalLMOutputWithPast:
+        """Logits `[B, L, vocabulary]`, and the mean loss over `labels` (-100 = not supervised) where given.
+
+        Args:
+            logits_to_keep: Number of last positions, or indices of positions, to compute logits for; 0 for all.
+            The others: see `AnyLlavaModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            image_sizes=image_sizes,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return LlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )

@@ -1,0 +1,85 @@
+"""Vision towers: which tokens precede the patches, and which parameters no LLaVA ever uses.
+
+A tower is pruned when it is built: layers after the last used hidden state, the final norm, pooling heads and mask
+tokens never reach the projector. They would cost time and memory, and get no gradient in training.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionTowerFamily:
+    """What differs between the vision models of transformers. Names are paths of submodules."""
+
+    num_prefix_tokens: Callable[[PreTrainedConfig], int]
+    """Tokens before the patches: class token and registers."""
+    layers: str
+    """The ModuleList of transformer layers."""
+    final_norm: str
+    """Applied after the last layer; the hidden states used here are taken before it."""
+    prune: Callable[[PreTrainedModel], None] = lambda tower: None
+    """Removes further parameters without use."""
+
+
+def _remove_pooling_head(tower: PreTrainedModel) -> None:
+    if tower.use_head:
+        tower.use_head = False
+        del tower.head
+
+
+def _remove_mask_token(tower: PreTrainedModel) -> None:
+    tower.embeddings.mask_token = None
+
+
+VISION_TOWER_FAMILIES = {
+    "clip_vision_model": VisionTowerFamily(
+        num_prefix_tokens=lambda config: 1, layers="encoder.layers", final_norm="post_layernorm"
+    ),
+    "siglip_vision_model": VisionTowerFamily(
+        num_prefix_tokens=lambda config: 0,
+        layers="encoder.layers",
+        final_norm="post_layernorm",
+        prune=_remove_pooling_head,
+    ),
+    "dinov2": VisionTowerFamily(
+        num_prefix_tokens=lambda config: 1, layers="encoder.layer", final_norm="layernorm", prune=_remove_mask_token
+    ),
+    "dinov2_with_registers": VisionTowerFamily(
+        num_prefix_tokens=lambda config: 1 + config.num_register_tokens,
+        layers="encoder.layer",
+        final_norm="layernorm",
+        prune=_remove_mask_token,
+    ),
+}
+
+
+def vision_tower_family(config: PreTrainedConfig) -> VisionTowerFamily:
+    """The family of a vision configuration.
+
+    Raises:
+        ValueError: if no LLaVA can be built on this kind of tower yet.
+    """
+    if config.model_type not in VISION_TOWER_FAMILIES:
+        raise ValueError(
+            f"got a vision tower of type {config.model_type!r}; expected one of {', '.join(VISION_TOWER_FAMILIES)}"
+        )
+    return VISION_TOWER_FAMILIES[config.model_type]
+
+
+def build_vision_tower(config: PreTrainedConfig, *, num_layers: int) -> PreTrainedModel:
+    """An untrained tower that ends after `num_layers` layers, without final norm, head or mask token."""
+    tower = AutoModel.from_config(config)
+    prune_vision_tower(tower, num_layers=num_layers)
+    return tower
+
+
+def prune_vision_tower(tower: PreTrainedModel, *, num_layers: int) -> None:
+    """Remove in place what comes after layer `num_layers`, so that `last_hidden_state` is that layer's output."""
+    family = vision_tower_family(tower.config)
+    del tower.get_submodule(family.layers)[num_layers:]
+    tower.set_submodule(family.final_norm, nn.Identity())
+    family.prune(tower)
