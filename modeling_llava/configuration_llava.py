@@ -108,10 +108,8 @@ class AnyLlavaConfig(PreTrainedConfig):
             )
         check_merge_type(self.patch_merge_type)
         num_hidden_states = self.vision_config.num_hidden_layers + 1
-        layers = (
-            self.vision_feature_layer if isinstance(self.vision_feature_layer, list) else [self.vision_feature_layer]
-        )
-        for layer in layers:
+        layers = self.vision_feature_layer
+        for layer in layers if isinstance(layers, list) else [layers]:
             if not -num_hidden_states <= layer < num_hidden_states:
                 raise ValueError(
                     f"got vision_feature_layer={self.vision_feature_layer}; expected indices from "

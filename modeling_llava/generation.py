@@ -1,7 +1,7 @@
 """What generation with images needs beyond transformers' GenerationMixin.
 
-Image tokens may lie outside the vocabulary. Whatever indexes scores or embeddings by input ids (a repetition penalty, a
-text model that drafts) is therefore shown text ids only.
+Image tokens may lie outside the vocabulary. Whatever indexes scores or embeddings by input ids (a repetition penalty,
+a text model that drafts) is therefore shown text ids only.
 """
 
 from typing import Any
