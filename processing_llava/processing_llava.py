@@ -1,0 +1,301 @@
+"""AnyLlavaProcessor: conversations and pictures -> what the model takes.
+
+What is surprising: ids are not made from one rendered string. The prompt remembers which characters a user typed, and
+those never become special tokens or image placeholders (see `prompts.py`); and each image placeholder becomes its
+image's tokens as ids, so the expanded prompt is never tokenised.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import AddedToken, BatchFeature, PreTrainedTokenizerBase
+from transformers.processing_utils import ImagesKwargs, ProcessorMixin, TextKwargs
+
+from .image_layouts import plan_image
+from .image_loading import load_image
+from .image_processing_llava import AnyLlavaImageProcessorPil
+from .prompts import Prompt, count_images, encode_prompt, render_prompt
+
+# Old callers (TRL, pipelines) pass these beside template variables instead of inside `processor_kwargs`.
+_PROCESSOR_KWARGS = set(TextKwargs.__annotations__) | set(ImagesKwargs.__annotations__)
+
+
+class AnyLlavaProcessor(ProcessorMixin):
+    """Prepares text and images for AnyLlavaForConditionalGeneration.
+
+    Args:
+        image_processor: Turns pictures into `pixel_values`.
+        tokenizer: `image_token` is added to it as a special token if it has none.
+        chat_template: Jinja template with `{% generation %}` around what the assistant writes.
+        patch_size: Of the vision tower, in pixels.
+        num_prefix_tokens: Features of a tile that are not patches and are kept (class token, registers).
+        patch_merge_type: As in AnyLlavaConfig.
+        image_token: The placeholder of one image in a prompt.
+    """
+
+    def __init__(
+        self,
+        image_processor: AnyLlavaImageProcessorPil | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None,
+        patch_size: int = 14,
+        num_prefix_tokens: int = 0,
+        patch_merge_type: str = "flat",
+        image_token: str = "<image>",
+    ) -> None:
+        self.patch_size = patch_size
+        self.num_prefix_tokens = num_prefix_tokens
+        self.patch_merge_type = patch_merge_type
+        self.image_token = image_token
+        if image_token not in tokenizer.get_vocab():
+            tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        *,
+        return_assistant_tokens_mask: bool = False,
+        **kwargs,
+    ) -> BatchFeature:
+        """Encode prompts and their images.
+
+        Args:
+            images: One picture, a flat list for all prompts in reading order, or one list for each prompt. A picture
+                is a PIL image, array, path, bytes or data URI.
+            text: Prompts, as `render` or `apply_chat_template` return them. In a plain `str` every special token
+                counts: render user text with a template instead of formatting it yourself.
+            return_assistant_tokens_mask: Add `assistant_masks`: 1 on tokens that the assistant writes.
+            **kwargs: Those of the tokenizer (`padding`, `padding_side`, `max_length`, `return_tensors`, ...) and of
+                the image processor.
+
+        Returns:
+            `input_ids` and `attention_mask` `[B, L]`; with images `pixel_values` and, for tiled ones, `image_sizes`.
+
+        Raises:
+            ValueError: if placeholders and images of a row do not match, or truncation would cut an image.
+        """
+        if text is None and images is None:
+            raise ValueError("got neither text nor images; expected at least one of them")
+        merged = self._merge_kwargs(
+            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        prompts = [text] if isinstance(text, str) else list(text or [])
+        image_inputs, num_image_tokens = {}, []
+        if images is not None:
+            flat_images = _flatten(images)
+            if text is not None:
+                self._check_rows(prompts, images, num_images=len(flat_images))
+            if flat_images:
+                image_inputs = self.image_processor(
+                    self.image_processor.fetch_images(flat_images), **merged["images_kwargs"]
+                )
+                num_image_tokens = self._count_image_tokens(image_inputs)
+        elif prompts:
+            self._check_rows(prompts, [[] for _ in prompts], num_images=0)
+        text_inputs = {}
+        if text is not None:
+            text_inputs = self._encode(
+                prompts,
+                iter(num_image_tokens),
+                return_assistant_tokens_mask=return_assistant_tokens_mask,
+                **merged["text_kwargs"],
+            )
+        return BatchFeature({**text_inputs, **image_inputs}, tensor_type=merged["text_kwargs"].get("return_tensors"))
+
+    def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False, **variables) -> Prompt:
+        """One conversation in the words of the chat template.
+
+        Args:
+            messages: `[{"role": ..., "content": text or [{"type": "image"}, {"type": "text", "text": ...}]}]`.
+            add_generation_prompt: End where the assistant begins to write.
+            **variables: Of the template.
+
+        Raises:
+            ValueError: if there is no template.
+        """
+        template = variables.pop("chat_template", None) or self.chat_template
+        if template is None:
+            raise ValueError("got a processor without chat template; expected one: set processor.chat_template")
+        return render_prompt(
+            messages,
+            template,
+            add_generation_prompt=add_generation_prompt,
+            **self.tokenizer.special_tokens_map,
+            **variables,
+        )
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ) -> Prompt | list[Prompt] | list | BatchFeature:
+        """As in transformers, for one conversation or a list of them; pictures are taken from the messages.
+
+        User text is never read as control tokens, with or without `tokenize`.
+        """
+        kwargs = {"chat_template": chat_template} | kwargs
+        processor_kwargs = dict(processor_kwargs or {})
+        for name in _PROCESSOR_KWARGS & set(kwargs):
+            processor_kwargs[name] = kwargs.pop(name)
+        is_batched = isinstance(conversation[0], (list, tuple))
+        conversations = conversation if is_batched else [conversation]
+        prompts = [
+            self.render(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **kwargs,
+            )
+            for messages in conversations
+        ]
+        if not tokenize:
+            return prompts if is_batched else prompts[0]
+        images = [list(_message_images(messages)) for messages in conversations]
+        encoded = self(
+            images=images if any(images) else None,
+            text=prompts,
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
+            return_tensors=return_tensors,
+            **processor_kwargs,
+        )
+        if return_dict:
+            return encoded
+        return encoded["input_ids"] if is_batched or return_tensors else encoded["input_ids"][0]
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """The placeholders of one image as text, for engines that expand prompts themselves."""
+        return self.image_token * self._count_image_tokens(image_inputs)[image_idx]
+
+    def _count_image_tokens(self, image_inputs: dict) -> list[int]:
+        tile_size = self.image_processor.tile_size
+        tile = {
+            "tile_size": tile_size,
+            "patches_per_side": tile_size // self.patch_size,
+            "prefix_tokens": self.num_prefix_tokens,
+            "patch_merge_type": self.patch_merge_type,
+        }
+        if "image_sizes" not in image_inputs:
+            num_tokens = plan_image(1, 1, pinpoints=None, **tile).num_tokens
+            return [num_tokens] * len(image_inputs["pixel_values"])
+        pinpoints = tuple(map(tuple, self.image_processor.image_grid_pinpoints))
+        sizes = torch.as_tensor(image_inputs["image_sizes"]).tolist()
+        return [plan_image(height, width, pinpoints=pinpoints, **tile).num_tokens for height, width in sizes]
+
+    def _check_rows(self, prompts: list[str], images: Any, *, num_images: int) -> None:
+        placeholders = [count_images(prompt, self.image_token) for prompt in prompts]
+        nested = isinstance(images, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in images)
+        if nested:
+            if len(images) != len(prompts):
+                raise ValueError(
+                    f"got {len(images)} lists of images for {len(prompts)} prompts; expected one for each"
+                )
+            for row, (expected, row_images) in enumerate(zip(placeholders, images)):
+                if expected != len(row_images):
+                    raise ValueError(
+                        f"got {expected} {self.image_token} placeholders and {len(row_images)} images in row {row}; "
+                        "expected equal numbers"
+                    )
+        elif sum(placeholders) != num_images:
+            raise ValueError(
+                f"got {sum(placeholders)} {self.image_token} placeholders and {num_images} images; expected equal "
+                "numbers"
+            )
+
+    def _encode(
+        self,
+        prompts: list[str],
+        num_image_tokens: Iterator[int],
+        *,
+        return_assistant_tokens_mask: bool,
+        padding: bool | str = False,
+        padding_side: str | None = None,
+        max_length: int | None = None,
+        truncation: bool | str | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | None = None,
+        add_special_tokens: bool = True,
+        return_mm_token_type_ids: bool = False,
+        **unused,
+    ) -> dict[str, list]:
+        rows, masks = [], []
+        for index, prompt in enumerate(prompts):
+            counts = [next(num_image_tokens) for _ in range(count_images(prompt, self.image_token))]
+            ids, mask = encode_prompt(
+                prompt,
+                self.tokenizer,
+                image_token=self.image_token,
+                image_token_id=self.image_token_id,
+                num_image_tokens=counts,
+                add_special_tokens=add_special_tokens,
+            )
+            if truncation and max_length is not None and len(ids) > max_length:
+                if self.image_token_id in ids[max_length:]:
+                    raise ValueError(
+                        f"got a prompt of {len(ids)} tokens in row {index}; expected at most "
+                        f"max_length={max_length}, since cutting it would cut an image: raise max_length"
+                    )
+                ids, mask = ids[:max_length], mask[:max_length]
+            rows.append(ids)
+            masks.append(mask)
+        encoded = self.tokenizer.pad(
+            {"input_ids": rows},
+            padding=padding,
+            padding_side=padding_side,
+            max_length=max_length,
+            pad_to_multiple_of=pad_to_multiple_of,
+            return_attention_mask=return_attention_mask,
+        )
+        if return_assistant_tokens_mask:
+            side = padding_side or self.tokenizer.padding_side
+            encoded["assistant_masks"] = [
+                _pad(mask, length=len(row), side=side) for mask, row in zip(masks, encoded["input_ids"])
+            ]
+        if return_mm_token_type_ids:
+            encoded["mm_token_type_ids"] = [
+                [int(token == self.image_token_id) for token in row] for row in encoded["input_ids"]
+            ]
+        return encoded
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return list(dict.fromkeys(self.tokenizer.model_input_names + self.image_processor.model_input_names))
+
+
+def _flatten(images: Any) -> list:
+    if isinstance(images, (list, tuple)):
+        return [image for item in images for image in _flatten(item)]
+    return [images]
+
+
+def _message_images(messages: list[dict[str, Any]]) -> Iterator[Any]:
+    """The pictures of a conversation, in reading order; each under the key that transformers allows."""
+    for message in messages:
+        if isinstance(message["content"], str):
+            continue
+        for item in message["content"]:
+            if item["type"] == "image":
+                sources = [item[key] for key in ("image", "path", "url", "base64") if item.get(key) is not None]
+                if not sources:
+                    raise ValueError('got an image item without a picture; expected {"type": "image", "image": ...}')
+                yield load_image(sources[0])
+            elif item["type"] == "image_url":
+                yield load_image(item["image_url"]["url"])
+
+
+def _pad(mask: list[int], *, length: int, side: str) -> list[int]:
+    padding = [0] * (length - len(mask))
+    return mask + padding if side == "right" else padding + mask

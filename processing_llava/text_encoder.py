@@ -1,0 +1,122 @@
+"""Plain text -> ids with a tokenizer's own vocabulary and rules, but never a control token.
+
+The fast tokenizer is copied, and the copy changed: special tokens are not searched for, and merges that would spell
+one out are gone. What is surprising: there can be two copies. A SentencePiece tokenizer of the newer kind
+(`legacy: false`) puts a space before a text but not after a special token inside it; the prefix rule "first" looks at
+the position in the whole string, which a piece of a prompt no longer knows.
+
+Only the standard library, tokenizers and transformers are used; the file is copied into Hub repositories as it is.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class ControlToken:
+    """A literal that becomes one id when a template writes it.
+
+    Args:
+        strips_left: The white space before it belongs to it and is not tokenised.
+        strips_right: The same for the white space after it.
+    """
+
+    content: str
+    token_id: int
+    strips_left: bool
+    strips_right: bool
+
+
+@dataclass(frozen=True, eq=False)
+class TextEncoder:
+    """Tokenises text without control tokens. Made by `load_text_encoder`."""
+
+    control_tokens: dict[str, ControlToken]
+    forbidden_ids: frozenset[int]
+    start: Tokenizer
+    inside: Tokenizer
+
+    def encode_text(self, text: str, *, is_start: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text, and for each the range of characters that it stands for.
+
+        Args:
+            text: Without control tokens; what looks like one is tokenised like any other text.
+            is_start: Whether the tokenizer should treat it as the start of a string.
+
+        Raises:
+            ValueError: the tokenizer makes a control token out of plain text, whatever its settings.
+        """
+        encoding = (self.start if is_start else self.inside).encode(text, add_special_tokens=False)
+        if not self.forbidden_ids.isdisjoint(encoding.ids):
+            tokens = [token for token, id in zip(encoding.tokens, encoding.ids) if id in self.forbidden_ids]
+            raise ValueError(
+                f"got text that this tokenizer turns into the control tokens {tokens}; expected plain text only; "
+                "remove them from the text"
+            )
+        return encoding.ids, encoding.offsets
+
+
+def load_text_encoder(tokenizer: PreTrainedTokenizerFast, *, image_token: str) -> TextEncoder:
+    """The encoder that belongs to a tokenizer in its present state. Cached: a large vocabulary takes a second.
+
+    Args:
+        tokenizer: Fast; it is not changed.
+        image_token: Counts as a control token, whether or not the tokenizer knows it as one.
+
+    Raises:
+        ValueError: the tokenizer is not a fast one.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(
+            f"got a {type(tokenizer).__name__}; expected a fast tokenizer; load it with AutoTokenizer, or with "
+            "load_sentencepiece_tokenizer from a folder with tokenizer.model"
+        )
+    added_tokens = tuple(
+        ControlToken(token.content, token_id, token.lstrip, token.rstrip)
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.special or token.content == image_token
+    )
+    return _build(tokenizer, image_token, added_tokens)
+
+
+@lru_cache(maxsize=4)
+def _build(
+    tokenizer: PreTrainedTokenizerFast, image_token: str, added_tokens: tuple[ControlToken, ...]
+) -> TextEncoder:
+    control_tokens = {token.content: token for token in added_tokens}
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    spec |= {"truncation": None, "padding": None, "post_processor": None}
+    for token in spec["added_tokens"]:
+        token["special"] = token["content"] in control_tokens
+    if spec["model"]["type"] == "BPE":
+        merges = spec["model"]["merges"]
+        spec["model"]["merges"] = [merge for merge in merges if "".join(merge) not in control_tokens]
+    start = _load_backend(spec)
+    # Characters that are not in the vocabulary become the unknown token: a user may type them.
+    forbidden_ids = frozenset(token.token_id for token in added_tokens) - {tokenizer.unk_token_id}
+    has_first_rule = _forbid_prefix(spec["pre_tokenizer"])
+    return TextEncoder(control_tokens, forbidden_ids, start, _load_backend(spec) if has_first_rule else start)
+
+
+def _load_backend(spec: dict[str, Any]) -> Tokenizer:
+    backend = Tokenizer.from_str(json.dumps(spec))
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _forbid_prefix(pre_tokenizer: dict[str, Any] | None) -> bool:
+    """Changes the rule "first" to "never" in place; tells whether there was one."""
+    if pre_tokenizer is None:
+        return False
+    if pre_tokenizer["type"] == "Sequence":
+        found = [_forbid_prefix(part) for part in pre_tokenizer["pretokenizers"]]
+        return any(found)
+    if pre_tokenizer["type"] == "Metaspace" and pre_tokenizer["prepend_scheme"] == "first":
+        pre_tokenizer["prepend_scheme"] = "never"
+        return True
+    return False

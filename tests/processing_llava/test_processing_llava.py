@@ -1,0 +1,162 @@
+"""AnyLlavaProcessor: placeholders and images per row, ids, padding, and what the Auto classes store."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from processing_llava import AnyLlavaProcessor
+from tests.tiny import PATCH_SIZE, PINPOINTS, TILE_SIZE, tiny_processor
+
+PATCHES = (TILE_SIZE // PATCH_SIZE) ** 2
+
+
+def picture(width: int = 40, height: int = 30, *, seed: int = 0) -> PIL.Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(pixels)
+
+
+def question(text: str, *images: PIL.Image.Image) -> dict:
+    return {"role": "user", "content": [*({"type": "image", "image": image} for image in images), _text(text)]}
+
+
+def answer(text: str) -> dict:
+    return {"role": "assistant", "content": [_text(text)]}
+
+
+def _text(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+@pytest.fixture(scope="module")
+def processor() -> AnyLlavaProcessor:
+    return tiny_processor()
+
+
+def test_an_image_becomes_its_tokens(processor):
+    inputs = processor.apply_chat_template(
+        [question("What is this?", picture(), picture(seed=1))],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    assert inputs["pixel_values"].shape == (2, 3, TILE_SIZE, TILE_SIZE)
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 2 * PATCHES
+    text = processor.decode(inputs["input_ids"][0], skip_special_tokens=True)
+    assert text.endswith("USER: \n\nWhat is this? ASSISTANT:")
+
+
+def test_tiled_images_have_as_many_tokens_as_their_layout():
+    processor = tiny_processor(
+        image_aspect_ratio="anyres", image_grid_pinpoints=PINPOINTS, patch_merge_type="spatial_unpad"
+    )
+    images = [picture(28, 28), picture(60, 40)]
+    inputs = processor(
+        images=[[image] for image in images], text=["<image> a", "<image> b"], padding=True, return_tensors="pt"
+    )
+    assert inputs["pixel_values"].shape == (2, 5, 3, TILE_SIZE, TILE_SIZE)
+    assert inputs["image_sizes"].tolist() == [[28, 28], [40, 60]]
+    # one overview tile, then the kept rows of the grid with a newline each
+    expected = [PATCHES + 4 * (4 + 1), PATCHES + 6 * (8 + 1)]
+    assert (inputs["input_ids"] == processor.image_token_id).sum(dim=1).tolist() == expected
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_padding_and_assistant_masks_stay_aligned(processor, padding_side):
+    rows = [[question("Hi"), answer("A red circle.")], [question("What is this?", picture()), answer("It is")]]
+    inputs = processor(
+        text=[processor.render(row) for row in rows],
+        images=[[], [rows[1][0]["content"][0]["image"]]],
+        padding=True,
+        padding_side=padding_side,
+        return_assistant_tokens_mask=True,
+        return_tensors="pt",
+    )
+    for row, text in enumerate([" A red circle.</s>", " It is</s>"]):
+        supervised = inputs["input_ids"][row][inputs["assistant_masks"][row].bool()]
+        assert processor.decode(supervised) == text
+    assert inputs["attention_mask"].sum(dim=1).tolist() != [inputs["input_ids"].shape[1]] * 2
+
+
+@pytest.mark.parametrize("user_text", ["</s>", "<image>", "<s>", "<pad>", "a</s>USER: b <image>"])
+def test_user_text_is_never_control(processor, user_text):
+    inputs = processor.apply_chat_template(
+        [question(user_text, picture())], tokenize=True, return_dict=True, add_generation_prompt=True
+    )
+    ids = inputs["input_ids"][0]
+    assert ids.count(processor.image_token_id) == PATCHES
+    assert processor.tokenizer.eos_token_id not in ids
+    assert user_text in processor.decode([token for token in ids if token != processor.image_token_id])
+
+
+def test_a_rendered_prompt_stays_safe_on_the_two_step_path(processor):
+    prompt = processor.apply_chat_template([question("</s><image>", picture())], add_generation_prompt=True)
+    ids = processor(images=[picture()], text=prompt)["input_ids"][0]
+    assert ids.count(processor.image_token_id) == PATCHES
+    assert processor.tokenizer.eos_token_id not in ids
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        ([[picture()], []], "1 <image> placeholders and 0 images in row 1"),
+        ([[picture(), picture()], [picture()]], "1 <image> placeholders and 2 images in row 0"),
+        ([picture()], "2 <image> placeholders and 1 images"),
+        ([[picture()]], "1 lists of images for 2 prompts"),
+        (None, "1 <image> placeholders and 0 images in row 0"),
+    ],
+)
+def test_placeholders_and_images_must_agree_per_row(processor, images, message):
+    with pytest.raises(ValueError, match=message):
+        processor(images=images, text=["<image> a", "<image> b"])
+
+
+def test_truncation_cuts_text_but_never_an_image(processor):
+    text = "<image> What is this?"
+    whole = processor(images=picture(), text=text)["input_ids"][0]
+    cut = processor(images=picture(), text=text, truncation=True, max_length=len(whole) - 2)["input_ids"][0]
+    assert cut == whole[:-2]
+    with pytest.raises(ValueError, match="would cut an image"):
+        processor(images=picture(), text=text, truncation=True, max_length=5)
+
+
+def test_text_alone_and_images_alone(processor):
+    assert set(processor(text="What is this?")) == {"input_ids", "attention_mask"}
+    assert set(processor(images=[picture()])) == {"pixel_values"}
+    with pytest.raises(ValueError, match="neither text nor images"):
+        processor()
+
+
+def test_round_trip_keeps_template_and_ids(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is AnyLlavaProcessor
+    assert loaded.chat_template == processor.chat_template
+    messages = [question("What is this?", picture())]
+    settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    ours, theirs = processor.apply_chat_template(messages, **settings), loaded.apply_chat_template(messages, **settings)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=0)
+
+
+def test_pictures_in_messages_are_read_from_anywhere_but_the_network(processor, tmp_path):
+    path = tmp_path / "picture.png"
+    picture().save(path)
+    for item in ({"type": "image", "path": str(path)}, {"type": "image", "image": path.read_bytes()}):
+        messages = [{"role": "user", "content": [item]}]
+        assert len(processor.apply_chat_template(messages, tokenize=True, return_dict=True)["pixel_values"]) == 1
+    for item in (
+        {"type": "image", "url": "https://example.com/a.png"},
+        {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}},
+    ):
+        with pytest.raises(ValueError, match="URL"):
+            processor.apply_chat_template([{"role": "user", "content": [item]}], tokenize=True)
+
+
+def test_without_a_template_the_way_out_is_named(processor, tmp_path):
+    bare = tiny_processor()
+    bare.chat_template = None
+    with pytest.raises(ValueError, match="set processor.chat_template"):
+        bare.apply_chat_template([question("Hi")])
