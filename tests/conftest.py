@@ -1,8 +1,11 @@
-"""What every test may use: where the reference outputs lie."""
+"""What every test may use: where the reference outputs lie. No test reaches the network."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -136,7 +136,10 @@ def test_round_trip_keeps_template_and_ids(processor, tmp_path):
     assert loaded.chat_template == processor.chat_template
     messages = [question("What is this?", picture())]
     settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
-    ours, theirs = processor.apply_chat_template(messages, **settings), loaded.apply_chat_template(messages, **settings)
+    ours, theirs = (
+        processor.apply_chat_template(messages, **settings),
+        loaded.apply_chat_template(messages, **settings),
+    )
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=0)
 
