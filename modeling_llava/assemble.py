@@ -1,0 +1,154 @@
+"""Any vision tower + any causal language model -> a new LLaVA, ready for alignment.
+
+Weights are copied, nothing is resized: the image token gets the first id after the tokenizer's own, and image
+positions never reach the embedding table.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from processing_llava.conversation_templates import load_template
+from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
+from processing_llava.processing_llava import AnyLlavaProcessor
+from processing_llava.sentencepiece_tokenizer import load_sentencepiece_tokenizer
+
+from .configuration_llava import AnyLlavaConfig
+from .modeling_llava import AnyLlavaForConditionalGeneration
+from .vision_towers import VISION_TOWER_FAMILIES
+
+
+def assemble(
+    *,
+    vision_tower: str,
+    language_model: str,
+    template: str,
+    projector_type: str = "mlp2x_gelu",
+    image_aspect_ratio: str = "pad",
+    image_grid_pinpoints: list[list[int]] | None = None,
+    patch_merge_type: str = "flat",
+    vision_feature_layer: int | list[int] = -2,
+    seed: int = 0,
+) -> tuple[AnyLlavaForConditionalGeneration, AnyLlavaProcessor]:
+    """Build a LLaVA with an untrained projector from two trained parts.
+
+    Args:
+        vision_tower: Folder or Hub id of a CLIP, SigLIP or DINOv2, with its preprocessor_config.json.
+        language_model: Folder or Hub id of a causal language model, with its tokenizer.
+        template: Name of the conversation format.
+        image_aspect_ratio: "pad", "square" or "anyres".
+        image_grid_pinpoints: (height, width) pairs in pixels, for "anyres".
+        seed: Of the projector's initial weights.
+        The others: see AnyLlavaConfig.
+
+    Raises:
+        ValueError: if a part cannot be used in a LLaVA.
+    """
+    chat_template = load_template(template)
+    tower = AutoModel.from_pretrained(vision_tower, config=_vision_config(vision_tower), dtype=torch.float32)
+    text_model = AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32)
+    processor = AnyLlavaProcessor(
+        _image_processor(
+            vision_tower, image_aspect_ratio=image_aspect_ratio, image_grid_pinpoints=image_grid_pinpoints
+        ),
+        _tokenizer(language_model),
+        chat_template=chat_template,
+        patch_size=tower.config.patch_size,
+        patch_merge_type=patch_merge_type,
+    )
+    config = AnyLlavaConfig(
+        tower.config,
+        text_model.config,
+        image_token_id=processor.image_token_id,
+        projector_type=projector_type,
+        vision_feature_layer=vision_feature_layer,
+        patch_merge_type=patch_merge_type,
+        image_grid_pinpoints=image_grid_pinpoints,
+        lm_head_bias=text_model.get_output_embeddings().bias is not None,
+    )
+    torch.manual_seed(seed)
+    model = AnyLlavaForConditionalGeneration(config)
+    _copy_weights(tower, model.model.vision_tower)
+    _copy_weights(text_model.base_model, model.model.language_model)
+    _copy_weights(text_model.get_output_embeddings(), model.lm_head)
+    _check_text_logits(text_model, model)
+    model.generation_config = text_model.generation_config
+    model.generation_config.eos_token_id = _end_token_ids(processor.tokenizer, text_model)
+    return model.eval(), processor
+
+
+def _vision_config(vision_tower: str) -> PreTrainedConfig:
+    """The tower's own configuration, also where the checkpoint is an image-text model such as CLIP."""
+    config = AutoConfig.from_pretrained(vision_tower)
+    if config.model_type in VISION_TOWER_FAMILIES:
+        return config
+    if "vision_config" in config.sub_configs:
+        return config.vision_config
+    raise ValueError(
+        f"got vision tower {vision_tower!r} of type {config.model_type!r}; expected one of "
+        f"{', '.join(VISION_TOWER_FAMILIES)}"
+    )
+
+
+def _image_processor(
+    vision_tower: str, *, image_aspect_ratio: str, image_grid_pinpoints: list[list[int]] | None
+) -> AnyLlavaImageProcessorPil:
+    try:
+        fields = AutoImageProcessor.from_pretrained(vision_tower, backend="pil").to_dict()
+    except OSError as error:
+        raise ValueError(
+            f"got vision tower {vision_tower!r} without preprocessor_config.json; expected one with size, image_mean "
+            "and image_std: add the file that belongs to the tower"
+        ) from error
+    kept = ("size", "crop_size", "do_center_crop", "resample", "image_mean", "image_std", "rescale_factor")
+    return AnyLlavaImageProcessorPil(
+        image_aspect_ratio=image_aspect_ratio,
+        image_grid_pinpoints=image_grid_pinpoints,
+        **{name: fields[name] for name in kept if fields.get(name) is not None},
+    )
+
+
+def _tokenizer(language_model: str) -> PreTrainedTokenizerBase:
+    folder = Path(language_model)
+    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        return load_sentencepiece_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(language_model)
+
+
+def _copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Copy every parameter that the target has; a pruned tower has fewer than its source."""
+    state = source.state_dict()
+    target.load_state_dict({name: state[name] for name in target.state_dict()})
+
+
+def _check_text_logits(text_model: PreTrainedModel, model: AnyLlavaForConditionalGeneration) -> None:
+    """Some language models do more than a linear layer after the last hidden state (soft caps, logit scales)."""
+    ids = torch.arange(min(8, text_model.config.vocab_size))[None]
+    ids = ids[ids != model.config.image_token_id][None]
+    with torch.no_grad():
+        expected, ours = text_model.eval()(ids).logits, model.eval()(ids).logits
+    difference = (expected - ours).abs().max().item()
+    if difference > 1e-4 * expected.abs().max().item():
+        raise ValueError(
+            f"got a language model of type {text_model.config.model_type!r} whose logits differ by {difference:.2g} "
+            "from a linear layer on its last hidden state; expected a plain output layer"
+        )
+
+
+def _end_token_ids(tokenizer: PreTrainedTokenizerBase, text_model: PreTrainedModel) -> list[int]:
+    """What ends an answer: what the language model says, and the tokenizer's own end token."""
+    ids = text_model.generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
+        ids = [*ids, tokenizer.eos_token_id]
+    return ids
