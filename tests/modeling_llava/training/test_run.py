@@ -1,0 +1,140 @@
+"""`llava train` on a small real run: what each stage changes, and that the result loads and has learned."""
+
+import json
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+import yaml
+from transformers import AutoProcessor
+
+from modeling_llava import AutoModelForVision2Seq
+from modeling_llava.training.recipe import Recipe, read_recipe
+from modeling_llava.training.run import train
+from modeling_llava.training.trainer import LlavaTrainer, freeze_all_but, part_of
+from tests.tiny import save_tiny_checkpoint, tiny_model
+
+COLORS = {"red": "Red.", "blue": "Blue.", "white": "White."}
+
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("workspace")
+    records = []
+    for index, (color, answer) in enumerate(COLORS.items()):
+        PIL.Image.new("RGB", (40, 30), color).save(folder / f"{color}.png")
+        conversations = [{"from": "human", "value": "<image>\nColor?"}, {"from": "gpt", "value": answer}]
+        records.append({"id": str(index), "image": f"{color}.png", "conversations": conversations})
+    (folder / "rows.json").write_text(json.dumps(records * 4))
+    save_tiny_checkpoint(folder / "start")
+    return folder
+
+
+def write_recipe(folder: Path, **fields) -> Path:
+    recipe = {
+        "stage": "finetune",
+        "model": str(folder / "start"),
+        "data": [{"path": str(folder / "rows.json"), "image_folder": str(folder)}],
+        "output_dir": str(folder / "out"),
+        "trainer": {"learning_rate": 3e-3, "per_device_train_batch_size": 6, "max_steps": 2, "disable_tqdm": True},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | fields))
+    return path
+
+
+def changed_parts(folder: Path, out: Path) -> set[str]:
+    before, after = (AutoModelForVision2Seq.from_pretrained(path).state_dict() for path in (folder / "start", out))
+    return {part_of(name) for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"stage": "align"}, {"mm_projector"}),
+        ({"stage": "finetune"}, {"mm_projector", "language_model", "lm_head"}),
+        (
+            {"stage": "finetune", "train_vision_tower": True, "vision_tower_learning_rate": 1e-3},
+            {"mm_projector", "language_model", "lm_head", "vision_tower"},
+        ),
+    ],
+)
+def test_a_stage_changes_its_parts_and_no_bit_of_the_others(workspace, fields, expected):
+    out = train(read_recipe(write_recipe(workspace, **fields)))
+    assert changed_parts(workspace, out) == expected
+
+
+def test_training_learns_what_the_pictures_show(workspace):
+    trainer = {"learning_rate": 3e-3, "per_device_train_batch_size": 12, "max_steps": 60, "disable_tqdm": True}
+    recipe = write_recipe(workspace, trainer=trainer, train_vision_tower=True, output_dtype="float16")
+    out = train(read_recipe(recipe))
+    model = AutoModelForVision2Seq.from_pretrained(out, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(out)
+    for color, answer in COLORS.items():
+        image = PIL.Image.open(workspace / f"{color}.png")
+        content = [{"type": "image", "image": image}, {"type": "text", "text": "Color?"}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert processor.decode(generated, skip_special_tokens=True).strip() == answer
+
+
+def test_each_part_has_its_learning_rate(workspace):
+    recipe = Recipe(
+        stage="finetune",
+        model="unused",
+        data=["unused"],
+        output_dir="unused",
+        train_vision_tower=True,
+        projector_learning_rate=2.0,
+        vision_tower_learning_rate=3.0,
+    )
+    model = tiny_model()
+    freeze_all_but(model, recipe.trained_parts)
+    trainer = object.__new__(LlavaTrainer)
+    trainer.recipe = recipe
+    trainer.args = type("Arguments", (), {"learning_rate": 1.0, "weight_decay": 0.5})()
+    groups = trainer._parameter_groups(model)
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    expected = {"mm_projector": 2.0, "vision_tower": 3.0, "language_model": 1.0, "lm_head": 1.0}
+    for name, parameter in model.named_parameters():
+        assert rates[id(parameter)] == expected[part_of(name)]
+    decayed = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
+    is_weight = {name: p.ndim > 1 or name.endswith("class_embedding") for name, p in model.named_parameters()}
+    assert decayed == {id(p) for name, p in model.named_parameters() if is_weight[name]}
+
+
+def test_frozen_and_trained_parameters_are_counted():
+    counts = freeze_all_but(tiny_model(), ("mm_projector",))
+    assert {part for part, (_, trained) in counts.items() if trained} == {"mm_projector"}
+    assert sum(total for total, _ in counts.values()) == tiny_model().num_parameters()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("stage: [", "not YAML"),
+        ("just text", "expected a mapping"),
+        ("stage: align", "without model, data, output_dir"),
+        ("stage: align\nmodel: a\noutput_dir: b\ndata: [{path: c}]\nlearning_rat: 1", "got learning_rat in"),
+        ("stage: dream\nmodel: a\noutput_dir: b\ndata: [{path: c}]", "stage='dream'; expected one of align, finetune"),
+        ("stage: align\nmodel: a\noutput_dir: b\ndata: []", "got no data"),
+        ("stage: align\nmodel: a\noutput_dir: b\ndata: [{file: c}]", "got file in data of"),
+        (
+            "stage: align\nmodel: a\noutput_dir: b\ndata: [{path: c}]\nvision_tower_learning_rate: 1.0",
+            "for a frozen tower",
+        ),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused(tmp_path, text, message):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_recipe(tmp_path / "recipe.yaml")
