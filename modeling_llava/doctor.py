@@ -1,0 +1,64 @@
+"""What `llava doctor` prints: versions, device, memory, cached models, and what a model of some size needs."""
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+from huggingface_hub import scan_cache_dir
+from huggingface_hub.errors import CacheNotFound
+
+PACKAGES = ("anyllava", "torch", "transformers", "safetensors", "huggingface_hub", "peft", "trl", "datasets", "gradio")
+BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
+GIB = 2**30
+
+
+def report(*, num_parameters: float) -> str:
+    """The whole report; `num_parameters` is the size of the model whose memory is computed."""
+    sections = [_versions(), _device(), _memory_needs(num_parameters), _cached_models()]
+    return "\n\n".join(sections)
+
+
+def _versions() -> str:
+    lines = [f"python {platform.python_version()} on {platform.platform()}"]
+    for package in PACKAGES:
+        try:
+            lines.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{package} is not installed")
+    return "\n".join(lines)
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return f"GPU {torch.cuda.get_device_name()}: {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    return f"CPU with {torch.get_num_threads()} threads, {_free_memory() / GIB:.1f} GiB of memory free; no GPU"
+
+
+def _free_memory() -> int:
+    """Bytes that a new process can use. sysconf knows no better than free pages outside Linux."""
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _memory_needs(num_parameters: float) -> str:
+    lines = [f"weights of a model with {num_parameters:,.0f} parameters:"]
+    lines += [f"  {dtype}: {num_parameters * size / GIB:.1f} GiB" for dtype, size in BYTES_PER_PARAMETER.items()]
+    return "\n".join(lines)
+
+
+def _cached_models() -> str:
+    try:
+        repositories = [repository for repository in scan_cache_dir().repos if repository.repo_type == "model"]
+    except CacheNotFound:
+        repositories = []
+    if not repositories:
+        return "no models in the local cache"
+    lines = ["models in the local cache:"]
+    for repository in sorted(repositories, key=lambda repository: repository.repo_id):
+        lines.append(f"  {repository.repo_id} ({repository.size_on_disk / GIB:.2f} GiB)")
+    return "\n".join(lines)

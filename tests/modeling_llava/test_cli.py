@@ -1,0 +1,118 @@
+"""The command line: answers, and one clear line with exit code 2 for whatever a user gets wrong."""
+
+import base64
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import PIL.Image
+import pytest
+
+from modeling_llava.cli import main
+from tests.tiny import TEXT_CONFIGS, VISION_CONFIGS, save_tiny_checkpoint, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    return str(save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint")))
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("picture") / "red.png"
+    PIL.Image.new("RGB", (40, 30), "red").save(path)
+    return str(path)
+
+
+def ask(*arguments: str, capsys) -> str:
+    assert main(["ask", *arguments, "--max-new-tokens", "5"]) == 0
+    return capsys.readouterr().out.strip()
+
+
+def test_ask_gives_one_answer_from_every_kind_of_source(checkpoint, picture, capsys, monkeypatch):
+    data = Path(picture).read_bytes()
+    expected = ask(picture, "What is this?", "--model", checkpoint, capsys=capsys)
+    uri = "data:image/png;base64," + base64.b64encode(data).decode()
+    assert ask(uri, "What is this?", "--model", checkpoint, capsys=capsys) == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert ask("-", "What is this?", "--model", checkpoint, capsys=capsys) == expected
+    record = json.loads(ask(picture, "What is this?", "--model", checkpoint, "--json", capsys=capsys))
+    assert record["answer"].strip() == expected
+    assert record["images"] == [picture]
+
+
+def test_ask_takes_several_pictures_a_system_text_and_a_template(checkpoint, picture, capsys):
+    arguments = [picture, picture, "Same?", "--model", checkpoint]
+    plain = ask(*arguments, capsys=capsys)
+    assert ask(*arguments, "--system", "Be brief.", "--template", "qwen", capsys=capsys) != plain
+
+
+def test_sampling_repeats_with_its_seed(checkpoint, picture, capsys):
+    arguments = [picture, "What?", "--model", checkpoint, "--temperature", "5"]
+    assert ask(*arguments, "--seed", "3", capsys=capsys) == ask(*arguments, "--seed", "3", capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["only a question"], "expected pictures and a question"),
+        (["missing.png", "What?"], "missing.png"),
+        ([__file__, "What?"], "got"),
+        (["https://example.com/cat.png", "What?"], "URL"),
+        (["PICTURE", "What?", "--model", "no/such-model"], "got model 'no/such-model'"),
+        (["PICTURE", "What?", "--template", "no_such"], "conversation format 'no_such'"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_code_2(arguments, message, picture, capsys):
+    code = main(["ask", *[picture if argument == "PICTURE" else argument for argument in arguments]])
+    captured = capsys.readouterr()
+    assert code == 2
+    assert message in captured.err
+    assert captured.err.startswith("llava: ") and captured.err.count("\n") == 1
+
+
+def test_chat_in_a_process_of_its_own(checkpoint, picture, tmp_path):
+    saved = tmp_path / "talk.json"
+    typed = f"/image {picture}\nWhat is this?\nAnd now?\n/image missing.png\n/save {saved}\n/reset\n/save {saved}.2\n"
+    result = subprocess.run(
+        [sys.executable, "-m", "modeling_llava.cli", "chat", "--model", checkpoint, "--max-new-tokens", "4"],
+        input=typed,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "missing.png" in result.stdout
+    turns = json.loads(saved.read_text())
+    assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2
+    assert [turn["images"] for turn in turns] == [1, 0, 0, 0]
+    assert json.loads((tmp_path / "talk.json.2").read_text()) == []
+
+
+def test_doctor_reports_versions_and_what_a_model_needs(capsys):
+    assert main(["doctor", "--parameters", "7e9"]) == 0
+    report = capsys.readouterr().out
+    assert "torch" in report and "bfloat16: 13.0 GiB" in report
+
+
+def test_assemble_makes_a_llava_that_answers(picture, tmp_path, capsys):
+    from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil
+
+    tower, text = tmp_path / "tower", tmp_path / "text"
+    AutoModel.from_config(VISION_CONFIGS["clip"]()).save_pretrained(tower)
+    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28).save_pretrained(tower)
+    assert AutoImageProcessor.from_pretrained(tower)
+    AutoModelForCausalLM.from_config(TEXT_CONFIGS["phi"]()).save_pretrained(text)
+    tiny_tokenizer().save_pretrained(text)
+    out = str(tmp_path / "llava")
+    arguments = ["assemble", "--vision-tower", str(tower), "--language-model", str(text), "--out", out]
+    assert main([*arguments, "--projector", "mlp3x_gelu", "--template", "vicuna_v1"]) == 0
+    capsys.readouterr()
+    ask(picture, "What is this?", "--model", out, capsys=capsys)
+    assert main([*arguments, "--projector", "mlp", "--template", "vicuna_v1"]) == 2
+
+
+def test_training_from_the_command_line_refuses_a_missing_recipe(capsys):
+    assert main(["train", "missing.yaml"]) == 2
+    assert "missing.yaml" in capsys.readouterr().err
