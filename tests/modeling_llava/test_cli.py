@@ -116,3 +116,15 @@ def test_assemble_makes_a_llava_that_answers(picture, tmp_path, capsys):
 def test_training_from_the_command_line_refuses_a_missing_recipe(capsys):
     assert main(["train", "missing.yaml"]) == 2
     assert "missing.yaml" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named_with_its_pip_command(tmp_path, capsys, monkeypatch):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("stage: align\nmodel: a\noutput_dir: b\ndata: [{path: c}]")
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, "modeling_llava.training.run", raising=False)
+    monkeypatch.delitem(sys.modules, "modeling_llava.training.trainer", raising=False)
+    assert main(["train", str(recipe)]) == 2
+    assert capsys.readouterr().err == (
+        "llava: trl is not installed; this command needs it: pip install 'anyllava[train]'\n"
+    )
