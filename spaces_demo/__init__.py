@@ -1,0 +1,1 @@
+"""The demo: example pictures with their questions."""
