@@ -1,7 +1,6 @@
 """`llava train RECIPE.yaml`, as a story: model, what trains, rows, batches, training, checkpoint."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -58,7 +57,7 @@ def train(recipe: Recipe) -> Path:
         model,
         SFTConfig(output_dir=recipe.output_dir, remove_unused_columns=False, **settings),
         recipe=recipe,
-        train_dataset=Dataset.from_list([row | {"length": text_length(row)} for row in rows]),
+        train_dataset=Dataset.from_list(rows),
         data_collator=LlavaDataCollator(processor, max_length=recipe.max_length),
         processing_class=processor,
     )
@@ -67,8 +66,3 @@ def train(recipe: Recipe) -> Path:
     model.to(getattr(torch, recipe.output_dtype)).save_pretrained(recipe.output_dir)
     processor.save_pretrained(recipe.output_dir)
     return Path(recipe.output_dir)
-
-
-def text_length(row: dict[str, Any]) -> int:
-    """Characters of a row: what `train_sampling_strategy: group_by_length` sorts by."""
-    return sum(len(item["text"]) for turn in row["messages"] for item in turn["content"] if item["type"] == "text")
