@@ -34,6 +34,7 @@ BUILD := $(BIN)/python -m modeling_llava.tiny_llava
 
 tiny-llava: $(READY)  ## rebuild the embedded model in runs/tiny_llava; CLOTHING=DIR adds photographs
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tiny-llava]'
+	mkdir -p $(TINY) && date +%s > $(TINY)/started
 	$(BUILD).build_data --out $(TINY)/data --cache $(TINY)/cache $(if $(CLOTHING),--clothing $(CLOTHING))
 	$(BUILD).build_tower --data $(TINY)/data --out $(TINY)/tower --cache $(TINY)/cache
 	$(BUILD).build_language_model --tokenizer $(TINY)/data/tokenizer --out $(TINY)/language_model
@@ -41,4 +42,6 @@ tiny-llava: $(READY)  ## rebuild the embedded model in runs/tiny_llava; CLOTHING
 		--vision-feature-layer=-1 --template phi_3 --out $(TINY)/assembled
 	$(BIN)/llava train modeling_llava/training/recipes/tiny_llava_captions.yaml
 	$(BIN)/llava train modeling_llava/training/recipes/tiny_llava_instructions.yaml
-	$(BUILD).evaluate $(TINY)/data/heldout.json --model $(TINY)/trained --out $(TINY)/heldout_results.json
+	$(BUILD).evaluate $(TINY)/data/heldout.json --model $(TINY)/trained --out $(TINY)/heldout_scores.json
+	$(BUILD).write_card --model $(TINY)/trained --scores $(TINY)/heldout_scores.json \
+		--sources $(TINY)/data/sources.json --minutes $$(( ($$(date +%s) - $$(cat $(TINY)/started)) / 60 ))

@@ -1,6 +1,6 @@
 """Ask a model the held-out questions and count exact answers.
 
-    python -m modeling_llava.tiny_llava.evaluate QUESTIONS.json --model DIR [--out RESULTS.json] [--limit N]
+    python -m modeling_llava.tiny_llava.evaluate QUESTIONS.json --model DIR [--out SCORES.json]
 
 QUESTIONS.json is `heldout.json` of build_data, or `tests/heldout/questions.json`; image paths start beside it. Each
 question is asked alone, answered greedily, and right if the answer is the expected one but for case and a full stop.
@@ -83,14 +83,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("questions", type=Path)
     parser.add_argument("--model", default=EMBEDDED_MODEL)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--out", type=Path, help="JSON file for the scores")
+    parser.add_argument("--predictions", type=Path, help="JSON file for the questions with their predictions")
+    parser.add_argument("--limit", type=int, help="at most so many questions of each task")
     arguments = parser.parse_args()
     scores, records = evaluate(*load_for_inference(arguments.model), arguments.questions, limit=arguments.limit)
     for task, score in sorted(scores.items()):
         print(f"{task:24} {score['accuracy']:6.1%}  {score['correct']} of {score['total']}")
     if arguments.out:
-        arguments.out.write_text(json.dumps({"scores": scores, "records": records}, indent=1))
+        arguments.out.write_text(json.dumps(scores, indent=1) + "\n")
+    if arguments.predictions:
+        arguments.predictions.write_text(json.dumps(records, indent=1) + "\n")
 
 
 if __name__ == "__main__":

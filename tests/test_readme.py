@@ -1,0 +1,53 @@
+"""The README's code runs: its Python blocks in one process, its llava commands in a shell."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def run(command: list[str]) -> str:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_python_blocks_run():
+    output = run([sys.executable, "-W", "error::DeprecationWarning", "-c", "\n".join(blocks("python"))])
+    assert "penguin" in output
+    assert "guitar" in output
+
+
+def llava_commands() -> list[str]:
+    return [line for block in blocks("bash") for line in block.splitlines() if line.startswith("llava ")]
+
+
+@pytest.mark.parametrize("command", llava_commands())
+def test_llava_commands_run(command):
+    assert run(["sh", "-c", command]).strip()
+
+
+def test_make_targets_exist():
+    targets = re.findall(r"make ([a-z-]+)", README)
+    makefile = (ROOT / "Makefile").read_text()
+    assert {"demo", "test"} <= set(targets)
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_the_tree_names_what_there_is():
+    tree = blocks("")[-1]
+    for folder, name in re.findall(r"^(\S*)?\s*([\w/]+\.py)\b", tree, flags=re.MULTILINE):
+        assert list(ROOT.glob(f"*/{name}")), f"{folder}{name}"
