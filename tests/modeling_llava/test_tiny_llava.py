@@ -1,0 +1,67 @@
+"""The embedded model: held-out questions against what its card claims, within sampling error; and its size."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from modeling_llava.inference import EMBEDDED_MODEL, ChatSession, load_for_inference
+from modeling_llava.tiny_llava.evaluate import evaluate, normalise
+from tests.conftest import ROOT
+
+CHECKPOINT = Path(EMBEDDED_MODEL)
+RESULTS = json.loads((CHECKPOINT / "heldout_scores.json").read_text())
+HELDOUT = ROOT / "tests" / "heldout" / "questions.json"
+EXAMPLES = ROOT / "spaces_demo" / "examples"
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return load_for_inference()
+
+
+@pytest.fixture(scope="module")
+def scores(embedded):
+    return evaluate(*embedded, HELDOUT)[0]
+
+
+@pytest.mark.parametrize("task", sorted(RESULTS))
+def test_held_out_answers_are_as_good_as_claimed(scores, task):
+    claimed, measured = RESULTS[task]["accuracy"], scores[task]
+    # Both numbers are samples: three standard errors of their difference, and one question for discreteness.
+    variance = claimed * (1 - claimed) * (1 / measured["total"] + 1 / RESULTS[task]["total"])
+    tolerance = 3 * variance**0.5 + 1 / measured["total"]
+    assert measured["accuracy"] >= claimed - tolerance
+
+
+def test_the_card_prints_the_measured_numbers():
+    card = (CHECKPOINT / "README.md").read_text()
+    for task, result in RESULTS.items():
+        row = re.search(rf"^\| `{task}` \|.*$", card, flags=re.MULTILINE)
+        assert row, f"the card has no row for {task}"
+        assert f"| {result['accuracy']:.1%} |" in row[0]
+        assert f"| {result['total']:,} |" in row[0]
+
+
+def test_the_checkpoint_fits_into_24_megabytes():
+    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) <= 24e6
+
+
+def test_half_of_the_example_pictures_are_answered_right(embedded):
+    examples = json.loads((EXAMPLES / "examples.json").read_text())
+    session = ChatSession(*embedded)
+    right = 0
+    for example in examples:
+        session.reset()
+        answer = "".join(session.ask(example["question"], images=[EXAMPLES / example["image"]]))
+        right += normalise(answer) == normalise(example["expected"])
+    assert right >= len(examples) / 2
+
+
+def test_a_conversation_keeps_the_picture(embedded):
+    session = ChatSession(*embedded)
+    first = "".join(session.ask("What is this?", images=[EXAMPLES / "twemoji-penguin.png"]))
+    second = "".join(session.ask("Is it an animal or a vehicle?"))
+    third = "".join(session.ask("Is there a guitar?"))
+    assert [normalise(answer) for answer in (first, second, third)] == ["a penguin", "an animal", "no"]
