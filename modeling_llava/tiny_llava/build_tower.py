@@ -128,9 +128,8 @@ def read_targets(teacher: Dinov2Model, pixels: Tensor) -> Tensor:
 def distill(teacher: Dinov2Model, student: Dinov2Model, paths: list[Path], *, num_images: int, seed: int) -> None:
     """Train the student in place so that its last hidden states are the teacher's, standardized channel by channel.
 
-    Raw hidden states of a DINOv2 are nearly the same vector everywhere: what tells things apart is small beside their
-    mean, and a projector with random weights cannot see it. Hidden states are taken before the final norm, which
-    LLaVA leaves out.
+    Channels then weigh alike, and the projector starts from features without a common mean. Hidden states are taken
+    before the final norm, which LLaVA leaves out.
     """
     rng = random.Random(seed)
     with torch.autocast("cpu", torch.bfloat16):
@@ -238,7 +237,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=Path("tiny_llava_cache"))
     parser.add_argument("--images", type=int, default=40_000, help="how many pictures to imitate the teacher on")
-    parser.add_argument("--named-images", type=int, default=80_000, help="how many pictures to name after that")
+    parser.add_argument("--named-images", type=int, default=64_000, help="how many pictures to name after that")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)

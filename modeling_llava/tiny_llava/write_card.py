@@ -13,7 +13,7 @@ import jinja2
 import hub_cards
 
 ASKED = {
-    "easy_vqa": "official test split of Easy-VQA: shapes and colours, half of it yes or no",
+    "easy_vqa": "official test split of Easy-VQA: shapes and colours, three quarters yes or no",
     "name": "the exact name of a thing in a drawing of Twemoji",
     "choice": "the right one of four names for a drawing of Twemoji",
     "presence": "yes or no: is it in the drawing of Twemoji?",
