@@ -25,7 +25,7 @@ from processing_llava.sentencepiece_tokenizer import load_sentencepiece_tokenize
 
 from .configuration_llava import AnyLlavaConfig
 from .modeling_llava import AnyLlavaForConditionalGeneration
-from .vision_towers import VISION_TOWER_FAMILIES
+from .vision_towers import vision_tower_family
 
 
 def assemble(
@@ -90,14 +90,10 @@ def assemble(
 def _vision_config(vision_tower: str) -> PreTrainedConfig:
     """The tower's own configuration, also where the checkpoint is an image-text model such as CLIP."""
     config = AutoConfig.from_pretrained(vision_tower)
-    if config.model_type in VISION_TOWER_FAMILIES:
-        return config
     if "vision_config" in config.sub_configs:
-        return config.vision_config
-    raise ValueError(
-        f"got vision tower {vision_tower!r} of type {config.model_type!r}; expected one of "
-        f"{', '.join(VISION_TOWER_FAMILIES)}"
-    )
+        config = config.vision_config
+    vision_tower_family(config)
+    return config
 
 
 def _image_processor(

@@ -89,16 +89,14 @@ def _session(options: argparse.Namespace):
     return ChatSession(model, processor, system=options.system)
 
 
+def _settings(options: argparse.Namespace) -> dict:
+    return {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "seed": options.seed}
+
+
 def _answer(options: argparse.Namespace, session, question: str, *, images: list) -> str:
     """Print an answer while it is generated; returns it whole."""
     pieces = []
-    for piece in session.ask(
-        question,
-        images=images,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        seed=options.seed,
-    ):
+    for piece in session.ask(question, images=images, **_settings(options)):
         print(piece, end="", flush=True)
         pieces.append(piece)
     print()
@@ -115,7 +113,7 @@ def _ask(options: argparse.Namespace) -> None:
     if not options.json:
         _answer(options, session, question, images=images)
         return
-    settings = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "seed": options.seed}
+    settings = _settings(options)
     answer = "".join(session.ask(question, images=images, **settings))
     record = {"question": question, "images": sources, "answer": answer, "model": options.model or "embedded"}
     print(json.dumps(record | settings, ensure_ascii=False))
