@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: help demo test check format tiny-llava
+.PHONY: help demo test test-transformers check format tiny-llava
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -20,6 +20,10 @@ demo: $(READY)  ## ask the embedded model about the example pictures, then chat 
 
 test: $(READY)  ## the tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not gpu'
+
+test-transformers: $(READY)  ## transformers' own tests, on the classes of this package; downloads them once
+	$(BIN)/python -m tests.transformers_suite.fetch
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/transformers_suite
 
 check: $(READY)  ## style
 	$(BIN)/ruff check .

@@ -1,14 +1,19 @@
 """What generation with images needs beyond transformers' GenerationMixin.
 
 Image tokens may lie outside the vocabulary. Whatever indexes scores or embeddings by input ids (a repetition penalty,
-a text model that drafts) is therefore shown text ids only.
+a text model that drafts) is therefore shown text ids only. A LLaVA that drafts looks at the images itself:
+transformers would hand it the features of the larger model, which are of another width or another meaning.
 """
 
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from transformers import GenerationMixin, LogitsProcessorList
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, CandidateGenerator
+
+_IMAGES: ContextVar[dict[str, torch.Tensor]] = ContextVar("_IMAGES")
+"""The images of the innermost running `generate`, which has dropped them when it makes its assistant ready."""
 
 
 class AnyLlavaGenerationMixin(GenerationMixin):
@@ -26,7 +31,12 @@ class AnyLlavaGenerationMixin(GenerationMixin):
             layouts = self.model.plan_images(pixel_values, kwargs.get("image_sizes"))
             image_mask_BL = self.model.get_image_mask(input_ids, None)
             self.model.check_image_tokens(image_mask_BL, [layout.num_tokens for layout in layouts])
-        return super().generate(inputs, **kwargs)
+        images = {name: kwargs[name] for name in ("pixel_values", "image_sizes") if kwargs.get(name) is not None}
+        outer_images = _IMAGES.set(images)
+        try:
+            return super().generate(inputs, **kwargs)
+        finally:
+            _IMAGES.reset(outer_images)
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, *args, past_key_values=None, is_first_iteration: bool | None = False, **kwargs
@@ -51,9 +61,13 @@ class AnyLlavaGenerationMixin(GenerationMixin):
     def _get_candidate_generator(self, *args, **kwargs) -> CandidateGenerator:
         generator = super()._get_candidate_generator(*args, **kwargs)
         if type(generator) is AssistedCandidateGenerator:
-            drafts_text = "image" not in generator.assistant_model.input_modalities
-            if drafts_text:
+            assistant = generator.assistant_model
+            if "image" not in assistant.input_modalities:
                 return TextDraftGenerator(generator)
+            images = {name: value.to(assistant.device) for name, value in _IMAGES.get().items()}
+            if images:
+                encoded = assistant.get_image_features(**images, return_dict=True)
+                generator.assistant_kwargs["mm_encoder_outputs"] = {"image": encoded}
         return generator
 
 

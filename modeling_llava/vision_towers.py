@@ -32,7 +32,10 @@ def _remove_pooling_head(tower: PreTrainedModel) -> None:
 
 
 def _remove_mask_token(tower: PreTrainedModel) -> None:
-    tower.embeddings.mask_token = None
+    # Not None: transformers initialises the token of a tower with registers in any case.
+    mask_token = tower.embeddings.mask_token.data
+    del tower.embeddings.mask_token
+    tower.embeddings.register_buffer("mask_token", mask_token, persistent=False)
 
 
 VISION_TOWER_FAMILIES = {

@@ -1,10 +1,21 @@
-"""Every way of generating gives the tokens of the plain greedy loop, with one call of the tower per image."""
+"""Every way of generating gives the tokens of a plain loop, and shows each image to the tower once."""
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, RepetitionPenaltyLogitsProcessor
+from transformers import LlamaConfig, LlamaForCausalLM, RepetitionPenaltyLogitsProcessor
 
-from tests.tiny import IMAGE_TOKEN_ID, PATCH_SIZE, PINPOINTS, TEXT_CONFIGS, TILE_SIZE, batch, random_images, text_ids
+from modeling_llava import AnyLlavaForConditionalGeneration
+from tests.tiny import (
+    IMAGE_TOKEN_ID,
+    PATCH_SIZE,
+    PINPOINTS,
+    TEXT_CONFIGS,
+    TILE_SIZE,
+    batch,
+    random_images,
+    text_ids,
+    tiny_config,
+)
 from tests.tiny import tiny_model as build_tiny_model
 
 IMAGE = [IMAGE_TOKEN_ID] * (TILE_SIZE // PATCH_SIZE) ** 2
@@ -19,8 +30,15 @@ def model():
 
 @pytest.fixture
 def tower_calls(model):
+    return record_tower_calls(model)
+
+
+def record_tower_calls(model) -> list[int]:
+    """How many tiles the tower sees, from here on, in each of its calls."""
     calls = []
-    model.model.vision_tower.register_forward_hook(lambda module, args, output: calls.append(1))
+    model.model.vision_tower.register_forward_hook(
+        lambda module, args, output: calls.append(len(output.last_hidden_state))
+    )
     return calls
 
 
@@ -29,14 +47,19 @@ def prompt(num_images: int = 1) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": random_images(num_images)}
 
 
-def greedy_by_hand(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Argmax of the full forward, one token at a time, without any cache. The end token is never chosen."""
+@torch.no_grad()
+def generate_by_hand(model, inputs: dict[str, torch.Tensor], choose) -> torch.Tensor:
+    """`choose` from the logits of the full forward, one token at a time, without any cache; never the end token."""
     ids = inputs["input_ids"]
     for _ in range(NEW_TOKENS):
         logits = model(ids, pixel_values=inputs["pixel_values"], use_cache=False).logits[:, -1]
         logits[:, model.config.text_config.eos_token_id] = -torch.inf
-        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+        ids = torch.cat([ids, choose(logits)], dim=1)
     return ids
+
+
+def greedy_by_hand(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return generate_by_hand(model, inputs, lambda logits: logits.argmax(-1, keepdim=True))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +80,7 @@ def test_greedy(model, tower_calls, settings):
     tower_calls.clear()
     generated = model.generate(**inputs, **GREEDY, **settings)
     assert generated.tolist() == expected.tolist()
-    assert len(tower_calls) == 1
+    assert tower_calls == [2]
 
 
 @pytest.mark.parametrize("text", TEXT_CONFIGS)
@@ -67,26 +90,35 @@ def test_greedy_with_every_text_model(text):
     assert model.generate(**inputs, **GREEDY).tolist() == greedy_by_hand(model, inputs).tolist()
 
 
-def test_assisted_by_a_smaller_llava(model):
-    inputs = prompt()
+def test_assisted_by_a_smaller_llava(model, tower_calls):
+    inputs = prompt(num_images=2)
     expected = greedy_by_hand(model, inputs)
-    assistant = build_tiny_model(seed=1)
+    config = tiny_config()
+    config.text_config = LlamaConfig(**config.text_config.to_dict() | {"hidden_size": 16, "head_dim": 4})
+    torch.manual_seed(1)
+    assistant = AnyLlavaForConditionalGeneration(config).eval()
+    assistant_calls = record_tower_calls(assistant)
+    tower_calls.clear()
     assert model.generate(**inputs, **GREEDY, assistant_model=assistant).tolist() == expected.tolist()
+    assert tower_calls == assistant_calls == [2]
 
 
-def test_assisted_by_a_text_model(model):
-    inputs = prompt()
+def test_assisted_by_a_text_model(model, tower_calls):
+    inputs = prompt(num_images=2)
     expected = greedy_by_hand(model, inputs)
     torch.manual_seed(1)
     assistant = LlamaForCausalLM(TEXT_CONFIGS["llama"]()).eval()
+    tower_calls.clear()
     assert model.generate(**inputs, **GREEDY, assistant_model=assistant).tolist() == expected.tolist()
+    assert tower_calls == [2]
 
 
-def test_left_padded_batch_of_mixed_rows_equals_rows_alone(model):
+def test_left_padded_batch_of_mixed_rows_equals_rows_alone(model, tower_calls):
     images = random_images(3)
     rows = [([1, *text_ids(20)], []), ([1, *IMAGE, 5], [0]), ([1, *IMAGE, 6, *IMAGE, 7], [1, 2])]
     inputs = batch([ids for ids, _ in rows], padding_side="left")
     together = model.generate(**inputs, pixel_values=images, **GREEDY)[:, -NEW_TOKENS:]
+    assert tower_calls == [3]
     for row, (ids, chosen) in zip(together, rows):
         pixel_values = images[chosen] if chosen else None
         alone = model.generate(torch.tensor([ids]), pixel_values=pixel_values, **GREEDY)
@@ -97,7 +129,7 @@ def test_beam_search_finds_a_likelier_sequence_than_greedy(model, tower_calls):
     inputs = prompt()
     beams = model.generate(**inputs, **GREEDY, num_beams=4, num_return_sequences=3)
     assert beams.shape == (3, inputs["input_ids"].shape[1] + NEW_TOKENS)
-    assert len(tower_calls) == 1
+    assert tower_calls == [1]
 
     def log_likelihood(ids: torch.Tensor) -> float:
         logits = model(ids[None], pixel_values=inputs["pixel_values"]).logits[0].log_softmax(-1)
@@ -106,14 +138,22 @@ def test_beam_search_finds_a_likelier_sequence_than_greedy(model, tower_calls):
     assert log_likelihood(beams[0]) >= log_likelihood(greedy_by_hand(model, inputs)[0]) - 1e-4
 
 
-def test_sampling_repeats_with_its_seed(model):
-    inputs = prompt()
-    samples = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        samples.append(model.generate(**inputs, do_sample=True, max_new_tokens=NEW_TOKENS, num_return_sequences=2))
-    assert samples[0].tolist() == samples[1].tolist()
-    assert samples[0].tolist() != samples[2].tolist()
+@pytest.mark.parametrize("num_return_sequences", [1, 3])
+def test_sampling_equals_sampling_by_hand_with_the_same_seed(model, tower_calls, num_return_sequences):
+    inputs = prompt(num_images=2)
+    settings = GREEDY | {"do_sample": True, "top_k": 0, "num_return_sequences": num_return_sequences}
+    torch.manual_seed(0)
+    samples = model.generate(**inputs, **settings)
+    assert tower_calls == [2]
+
+    repeated = {
+        "input_ids": inputs["input_ids"].repeat_interleave(num_return_sequences, dim=0),
+        "pixel_values": inputs["pixel_values"].repeat(num_return_sequences, 1, 1, 1),
+    }
+    torch.manual_seed(0)
+    expected = generate_by_hand(model, repeated, lambda logits: logits.softmax(-1).multinomial(1))
+    assert samples.tolist() == expected.tolist()
+    assert len({tuple(row) for row in samples.tolist()}) == num_return_sequences
 
 
 def test_repetition_penalty_counts_text_only(model):
@@ -149,14 +189,16 @@ def test_a_second_turn_on_the_cache_of_the_first_equals_starting_over(model, tow
     assert second.tolist() == model.generate(longer, pixel_values=inputs["pixel_values"], **GREEDY).tolist()
 
 
-def test_tiled_images(model):
+def test_tiled_images():
     model = build_tiny_model(patch_merge_type="spatial_unpad", image_grid_pinpoints=PINPOINTS)
     sizes = torch.tensor([[40, 60], [28, 28]])
     pixel_values = random_images(2, num_tiles=5)
-    lengths = [layout.num_tokens for layout in model.model.plan_images(pixel_values, sizes)]
-    rows = [[1, *[IMAGE_TOKEN_ID] * length, 7, 8] for length in lengths]
+    layouts = model.model.plan_images(pixel_values, sizes)
+    rows = [[1, *[IMAGE_TOKEN_ID] * layout.num_tokens, 7, 8] for layout in layouts]
     inputs = batch(rows, padding_side="left")
+    tower_calls = record_tower_calls(model)
     together = model.generate(**inputs, pixel_values=pixel_values, image_sizes=sizes, **GREEDY, num_beams=2)
+    assert tower_calls == [sum(layout.num_tiles for layout in layouts)]
     for index, row in enumerate(rows):
         alone = model.generate(
             torch.tensor([row]),
