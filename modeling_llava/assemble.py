@@ -4,24 +4,12 @@ Weights are copied, nothing is resized: the image token gets the first id after 
 positions never reach the embedding table.
 """
 
-from pathlib import Path
-
 import torch
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from processing_llava.conversation_templates import load_template
-from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
+from processing_llava.model_parts import read_image_processor, read_tokenizer, read_vision_config
 from processing_llava.processing_llava import AnyLlavaProcessor
-from processing_llava.sentencepiece_tokenizer import load_sentencepiece_tokenizer
 
 from .configuration_llava import AnyLlavaConfig
 from .modeling_llava import AnyLlavaForConditionalGeneration
@@ -55,13 +43,18 @@ def assemble(
         ValueError: if a part cannot be used in a LLaVA.
     """
     chat_template = load_template(template)
-    tower = AutoModel.from_pretrained(vision_tower, config=_vision_config(vision_tower), dtype=torch.float32)
+    vision_config = read_vision_config(vision_tower)
+    vision_tower_family(vision_config)
+    tower = AutoModel.from_pretrained(vision_tower, config=vision_config, dtype=torch.float32)
     text_model = AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32)
     processor = AnyLlavaProcessor(
-        _image_processor(
-            vision_tower, image_aspect_ratio=image_aspect_ratio, image_grid_pinpoints=image_grid_pinpoints
+        read_image_processor(
+            vision_tower,
+            vision_config,
+            image_aspect_ratio=image_aspect_ratio,
+            image_grid_pinpoints=image_grid_pinpoints,
         ),
-        _tokenizer(language_model),
+        read_tokenizer(language_model),
         chat_template=chat_template,
         patch_size=tower.config.patch_size,
         patch_merge_type=patch_merge_type,
@@ -85,40 +78,6 @@ def assemble(
     model.generation_config = text_model.generation_config
     model.generation_config.eos_token_id = _end_token_ids(processor.tokenizer, text_model)
     return model.eval(), processor
-
-
-def _vision_config(vision_tower: str) -> PreTrainedConfig:
-    """The tower's own configuration, also where the checkpoint is an image-text model such as CLIP."""
-    config = AutoConfig.from_pretrained(vision_tower)
-    if "vision_config" in config.sub_configs:
-        config = config.vision_config
-    vision_tower_family(config)
-    return config
-
-
-def _image_processor(
-    vision_tower: str, *, image_aspect_ratio: str, image_grid_pinpoints: list[list[int]] | None
-) -> AnyLlavaImageProcessorPil:
-    try:
-        fields = AutoImageProcessor.from_pretrained(vision_tower, backend="pil").to_dict()
-    except OSError as error:
-        raise ValueError(
-            f"got vision tower {vision_tower!r} without preprocessor_config.json; expected one with size, image_mean "
-            "and image_std: add the file that belongs to the tower"
-        ) from error
-    kept = ("size", "crop_size", "do_center_crop", "resample", "image_mean", "image_std", "rescale_factor")
-    return AnyLlavaImageProcessorPil(
-        image_aspect_ratio=image_aspect_ratio,
-        image_grid_pinpoints=image_grid_pinpoints,
-        **{name: fields[name] for name in kept if fields.get(name) is not None},
-    )
-
-
-def _tokenizer(language_model: str) -> PreTrainedTokenizerBase:
-    folder = Path(language_model)
-    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
-        return load_sentencepiece_tokenizer(folder)
-    return AutoTokenizer.from_pretrained(language_model)
 
 
 def _copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:

@@ -10,18 +10,19 @@ from typing import Any
 
 import torch
 from transformers import AddedToken, BatchFeature, PreTrainedTokenizerBase
-from transformers.processing_utils import ImagesKwargs, ProcessorMixin, TextKwargs
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, TextKwargs
 
 from .image_layouts import plan_image
 from .image_loading import load_image
 from .image_processing_llava import AnyLlavaImageProcessorPil
+from .original_processor import OriginalProcessorMixin
 from .prompts import Prompt, count_images, encode_prompt, render_prompt
 
 # Old callers (TRL, pipelines) pass these beside template variables instead of inside `processor_kwargs`.
 _PROCESSOR_KWARGS = set(TextKwargs.__annotations__) | set(ImagesKwargs.__annotations__)
 
 
-class AnyLlavaProcessor(ProcessorMixin):
+class AnyLlavaProcessor(OriginalProcessorMixin, ProcessorMixin):
     """Prepares text and images for AnyLlavaForConditionalGeneration.
 
     Args:
@@ -58,7 +59,7 @@ class AnyLlavaProcessor(ProcessorMixin):
         images: Any = None,
         text: str | list[str] | None = None,
         *,
-        return_assistant_tokens_mask: bool = False,
+        return_assistant_tokens_mask: bool | None = None,
         **kwargs,
     ) -> BatchFeature:
         """Encode prompts and their images.
@@ -70,7 +71,7 @@ class AnyLlavaProcessor(ProcessorMixin):
                 counts: render user text with a template instead of formatting it yourself.
             return_assistant_tokens_mask: Add `assistant_masks`: 1 on tokens that the assistant writes.
             **kwargs: Those of the tokenizer (`padding`, `padding_side`, `max_length`, `return_tensors`, ...) and of
-                the image processor.
+                the image processor; `return_text_replacement_offsets` as in transformers.
 
         Returns:
             `input_ids` and `attention_mask` `[B, L]`; with images `pixel_values` and, for tiled ones, `image_sizes`.
@@ -101,10 +102,18 @@ class AnyLlavaProcessor(ProcessorMixin):
             text_inputs = self._encode(
                 prompts,
                 iter(num_image_tokens),
-                return_assistant_tokens_mask=return_assistant_tokens_mask,
+                return_assistant_tokens_mask=bool(return_assistant_tokens_mask),
                 **merged["text_kwargs"],
             )
-        return BatchFeature({**text_inputs, **image_inputs}, tensor_type=merged["text_kwargs"].get("return_tensors"))
+        if merged["return_text_replacement_offsets"]:
+            _, text_inputs["text_replacement_offsets"] = self.get_text_with_replacements(
+                [_hide_user_text(prompt) for prompt in prompts], [self.image_token * num for num in num_image_tokens]
+            )
+        return BatchFeature(
+            {**text_inputs, **image_inputs},
+            tensor_type=merged["text_kwargs"].get("return_tensors"),
+            skip_tensor_conversion=self.skip_tensor_conversion,
+        )
 
     def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False, **variables) -> Prompt:
         """One conversation in the words of the chat template.
@@ -178,6 +187,14 @@ class AnyLlavaProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The placeholders of one image as text, for engines that expand prompts themselves."""
         return self.image_token * self._count_image_tokens(image_inputs)[image_idx]
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None) -> MultiModalData:
+        """Tokens and rows of `pixel_values` of images of these (height, width), for the same engines."""
+        if image_sizes is None:
+            return MultiModalData()
+        is_tiled = self.image_processor.image_aspect_ratio == "anyres"
+        num_tokens = self._count_image_tokens({"image_sizes" if is_tiled else "pixel_values": image_sizes})
+        return MultiModalData(num_image_tokens=num_tokens, num_image_patches=[1] * len(image_sizes))
 
     def _count_image_tokens(self, image_inputs: dict) -> list[int]:
         tile_size = self.image_processor.tile_size
@@ -272,7 +289,18 @@ class AnyLlavaProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return list(dict.fromkeys(self.tokenizer.model_input_names + self.image_processor.model_input_names))
+        names = dict.fromkeys(self.tokenizer.model_input_names + self.image_processor.model_input_names)
+        if self.image_processor.image_aspect_ratio != "anyres":
+            del names["image_sizes"]
+        return list(names)
+
+
+def _hide_user_text(prompt: str) -> str:
+    """The prompt with user text blanked out, so that no placeholder is found in it; nothing else moves."""
+    text = str(prompt)
+    for start, end in prompt.user_spans if isinstance(prompt, Prompt) else ():
+        text = text[:start] + " " * (end - start) + text[end:]
+    return text
 
 
 def _flatten(images: Any) -> list:

@@ -163,3 +163,22 @@ def test_without_a_template_the_way_out_is_named(processor, tmp_path):
     bare.chat_template = None
     with pytest.raises(ValueError, match="set processor.chat_template"):
         bare.apply_chat_template([question("Hi")])
+
+
+def test_replacement_offsets_find_images_and_nothing_that_a_user_typed(processor):
+    prompt = processor.render([question("Is <image> text?", picture())])
+    inputs = processor(images=picture(), text=prompt, return_text_replacement_offsets=True, return_tensors="pt")
+    ((offsets,),) = inputs["text_replacement_offsets"]
+    start, end = offsets["span"]
+    assert prompt[start:end] == "<image>" and start == prompt.index("<image>")
+    assert offsets["replacement"] == "<image>" * PATCHES
+    assert offsets["new_span"] == (start, start + len(offsets["replacement"]))
+
+
+@pytest.mark.parametrize("image_aspect_ratio, with_sizes", [("pad", []), ("anyres", ["image_sizes"])])
+def test_model_input_names_are_what_a_call_returns(image_aspect_ratio, with_sizes):
+    processor = tiny_processor(image_aspect_ratio=image_aspect_ratio, image_grid_pinpoints=PINPOINTS)
+    inputs = processor(images=picture(), text="<image>")
+    assert (
+        set(inputs) == set(processor.model_input_names) == {"input_ids", "attention_mask", "pixel_values", *with_sizes}
+    )

@@ -1,0 +1,152 @@
+"""Tokenizer and image settings of the parts that a LLaVA is made of: a language model and a vision tower."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from .image_processing_llava import AnyLlavaImageProcessorPil
+from .original_folder import find_file
+from .sentencepiece_tokenizer import load_sentencepiece_tokenizer
+
+_CLIP_LARGE = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+KNOWN_TOWERS = {
+    "openai/clip-vit-large-patch14": _CLIP_LARGE | {"image_size": 224},
+    "openai/clip-vit-large-patch14-336": _CLIP_LARGE | {"image_size": 336},
+    "google/siglip-so400m-patch14-384": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "image_size": 384,
+    },
+}
+"""The towers of nearly every published LLaVA, so that one with its tower inside needs no second repository."""
+_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
+_SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_IMAGE_FIELDS = ("size", "crop_size", "resample", "image_mean", "image_std", "rescale_factor")
+
+
+def read_vision_config(vision_tower: str, **download) -> PreTrainedConfig:
+    """The configuration of a tower, also where its repository is an image-text model such as CLIP.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if vision_tower in KNOWN_TOWERS:
+        config = AutoConfig.for_model(**KNOWN_TOWERS[vision_tower])
+        config.name_or_path = vision_tower
+        return config
+    try:
+        config = AutoConfig.from_pretrained(vision_tower, **download)
+    except OSError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"got vision tower {vision_tower!r}, which cannot be read; expected the folder or Hub id of a vision "
+            f"model: {reason}"
+        ) from error
+    return config.vision_config if "vision_config" in config.sub_configs else config
+
+
+def read_image_processor(
+    vision_tower: str, vision_config: PreTrainedConfig, *, download: dict[str, Any] | None = None, **fields
+) -> AnyLlavaImageProcessorPil:
+    """The image processor of a LLaVA on this tower.
+
+    Args:
+        vision_tower: Folder or Hub id.
+        vision_config: Of that tower.
+        download: Some of `DOWNLOAD_KWARGS`.
+        **fields: `image_aspect_ratio` and `image_grid_pinpoints`.
+
+    Raises:
+        ValueError: if the tower does not say how its images are made.
+    """
+    if vision_tower in KNOWN_TOWERS:
+        return AnyLlavaImageProcessorPil(**_known_image_fields(vision_config), **fields)
+    try:
+        tower_fields = AutoImageProcessor.from_pretrained(vision_tower, backend="pil", **(download or {})).to_dict()
+    except OSError as error:
+        raise ValueError(
+            f"got vision tower {vision_tower!r} without preprocessor_config.json; expected one with size, image_mean "
+            "and image_std: add the file that belongs to the tower"
+        ) from error
+    kept = {name: tower_fields[name] for name in _IMAGE_FIELDS if tower_fields.get(name) is not None}
+    # SigLIP's processor has no such field, where ours would crop.
+    crops = bool(tower_fields.get("do_center_crop"))
+    return AnyLlavaImageProcessorPil(do_center_crop=crops, **kept, **fields)
+
+
+def _known_image_fields(vision_config: PreTrainedConfig) -> dict[str, Any]:
+    side = vision_config.image_size
+    square = {"height": side, "width": side}
+    if vision_config.model_type == "clip_vision_model":
+        return {"size": {"shortest_edge": side}, "crop_size": square}
+    half = (0.5, 0.5, 0.5)
+    return {"size": square, "do_center_crop": False, "image_mean": half, "image_std": half}
+
+
+def has_tokenizer(name: str, download: dict[str, Any]) -> bool:
+    """Whether a folder or Hub repository has the files of a tokenizer."""
+    return any(find_file(name, filename, download) for filename in _TOKENIZER_FILES)
+
+
+def read_tokenizer(
+    name: str,
+    *,
+    text_config: PreTrainedConfig | None = None,
+    prefer_sentencepiece: bool = False,
+    download: dict[str, Any] | None = None,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub repository, exact where it is a `tokenizer.model`.
+
+    Args:
+        name: Folder or Hub id.
+        text_config: Decides the class where the files do not; needed if config.json is an original LLaVA's.
+        prefer_sentencepiece: Read `tokenizer.model` even beside a `tokenizer.json`, which may be a conversion that
+            splits runs of spaces differently.
+        download: Some of `DOWNLOAD_KWARGS`.
+
+    Raises:
+        ValueError: if there is no tokenizer, or it encodes every text to nothing.
+    """
+    download = download or {}
+    sentencepiece_file = find_file(name, "tokenizer.model", download)
+    if sentencepiece_file and (prefer_sentencepiece or find_file(name, "tokenizer.json", download) is None):
+        for filename in _SIDE_FILES:
+            find_file(name, filename, download)
+        return load_sentencepiece_tokenizer(Path(sentencepiece_file).parent)
+    # The class that AutoTokenizer finds for an original folder may change what its tokenizer.json says.
+    is_original_file = text_config is not None and find_file(name, "tokenizer.json", download)
+    tokenizer_class = PreTrainedTokenizerFast if is_original_file else AutoTokenizer
+    config = {} if is_original_file else {"config": text_config}
+    try:
+        tokenizer = tokenizer_class.from_pretrained(name, **config, **download)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"got {name!r} without a usable tokenizer; expected one beside the model: {reason}"
+        ) from error
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise ValueError(
+            f"got tokenizer files in {name!r} from which transformers builds a tokenizer that encodes every text to "
+            "nothing; expected tokenizer.model or tokenizer.json"
+        )
+    return tokenizer

@@ -1,0 +1,150 @@
+"""What a checkpoint in the layout of the original LLaVA says of itself, and where its parts are.
+
+Nothing is read from the name of a folder. What is surprising:
+- `model_type` does not tell: "llava" is also transformers' own class, and old delta weights say "llama".
+- The vision tower is only named (`mm_vision_tower`), as a Hub id or a path; a relative path starts at the folder.
+- A LoRA folder and a projector folder have a complete config.json, but neither tokenizer nor language model: both
+  come from the base model.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.hub import cached_file
+
+DOWNLOAD_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""What decides where files come from, in every `from_pretrained`."""
+
+_ORIGINAL_CLASS = re.compile(r"Llava\w*ForCausalLM")
+# fmt: off
+TEXT_MODEL_OF_CLASS = {
+    "LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral", "LlavaMixtralForCausalLM": "mixtral",
+    "LlavaQwenForCausalLM": "qwen2", "LlavaQwen2ForCausalLM": "qwen2", "LlavaQwenMoeForCausalLM": "qwen2_moe",
+    "LlavaGemmaForCausalLM": "gemma", "LlavaMptForCausalLM": "mpt", "LlavaMPTForCausalLM": "mpt",
+}
+"""The text model that an original class is built on, as transformers calls it."""
+TEXT_MODEL_OF_TYPE = {
+    "llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_mixtral": "mixtral",
+    "llava_qwen": "qwen2", "llava_qwen2": "qwen2", "llava_qwen_moe": "qwen2_moe", "llava_gemma": "gemma",
+    "llava_mpt": "mpt", "llama": "llama", "mistral": "mistral", "mixtral": "mixtral", "qwen2": "qwen2",
+    "gemma": "gemma",
+}
+"""The same by `model_type`, for configurations without a telling class name."""
+# fmt: on
+
+
+def is_original(config: dict[str, Any]) -> bool:
+    """Whether the content of a config.json is that of an original LLaVA."""
+    if config.get("model_type") == "any_llava":
+        return False
+    if "mm_vision_tower" in config or "mm_projector_type" in config:
+        return True
+    return any(_ORIGINAL_CLASS.fullmatch(name) for name in config.get("architectures") or [])
+
+
+def find_file(name: str, filename: str, download: dict[str, Any]) -> str | None:
+    """The path of a file of a folder or Hub repository, downloaded if need be; None if there is no such file."""
+    return cached_file(
+        name,
+        filename,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=True,
+        **download,
+    )
+
+
+def read_json(name: str, filename: str, download: dict[str, Any]) -> dict[str, Any] | None:
+    """The content of a JSON file of a folder or Hub repository; None if there is no such file.
+
+    Raises:
+        ValueError: naming the file, if it is not JSON.
+    """
+    path = find_file(name, filename, download)
+    if path is None:
+        return None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"got {path}, which is not JSON; expected one object: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class OriginalFolder:
+    """An original checkpoint.
+
+    Args:
+        name: Folder or Hub id.
+        config: Its config.json.
+        base_model: Folder or Hub id that the caller gave as the base; None to use what the folder says.
+        download: Some of `DOWNLOAD_KWARGS`.
+    """
+
+    name: str
+    config: dict[str, Any]
+    base_model: str | None = None
+    download: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def find(cls, name: str, *, base_model: str | None = None, **kwargs) -> "OriginalFolder | None":
+        """The original checkpoint of that name, or None if there is no config.json or it is another layout."""
+        download = {key: kwargs[key] for key in DOWNLOAD_KWARGS if kwargs.get(key) is not None}
+        config = read_json(name, "config.json", download)
+        if config is None or not is_original(config):
+            return None
+        return cls(name=name, config=config, base_model=base_model, download=download)
+
+    @property
+    def text_model_type(self) -> str:
+        """The `model_type` of the text model in transformers.
+
+        Raises:
+            ValueError: if no text model of transformers is known for this checkpoint.
+        """
+        for class_name in self.config.get("architectures") or []:
+            if class_name in TEXT_MODEL_OF_CLASS:
+                return TEXT_MODEL_OF_CLASS[class_name]
+        model_type = self.config.get("model_type", "llava")
+        if model_type not in TEXT_MODEL_OF_TYPE:
+            raise ValueError(
+                f"got {self.name} with model_type={model_type!r} and "
+                f"architectures={self.config.get('architectures')}; expected one of "
+                f"{', '.join(sorted(set(TEXT_MODEL_OF_CLASS) | set(TEXT_MODEL_OF_TYPE)))}"
+            )
+        return TEXT_MODEL_OF_TYPE[model_type]
+
+    @property
+    def vision_tower(self) -> str:
+        """Folder or Hub id of the vision tower.
+
+        Raises:
+            ValueError: if the configuration names none.
+        """
+        name = self.config.get("mm_vision_tower")
+        if not name:
+            raise ValueError(
+                f"got {self.name} without mm_vision_tower; expected the Hub id or path of its vision tower: add it to "
+                "config.json"
+            )
+        return self.resolve(name)
+
+    @property
+    def base_name(self) -> str | None:
+        """Folder or Hub id of the base model: what the caller gave, else what the LoRA adapter says."""
+        if self.base_model is not None:
+            return self.base_model
+        adapter = read_json(self.name, "adapter_config.json", self.download)
+        base = (adapter or {}).get("base_model_name_or_path")
+        return self.resolve(base) if base else None
+
+    @property
+    def base_download(self) -> dict[str, Any]:
+        """The download settings for other repositories: a revision or subfolder belongs to this one alone."""
+        return {key: value for key, value in self.download.items() if key not in ("revision", "subfolder")}
+
+    def resolve(self, name: str) -> str:
+        """A path that a file of this folder gives, as it is from here; Hub ids stay."""
+        path = Path(self.name) / name
+        return str(path.resolve()) if path.is_dir() else name
