@@ -7,6 +7,7 @@ importing `transformers.processing_utils` executes the package a second time.
 
 import gc
 from types import ModuleType
+from typing import Any
 
 import transformers.models.auto
 import transformers.processing_utils
@@ -17,15 +18,30 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
 )
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.auto_factory import _BaseAutoModelClass, auto_class_update
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.utils import logging
 
 from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
+from processing_llava.original_folder import OriginalFolder, is_original
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .configuration_llava import AnyLlavaConfig
 from .modeling_llava import AnyLlavaForConditionalGeneration, AnyLlavaModel
+from .original_layout import TRANSFORMERS_CONFIGS, translate_config
+
+logger = logging.get_logger(__name__)
+
+# fmt: off
+ORIGINAL_MODEL_TYPES = (
+    "llava", "llava_llama", "llava_mistral", "llava_mixtral", "llava_qwen", "llava_qwen2", "llava_qwen_moe",
+    "llava_gemma", "llava_mpt",
+)
+"""Every model_type under which original checkpoints are published."""
+# fmt: on
 
 
 class AutoModelForVision2Seq(_BaseAutoModelClass):
@@ -34,8 +50,45 @@ class AutoModelForVision2Seq(_BaseAutoModelClass):
     # The same object, not a copy: pipelines find registered models through the mapping's back reference.
     _model_mapping = AutoModelForImageTextToText._model_mapping
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, *model_args, **kwargs) -> PreTrainedModel:
+        """As in transformers; an original LLaVA is recognised whatever its model_type says."""
+        if OriginalFolder.find(str(pretrained_model_name_or_path), **kwargs) is not None:
+            kwargs.pop("trust_remote_code", None)
+            return AnyLlavaForConditionalGeneration.from_pretrained(
+                pretrained_model_name_or_path, *model_args, **kwargs
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
-AutoModelForVision2Seq = auto_class_update(AutoModelForVision2Seq, head_doc="image-text-to-text modeling")
+
+def build_dispatch_config(model_type: str) -> type[PreTrainedConfig]:
+    """A configuration class for a model_type of the original LLaVA, as which AutoConfig reads a config.json.
+
+    An original one becomes an AnyLlavaConfig. For a model_type that transformers knows too ("llava"), every other
+    use gives transformers' own class.
+    """
+    built_in = TRANSFORMERS_CONFIGS.get(model_type)
+
+    class DispatchConfig(built_in or AnyLlavaConfig):
+        def __new__(cls, *args, **kwargs) -> PreTrainedConfig:
+            return (built_in or AnyLlavaConfig)(*args, **kwargs)
+
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> PreTrainedConfig:
+            if built_in is not None and not is_original(config_dict):
+                return built_in.from_dict(config_dict, **kwargs)
+            name = kwargs.get("name_or_path", config_dict.get("_name_or_path", ""))
+            try:
+                translated = translate_config(config_dict, **kwargs | {"name": name})
+            except ValueError as error:
+                # AutoProcessor drops the error and goes on to look for a tokenizer.
+                logger.error(str(error))
+                raise
+            return AnyLlavaConfig.from_dict(translated, **kwargs)
+
+    DispatchConfig.model_type = model_type
+    return DispatchConfig
+
 
 EXPORTED = {
     "AnyLlavaConfig": AnyLlavaConfig,
@@ -51,6 +104,8 @@ def register() -> None:
     """Register with transformers; calling it again changes nothing."""
     model_type = AnyLlavaConfig.model_type
     AutoConfig.register(model_type, AnyLlavaConfig, exist_ok=True)
+    for original_type in ORIGINAL_MODEL_TYPES:
+        AutoConfig.register(original_type, build_dispatch_config(original_type), exist_ok=True)
     AutoModel.register(AnyLlavaConfig, AnyLlavaModel, exist_ok=True)
     AutoModelForImageTextToText.register(AnyLlavaConfig, AnyLlavaForConditionalGeneration, exist_ok=True)
     AutoModelForMultimodalLM.register(AnyLlavaConfig, AnyLlavaForConditionalGeneration, exist_ok=True)

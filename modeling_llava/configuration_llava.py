@@ -5,6 +5,8 @@ embedding output, -1 the last layer), `image_grid_pinpoints` are (height, width)
 `image_token_id` may lie outside the vocabulary: image positions never reach the embedding table.
 """
 
+from typing import Any
+
 from transformers import AutoConfig, PreTrainedConfig
 
 from processing_llava.image_layouts import check_merge_type
@@ -34,6 +36,7 @@ class AnyLlavaConfig(PreTrainedConfig):
             before transformers 5, where the language model scaled every input embedding, need it.
         lm_head_bias: Whether the output layer has a bias (Phi has one).
         tie_word_embeddings: Whether the output layer shares the input embeddings. Default: what `text_config` says.
+        source_config: The config.json of another layout that this was read from; never saved.
 
     Raises:
         ValueError: if a choice is unknown, or a part cannot be combined with another.
@@ -56,8 +59,15 @@ class AnyLlavaConfig(PreTrainedConfig):
         scale_image_features: bool = False,
         lm_head_bias: bool = False,
         tie_word_embeddings: bool | None = None,
+        source_config: dict[str, Any] | None = None,
         **kwargs,
     ) -> None:
+        if "mm_vision_tower" in kwargs or "mm_projector_type" in kwargs:
+            raise ValueError(
+                "got the config.json of an original LLaVA as AnyLlavaConfig; expected AutoConfig.from_pretrained, "
+                "which translates it"
+            )
+        self.source_config = source_config
         self.vision_config = _sub_config(vision_config, default_model_type="clip_vision_model")
         self.text_config = _sub_config(text_config, default_model_type="llama")
         self.image_token_id = image_token_id
@@ -72,6 +82,11 @@ class AnyLlavaConfig(PreTrainedConfig):
             tie_word_embeddings = self.text_config.tie_word_embeddings
         self._check()
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = super().to_dict()
+        fields.pop("source_config", None)
+        return fields
 
     @property
     def vision_feature_layers(self) -> list[int]:

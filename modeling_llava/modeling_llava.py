@@ -28,13 +28,14 @@ from transformers.utils.generic import can_return_tuple
 
 from processing_llava.image_layouts import ImageLayout, plan_image
 
+from .checkpoint_loading import CheckpointMixin
 from .configuration_llava import AnyLlavaConfig
 from .generation import AnyLlavaGenerationMixin
 from .projectors import build_projector
 from .vision_towers import build_vision_tower
 
 
-class AnyLlavaPreTrainedModel(PreTrainedModel):
+class AnyLlavaPreTrainedModel(CheckpointMixin, PreTrainedModel):
     config_class = AnyLlavaConfig
     config: AnyLlavaConfig
     base_model_prefix = "model"
@@ -140,21 +141,28 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
 
     def encode_tiles(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """The tower's output over tiles `[T, 3, H, W]`, with the projected features `[T, P, D]` as pooler_output."""
-        layers = self.config.vision_feature_layers
-        if len(layers) > 1:
-            kwargs["output_hidden_states"] = True
+        if len(self.config.vision_feature_layers) > 1:
+            kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or self.config.vision_feature_layers
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+        outputs.pooler_output = self.project_features(self.select_features(outputs))
+        return outputs
+
+    def select_features(self, outputs: BaseModelOutputWithPooling) -> torch.Tensor:
+        """What the projector takes of the tower's output, `[T, P, V]`."""
+        layers = self.config.vision_feature_layers
         if len(layers) > 1:
             features_TPV = torch.cat([outputs.hidden_states[layer] for layer in layers], dim=-1)
         else:
             features_TPV = outputs.last_hidden_state
         num_patches = self.config.patches_per_side**2
-        features_TPV = features_TPV[:, -(num_patches + self.config.num_prefix_tokens) :]
+        return features_TPV[:, -(num_patches + self.config.num_prefix_tokens) :]
+
+    def project_features(self, features_TPV: torch.Tensor) -> torch.Tensor:
+        """Features of the tower as the language model takes them, `[T, P, D]`."""
         features_TPD = self.mm_projector(features_TPV)
         if self.config.scale_image_features:
             features_TPD = features_TPD * math.sqrt(features_TPD.shape[-1])
-        outputs.pooler_output = features_TPD
-        return outputs
+        return features_TPD
 
     def merge_tiles(self, features_TPD: torch.Tensor, layout: ImageLayout) -> torch.Tensor:
         """One image's features `[N, D]`: the overview tile, then the detail tiles as the layout says."""
@@ -191,7 +199,9 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
             pixel_values: `[I, 3, H, W]` or `[I, T, 3, H, W]`: all images of all rows, in reading order.
             inputs_embeds: `[B, L, D]` instead of `input_ids`; with images only if `image_token_id` has an embedding.
             image_sizes: `[I, 2]` original (height, width); needed for tiled images.
-            mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
+            mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`. Without pooler_output
+                its last_hidden_state `[I, P, V]` is what `select_features` gives of one tile for each image, and is
+                projected here: so a frozen tower's features can be kept while the projector trains.
 
         Raises:
             ValueError: if image tokens and features disagree in a row, or inputs contradict each other.
@@ -208,6 +218,10 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
             layouts = self.plan_images(pixel_values, image_sizes)
             self.check_image_tokens(image_mask_BL, [layout.num_tokens for layout in layouts])
             encoded = self.get_image_features(pixel_values, image_sizes, return_dict=True)
+        elif encoded is not None and encoded.pooler_output is None:
+            features_IPV = encoded.last_hidden_state
+            self.check_image_tokens(image_mask_BL, [features_IPV.shape[1]] * len(features_IPV))
+            encoded = BaseModelOutputWithPooling(pooler_output=self.project_features(features_IPV))
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(image_mask_BL, 0))
 

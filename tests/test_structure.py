@@ -19,6 +19,8 @@ HUB_FILES = {
     "modeling_llava": ("configuration_llava", "generation", "modeling_llava", "projectors", "vision_towers"),
 }
 """Files that are copied into Hub repositories."""
+SEAMS = ("checkpoint_loading", "original_processor")
+"""Mixins that read the layouts of other code, which a Hub repository does not need: export leaves them empty."""
 HUB_PACKAGES = {"torch", "transformers", "PIL", "numpy", "tokenizers"}
 
 
@@ -45,7 +47,7 @@ def test_hub_files_import_only_what_a_hub_repository_has(package, name):
     for module in imported_modules(ROOT / package / f"{name}.py"):
         top = module.split(".")[0]
         if module.startswith("."):
-            assert module[1:] in HUB_FILES[package]
+            assert module[1:] in HUB_FILES[package] + SEAMS
         elif top == "processing_llava":
             # Export rewrites this one arrow between the packages to a sibling.
             assert module.split(".")[1] in HUB_FILES["processing_llava"]

@@ -14,6 +14,7 @@ from transformers import (
     PhiConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
     SiglipVisionConfig,
 )
@@ -51,6 +52,7 @@ _VISION = {
 TEXT_CONFIGS = {
     "llama": lambda: LlamaConfig(**_TEXT),
     "mistral": lambda: MistralConfig(**_TEXT, num_key_value_heads=2, head_dim=8),
+    "qwen2": lambda: Qwen2Config(**_TEXT, num_key_value_heads=2, tie_word_embeddings=True),
     "qwen3": lambda: Qwen3Config(**_TEXT, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True),
     "gemma": lambda: GemmaConfig(**_TEXT, num_key_value_heads=2, head_dim=8),
     "phi": lambda: PhiConfig(**_TEXT),

@@ -1,0 +1,139 @@
+"""Broken and foreign checkpoints are refused in one clear sentence that names file, weight and shapes."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor
+
+from modeling_llava import AutoModelForVision2Seq
+from tests import original_folders as folders
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    folders.write_v15(tmp_path)
+    return tmp_path / "checkpoint"
+
+
+def change_config(checkpoint: Path, **fields) -> None:
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def shard(checkpoint: Path) -> None:
+    weights = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    folders.write_torch_shards(checkpoint, weights)
+
+
+def refusal(checkpoint: Path, pattern: str) -> None:
+    with pytest.raises(ValueError, match=pattern):
+        AutoModelForVision2Seq.from_pretrained(checkpoint)
+
+
+def test_truncated_safetensors(checkpoint):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    refusal(checkpoint, r"got .*model\.safetensors, which is damaged .*; expected a whole file")
+
+
+def test_truncated_torch_shard(checkpoint):
+    shard(checkpoint)
+    path = checkpoint / "pytorch_model-00001-of-00002.bin"
+    path.write_bytes(path.read_bytes()[:-1000])
+    refusal(checkpoint, r"got .*pytorch_model-00001-of-00002\.bin, which is damaged")
+
+
+def test_missing_shard(checkpoint):
+    shard(checkpoint)
+    (checkpoint / "pytorch_model-00002-of-00002.bin").unlink()
+    refusal(checkpoint, r"index\.json, which lists pytorch_model-00002-of-00002\.bin; expected that file beside it")
+
+
+def test_pickle_with_code(checkpoint, tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (checkpoint / "model.safetensors").unlink()
+    torch.save({"model.embed_tokens.weight": Harmful()}, checkpoint / "pytorch_model.bin")
+    refusal(checkpoint, r"pytorch_model\.bin, which holds more than tensors and would run code")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_file_that_is_no_state_dict(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    torch.save([torch.ones(2)], checkpoint / "pytorch_model.bin")
+    refusal(checkpoint, r"pytorch_model\.bin, which is no dict of tensors")
+
+
+def test_no_weights(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    refusal(checkpoint, "holds no language model and does not say which it was trained on; expected base_model=")
+
+
+def test_missing_weight(checkpoint):
+    weights = load_file(checkpoint / "model.safetensors")
+    del weights["model.mm_projector.2.weight"]
+    save_file(weights, checkpoint / "model.safetensors")
+    refusal(checkpoint, r"without 1 weights, model\.mm_projector\.2\.weight among them")
+
+
+def test_weight_of_another_shape(checkpoint):
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.mm_projector.0.weight"] = torch.ones(32, 25)
+    save_file(weights, checkpoint / "model.safetensors")
+    refusal(
+        checkpoint, r"got model\.mm_projector\.0\.weight of shape \[32, 25\] in .*\.safetensors; expected \[32, 24\]"
+    )
+
+
+def test_delta_of_another_size(checkpoint, tmp_path):
+    tower = folders.make_tower("clip")
+    other = folders.make_model(tower, text="gemma")
+    other.save_pretrained(tmp_path / "other")
+    folders.write_safetensors(tmp_path / "other", {"model.layers.0.mlp.up_proj.weight": torch.ones(7, 32)})
+    with pytest.raises(ValueError, match=r"up_proj\.weight of shape \[48, 32\] in .* and \[7, 32\] in .*not the base"):
+        AutoModelForVision2Seq.from_pretrained(checkpoint, base_model=str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    "fields, pattern",
+    [
+        ({"mm_vision_tower": None}, "without mm_vision_tower"),
+        ({"mm_hidden_size": 99}, "mm_hidden_size=99 and vision tower .* of size 24"),
+        ({"mm_projector_type": "qformer2_64"}, "projector_type='qformer2_64'"),
+        ({"mm_vision_select_feature": "slicefour_patch"}, "vision_feature_select_strategy='slicefour_patch'"),
+        ({"mm_patch_merge_type": "maxpool2x2"}, "patch_merge_type='maxpool2x2'"),
+        ({"image_aspect_ratio": "highres"}, "image_aspect_ratio='highres'"),
+        ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": "all"}, "image_grid_pinpoints='all'"),
+        ({"s2": True}, "s2=true"),
+        (
+            {"architectures": ["LlavaStableLMForCausalLM"], "model_type": "llava_stablelm"},
+            "model_type='llava_stablelm' and architectures=",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_expressed(checkpoint, fields, pattern):
+    change_config(checkpoint, **fields)
+    refusal(checkpoint, pattern)
+
+
+def test_unknown_tower(checkpoint):
+    change_config(checkpoint, mm_vision_tower="nobody/no-such-tower")
+    refusal(checkpoint, "got vision tower 'nobody/no-such-tower', which cannot be read")
+
+
+def test_processor_without_tokenizer(checkpoint):
+    (checkpoint / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match="holds no tokenizer and does not say .*; expected base_model="):
+        AutoProcessor.from_pretrained(checkpoint)
+
+
+def test_unknown_template(checkpoint):
+    with pytest.raises(ValueError, match="got conversation format 'vicuna_v9'"):
+        AutoProcessor.from_pretrained(checkpoint, template="vicuna_v9")
