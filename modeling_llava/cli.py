@@ -75,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_answer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder or Hub id (default: the embedded model)")
+    parser.add_argument(
+        "--base-model", help="language model under a LoRA, projector or delta that does not say its own"
+    )
     parser.add_argument("--template", help="conversation format to use instead of the model's")
     parser.add_argument("--system", help="system text to use instead of the template's")
     parser.add_argument("--max-new-tokens", type=int, default=256)
@@ -85,7 +88,9 @@ def _add_answer_options(parser: argparse.ArgumentParser) -> None:
 def _session(options: argparse.Namespace):
     from modeling_llava.inference import EMBEDDED_MODEL, ChatSession, load_for_inference
 
-    model, processor = load_for_inference(options.model or EMBEDDED_MODEL, template=options.template)
+    model, processor = load_for_inference(
+        options.model or EMBEDDED_MODEL, template=options.template, base_model=options.base_model
+    )
     return ChatSession(model, processor, system=options.system)
 
 

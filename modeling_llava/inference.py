@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers import AutoProcessor, PreTrainedModel, TextIteratorStreamer, set_seed
 
-from processing_llava.conversation_templates import load_template
 from processing_llava.image_loading import load_image
 from processing_llava.processing_llava import AnyLlavaProcessor
 
@@ -19,29 +18,28 @@ EMBEDDED_MODEL = str(Path(__file__).parent / "tiny_llava" / "checkpoint")
 
 
 def load_for_inference(
-    model: str = EMBEDDED_MODEL, *, template: str | None = None
+    model: str = EMBEDDED_MODEL, *, template: str | None = None, base_model: str | None = None
 ) -> tuple[PreTrainedModel, AnyLlavaProcessor]:
     """Load a model and its processor on the best device there is.
 
     Args:
         model: Folder or Hub id.
         template: Name of a conversation format to use instead of the one stored with the model.
+        base_model: Folder or Hub id of the language model, for a LoRA, projector or delta that does not say its own.
 
     Raises:
         ValueError: if there is no such model or template.
     """
-    chat_template = None if template is None else load_template(template)
+    base = {} if base_model is None else {"base_model": base_model}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Most processors compute 16-bit floats many times slower than 32-bit ones.
     dtype = "auto" if device == "cuda" else torch.float32
     try:
-        processor = AutoProcessor.from_pretrained(model)
-        loaded = AutoModelForVision2Seq.from_pretrained(model, dtype=dtype)
+        processor = AutoProcessor.from_pretrained(model, template=template, **base)
+        loaded = AutoModelForVision2Seq.from_pretrained(model, dtype=dtype, **base)
     except OSError as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"got model {model!r}; expected a folder or a Hub id of a LLaVA: {reason}") from error
-    if chat_template is not None:
-        processor.chat_template = chat_template
     return loaded.to(device).eval(), processor
 
 

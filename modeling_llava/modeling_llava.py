@@ -315,7 +315,6 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
 class AnyLlavaForConditionalGeneration(AnyLlavaPreTrainedModel, AnyLlavaGenerationMixin):
     """A LLaVA that writes text about images."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: AnyLlavaConfig) -> None:
@@ -323,6 +322,9 @@ class AnyLlavaForConditionalGeneration(AnyLlavaPreTrainedModel, AnyLlavaGenerati
         self.model = AnyLlavaModel(config)
         text_config = config.text_config
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -78,7 +78,9 @@ def translate_config(raw: dict[str, Any], *, name: str, base_model: str | None =
     else:
         download = {key: kwargs[key] for key in DOWNLOAD_KWARGS if kwargs.get(key) is not None}
         fields = read_original_config(OriginalFolder(name=name, config=raw, base_model=base_model, download=download))
-    return {**fields, "model_type": "any_llava", "source_config": raw}
+    # TRL looks the class up by its name.
+    architectures = ["AnyLlavaForConditionalGeneration"]
+    return {**fields, "model_type": "any_llava", "architectures": architectures, "source_config": raw}
 
 
 def read_original_config(folder: OriginalFolder) -> dict[str, Any]:

@@ -40,6 +40,7 @@ NAMES = {
     "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
     "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
     "gemma": ("llava_gemma", "LlavaGemmaForCausalLM"),
+    "mpt": ("llava_mpt", "LlavaMptForCausalLM"),
 }
 
 

@@ -11,6 +11,7 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    MptConfig,
     PhiConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
@@ -55,6 +56,7 @@ TEXT_CONFIGS = {
     "qwen2": lambda: Qwen2Config(**_TEXT, num_key_value_heads=2, tie_word_embeddings=True),
     "qwen3": lambda: Qwen3Config(**_TEXT, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True),
     "gemma": lambda: GemmaConfig(**_TEXT, num_key_value_heads=2, head_dim=8),
+    "mpt": lambda: MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=VOCAB_SIZE, max_seq_len=512),
     "phi": lambda: PhiConfig(**_TEXT),
 }
 VISION_CONFIGS = {

@@ -3,9 +3,11 @@
 import json
 import logging
 
+import PIL.Image
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, pipeline
+from trl.trainer.utils import create_model_from_path
 
 from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration, AnyLlavaModel, AutoModelForVision2Seq
 from processing_llava.conversation_templates import load_template
@@ -192,3 +194,56 @@ def test_our_configuration_is_not_read_from_it_directly(tmp_path):
     folders.write_v15(tmp_path)
     with pytest.raises(ValueError, match=r"expected AutoConfig\.from_pretrained"):
         AnyLlavaConfig.from_pretrained(tmp_path / "checkpoint")
+
+
+def test_mpt(tmp_path):
+    """The original's own class for it cannot run; the checkpoints are fine."""
+    tower = folders.make_tower("clip")
+    folders.save_tower(tower, tmp_path / "tower")
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    vocab_size = folders.write_fast_tokenizer(checkpoint, "<|im_start|>", "<|im_end|>")
+    model = folders.make_model(tower, text="mpt", vocab_size=vocab_size)
+    folders.write_config(checkpoint, model, vision_tower="../tower", text="mpt")
+    weights = folders.original_weights(model)
+    weights = {key.replace("model.", "transformer.", 1): value for key, value in weights.items()}
+    folders.write_safetensors(checkpoint, weights)
+    assert_same(AutoModelForVision2Seq.from_pretrained(checkpoint), model)
+    assert AutoProcessor.from_pretrained(checkpoint).chat_template == load_template("mpt")
+
+
+def test_disk_offload(tmp_path):
+    model = folders.write_v15(tmp_path)
+    places = {
+        "model.vision_tower": "cpu",
+        "model.mm_projector": "cpu",
+        "model.language_model": "disk",
+        "lm_head": "disk",
+    }
+    loaded = AutoModelForVision2Seq.from_pretrained(
+        tmp_path / "checkpoint", device_map=places, offload_folder=tmp_path / "offloaded"
+    )
+    assert_same(loaded, model)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized(tmp_path, bits):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, which has no wheel for every machine")
+    folders.write_v15(tmp_path)
+    quantization = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    loaded = AutoModelForVision2Seq.from_pretrained(tmp_path / "checkpoint", quantization_config=quantization)
+    linear = loaded.model.language_model.layers[0].self_attn.q_proj
+    assert type(linear).__name__ == {4: "Linear4bit", 8: "Linear8bitLt"}[bits]
+    assert type(loaded.lm_head).__name__ == "Linear"
+    if bits == 8:  # its 4-bit kernel for processors takes no matrix this small
+        assert folders.logits_of(loaded, folders.example_inputs(loaded)).isfinite().all()
+
+
+def test_pipeline_and_trl_take_the_folder(tmp_path):
+    folders.write_v15(tmp_path)
+    ask = pipeline("image-text-to-text", model=str(tmp_path / "checkpoint"))
+    picture = {"type": "image", "image": PIL.Image.new("RGB", (40, 30))}
+    message = {"role": "user", "content": [picture, {"type": "text", "text": "What is this?"}]}
+    answer = ask(text=[message], max_new_tokens=3)[0]["generated_text"][-1]
+    assert answer["role"] == "assistant"
+    assert type(create_model_from_path(str(tmp_path / "checkpoint"))) is AnyLlavaForConditionalGeneration
