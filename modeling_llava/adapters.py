@@ -84,7 +84,7 @@ def check_adapter(model: PreTrainedModel, weights: dict[str, Weight]) -> None:
                 "expected an adapter of this architecture"
             )
         axis, expected = (1, module.in_features) if kind.startswith("A") else (0, module.out_features)
-        shape = list(weight.data[...].shape)
+        shape = weight.shape
         if shape[axis] != expected:
             raise ValueError(
                 f"got {weight.key} of shape {shape} in {weight.file}; expected {expected} in dimension {axis}: the "

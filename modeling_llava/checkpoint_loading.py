@@ -1,43 +1,31 @@
 """`from_pretrained` and `save_pretrained` for every layout that a LLaVA was ever published in.
 
-Loading an original checkpoint, in this order:
-1. the language model: the folder's own, or the base model's where the folder has none (LoRA, projector only), or the
-   sum of both (delta);
-2. what the folder trained beside it: projector, newline, token embeddings;
-3. the tower: the folder's own if it has one, else the one that config.json names;
-4. everything under our names goes to transformers as one state dict whose tensors are not read yet;
-5. a LoRA adapter is attached and merged, or kept.
-
-What is surprising: weights that the pruned tower does not need are not loaded. Saving in the original layout takes
-them from the source again, and leaves the tower out if it is still the named one.
+Loading: config.json is translated, the weights of all parts are gathered under our names, transformers gets them as
+one state dict whose tensors are not read yet, and a LoRA adapter is attached and merged, or kept.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from processing_llava.original_folder import DOWNLOAD_KWARGS, OriginalFolder, find_file
 
-from .checkpoint_layouts import (
-    add_transformers_only_weights,
-    check_layout,
-    grow_rows,
-    rename_from_ours,
-    rename_to_ours,
+from .checkpoint_layouts import add_transformers_only_weights, check_layout, rename_from_ours, rename_to_ours
+from .original_layout import (
+    find_layout,
+    layout_of,
+    merge_ids,
+    translate_config,
+    write_original_config,
+    write_transformers_config,
 )
-from .original_layout import layout_of, merge_ids, translate_config, write_original_config, write_transformers_config
-from .weight_files import Sum, Weight, find_base_dtype, has_model, read_file, read_model
-
-logger = logging.get_logger(__name__)
+from .original_weights import TOWER, complete_tower, gather_original_weights
+from .weight_files import Weight, find_base_dtype, read_model
 
 # Arguments of from_pretrained that are attributes of configurations too.
 _NOT_FOR_CONFIG = ("dtype", "torch_dtype", "attn_implementation", "quantization_config")
-_TOWER = "model.vision_tower."
-_TOKEN_MATRICES = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 
 
 class CheckpointMixin:
@@ -69,16 +57,16 @@ class CheckpointMixin:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         name = str(pretrained_model_name_or_path)
         download = {key: kwargs[key] for key in DOWNLOAD_KWARGS if kwargs.get(key) is not None}
-        given_config = config
         if not isinstance(config, cls.config_class):
-            held = {key: kwargs.pop(key) for key in _NOT_FOR_CONFIG if key in kwargs}
-            original_kwargs = dict(kwargs)
-            raw, kwargs = PreTrainedConfig.get_config_dict(name if config is None else config, **kwargs)
+            raw, _ = PreTrainedConfig.get_config_dict(name if config is None else config, **download)
+            if find_layout(raw) == "any_llava":
+                return super().from_pretrained(name, *model_args, config=config, **kwargs)
             translated = translate_config(raw, name=name, base_model=base_model, **download)
+            held = {key: kwargs.pop(key) for key in _NOT_FOR_CONFIG if key in kwargs}
             config, kwargs = cls.config_class.from_dict(translated, return_unused_kwargs=True, **kwargs)
-            kwargs = (original_kwargs if layout_of(config) == "any_llava" else kwargs) | held
-        if layout_of(config) == "any_llava":
-            return super().from_pretrained(name, *model_args, config=given_config, **kwargs)
+            kwargs |= held
+        elif layout_of(config) == "any_llava":
+            return super().from_pretrained(name, *model_args, config=config, **kwargs)
 
         kwargs = {key: value for key, value in kwargs.items() if key not in (*DOWNLOAD_KWARGS, "adapter_kwargs")}
         folder = OriginalFolder(name=name, config=config.source_config, base_model=base_model, download=download)
@@ -136,7 +124,7 @@ class CheckpointMixin:
         if layout == "original":
             written_config = write_original_config(self.config)
             complete_tower(state_dict, self.config)
-            if any(key.startswith(_TOWER) for key in state_dict):
+            if any(key.startswith(TOWER) for key in state_dict):
                 written_config["unfreeze_mm_vision_tower"] = True
         else:
             built_in = write_transformers_config(self.config)
@@ -150,110 +138,6 @@ class CheckpointMixin:
         super().save_pretrained(save_directory, *args, state_dict=renamed, **kwargs)
         text = json.dumps(written_config, indent=2, sort_keys=True) + "\n"
         (Path(save_directory) / "config.json").write_text(text, encoding="utf-8")
-
-
-def gather_original_weights(folder: OriginalFolder, config: PreTrainedConfig) -> dict[str, Weight]:
-    """All weights of an original checkpoint under our names.
-
-    Raises:
-        ValueError: if a part is missing or cannot be read.
-    """
-    weights = {}
-    parts = []
-    if has_model(folder.name, folder.download):
-        weights = _rename(read_model(folder.name, folder.download))
-        parts.append(f"language model of {folder.name}")
-        if folder.base_model is not None:
-            weights = add_base(weights, _rename(read_model(folder.base_name, folder.base_download)))
-            parts[-1] = f"sum of the delta {folder.name} and {folder.base_name}"
-    else:
-        if folder.base_name is None:
-            raise ValueError(
-                f"got {folder.name}, which holds no language model and does not say which it was trained on; expected "
-                "base_model=: the folder or Hub id of that model"
-            )
-        weights = _rename(read_model(folder.base_name, folder.base_download))
-        for filename in ("mm_projector.bin", "non_lora_trainables.bin"):
-            path = find_file(folder.name, filename, folder.download)
-            if path is not None:
-                weights |= _rename(read_file(path))
-                parts.append(filename)
-        parts.insert(0, f"language model of {folder.base_name}")
-        grow_token_matrices(weights, config.text_config.vocab_size)
-    if any(key.startswith(_TOWER) for key in weights):
-        parts.append("vision tower of the checkpoint")
-    else:
-        weights |= read_named_tower(folder.vision_tower, folder.base_download)
-        parts.append(f"vision tower of {folder.vision_tower}")
-    logger.warning(f"{folder.name}: {', '.join(parts)}")
-    return {key: weight for key, weight in weights.items() if _is_used(key, config)}
-
-
-def _rename(weights: dict[str, Weight]) -> dict[str, Weight]:
-    """Our names for those of an original file; files of a LoRA run carry prefixes of PEFT."""
-    renamed = {}
-    for key, weight in weights.items():
-        key = key.removeprefix("base_model.")
-        key = key.removeprefix("model.") if key.startswith(("model.model.", "model.lm_head.")) else key
-        # Some early projector files have no prefix at all.
-        key = f"model.{key}" if key.startswith("mm_projector.") else key
-        renamed[rename_to_ours(key, "original")] = weight
-    return renamed
-
-
-def _is_used(key: str, config: PreTrainedConfig) -> bool:
-    """Whether a weight has a place: not what pruning removes from a tower, nor buffers that are computed today."""
-    if key.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")):
-        return False
-    if key == "model.image_newline":
-        return config.patch_merge_type == "spatial_unpad"
-    if key == "lm_head.weight" and config.tie_word_embeddings:
-        return False
-    if key.startswith(("model.vision_tower.post_layernorm.", "model.vision_tower.head.")):
-        return False
-    layer_prefix = "model.vision_tower.encoder.layers."
-    if key.startswith(layer_prefix):
-        return int(key.removeprefix(layer_prefix).split(".")[0]) < max(config.vision_feature_layers)
-    return True
-
-
-def read_named_tower(vision_tower: str, download: dict[str, Any]) -> dict[str, Weight]:
-    """The weights of a CLIP or SigLIP repository under our names, without its text half."""
-    return {
-        f"model.vision_tower.{key.removeprefix('vision_model.')}": weight
-        for key, weight in read_model(vision_tower, download).items()
-        if key.startswith(("vision_model.", "embeddings.", "encoder.", "pre_layrnorm."))
-    }
-
-
-def add_base(delta: dict[str, Weight], base: dict[str, Weight]) -> dict[str, Weight]:
-    """A delta plus its base; what only the delta has (the projector) is taken from it.
-
-    Raises:
-        ValueError: naming the weight whose shapes cannot be added.
-    """
-    total = {}
-    for key, weight in delta.items():
-        if key not in base:
-            total[key] = weight
-            continue
-        shape, base_shape = list(weight.data[:].shape), list(base[key].data[:].shape)
-        grown = key in _TOKEN_MATRICES and shape[1:] == base_shape[1:] and shape[0] >= base_shape[0]
-        if shape != base_shape and not grown:
-            raise ValueError(
-                f"got {key} of shape {shape} in {weight.file} and {base_shape} in {base[key].file}; expected equal "
-                "shapes: this is not the base of this delta"
-            )
-        total[key] = Weight(weight.file, weight.key, Sum(weight, base[key]))
-    return total
-
-
-def grow_token_matrices(weights: dict[str, Weight], vocab_size: int) -> None:
-    """Give a base model, in place, the rows of the tokens that the original added to it: the mean of the others."""
-    for key in _TOKEN_MATRICES:
-        if key in weights and len(weights[key].data[:]) < vocab_size:
-            weight = weights[key]
-            weights[key] = Weight(weight.file, weight.key, grow_rows(weight.data[...], vocab_size))
 
 
 def refuse_unfit(info: dict[str, Any], weights: dict[str, Weight], name: str) -> None:
@@ -284,28 +168,3 @@ def read_generation_config(name: str, config: PreTrainedConfig, download: dict[s
         settings = GenerationConfig.from_model_config(config)
     settings.eos_token_id = merge_ids(settings.eos_token_id, config.text_config.eos_token_id)
     return settings
-
-
-def complete_tower(state_dict: dict[str, torch.Tensor], config: PreTrainedConfig) -> None:
-    """Make the tower of a state dict, in place, what the original folder that it comes from would hold.
-
-    A tower that the folder only named and that is unchanged is left out; any other one gets back the weights that
-    pruning removed, which the original code expects though it never uses them.
-    """
-    if layout_of(config) != "original":
-        return
-    folder = OriginalFolder(name=config.name_or_path, config=config.source_config)
-    source = {}
-    if has_model(folder.name, {}):
-        source = {key: item for key, item in _rename(read_model(folder.name, {})).items() if key.startswith(_TOWER)}
-    is_inside = bool(source)
-    source = source or read_named_tower(folder.vision_tower, {})
-    kept = {key: value for key, value in state_dict.items() if key.startswith(_TOWER)}
-    is_unchanged = all(torch.equal(value.cpu(), source[key].data[...].to(value.dtype)) for key, value in kept.items())
-    if is_unchanged and not is_inside:
-        for key in kept:
-            del state_dict[key]
-        return
-    dtype = next(iter(kept.values())).dtype
-    for key in source.keys() - kept.keys():
-        state_dict[key] = source[key].data[...].to(dtype)

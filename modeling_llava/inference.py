@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoProcessor, PreTrainedModel, TextIteratorStreamer, set_seed
 
+from processing_llava.conversation_templates import load_template
 from processing_llava.image_loading import load_image
 from processing_llava.processing_llava import AnyLlavaProcessor
 
@@ -31,15 +32,18 @@ def load_for_inference(
         ValueError: if there is no such model or template.
     """
     base = {} if base_model is None else {"base_model": base_model}
+    chosen = {} if template is None else {"template": template}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Most processors compute 16-bit floats many times slower than 32-bit ones.
     dtype = "auto" if device == "cuda" else torch.float32
     try:
-        processor = AutoProcessor.from_pretrained(model, template=template, **base)
+        processor = AutoProcessor.from_pretrained(model, **chosen, **base)
         loaded = AutoModelForVision2Seq.from_pretrained(model, dtype=dtype, **base)
     except OSError as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"got model {model!r}; expected a folder or a Hub id of a LLaVA: {reason}") from error
+    if template is not None and not isinstance(processor, AnyLlavaProcessor):
+        processor.chat_template = load_template(template)
     return loaded.to(device).eval(), processor
 
 

@@ -31,6 +31,10 @@ class Weight:
     """A tensor, or a slice of a safetensors file; `data[...]` is the tensor."""
 
     @property
+    def shape(self) -> list[int]:
+        return list(self.data.shape) if isinstance(self.data, torch.Tensor) else self.data.get_shape()
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.data.dtype if isinstance(self.data, torch.Tensor) else self.data[:0].dtype
 
@@ -40,6 +44,9 @@ class Sum:
 
     def __init__(self, delta: Weight, base: Weight) -> None:
         self.delta, self.base = delta, base
+
+    def get_shape(self) -> list[int]:
+        return self.delta.shape
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         total, base = self.delta.data[...].clone(), self.base.data[...]
