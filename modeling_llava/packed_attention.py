@@ -1,0 +1,125 @@
+"""Causal attention inside the segments of a packed row: rows of a batch end to end, without padding between them.
+
+A packed batch has one row `[1, T]`, `position_ids` that restart with each segment, no attention mask, and the bounds
+of the segments as `cu_seq_lens_q` (`[S + 1]`, int32, from 0 to T) with `max_length_q`: the names under which
+transformers passes them through a language model to its attention function.
+
+What is surprising: transformers recognises packed rows by their positions too, and builds a block mask of T x T, with
+which packing is as slow as padding. Here no mask is made, and a token never meets one of another segment.
+"""
+
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "any_llava_packed"
+"""The `attn_implementation` of a language model that takes packed rows; others it computes as "sdpa" does."""
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Let the language model of a LLaVA take packed rows; the vision tower keeps its attention."""
+    model.base_model.language_model.set_attn_implementation(NAME)
+
+
+def packed_attention_forward(
+    module: nn.Module,
+    query_BHLD: torch.Tensor,
+    key_BHLD: torch.Tensor,
+    value_BHLD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """An attention function of transformers' AttentionInterface; `[B, L, H, D]` comes back.
+
+    Args:
+        cu_seq_lens_q: Bounds of the segments; None computes an ordinary batch.
+        max_length_q: Length of the longest segment.
+        The others: those of transformers.
+
+    Raises:
+        ValueError: for packed rows on a layer with a sliding window that is shorter than a segment.
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module, query_BHLD, key_BHLD, value_BHLD, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if sliding_window is not None and max_length_q > sliding_window:
+        raise ValueError(
+            f"got a packed row with a segment of {max_length_q} tokens for a layer with a window of {sliding_window}; "
+            "expected segments no longer than the window: lower max_length, or train without packing"
+        )
+    if query_BHLD.is_cuda and query_BHLD.dtype in (torch.float16, torch.bfloat16) and not dropout:
+        attend = _attend_with_kernel
+    else:
+        attend = _attend_one_by_one
+    return attend(query_BHLD, key_BHLD, value_BHLD, cu_seq_lens_q, max_length_q, dropout, scaling), None
+
+
+def _attend_one_by_one(query, key, value, cu_seq_lens, max_length, dropout, scaling) -> torch.Tensor:
+    lengths = cu_seq_lens.diff().tolist()
+    segments = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
+    shares_heads = query.shape[1] != key.shape[1]
+    attended = [
+        nn.functional.scaled_dot_product_attention(
+            *segment, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=shares_heads
+        )
+        for segment in segments
+    ]
+    return torch.cat(attended, dim=2).transpose(1, 2).contiguous()
+
+
+def _attend_with_kernel(query, key, value, cu_seq_lens, max_length, dropout, scaling) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    groups = query.shape[1] // key.shape[1]
+    settings = _kernel_settings()
+    if groups > 1 and "enable_gqa" not in settings:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+    bounds = cu_seq_lens.to(query.device, torch.int32)
+    if scaling is not None and "scale" in settings:
+        settings["scale"] = scaling
+    elif scaling is not None:
+        query = query * (scaling * query.shape[-1] ** 0.5)
+    return varlen_attn(query, key, value, bounds, bounds, max_length, max_length, **settings)[None]
+
+
+@cache
+def _kernel_parameters() -> frozenset[str]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _kernel_settings() -> dict[str, Any]:
+    """How the installed torch is told "causal" and "heads are shared": torch 2.11 and 2.13 differ."""
+    known = _kernel_parameters()
+    settings: dict[str, Any] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    if "enable_gqa" in known:
+        settings["enable_gqa"] = True
+    if "scale" in known:
+        settings["scale"] = None
+    return settings
+
+
+def packed_mask(*args, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+    """The mask of transformers where rows are padded or continue a cache, and none for packed rows."""
+    if attention_mask is None and kwargs["q_length"] == kwargs["kv_length"]:
+        return None
+    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register(NAME, packed_attention_forward)
+AttentionMaskInterface.register(NAME, packed_mask)
