@@ -1,7 +1,6 @@
-"""Data files of the LLaVA family -> rows `{"id": str, "images": [path], "messages": [...]}`.
+"""Records of the LLaVA family -> rows `{"id": str, "images": [...], "messages": [...]}`.
 
-Read are the JSON of the original LLaVA, rows that already hold `messages`, and ShareGPT without images; a file holds
-one list, or one record a line. LLaVA:
+Read are the JSON of the original LLaVA, `messages` as transformers and TRL write them, and ShareGPT. LLaVA:
 `{"id": "000000033471", "image": "coco/train2017/000000033471.jpg", "conversations": [
 {"from": "human", "value": "<image>\\nWhat is shown?"}, {"from": "gpt", "value": "A bus."}]}`
 
@@ -13,15 +12,20 @@ turn, and the white space around the turn goes. What is surprising:
 - Content is a list of items even where it is one text: columnar data sets cannot mix texts and lists.
 """
 
-import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
+
+from .record_files import RefusedRecord, stream_records
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 """Role names of data files to those of messages."""
 
 _IMAGE = "<image>"
+_ADDRESS = re.compile(r"data:|[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def read_conversations(path: str | Path, image_folder: str | Path | None = None) -> list[dict[str, Any]]:
@@ -32,23 +36,25 @@ def read_conversations(path: str | Path, image_folder: str | Path | None = None)
         image_folder: Put in front of the image paths.
 
     Raises:
-        ValueError: naming the file and line, or the record, that cannot be used; see `convert_record`.
+        ValueError: naming the file or the record that cannot be used; see `stream_records` and `convert_record`.
     """
     return list(stream_conversations(path, image_folder))
 
 
 def stream_conversations(path: str | Path, image_folder: str | Path | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a data file one by one; of JSON Lines, one line at a time is in memory."""
-    for index, record in enumerate(_read_records(Path(path))):
+    """The rows of a data file one by one."""
+    for index, record in enumerate(stream_records(path)):
         yield convert_record(record, index, image_folder=image_folder)
 
 
-def convert_record(record: dict[str, Any], index: int, *, image_folder: str | Path | None = None) -> dict[str, Any]:
+def convert_record(record: Any, index: int, *, image_folder: str | Path | None = None) -> dict[str, Any]:
     """One record -> one row.
 
     Args:
-        record: With `conversations` or `messages`; `image` or `images` may be missing, a path, or a list of paths.
-        index: Position in the file; the id of a record that has none.
+        record: A dict with `conversations` or `messages`. `image` or `images` may be missing, one, or a list, each a
+            path, bytes, PIL image, or the `{"bytes", "path"}` of `datasets`; items of `messages` can hold theirs
+            instead. A `RefusedRecord` is raised.
+        index: Position in the data; the id of a record that has none.
         image_folder: Put in front of the image paths.
 
     Returns:
@@ -56,81 +62,88 @@ def convert_record(record: dict[str, Any], index: int, *, image_folder: str | Pa
         `content` is a list of `{"type": "image"}` and `{"type": "text", "text": ...}`.
 
     Raises:
-        ValueError: naming the record, for a missing key, an unknown role, wrong order, an empty answer, or another
-            number of `<image>` than of images.
+        RefusedRecord: for a missing key, a value of the wrong kind, an unknown role, wrong order, an empty answer,
+            or another number of `<image>` than of images.
     """
+    if isinstance(record, RefusedRecord):
+        raise record
+    if not isinstance(record, dict):
+        raise RefusedRecord(str(index), "not a record", _shorten(record), "expected a JSON object; correct the file")
     row_id = str(record["id"]) if record.get("id") is not None else str(index)
-    images = _read_images(record)
     messages = [_convert_turn(turn, row_id) for turn in _read_turns(record, row_id)]
     system = messages[:1] if messages and messages[0]["role"] == "system" else []
     turns = messages[len(system) :]
     if turns and turns[0]["role"] == "assistant":
         turns = turns[1:]
     _check_turns(turns, row_id)
-    num_placeholders = sum(item["type"] == "image" for turn in turns for item in turn["content"])
-    if num_placeholders != len(images):
-        raise ValueError(
-            f"got {num_placeholders} {_IMAGE} and {len(images)} images in record {row_id!r}; expected equal numbers; "
-            "correct the record or take it out"
+    image_items = [item for turn in turns for item in turn["content"] if item["type"] == "image"]
+    images = [item.pop("image") for item in image_items if "image" in item] or _read_images(record)
+    if len(image_items) != len(images):
+        raise RefusedRecord(
+            row_id,
+            "images and placeholders differ",
+            f"{len(image_items)} {_IMAGE} and {len(images)} images",
+            "expected equal numbers; correct the record or take it out",
         )
-    if image_folder is not None:
-        images = [str(Path(image_folder) / image) for image in images]
+    images = [_read_image(image, image_folder, row_id) for image in images]
     return {"id": row_id, "images": images, "messages": system + turns}
 
 
-def _read_records(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        is_list = file.read(4096).lstrip().startswith("[")
-        file.seek(0)
-        if is_list:
-            yield from json.load(file)
-            return
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"got {path}, line {number}: {error}; expected a JSON list, or one record in each line"
-                ) from error
-            yield record
-
-
-def _read_images(record: dict[str, Any]) -> list[str]:
-    images = record.get("images", record.get("image"))
-    if images is None:
-        return []
-    return [images] if isinstance(images, str) else list(images)
-
-
-def _read_turns(record: dict[str, Any], row_id: str) -> list[dict[str, Any]]:
-    """Turns as `{"role": name in the file, "content": text or items}`."""
-    for list_key, role_key, content_key in (("messages", "role", "content"), ("conversations", "from", "value")):
-        if list_key in record:
-            turns = record[list_key]
-            for turn in turns:
-                if role_key not in turn or not isinstance(turn.get(content_key), (str, list)):
-                    raise ValueError(
-                        f"got turn {turn} in record {row_id!r}; expected a text in {content_key!r} and its author in "
-                        f"{role_key!r}; correct the record"
-                    )
-            return [{"role": turn[role_key], "content": turn[content_key]} for turn in turns]
-    raise ValueError(
-        f"got record {row_id!r} with keys {sorted(record)}; expected 'conversations' or 'messages'; convert the file"
-    )
-
-
-def _convert_turn(turn: dict[str, Any], row_id: str) -> dict[str, Any]:
-    if turn["role"] not in ROLES:
-        raise ValueError(
-            f"got role {turn['role']!r} in record {row_id!r}; expected one of {', '.join(ROLES)}; correct the record"
+def _read_turns(record: dict[str, Any], row_id: str) -> list[Any]:
+    turns = next((record[key] for key in ("messages", "conversations") if record.get(key) is not None), None)
+    if turns is None:
+        raise RefusedRecord(
+            row_id,
+            "no conversation",
+            f"keys {sorted(map(str, record))}",
+            "expected 'conversations' or 'messages'; convert the file",
         )
-    role, content = ROLES[turn["role"]], turn["content"]
-    if isinstance(content, str):
-        has_images = role == "user" and _IMAGE in content
-        content = _split_at_images(content) if has_images else [{"type": "text", "text": content}]
-    return {"role": role, "content": content}
+    if isinstance(turns, dict) and all(isinstance(column, list) for column in turns.values()):
+        # datasets gives a sequence of structs as a struct of sequences
+        turns = [dict(zip(turns, values)) for values in zip(*turns.values())]
+    if not isinstance(turns, list):
+        raise RefusedRecord(row_id, "malformed turn", _shorten(turns), "expected a list of turns; correct the record")
+    return turns
+
+
+def _convert_turn(turn: Any, row_id: str) -> dict[str, Any]:
+    role_key, content_key = ("role", "content") if isinstance(turn, dict) and "role" in turn else ("from", "value")
+    role, content = (turn.get(role_key), turn.get(content_key)) if isinstance(turn, dict) else (None, None)
+    if not isinstance(role, str) or not isinstance(content, (str, list)):
+        raise RefusedRecord(
+            row_id,
+            "malformed turn",
+            f"turn {_shorten(turn)}",
+            f"expected a text in {content_key!r} and its author in {role_key!r}; correct the record",
+        )
+    if role not in ROLES:
+        raise RefusedRecord(
+            row_id, "unknown role", f"role {role!r}", f"expected one of {', '.join(ROLES)}; correct the record"
+        )
+    if isinstance(content, list):
+        items = [_convert_item(item, row_id) for item in content]
+    elif ROLES[role] == "user" and _IMAGE in content:
+        items = _split_at_images(content)
+    else:
+        items = [{"type": "text", "text": content}]
+    _check_unicode(items, row_id)
+    return {"role": ROLES[role], "content": items}
+
+
+def _convert_item(item: Any, row_id: str) -> dict[str, Any]:
+    """Columnar data sets fill every item with the keys of all others: only what its type needs is kept."""
+    kind = item.get("type") if isinstance(item, dict) else None
+    if kind == "text" and isinstance(item.get("text"), str):
+        return {"type": "text", "text": item["text"]}
+    if kind == "image":
+        image = next((item[key] for key in ("image", "path", "url") if item.get(key) is not None), None)
+        return {"type": "image"} if image is None else {"type": "image", "image": image}
+    raise RefusedRecord(
+        row_id,
+        "malformed content",
+        f"item {_shorten(item)}",
+        'expected {"type": "text", "text": ...} or {"type": "image"}; correct the record',
+    )
 
 
 def _split_at_images(text: str) -> list[dict[str, str]]:
@@ -151,19 +164,57 @@ def _split_at_images(text: str) -> list[dict[str, str]]:
     return items
 
 
+def _check_unicode(items: list[dict[str, Any]], row_id: str) -> None:
+    for item in items:
+        try:
+            item.get("text", "").encode()
+        except UnicodeEncodeError as error:
+            # JSON can spell half of a surrogate pair, which no tokenizer takes
+            raise RefusedRecord(
+                row_id, "text that is not Unicode", str(error), "expected whole characters; correct the record"
+            ) from error
+
+
 def _check_turns(turns: list[dict[str, Any]], row_id: str) -> None:
     if not turns:
-        raise ValueError(f"got no turns in record {row_id!r}; expected at least one of the user; take the record out")
+        raise RefusedRecord(row_id, "no turns", "no turns", "expected at least one of the user; take the record out")
     for number, turn in enumerate(turns):
         expected = ("user", "assistant")[number % 2]
         if turn["role"] != expected:
-            raise ValueError(
-                f"got a turn of the {turn['role']} in record {row_id!r} at position {number}; expected the "
-                f"{expected}: user and assistant in turn, a system message only at the start; correct the record"
+            raise RefusedRecord(
+                row_id,
+                "wrong order of turns",
+                f"a turn of the {turn['role']} at position {number}",
+                f"expected the {expected}: user and assistant in turn, a system message only at the start; correct "
+                "the record",
             )
         answer = "".join(item["text"] for item in turn["content"] if item["type"] == "text")
         if turn["role"] == "assistant" and not answer.strip():
-            raise ValueError(
-                f"got an empty answer in record {row_id!r} at position {number}; expected text to learn; take the "
-                "record out"
+            raise RefusedRecord(
+                row_id,
+                "empty answer",
+                f"an empty answer at position {number}",
+                "expected text to learn; take the record out",
             )
+
+
+def _read_images(record: dict[str, Any]) -> list[Any]:
+    images = next((record[key] for key in ("images", "image") if record.get(key) is not None), [])
+    return images if isinstance(images, list) else [images]
+
+
+def _read_image(image: Any, folder: str | Path | None, row_id: str) -> str | bytes | Image.Image:
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, str) and folder is not None and not _ADDRESS.match(image):
+        return str(Path(folder) / image)
+    if not isinstance(image, (str, bytes, Image.Image)):
+        raise RefusedRecord(
+            row_id, "malformed image", f"image {_shorten(image)}", "expected a path or bytes; correct the record"
+        )
+    return image
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

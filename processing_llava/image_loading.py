@@ -98,6 +98,22 @@ def load_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> 
     return _to_rgb(_turn_upright(image))
 
 
+def read_image_size(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
+    """(height, width) that `load_image` would give, from the header: damaged pixels go unseen.
+
+    Raises:
+        FileNotFoundError: there is no file at the path.
+        ValueError: as `load_image`, but for pixels that cannot be decoded.
+    """
+    if isinstance(source, Image.Image):
+        image = source
+    else:
+        image = _open(_read_bytes(source, limits=limits), limits=limits)
+    check_image_size(image.height, image.width, limits=limits)
+    # orientations from 5 on exchange the sides
+    return image.size if _read_orientation(image) >= 5 else image.size[::-1]
+
+
 def check_image_size(height: int, width: int, *, limits: ImageLimits = DEFAULT_LIMITS) -> None:
     """Refuses a height and width, in pixels, above the limits.
 
@@ -206,13 +222,19 @@ def _open(data: bytes, *, limits: ImageLimits) -> Image.Image:
         ) from None
 
 
-def _turn_upright(image: Image.Image) -> Image.Image:
+def _read_orientation(image: Image.Image) -> int:
+    """A key of `UPRIGHT`, or 1: as stored."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except DAMAGE:
-        # cameras and editors write broken EXIF blocks around sound pixels; without an orientation they stay as stored
-        return image
-    if orientation not in UPRIGHT:
+        # cameras and editors write broken EXIF blocks around sound pixels
+        return 1
+    return orientation if orientation in UPRIGHT else 1
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    orientation = _read_orientation(image)
+    if orientation == 1:
         return image
     upright = image.transpose(UPRIGHT[orientation])
     # transpose() keeps the EXIF block: whoever reads it next would turn the image again

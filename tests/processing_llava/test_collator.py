@@ -61,3 +61,31 @@ def test_rows_that_cannot_be_trained_on_are_named(image_folder):
     unanswered = {"id": "000124", "images": [], "messages": [{"role": "user", "content": "Q"}]}
     with pytest.raises(ValueError, match="'000124' without a token to learn"):
         LlavaDataCollator(processor)([unanswered])
+
+
+def test_packed_rows_are_the_padded_ones_end_to_end(image_folder):
+    processor = tiny_processor()
+    rows = [
+        row(image_folder, "<image>\nWhat is this?", "A circle.", image="red.png"),
+        row(image_folder, "Hello", "Hi."),
+        row(image_folder, "<image><image>\nSame?", "Yes.", image=["red.png", "red.png"]),
+    ]
+    padded = LlavaDataCollator(processor)(rows)
+    packed = LlavaDataCollator(processor, packed=True)(rows)
+    assert "attention_mask" not in packed
+    lengths = padded["attention_mask"].sum(dim=1).tolist()
+    assert packed["cu_seq_lens_q"].tolist() == [0, lengths[0], lengths[0] + lengths[1], sum(lengths)]
+    assert packed["max_length_q"] == max(lengths)
+    for index, length in enumerate(lengths):
+        place = slice(*packed["cu_seq_lens_q"][index : index + 2].tolist())
+        assert packed["input_ids"][0, place].tolist() == padded["input_ids"][index, :length].tolist()
+        assert packed["labels"][0, place].tolist() == padded["labels"][index, :length].tolist()
+        assert packed["position_ids"][0, place].tolist() == list(range(length))
+    assert packed["pixel_values"].equal(padded["pixel_values"])
+
+
+def test_number_of_images_is_checked(image_folder):
+    broken = row(image_folder, "<image>\nWhat is this?", "A circle.", image="red.png", row_id="000125")
+    broken["images"] = []
+    with pytest.raises(ValueError, match="'000125' with 1 <image> placeholders and 0 images"):
+        LlavaDataCollator(tiny_processor())([broken])

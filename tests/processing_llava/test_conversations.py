@@ -2,11 +2,13 @@
 
 import json
 
+import PIL.Image
 import pytest
 
 from processing_llava.conversation_templates import load_template
 from processing_llava.conversations import convert_record, read_conversations, stream_conversations
 from processing_llava.prompts import render_prompt
+from processing_llava.record_files import RefusedRecord
 
 IMAGE = {"type": "image"}
 
@@ -101,14 +103,14 @@ def test_ids_are_texts_and_fall_back_to_the_position():
     ("record", "message"),
     [
         (llava_record(("human", "Q"), ("bot", "A")), "got role 'bot' in record '7'"),
-        (llava_record(("human", "Q"), ("human", "Q")), "got a turn of the user in record '7' at position 1"),
-        (llava_record(("human", "Q"), ("system", "S")), "got a turn of the system in record '7'"),
-        (llava_record(("human", "Q"), ("gpt", " \n")), "got an empty answer in record '7' at position 1"),
+        (llava_record(("human", "Q"), ("human", "Q")), "got a turn of the user at position 1 in record '7'"),
+        (llava_record(("human", "Q"), ("system", "S")), "got a turn of the system at position 1 in record '7'"),
+        (llava_record(("human", "Q"), ("gpt", " \n")), "got an empty answer at position 1 in record '7'"),
         (llava_record(("human", "<image>"), ("gpt", "A")), "got 1 <image> and 0 images in record '7'"),
         (llava_record(("human", "Q"), ("gpt", "A"), image="1.jpg"), "got 0 <image> and 1 images in record '7'"),
         (llava_record(), "got no turns in record '7'"),
         (llava_record(("human", None)), "expected a text in 'value'"),
-        ({"id": "7", "text": "Q"}, r"got record '7' with keys \['id', 'text'\]"),
+        ({"id": "7", "text": "Q"}, r"got keys \['id', 'text'\] in record '7'"),
     ],
 )
 def test_records_that_cannot_be_used_are_named(record, message):
@@ -116,26 +118,96 @@ def test_records_that_cannot_be_used_are_named(record, message):
         convert_record(record, 0)
 
 
+ANSWER = {"from": "gpt", "value": "A"}
+QUESTION = {"from": "human", "value": "Q"}
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ("a text", "not a record"),
+        (None, "not a record"),
+        ([QUESTION, ANSWER], "not a record"),
+        ({"id": "7"}, "no conversation"),
+        ({"conversations": None, "messages": None}, "no conversation"),
+        ({"conversations": "Q: A"}, "malformed turn"),
+        ({"conversations": {"from": "human"}}, "malformed turn"),
+        ({"conversations": ["Q", "A"]}, "malformed turn"),
+        ({"conversations": [{"from": ["human"], "value": "Q"}, ANSWER]}, "malformed turn"),
+        ({"conversations": [{"from": "human", "value": 7}, ANSWER]}, "malformed turn"),
+        ({"conversations": [{"from": "bing", "value": "Q"}, ANSWER]}, "unknown role"),
+        ({"conversations": [QUESTION, ANSWER, ANSWER]}, "wrong order of turns"),
+        ({"conversations": [QUESTION, {"from": "gpt", "value": ""}]}, "empty answer"),
+        ({"conversations": []}, "no turns"),
+        ({"conversations": [ANSWER]}, "no turns"),
+        ({"conversations": [{"from": "human", "value": "half \ud83d"}, ANSWER]}, "text that is not Unicode"),
+        ({"conversations": [QUESTION, ANSWER], "image": 7}, "images and placeholders differ"),
+        ({"conversations": [{"from": "human", "value": "<image>"}, ANSWER], "image": 7}, "malformed image"),
+        ({"conversations": [{"from": "human", "value": "<image>"}, ANSWER], "image": [None]}, "malformed image"),
+        (
+            {"conversations": [{"from": "human", "value": "<image>"}, ANSWER], "image": {"bytes": b""}},
+            "malformed image",
+        ),
+        ({"messages": [{"role": "user", "content": ["Q"]}]}, "malformed content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "malformed content"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "malformed content"),
+    ],
+)
+def test_every_kind_of_malformed_record_has_its_reason(record, reason):
+    with pytest.raises(RefusedRecord) as caught:
+        convert_record(record, 31)
+    assert caught.value.reason == reason
+    assert caught.value.record_id == (record.get("id") or "31" if isinstance(record, dict) else "31")
+
+
+def test_rows_of_columns_keep_only_what_an_item_needs():
+    items = [{"type": "image", "text": None, "index": 0}, {"type": "text", "text": "What?", "index": None}]
+    record = {"image": None, "images": ["1.jpg"], "conversations": None}
+    row = convert_record(record | {"messages": [{"role": "user", "content": items}]}, 0)
+    assert (row["images"], row["messages"][0]["content"]) == (["1.jpg"], [IMAGE, text("What?")])
+
+
+def test_turns_as_columns_and_turns_with_the_keys_of_the_other_format():
+    columns = {"from": ["human", "gpt"], "value": ["Q", "A"]}
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    expected = [{"role": "user", "content": [text("Q")]}, {"role": "assistant", "content": [text("A")]}]
+    assert convert_record({"conversations": columns}, 0)["messages"] == expected
+    assert convert_record({"conversations": turns}, 0)["messages"] == expected
+
+
+def test_images_inside_messages():
+    picture = PIL.Image.new("RGB", (4, 3))
+    content = [{"type": "image", "path": "1.jpg"}, {"type": "image", "image": picture}, text("Same?")]
+    row = convert_record({"messages": [{"role": "user", "content": content}]}, 0, image_folder="images")
+    assert row["images"] == ["images/1.jpg", picture]
+    assert row["messages"][0]["content"] == [IMAGE, IMAGE, text("Same?")]
+
+
+def test_only_paths_are_put_into_the_image_folder():
+    images = [
+        {"bytes": b"GIF", "path": "1.gif"},
+        {"bytes": None, "path": "2.gif"},
+        "data:image/png;base64,AA",
+        "/3.gif",
+    ]
+    record = llava_record(("human", "<image>" * 4), ("gpt", "A"), images=images)
+    row = convert_record(record, 0, image_folder="folder")
+    assert row["images"] == [b"GIF", "folder/2.gif", "data:image/png;base64,AA", "/3.gif"]
+
+
 RECORDS = [llava_record(("human", "Q"), ("gpt", "A")), llava_record(("human", "<image>"), ("gpt", "A"), image="1.jpg")]
-
-
-@pytest.mark.parametrize("indent", [None, 2])
-def test_json_lists_are_read(tmp_path, indent):
-    path = tmp_path / "data.json"
-    path.write_text(json.dumps(RECORDS, indent=indent), encoding="utf-8")
-    assert [row["images"] for row in read_conversations(path)] == [[], ["1.jpg"]]
-
-
-def test_json_lines_are_read_one_by_one(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_text("\n\n".join(map(json.dumps, RECORDS)) + "\nnot json\n", encoding="utf-8")
-    rows = stream_conversations(path)
-    assert [next(rows)["images"], next(rows)["images"]] == [[], ["1.jpg"]]
-    with pytest.raises(ValueError, match=r"data\.jsonl, line 4: .*expected a JSON list, or one record in each line"):
-        next(rows)
 
 
 def test_image_folder_is_put_in_front(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps(RECORDS), encoding="utf-8")
     assert read_conversations(path, tmp_path / "images")[1]["images"] == [str(tmp_path / "images" / "1.jpg")]
+
+
+def test_reading_stops_at_a_line_that_is_not_json(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, RECORDS)) + "\nnot json\n", encoding="utf-8")
+    rows = stream_conversations(path)
+    assert [next(rows)["images"], next(rows)["images"]] == [[], ["1.jpg"]]
+    with pytest.raises(ValueError, match="'data.jsonl, line 4'; expected a JSON list, or one record in each line"):
+        next(rows)

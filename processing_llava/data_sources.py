@@ -1,0 +1,109 @@
+"""Where records come from: data files, and folders, files and Hub repositories of `datasets`.
+
+Pictures stay encoded until somebody loads them with the limits of `image_loading`; `datasets` itself would decode
+them without. JSON files are read here and not by `datasets`, which wants one type for each key: LLaVA's own files mix
+numbers and texts in `id`, and one and many in `image`.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .record_files import stream_records
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+_JSON = (".json", ".jsonl")
+_BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """Rows from one place.
+
+    Raises:
+        ValueError: a weight that is not positive.
+    """
+
+    path: str
+    """A file `.json`, `.jsonl`, `.parquet` or `.arrow`; a folder of them or of `save_to_disk`; or a Hub dataset id."""
+    image_folder: str | None = None
+    """Where image paths start."""
+    name: str | None = None
+    """Configuration of a Hub dataset."""
+    split: str = "train"
+    """Of a dataset that has several."""
+    streaming: bool = False
+    """Read while training, without a copy on disk."""
+    weight: float | None = None
+    """Share of a mixture, as a ratio to the other weights; for all sources or none."""
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and not (0 < self.weight < math.inf):
+            raise ValueError(f"got weight={self.weight} for {self.path}; expected a positive number; correct it")
+
+    @property
+    def is_json(self) -> bool:
+        return Path(self.path).suffix in _JSON
+
+
+def open_records(source: DataSource) -> tuple[int | None, Iterator[Any]]:
+    """How many records a source has, if that can be known beforehand, and the records for `convert_record`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: there is no such dataset, split or configuration, or it cannot be read.
+    """
+    if source.is_json:
+        return sum(1 for _ in stream_records(source.path)), stream_records(source.path)
+    dataset = open_dataset(source)
+    return (None if source.streaming else len(dataset)), _iterate(dataset, source)
+
+
+def open_dataset(source: DataSource) -> "Dataset | IterableDataset":
+    """What `datasets` knows of a source, with undecoded pictures.
+
+    Raises:
+        ValueError: there is no such dataset, split or configuration, or it cannot be read.
+    """
+    from datasets import DatasetDict, Image, List, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
+
+    path = Path(source.path)
+    options = {"split": source.split, "streaming": source.streaming}
+    try:
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            dataset = load_from_disk(source.path)
+            dataset = dataset[source.split] if isinstance(dataset, DatasetDict) else dataset
+            dataset = dataset.to_iterable_dataset() if source.streaming else dataset
+        elif path.suffix in _BUILDERS:
+            dataset = load_dataset(_BUILDERS[path.suffix], data_files=source.path, **options)
+        else:
+            dataset = load_dataset(source.path, source.name, **options)
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
+        raise _unreadable(source, error) from error
+    for name, feature in (dataset.features or {}).items():
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(name, Image(decode=False))
+        elif isinstance(feature, List) and isinstance(feature.feature, Image):
+            dataset = dataset.cast_column(name, List(Image(decode=False)))
+    return dataset
+
+
+def _iterate(dataset: "Dataset | IterableDataset", source: DataSource) -> Iterator[Any]:
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield from dataset
+    except (OSError, DatasetsError) as error:
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: DataSource, error: Exception) -> ValueError:
+    return ValueError(
+        f"got the data {source.path!r}, split {source.split!r} ({type(error).__name__}: {error}); expected a JSON "
+        "file, a folder or file of datasets, or a Hub dataset; correct path, name and split"
+    )

@@ -1,0 +1,173 @@
+"""The rows of all sources as one dataset to train on, and what becomes of those that are too long.
+
+Inside a dataset pictures are the `{"bytes", "path"}` of `datasets`, so that all sources have the same columns and can
+be mixed; what is read from it holds paths or bytes. Of a dataset that is not streaming, the rows are written once to
+the cache of `datasets`; the rows of JSON files are kept in memory, as Arrow tables.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from datasets import (
+    Dataset,
+    Features,
+    Image,
+    IterableDataset,
+    List,
+    Value,
+    concatenate_datasets,
+    interleave_datasets,
+)
+
+from .conversations import convert_record, stream_conversations
+from .data_sources import DataSource, open_dataset
+from .processing_llava import AnyLlavaProcessor
+from .row_lengths import DROPPED, check_length_options, fit_row, read_image_sizes
+
+ROW_FEATURES = Features(
+    {
+        "id": Value("string"),
+        "images": List(Image(decode=False)),
+        "messages": List(
+            {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
+        ),
+    }
+)
+"""Of every source, so that they can be mixed."""
+
+_CHUNK = 1000
+
+
+def load_rows(
+    sources: Sequence[DataSource],
+    *,
+    seed: int = 0,
+    processor: AnyLlavaProcessor | None = None,
+    max_length: int | None = None,
+    too_long: str = "drop",
+    num_proc: int | None = None,
+) -> tuple[Dataset | IterableDataset, Counter]:
+    """The rows of all sources: `id`, `images` (paths or bytes), `messages`.
+
+    Without weights the sources follow each other. With weights each row is drawn from a source chosen by weight, until
+    every row of every source was drawn once; shorter ones begin again. Same sources and seed, same order.
+
+    Args:
+        sources: At least one.
+        seed: Of the draw.
+        processor: Counts tokens, if there is a limit.
+        max_length: Longest row in tokens; None for no limit.
+        too_long: "keep", "drop" or "split"; see `row_lengths`.
+        num_proc: Processes that count.
+
+    Returns:
+        A `Dataset`, or an `IterableDataset` if any source is streaming; and how many rows of the sources are of each
+        fate: `FITS`, `KEPT`, `PART`, and `DROPPED`, which counts questions where rows are split. Streaming sources are
+        not counted.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a source that cannot be read, a record that cannot be used, an unknown option, or weights for some
+            sources only.
+    """
+    check_length_options(max_length, too_long)
+    weights = [source.weight for source in sources if source.weight is not None]
+    if not sources or len(weights) not in (0, len(sources)):
+        raise ValueError(
+            f"got {len(weights)} weights for {len(sources)} sources; expected at least one source, and a weight for "
+            "each of them or for none"
+        )
+    parts = [_load_source(source) for source in sources]
+    fates: Counter = Counter()
+    if max_length is not None:
+        fit = partial(_fit_batch, processor=processor, max_length=max_length, too_long=too_long)
+        parts = [_fit(part, fit, fates, num_proc=num_proc) for part in parts]
+    if any(source.streaming for source in sources):
+        parts = [part if isinstance(part, IterableDataset) else part.to_iterable_dataset() for part in parts]
+    if weights:
+        probabilities = [weight / sum(weights) for weight in weights]
+        rows = interleave_datasets(parts, probabilities, seed=seed, stopping_strategy="all_exhausted")
+    else:
+        rows = concatenate_datasets(parts)
+    return _unpack(rows), fates
+
+
+def _load_source(source: DataSource) -> Dataset | IterableDataset:
+    if not source.is_json:
+        records = open_dataset(source)
+        return records.map(
+            partial(_convert, image_folder=source.image_folder),
+            with_indices=True,
+            remove_columns=records.column_names,
+            features=ROW_FEATURES,
+        )
+    if source.streaming:
+        return IterableDataset.from_generator(_generate, features=ROW_FEATURES, gen_kwargs={"source": source})
+    rows = _generate(source)
+    # as Python objects, all rows would take several times the memory of their table
+    chunks = iter(lambda: list(islice(rows, _CHUNK)), [])
+    tables = [Dataset.from_list(chunk, features=ROW_FEATURES) for chunk in chunks]
+    if not tables:
+        raise ValueError(f"got no records in {source.path}; expected at least one; take it out of the sources")
+    return concatenate_datasets(tables)
+
+
+def _generate(source: DataSource) -> Iterator[dict[str, Any]]:
+    yield from map(_pack_row, stream_conversations(source.path, source.image_folder))
+
+
+def _convert(record: Mapping[str, Any], index: int, *, image_folder: str | None) -> dict[str, Any]:
+    return _pack_row(convert_record(dict(record), index, image_folder=image_folder))
+
+
+def _pack_row(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "images": [Image().encode_example(image) for image in row["images"]]}
+
+
+def _unpack(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    if isinstance(rows, IterableDataset):
+        return rows.map(_unpack_batch, batched=True, batch_size=1)
+    return rows.with_transform(_unpack_batch)
+
+
+def _unpack_batch(batch: dict[str, list]) -> dict[str, list]:
+    if "images" not in batch:  # another column was asked for by its name
+        return batch
+    return {**batch, "images": [_unpack_images(images) for images in batch["images"]]}
+
+
+def _unpack_images(images: list[dict[str, Any]]) -> list[str | bytes]:
+    return [image["bytes"] or image["path"] for image in images]
+
+
+def _fit(
+    rows: Dataset | IterableDataset, fit: Callable[[dict[str, list]], dict[str, list]], fates: Counter, *, num_proc
+) -> Dataset | IterableDataset:
+    features = Features({**ROW_FEATURES, "fate": Value("string")})
+    if isinstance(rows, IterableDataset):
+        rows = rows.map(fit, batched=True, batch_size=_CHUNK, features=features)
+    else:
+        rows = rows.map(fit, batched=True, batch_size=_CHUNK, features=features, num_proc=num_proc)
+        fates.update(rows["fate"])
+    return rows.filter(_remains, input_columns="fate").remove_columns("fate")
+
+
+def _fit_batch(
+    batch: Mapping[str, list], *, processor: AnyLlavaProcessor, max_length: int, too_long: str
+) -> dict[str, list]:
+    fitted: list[dict[str, Any]] = []
+    for values in zip(*(batch[name] for name in ROW_FEATURES)):
+        packed = dict(zip(ROW_FEATURES, values))
+        row = {**packed, "images": _unpack_images(packed["images"])}
+        sizes = read_image_sizes(row, decode=False)
+        kept, refused = fit_row(row, processor, sizes, max_length=max_length, too_long=too_long)
+        fitted += [{**_pack_row(measured.row), "fate": measured.fate} for measured in kept]
+        fitted += [{**packed, "fate": DROPPED} for _ in refused]
+    return {name: [row[name] for row in fitted] for name in (*ROW_FEATURES, "fate")}
+
+
+def _remains(fate: str) -> bool:
+    return fate != DROPPED

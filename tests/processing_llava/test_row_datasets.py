@@ -1,0 +1,210 @@
+"""Rows of every kind of source, alone and mixed, and what becomes of long ones."""
+
+import json
+
+import datasets
+import PIL.Image
+import pytest
+from datasets import Dataset, DatasetDict, Image, IterableDataset, List
+
+from processing_llava.data_sources import DataSource, open_records
+from processing_llava.row_datasets import load_rows
+from tests.tiny import tiny_processor
+
+IMAGE_ITEM = {"type": "image", "text": None}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """With two pictures; `datasets` keeps its cache beside them."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    for name in ("1.png", "2.png"):
+        PIL.Image.new("RGB", (40, 30), "red").save(tmp_path / name)
+    return tmp_path
+
+
+def write_json(path, num_records: int = 4, *, prefix: str = "j") -> str:
+    """LLaVA JSON as it is found: mixed types of ids; no image, one, two."""
+    records = []
+    for number in range(num_records):
+        images = [f"{1 + index % 2}.png" for index in range(number % 3)]
+        record = {"id": number if number == 0 else f"{prefix}{number}"}
+        if images:
+            record["image"] = images[0] if len(images) == 1 else images
+        questions = ["<image>\n" * len(images) + "What?"] + ["Sure?"] * (2 if images else 1)
+        exchanges = [
+            ({"from": "human", "value": question}, {"from": "gpt", "value": "A bus."}) for question in questions
+        ]
+        records.append(record | {"conversations": [turn for exchange in exchanges for turn in exchange]})
+    path.write_text(json.dumps(records) if path.suffix == ".json" else "\n".join(map(json.dumps, records)))
+    return str(path)
+
+
+def image_dataset(num_rows: int = 3) -> Dataset:
+    """As on the Hub: encoded pictures, items with the keys of all others."""
+    content = [{"type": "image", "text": None, "index": 0}, {"type": "text", "text": "What?", "index": None}]
+    answer = [{"type": "text", "text": "A bus.", "index": None}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    pictures = [PIL.Image.new("RGB", (40 + number, 30), "blue") for number in range(num_rows)]
+    rows = [{"id": f"d{number}", "images": [picture], "messages": messages} for number, picture in enumerate(pictures)]
+    return Dataset.from_list(rows).cast_column("images", List(Image()))
+
+
+def save_as(kind: str, folder) -> str:
+    dataset, path = image_dataset(), folder / "data"
+    if kind == "save_to_disk":
+        dataset.save_to_disk(path)
+    elif kind == "splits on disk":
+        DatasetDict({"test": image_dataset(1), "train": dataset}).save_to_disk(path)
+    elif kind == "parquet":
+        dataset.to_parquet(path.with_suffix(".parquet"))
+        return str(path.with_suffix(".parquet"))
+    elif kind == "arrow":
+        dataset.save_to_disk(path)
+        return str(next(path.glob("*.arrow")))
+    else:
+        path.mkdir()
+        dataset.to_parquet(path / "part-0.parquet")
+    return str(path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["save_to_disk", "splits on disk", "parquet", "arrow", "folder of parquet"])
+def test_datasets_on_disk(folder, kind, streaming):
+    source = DataSource(path=save_as(kind, folder), streaming=streaming)
+    total, records = open_records(source)
+    assert total == (None if streaming else 3)
+    assert isinstance(next(records)["images"][0]["bytes"], bytes)
+    rows, _ = load_rows([source])
+    assert isinstance(rows, IterableDataset if streaming else Dataset)
+    rows = list(rows)
+    assert [row["id"] for row in rows] == ["d0", "d1", "d2"]
+    assert rows[0]["images"][0].startswith(b"\x89PNG")
+    first = rows[0]["messages"][0]
+    assert [item["type"] for item in first["content"]] == ["image", "text"]
+    assert "A bus." in tiny_processor().render(rows[0]["messages"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl", "folder/data.jsonl"])
+def test_json_files_and_folders_of_them(folder, name, streaming):
+    (folder / "folder").mkdir()
+    path = write_json(folder / name)
+    source = DataSource(path=path if name[:6] != "folder" else str(folder / "folder"), image_folder=str(folder))
+    rows, fates = load_rows([DataSource(**{**vars(source), "streaming": streaming})])
+    rows = list(rows)
+    assert [row["id"] for row in rows] == ["0", "j1", "j2", "j3"]
+    assert [row["images"] for row in rows] == [[], [str(folder / "1.png")], [f"{folder}/1.png", f"{folder}/2.png"], []]
+    assert not fates
+
+
+def test_more_rows_than_a_chunk_and_none(folder):
+    rows, _ = load_rows([DataSource(path=write_json(folder / "data.jsonl", 2500), image_folder=str(folder))])
+    assert (len(rows), rows[2001]["id"]) == (2500, "j2001")
+    assert rows["id"][2001] == "j2001"
+    (folder / "empty.json").write_text("[]")
+    with pytest.raises(ValueError, match="got no records in .*empty.json"):
+        load_rows([DataSource(path=str(folder / "empty.json"))])
+
+
+def test_sources_without_weights_follow_each_other(folder):
+    sources = [DataSource(path=write_json(folder / f"{name}.json", 2, prefix=name)) for name in "ab"]
+    assert [row["id"] for row in load_rows(sources)[0]] == ["0", "a1", "0", "b1"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_mixture_follows_weights_and_seed(folder, streaming):
+    options = {"image_folder": str(folder)}
+    sources = [
+        DataSource(path=write_json(folder / "a.json", 90, prefix="a"), weight=3, streaming=streaming, **options),
+        DataSource(path=save_as("parquet", folder), weight=1, **options),
+    ]
+
+    def ids(seed: int) -> list[str]:
+        return [row["id"] for row in load_rows(sources, seed=seed)[0]]
+
+    drawn = ids(1)
+    assert drawn == ids(1) != ids(2)
+    assert len({*drawn}) == 93
+    share = sum(row_id.startswith("d") for row_id in drawn) / len(drawn)
+    assert 0.15 < share < 0.35
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("too_long", "ids", "fates"),
+    [
+        ("keep", ["0", "j1", "j2", "j3"], {"fits": 2, "too long, kept": 2}),
+        ("drop", ["0", "j3"], {"fits": 2, "too long, dropped": 2}),
+        ("split", ["0", "j1#1", "j1#2", "j2#1", "j2#2", "j2#3", "j3"], {"fits": 2, "part of one too long": 5}),
+    ],
+)
+def test_long_rows_and_their_counts(folder, too_long, ids, fates, streaming):
+    processor = tiny_processor()
+    source = DataSource(path=write_json(folder / "data.json"), image_folder=str(folder), streaming=streaming)
+    limits = {"processor": processor, "max_length": 212, "too_long": too_long}
+    rows, counted = load_rows([source], **limits)
+    rows = list(rows)
+    assert [row["id"] for row in rows] == ids
+    assert set(rows[0]) == {"id", "images", "messages"}
+    assert counted == ({} if streaming else fates)
+
+
+# from Python 3.12 on, forking a process with threads warns
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_processes_count_what_one_counts(folder):
+    source = DataSource(path=write_json(folder / "data.json"), image_folder=str(folder))
+    limits = {"processor": tiny_processor(), "max_length": 212, "too_long": "split"}
+    rows, counted = load_rows([source], num_proc=2, **limits)
+    alone, counted_alone = load_rows([source], **limits)
+    assert (list(rows), counted) == (list(alone), counted_alone)
+
+
+def test_mistakes_in_rows_to_count_name_the_record(folder):
+    path = write_json(folder / "data.json")
+    (folder / "1.png").unlink()
+    with pytest.raises(ValueError, match="cannot be opened .*in record 'j1'"):
+        load_rows([DataSource(path=path, image_folder=str(folder))], processor=tiny_processor(), max_length=999)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"path": "missing.json"}, "missing.json"),
+        ({"path": "no/such-dataset"}, "got the data 'no/such-dataset'"),
+        ({"split": "test"}, "split 'test'"),
+        ({"name": "no_such"}, "no_such"),
+    ],
+)
+def test_sources_that_are_not_there_are_named(folder, change, message):
+    source = DataSource(**{"path": save_as("folder of parquet", folder), **change})
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_rows([source])
+
+
+@pytest.mark.parametrize("kind", ["save_to_disk", "parquet"])
+def test_damaged_files_are_named(folder, kind):
+    path = save_as(kind, folder)
+    for file in [folder / "data.parquet"] if kind == "parquet" else (folder / "data").glob("*.arrow"):
+        file.write_bytes(b"damage")
+    with pytest.raises(ValueError, match="got the data"):
+        list(open_records(DataSource(path=path))[1])
+
+
+def test_mistakes_in_mixtures(folder):
+    path = write_json(folder / "data.json")
+    with pytest.raises(ValueError, match="weight=0 "):
+        DataSource(path=path, weight=0)
+    with pytest.raises(ValueError, match="got 1 weights for 2 sources"):
+        load_rows([DataSource(path=path, weight=1), DataSource(path=path)])
+    with pytest.raises(ValueError, match="got too_long='cut'"):
+        load_rows([DataSource(path=path)], too_long="cut")
+
+
+def test_a_record_that_cannot_be_used_stops_the_loading(folder):
+    dataset = image_dataset()
+    dataset = dataset.add_column("wrong", [0, 0, 0]).rename_column("messages", "talk")
+    dataset.to_parquet(folder / "wrong.parquet")
+    with pytest.raises(ValueError, match="in record 'd0'; expected 'conversations' or 'messages'"):
+        load_rows([DataSource(path=str(folder / "wrong.parquet"))])
