@@ -68,7 +68,8 @@ class CheckpointMixin:
         elif layout_of(config) == "any_llava":
             return super().from_pretrained(name, *model_args, config=config, **kwargs)
 
-        kwargs = {key: value for key, value in kwargs.items() if key not in (*DOWNLOAD_KWARGS, "adapter_kwargs")}
+        adapter = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
+        kwargs = {key: value for key, value in kwargs.items() if key not in DOWNLOAD_KWARGS}
         folder = OriginalFolder(name=name, config=config.source_config, base_model=base_model, download=download)
         is_original = layout_of(config) == "original"
         if is_original:
@@ -87,13 +88,16 @@ class CheckpointMixin:
             **kwargs,
         )
         refuse_unfit(info, weights, name)
-        model.config.name_or_path = name
+        # PEFT writes the second one into its adapters.
+        model.config.name_or_path = model.name_or_path = name
         if model.can_generate():
             model.generation_config = read_generation_config(name, config, download)
         if is_original and find_file(name, "adapter_config.json", download) is not None:
             from .adapters import load_original_adapter
 
             model = load_original_adapter(model, folder, merge=merge_adapter)
+        elif adapter is not None:
+            model.load_adapter(adapter)
         return (model, info) if wants_info else model
 
     def save_pretrained(

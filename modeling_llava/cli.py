@@ -1,4 +1,4 @@
-"""`llava ...`: ask, chat, demo, doctor, assemble, train.
+"""`llava ...`: ask, chat, demo, doctor, assemble, check-data, train.
 
 Imports live inside the commands: a command needs only its own extra. Whatever a user can get wrong ends in one line
 on standard error and exit code 2.
@@ -6,16 +6,21 @@ on standard error and exit code 2.
 
 import argparse
 import json
+import os
 import sys
+from itertools import islice
 from pathlib import Path
+
+PATH_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""What a path that a user gave can cause."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
-    except (ValueError, FileNotFoundError) as error:
+        return options.run(options) or 0
+    except (ValueError, *PATH_ERRORS) as error:
         print(f"llava: {_one_line(error)}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
@@ -25,7 +30,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,8 +71,29 @@ def _parser() -> argparse.ArgumentParser:
     assemble.add_argument("--out", required=True, help="folder to write")
     assemble.set_defaults(run=_assemble)
 
+    check_data = commands.add_parser("check-data", help="check every record of training data")
+    check_data.add_argument("sources", nargs="+", metavar="SOURCE", help="JSON, JSON Lines, folder or Hub dataset")
+    check_data.add_argument("--image-folder", help="where image paths start")
+    check_data.add_argument("--name", help="configuration of a Hub dataset")
+    check_data.add_argument("--split", default="train", help="of a dataset that has several")
+    check_data.add_argument("--streaming", action="store_true", help="do not copy the dataset to the disk first")
+    check_data.add_argument("--model", help="folder or Hub id of the model to train (default: the embedded model)")
+    check_data.add_argument("--template", help="conversation format to use instead of the model's")
+    check_data.add_argument("--max-length", type=int, help="longest row in tokens, images counted")
+    check_data.add_argument("--too-long", default="drop", help="keep, drop or split longer rows (default: drop)")
+    check_data.add_argument("--headers-only", action="store_true", help="do not decode the pixels of the images")
+    check_data.add_argument(
+        "--show", type=int, metavar="N", help="print the first N usable rows, learned text coloured"
+    )
+    check_data.add_argument("--color", action="store_true", help="colours, even if this is no terminal")
+    check_data.add_argument("--html", metavar="FILE", help="write these rows (default: 20) and their images as a page")
+    check_data.add_argument("--json", metavar="FILE", help="write the result with every refused record")
+    check_data.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all processors)")
+    check_data.set_defaults(run=_check_data)
+
     train = commands.add_parser("train", help="run a training recipe")
     train.add_argument("recipe", metavar="RECIPE.yaml")
+    train.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint")
     train.set_defaults(run=_train)
     return parser
 
@@ -211,11 +236,63 @@ def _assemble(options: argparse.Namespace) -> None:
     print(f"{options.out}: {model.num_parameters():,} parameters")
 
 
+def _check_data(options: argparse.Namespace) -> int:
+    from processing_llava.data_check import RecordCheck, check_sources
+    from processing_llava.data_sources import DataSource
+    from processing_llava.preview import make_printable
+
+    kept = {name: getattr(options, name) for name in ("image_folder", "name", "split", "streaming")}
+    sources = [DataSource(path=path, **kept) for path in options.sources]
+    check = RecordCheck(
+        _load_processor(options),
+        max_length=options.max_length,
+        too_long=options.too_long,
+        decode=not options.headers_only,
+    )
+    if options.json:
+        Path(options.json).touch()  # whether it can be written is known before the work
+    report = check_sources(sources, check, workers=options.workers, show_progress=sys.stderr.isatty())
+    if report.lengths and (options.show or options.html):
+        _preview(options, sources, check)
+    if options.json:
+        Path(options.json).write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    print(make_printable(report.format_table()))
+    return int(bool(report.refusals))
+
+
+def _load_processor(options: argparse.Namespace):
+    from transformers import AutoProcessor
+
+    from modeling_llava.inference import EMBEDDED_MODEL
+    from processing_llava import AnyLlavaProcessor
+
+    chosen = {} if options.template is None else {"template": options.template}
+    try:
+        processor = AutoProcessor.from_pretrained(options.model or EMBEDDED_MODEL, **chosen)
+    except OSError as error:
+        raise ValueError(f"got model {options.model!r}; expected a folder or a Hub id of a LLaVA: {error}") from error
+    if not isinstance(processor, AnyLlavaProcessor):
+        raise ValueError(f"got model {options.model!r} of transformers' own layout; expected one that trains here")
+    return processor
+
+
+def _preview(options: argparse.Namespace, sources: list, check) -> None:
+    from processing_llava.data_check import find_usable_rows
+    from processing_llava.preview import format_html, format_terminal
+
+    rows = islice(find_usable_rows(sources, check), options.show or 20)
+    if options.html:
+        Path(options.html).write_text(format_html(rows, check.processor), encoding="utf-8")
+        return
+    for text in format_terminal(rows, check.processor, color=options.color or sys.stdout.isatty()):
+        print(text)
+
+
 def _train(options: argparse.Namespace) -> None:
     from modeling_llava.training.recipe import read_recipe
     from modeling_llava.training.run import train
 
-    print(train(read_recipe(options.recipe)))
+    print(train(read_recipe(options.recipe), resume=options.resume))
 
 
 EXTRAS = {

@@ -1,59 +1,125 @@
-"""Rows of conversations -> one padded training batch.
+"""Rows of conversations -> one training batch, padded or packed.
 
 Labels are what the template marks as written by the assistant: they come from the same rendering as the ids, so they
 cannot drift from them. A row without anything to learn is an error that names it, never a row of -100.
+
+A packed batch is one row with all rows end to end: `position_ids` restart with each of them, and `cu_seq_lens_q` holds
+their bounds, for an attention function that keeps them apart (`modeling_llava/packed_attention.py`).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .processing_llava import AnyLlavaProcessor
+from .prompts import count_images, encode_prompt
 
 IGNORED_LABEL = -100
 """The label that cross entropy skips."""
 
 
 class LlavaDataCollator:
-    """Turns rows `{"id", "images", "messages"}` into `input_ids`, `labels`, `attention_mask` and `pixel_values`.
+    """Turns rows `{"id", "images", "messages"}` into `input_ids`, `labels` and `pixel_values`.
+
+    A padded batch has `attention_mask` beside them, a packed one `position_ids` and the bounds of its rows.
 
     Args:
         processor: Renders, tokenises and prepares images; its template needs `{% generation %}` marks.
         max_length: Longest row in tokens, image features counted. Longer rows are errors: cutting one could remove
             its answer or part of an image.
+        packed: Put the rows end to end instead of padding them.
+        read_features: Gives the tower features `[I, P, V]` of images. The batch then holds them as
+            `mm_encoder_outputs`, and neither reads nor prepares pictures.
 
     Raises:
         ValueError: naming the row, if it cannot be trained on.
     """
 
-    def __init__(self, processor: AnyLlavaProcessor, *, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        processor: AnyLlavaProcessor,
+        *,
+        max_length: int | None = None,
+        packed: bool = False,
+        read_features: Callable[[list[str]], torch.Tensor] | None = None,
+    ) -> None:
         self.processor = processor
         self.max_length = max_length
+        self.packed = packed
+        self.read_features = read_features
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        images = [row["images"] for row in rows]
-        batch = self.processor(
-            text=[self.processor.render(row["messages"]) for row in rows],
-            images=images if any(images) else None,
-            padding=True,
-            padding_side="right",
-            return_assistant_tokens_mask=True,
-            return_tensors="pt",
-        )
-        assistant_masks = batch.pop("assistant_masks")
-        for row, mask, length in zip(rows, assistant_masks, batch["attention_mask"].sum(dim=1).tolist()):
-            self._check_row(row["id"], num_supervised=int(mask.sum()), length=length)
-        batch["labels"] = batch["input_ids"].masked_fill(assistant_masks == 0, IGNORED_LABEL)
-        return dict(batch)
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        image_inputs, num_image_tokens = self._encode_images([image for row in rows for image in row["images"]])
+        remaining = iter(num_image_tokens)
+        encoded = [self._encode_row(row, [next(remaining) for _ in row["images"]]) for row in rows]
+        return (self._pack(encoded) if self.packed else self._pad(encoded)) | image_inputs
 
-    def _check_row(self, row_id: str, *, num_supervised: int, length: int) -> None:
-        if num_supervised == 0:
+    def _encode_images(self, images: list[Any]) -> tuple[dict[str, Any], list[int]]:
+        """What the model takes of the images, and how many tokens each has."""
+        if not images:
+            return {}, []
+        if self.read_features is not None:
+            features_IPV = self.read_features(images)
+            encoder_outputs = {"image": BaseModelOutputWithPooling(last_hidden_state=features_IPV)}
+            return {"mm_encoder_outputs": encoder_outputs}, [features_IPV.shape[1]] * len(images)
+        image_processor = self.processor.image_processor
+        image_inputs = image_processor(image_processor.fetch_images(images), return_tensors="pt")
+        return dict(image_inputs), self.processor.count_image_tokens(image_inputs)
+
+    def _encode_row(self, row: dict[str, Any], num_image_tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and labels of a row, `[L]` each."""
+        prompt = self.processor.render(row["messages"])
+        num_places = count_images(prompt, self.processor.image_token)
+        if num_places != len(num_image_tokens):
             raise ValueError(
-                f"got row {row_id!r} without a token to learn; expected an answer inside {{% generation %}}: check "
+                f"got row {row['id']!r} with {num_places} {self.processor.image_token} placeholders and "
+                f"{len(num_image_tokens)} images; expected equal numbers"
+            )
+        ids, mask = encode_prompt(
+            prompt,
+            self.processor.tokenizer,
+            image_token=self.processor.image_token,
+            image_token_id=self.processor.image_token_id,
+            num_image_tokens=num_image_tokens,
+        )
+        if not any(mask):
+            raise ValueError(
+                f"got row {row['id']!r} without a token to learn; expected an answer inside {{% generation %}}: check "
                 "the row, and that the chat template marks what the assistant writes"
             )
-        if self.max_length is not None and length > self.max_length:
+        if self.max_length is not None and len(ids) > self.max_length:
             raise ValueError(
-                f"got row {row_id!r} with {length} tokens; expected at most max_length={self.max_length}: raise "
+                f"got row {row['id']!r} with {len(ids)} tokens; expected at most max_length={self.max_length}: raise "
                 "max_length, or take the row out"
             )
+        input_ids = torch.tensor(ids)
+        return input_ids, input_ids.masked_fill(torch.tensor(mask) == 0, IGNORED_LABEL)
+
+    def _pad(self, encoded: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        ids, labels = zip(*encoded)
+        lengths = torch.tensor([len(row) for row in ids])
+        pad_token_id = self.processor.tokenizer.pad_token_id
+        return {
+            "input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
+            "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
+            "labels": torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
+        }
+
+    def _pack(self, encoded: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
+        ids, labels = zip(*encoded)
+        lengths = [len(row) for row in ids]
+        bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+        packed_labels = torch.cat(labels)
+        # Nothing stands before the first token of a row, so nothing may predict it.
+        packed_labels[bounds[:-1].long()] = IGNORED_LABEL
+        return {
+            "input_ids": torch.cat(ids)[None],
+            "labels": packed_labels[None],
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds,
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
+        }

@@ -94,7 +94,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin, ProcessorMixin):
                 image_inputs = self.image_processor(
                     self.image_processor.fetch_images(flat_images), **merged["images_kwargs"]
                 )
-                num_image_tokens = self._count_image_tokens(image_inputs)
+                num_image_tokens = self.count_image_tokens(image_inputs)
         elif prompts:
             self._check_rows(prompts, [[] for _ in prompts], num_images=0)
         text_inputs = {}
@@ -186,17 +186,18 @@ class AnyLlavaProcessor(OriginalProcessorMixin, ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The placeholders of one image as text, for engines that expand prompts themselves."""
-        return self.image_token * self._count_image_tokens(image_inputs)[image_idx]
+        return self.image_token * self.count_image_tokens(image_inputs)[image_idx]
 
     def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None) -> MultiModalData:
         """Tokens and rows of `pixel_values` of images of these (height, width), for the same engines."""
         if image_sizes is None:
             return MultiModalData()
         is_tiled = self.image_processor.image_aspect_ratio == "anyres"
-        num_tokens = self._count_image_tokens({"image_sizes" if is_tiled else "pixel_values": image_sizes})
+        num_tokens = self.count_image_tokens({"image_sizes" if is_tiled else "pixel_values": image_sizes})
         return MultiModalData(num_image_tokens=num_tokens, num_image_patches=[1] * len(image_sizes))
 
-    def _count_image_tokens(self, image_inputs: dict) -> list[int]:
+    def count_image_tokens(self, image_inputs: dict) -> list[int]:
+        """The number of tokens of each image, from what the image processor returned for them."""
         tile_size = self.image_processor.tile_size
         tile = {
             "tile_size": tile_size,

@@ -24,10 +24,15 @@ def run(command: list[str]) -> str:
     return result.stdout
 
 
-def test_python_blocks_run():
-    output = run([sys.executable, "-W", "error::DeprecationWarning", "-c", "\n".join(blocks("python"))])
-    assert "penguin" in output
-    assert "guitar" in output
+@pytest.fixture(scope="module")
+def python_output() -> str:
+    """What the Python blocks print; they also write the files that commands read."""
+    return run([sys.executable, "-W", "error::DeprecationWarning", "-c", "\n".join(blocks("python"))])
+
+
+def test_python_blocks_run(python_output):
+    assert "penguin" in python_output
+    assert "guitar" in python_output
 
 
 def llava_commands() -> list[str]:
@@ -35,7 +40,7 @@ def llava_commands() -> list[str]:
 
 
 @pytest.mark.parametrize("command", llava_commands())
-def test_llava_commands_run(command):
+def test_llava_commands_run(command, python_output):
     assert run(["sh", "-c", command]).strip()
 
 

@@ -7,22 +7,17 @@ from typing import Any
 
 import yaml
 
+from processing_llava.data_sources import DataSource
+from processing_llava.row_lengths import TOO_LONG
+
 STAGES = {
     "align": ("mm_projector", "image_newline"),
     "finetune": ("mm_projector", "image_newline", "language_model", "lm_head"),
+    "lora": ("mm_projector",),
+    "qlora": ("mm_projector",),
 }
-"""The parts of the model that each stage trains."""
+"""The parts of the model that each stage trains as a whole; the last two train adapters beside them."""
 OUTPUT_DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(kw_only=True)
-class DataSource:
-    """One file of conversations."""
-
-    path: str
-    """JSON or JSON Lines."""
-    image_folder: str = "."
-    """Where the image paths of the rows start."""
 
 
 @dataclass(kw_only=True)
@@ -34,7 +29,8 @@ class Recipe:
     """
 
     stage: str
-    """"align" (projector only) or "finetune" (projector and language model)."""
+    """"align" (projector only), "finetune" (projector and language model), "lora" (projector, and adapters in the
+    language model) or "qlora" (the same on a 4-bit language model)."""
     model: str
     """Folder or Hub id of the model to start from."""
     data: list[DataSource]
@@ -42,15 +38,32 @@ class Recipe:
     """Where the trained model goes."""
     output_dtype: str = "float32"
     """Of the saved weights; training keeps them in float32."""
+    template: str | None = None
+    """Conversation format to train with and to store with the model. Default: the model's own."""
+    image_aspect_ratio: str | None = None
+    """"pad", "square" or "anyres", to train with and to store. Default: the model's own."""
     max_length: int | None = None
-    """Longest row in tokens; a longer one is an error."""
+    """Longest row in tokens, image features counted."""
+    too_long: str = "drop"
+    """What becomes of a longer row: "keep" it, "drop" it, or "split" it between turns. It is never cut."""
+    tokens_per_batch: int | None = None
+    """Pack rows end to end, without padding, to batches of at most that many tokens on each device. None pads batches
+    of `per_device_train_batch_size` rows."""
+    images_per_batch: int | None = None
+    """The largest number of images in a packed batch, so that the tower's work is balanced too."""
     attn_implementation: str | None = None
     """Of transformers; short rows train faster on CPU with "eager"."""
     train_vision_tower: bool = False
+    feature_cache: str | None = None
+    """Folder for what a frozen tower sees, so that it sees every picture once; see `feature_cache.py`."""
     projector_learning_rate: float | None = None
     """Default: `learning_rate` of `trainer`."""
     vision_tower_learning_rate: float | None = None
     """Default: `learning_rate` of `trainer`."""
+    muon_learning_rate: float | None = None
+    """Of projector and language model layers, whose matrices Muon then trains; for fresh language models."""
+    lora: dict[str, Any] = field(default_factory=dict)
+    """Any field of PEFT's LoraConfig, for the stages "lora" and "qlora"; r=128, lora_alpha=256 by default."""
     trainer: dict[str, Any] = field(default_factory=dict)
     """Any field of TRL's SFTConfig."""
 
@@ -59,14 +72,41 @@ class Recipe:
             raise ValueError(f"got stage={self.stage!r}; expected one of {', '.join(STAGES)}")
         if self.output_dtype not in OUTPUT_DTYPES:
             raise ValueError(f"got output_dtype={self.output_dtype!r}; expected one of {', '.join(OUTPUT_DTYPES)}")
+        if self.too_long not in TOO_LONG:
+            raise ValueError(f"got too_long={self.too_long!r}; expected one of {', '.join(TOO_LONG)}")
         if not self.data:
             raise ValueError("got no data; expected at least one {path: ..., image_folder: ...}")
         if self.vision_tower_learning_rate is not None and not self.train_vision_tower:
             raise ValueError(
                 "got vision_tower_learning_rate for a frozen tower; expected none: set train_vision_tower: true"
             )
+        if self.images_per_batch is not None and self.tokens_per_batch is None:
+            raise ValueError("got images_per_batch without tokens_per_batch; expected both, which packs batches")
+        if self.tokens_per_batch is not None and self.attn_implementation is not None:
+            raise ValueError(
+                f"got attn_implementation={self.attn_implementation!r} with tokens_per_batch; expected none: packed "
+                "rows have an attention of their own"
+            )
+        if self.tokens_per_batch is not None and "per_device_train_batch_size" in self.trainer:
+            raise ValueError("got per_device_train_batch_size and tokens_per_batch; expected one of them")
+        if self.feature_cache is not None and self.train_vision_tower:
+            raise ValueError("got feature_cache for a tower that trains; expected a frozen one: take one of them out")
+        if self.muon_learning_rate is not None and self.projector_learning_rate is not None:
+            raise ValueError("got projector_learning_rate and muon_learning_rate; expected one of them")
+        if self.muon_learning_rate is not None and self.stage == "align":
+            raise ValueError(
+                "got muon_learning_rate with stage 'align'; expected 'finetune', which trains a whole model"
+            )
+        if self.lora and not self.uses_lora:
+            raise ValueError(f"got lora settings for stage {self.stage!r}; expected stage 'lora' or 'qlora'")
+        if self.muon_learning_rate is not None and self.uses_lora:
+            raise ValueError(f"got muon_learning_rate with stage {self.stage!r}; expected 'finetune'")
         if "output_dir" in self.trainer:
             raise ValueError("got trainer.output_dir; expected output_dir at the top of the recipe")
+
+    @property
+    def uses_lora(self) -> bool:
+        return self.stage in ("lora", "qlora")
 
     @property
     def trained_parts(self) -> tuple[str, ...]:

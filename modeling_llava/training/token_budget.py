@@ -1,14 +1,16 @@
 """Batches of about equally many tokens, filled like bins.
 
 What is surprising: rows are put into batches in random order and never sorted, which would fill batches a little
-better. A batch stays a random sample this way; batches of one length nearly stop a small model from learning.
+better. A batch stays a random sample this way; batches of one length nearly stop a small model from learning. And
+every epoch has equally many batches, since transformers' Trainer takes the number of the first one for all: the rows
+of a batch too many would be lost.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 MAX_OPEN = 16
 """Batches that are being filled at a time: more leave fewer holes, and take longer to plan."""
@@ -23,17 +25,21 @@ class Batch:
     num_images: int = 0
 
 
-class TokenBudgetBatchSampler(Sampler[list[int]]):
+class TokenBudgetBatchSampler(BatchRebalanceSampler):
     """Batches with at most `max_tokens` tokens and `max_images` images, every row once in each epoch.
 
-    The order depends on seed and epoch alone, so a run that is resumed sees the same batches.
+    The order depends on seed and epoch alone, so a run that is resumed sees the same batches. The class it extends is
+    the one whose batches the Trainer takes as they are, for each process its own; nothing else of it is used.
 
     Args:
         lengths: Tokens of each row, image features counted.
         num_images: Images of each row.
         max_tokens: The largest sum of lengths in a batch.
         max_images: The largest number of images in a batch; None for any. It balances the work of the tower.
+        num_epochs: Epochs that will be run.
         seed: Of the shuffling.
+        rank: Which process asks; process r takes every `num_ranks`-th batch, from the r-th on.
+        num_ranks: Number of processes.
 
     Raises:
         ValueError: if a row alone is larger than a batch may be.
@@ -46,7 +52,10 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         *,
         max_tokens: int,
         max_images: int | None = None,
+        num_epochs: int = 1,
         seed: int = 0,
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> None:
         longest = max(range(len(lengths)), key=lengths.__getitem__, default=None)
         if longest is not None and lengths[longest] > max_tokens:
@@ -64,14 +73,31 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         self.max_tokens = max_tokens
         self.max_images = max_images
         self.seed = seed
+        self.rank = rank
+        self.num_ranks = num_ranks
         self.epoch = 0
-        self._planned: tuple[int, list[list[int]]] | None = None
+        most = max(len(self._fill(epoch)) for epoch in range(num_epochs))
+        self.num_batches = -(-most // num_ranks) * num_ranks
+        if self.num_batches > len(lengths):
+            raise ValueError(
+                f"got {len(lengths)} rows for {self.num_batches} batches; expected at least one row for each batch of "
+                f"each of {num_ranks} processes"
+            )
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def plan(self, epoch: int) -> list[list[int]]:
-        """The batches of an epoch, in order."""
+        """The batches of an epoch for all processes, in order; `num_batches` in every epoch."""
+        batches = self._fill(epoch)
+        while len(batches) < self.num_batches:
+            longest = max(batches, key=len)
+            batches.append([longest.pop() for _ in range(len(longest) // 2)])
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        # The emptiest come last, and a schedule should not end on them.
+        return [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
+
+    def _fill(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + epoch)
         closed: list[Batch] = []
         open_batches: list[Batch] = []
@@ -89,22 +115,15 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
             batch.rows.append(row)
             batch.num_tokens += self.lengths[row]
             batch.num_images += self.num_images[row]
-        # The emptiest come last here, and a schedule should not end on them.
-        batches = [batch.rows for batch in closed + open_batches]
-        return [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
+        return [batch.rows for batch in closed + open_batches]
 
     def _fits(self, batch: Batch, row: int) -> bool:
         if batch.num_tokens + self.lengths[row] > self.max_tokens:
             return False
         return self.max_images is None or batch.num_images + self.num_images[row] <= self.max_images
 
-    def _current(self) -> list[list[int]]:
-        if self._planned is None or self._planned[0] != self.epoch:
-            self._planned = (self.epoch, self.plan(self.epoch))
-        return self._planned[1]
-
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._current())
+        return iter(self.plan(self.epoch)[self.rank :: self.num_ranks])
 
     def __len__(self) -> int:
-        return len(self._current())
+        return self.num_batches // self.num_ranks

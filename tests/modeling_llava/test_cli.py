@@ -113,6 +113,73 @@ def test_assemble_makes_a_llava_that_answers(picture, tmp_path, capsys):
     assert main([*arguments, "--projector", "mlp", "--template", "vicuna_v1"]) == 2
 
 
+def write_data(folder: Path, *answers: str) -> str:
+    PIL.Image.new("RGB", (40, 30), "red").save(folder / "red.png")
+    records = []
+    for number, answer in enumerate(answers):
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": answer}]
+        records.append({"id": f"row{number}", "image": "red.png", "conversations": turns})
+    (folder / "data.json").write_text(json.dumps(records))
+    return str(folder / "data.json")
+
+
+def test_check_data_in_a_process_of_its_own(checkpoint, tmp_path):
+    data = write_data(tmp_path, "A circle.", "", "Red.")
+    command = [sys.executable, "-m", "modeling_llava.cli", "check-data", data, "--image-folder", str(tmp_path)]
+    command += ["--model", checkpoint, "--show", "1", "--json", str(tmp_path / "report.json")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1, result.stderr
+    assert "<< A circle.</s>>>" in result.stdout
+    assert result.stdout.rstrip().split("\n")[-2] == "  empty answer        1: row1"
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["usable_rows"], [entry["id"] for entry in report["refused"]]) == (2, ["row1"])
+
+
+def test_check_data_of_usable_records_by_the_embedded_model(tmp_path, capsys):
+    data = write_data(tmp_path, "A circle.", "Red.")
+    page = tmp_path / "page.html"
+    arguments = ["check-data", data, "--image-folder", str(tmp_path), "--template", "vicuna_v1", "--html", str(page)]
+    assert main([*arguments, "--color", "--headers-only"]) == 0
+    assert "refused               0" in capsys.readouterr().out
+    assert page.read_text().count("<section>") == 2
+
+
+def test_check_data_drops_keeps_and_splits_long_rows(checkpoint, tmp_path, capsys):
+    data = write_data(tmp_path, "A circle." * 40)
+    arguments = ["check-data", data, "--image-folder", str(tmp_path), "--model", checkpoint, "--max-length", "200"]
+    assert main(arguments) == 1
+    assert "too long            1: row0" in capsys.readouterr().out
+    assert main([*arguments, "--too-long", "keep"]) == 0
+    assert "too long, kept      1" in capsys.readouterr().out
+    assert main([*arguments, "--too-long", "split"]) == 1
+    assert "question and answer too long1: row0" in capsys.readouterr().out.replace("long 1", "long1")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["missing.json"], "missing.json"),
+        (["no/such-dataset"], "got the data 'no/such-dataset'"),
+        (["DATA", "--model", "no/such-model"], "got model 'no/such-model'"),
+        (["DATA", "--template", "no_such"], "conversation format 'no_such'"),
+        (["DATA", "--too-long", "cut"], "expected one of keep, drop, split"),
+        (["DATA", "--max-length", "0"], "max_length=0"),
+        (["DATA", "--workers", "0"], "got 0 workers"),
+        (["BROKEN"], "no JSON after 1 records"),
+        (["DATA", "--json", "/"], "Is a directory"),
+        (["DATA", "--html", "/missing/page.html"], "/missing/page.html"),
+    ],
+)
+def test_mistakes_of_check_data_end_in_one_line_and_code_2(arguments, message, tmp_path, capsys):
+    (tmp_path / "broken.json").write_text('[{"id": 1},')
+    paths = {"DATA": write_data(tmp_path, "A"), "BROKEN": str(tmp_path / "broken.json")}
+    arguments = [paths.get(argument, argument) for argument in arguments]
+    assert main(["check-data", *arguments, "--image-folder", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("llava: ") and captured.err.count("\n") == 1
+
+
 def test_training_from_the_command_line_refuses_a_missing_recipe(capsys):
     assert main(["train", "missing.yaml"]) == 2
     assert "missing.yaml" in capsys.readouterr().err

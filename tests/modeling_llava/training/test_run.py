@@ -10,14 +10,14 @@ import yaml
 from transformers import AutoProcessor
 
 from modeling_llava import AutoModelForVision2Seq
+from modeling_llava.training import run
 from modeling_llava.training.recipe import Recipe, read_recipe
 from modeling_llava.training.run import train
-from modeling_llava.training.trainer import LlavaTrainer, freeze_all_but, part_of
+from modeling_llava.training.trainer import LlavaTrainer, count_parameters, freeze_all_but, part_of
+from processing_llava.collator import LlavaDataCollator
 from tests.tiny import save_tiny_checkpoint, tiny_model
 
 COLORS = {"red": "Red.", "blue": "Blue.", "white": "White."}
-
-pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,9 @@ def test_each_part_has_its_learning_rate(workspace):
 
 
 def test_frozen_and_trained_parameters_are_counted():
-    counts = freeze_all_but(tiny_model(), ("mm_projector",))
+    model = tiny_model()
+    freeze_all_but(model, ("mm_projector",))
+    counts = count_parameters(model)
     assert {part for part, (_, trained) in counts.items() if trained} == {"mm_projector"}
     assert sum(total for total, _ in counts.values()) == tiny_model().num_parameters()
 
@@ -138,3 +140,42 @@ def test_recipes_that_cannot_work_are_refused(tmp_path, text, message):
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_recipe(tmp_path / "recipe.yaml")
+
+
+def weights_after(recipe: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForVision2Seq.from_pretrained(train(read_recipe(recipe))).state_dict()
+
+
+def test_packed_training_is_padded_training(workspace):
+    """With all rows in one batch the order does not matter, and both must take the same steps."""
+    settings = {"learning_rate": 3e-3, "num_train_epochs": 3, "disable_tqdm": True}
+    padded = write_recipe(workspace, trainer=settings | {"per_device_train_batch_size": 12})
+    expected = weights_after(padded)
+    packed = write_recipe(workspace, trainer=settings, tokens_per_batch=4096)
+    found = weights_after(packed)
+    before = AutoModelForVision2Seq.from_pretrained(workspace / "start").state_dict()
+    assert not torch.equal(expected["lm_head.weight"], before["lm_head.weight"])
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_packed_batches_hold_every_row_once_in_each_epoch(workspace, monkeypatch):
+    seen = []
+
+    class Recording(LlavaDataCollator):
+        def __call__(self, rows):
+            seen.append([row["id"] for row in rows])
+            return super().__call__(rows)
+
+    monkeypatch.setattr(run, "LlavaDataCollator", Recording)
+    records = json.loads((workspace / "rows.json").read_text())
+    records = [record | {"id": f"row {index}"} for index, record in enumerate(records)]
+    (workspace / "named.json").write_text(json.dumps(records))
+    data = [{"path": str(workspace / "named.json"), "image_folder": str(workspace)}]
+    settings = {"learning_rate": 1e-3, "num_train_epochs": 2, "disable_tqdm": True}
+    train(read_recipe(write_recipe(workspace, trainer=settings, tokens_per_batch=260, images_per_batch=3, data=data)))
+    assert all(len(batch) <= 3 for batch in seen)
+    assert sorted(row for batch in seen for row in batch) == sorted([record["id"] for record in records] * 2)
+    half = len(seen) // 2
+    assert sorted(row for batch in seen[:half] for row in batch) == sorted(record["id"] for record in records)
+    assert seen[:half] != seen[half:]

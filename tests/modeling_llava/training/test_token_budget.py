@@ -61,3 +61,28 @@ def test_rows_that_cannot_fit():
         TokenBudgetBatchSampler([100, 300], [0, 0], max_tokens=128)
     with pytest.raises(ValueError, match="got a row with 5 images for batches of at most 4"):
         TokenBudgetBatchSampler([100, 30], [0, 5], max_tokens=128, max_images=4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(1, 100), min_size=60, max_size=400), num_ranks=st.integers(1, 3))
+def test_every_epoch_has_as_many_batches_on_every_process(lengths, num_ranks):
+    samplers = [
+        TokenBudgetBatchSampler(
+            lengths, [0] * len(lengths), max_tokens=200, num_epochs=3, rank=rank, num_ranks=num_ranks
+        )
+        for rank in range(num_ranks)
+    ]
+    for epoch in range(3):
+        seen = []
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+            batches = list(sampler)
+            assert len(batches) == len(sampler) == len(samplers[0])
+            assert all(0 < sum(lengths[row] for row in batch) <= 200 for batch in batches)
+            seen += [row for batch in batches for row in batch]
+        assert sorted(seen) == list(range(len(lengths)))
+
+
+def test_too_few_rows_for_the_processes():
+    with pytest.raises(ValueError, match="got 2 rows for 4 batches"):
+        TokenBudgetBatchSampler([5, 5], [0, 0], max_tokens=10, num_ranks=4)

@@ -1,0 +1,111 @@
+"""Features of a frozen vision tower on disk: every distinct picture is decoded and encoded once for all epochs.
+
+    DIR/<key of tower and preprocessing>/features.f16   one block [P, V] after another
+    DIR/<key of tower and preprocessing>/positions.json  SHA-256 of a picture's bytes -> number of its block
+
+Nothing stale can be served: other weights, feature layers, preprocessing or arithmetic have another folder, and a
+picture that changed has another digest. What is kept is what the projector takes, so that it still trains.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from processing_llava import AnyLlavaProcessor
+
+logger = logging.get_logger(__name__)
+
+BATCH_SIZE = 64
+
+
+class FeatureCache:
+    """Looks up the tower features of pictures, after `add` has encoded them.
+
+    Args:
+        model: Its tower encodes; it must not train.
+        processor: Its image processor prepares one tile for each picture.
+        folder: Where features are kept; several towers can share it.
+        bf16: Encode in bfloat16, as a run with `bf16: true` would.
+
+    Raises:
+        ValueError: if pictures are cut into tiles, whose number differs from picture to picture.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, processor: AnyLlavaProcessor, folder: str | Path, *, bf16: bool = False
+    ) -> None:
+        if model.config.image_grid_pinpoints is not None:
+            raise ValueError(
+                "got feature_cache for a model with image_grid_pinpoints; expected one tile for each picture; take "
+                "feature_cache out of the recipe"
+            )
+        self.model = model
+        self.processor = processor
+        self.bf16 = bf16
+        self.folder = Path(folder) / self._make_key()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        positions = self.folder / "positions.json"
+        self.positions: dict[str, int] = json.loads(positions.read_text()) if positions.exists() else {}
+        self.digests: dict[str, str] = {}
+        num_features = model.config.patches_per_side**2 + model.config.num_prefix_tokens
+        self.shape = (num_features, model.config.vision_feature_size)
+
+    def add(self, images: Iterable[str | bytes]) -> None:
+        """Encode the pictures, paths or files, that are not cached yet; the processes of a run share the work."""
+        digests = {self._digest(image): image for image in images}
+        missing = {digest: image for digest, image in digests.items() if digest not in self.positions}
+        logger.warning(f"{len(digests):,} pictures, {len(missing):,} of them not yet in {self.folder}")
+        first = len(self.positions)
+        rank, num_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        path = self.folder / "features.f16"
+        path.touch()
+        new_images = list(missing.values())
+        # Blocks that an interrupted run wrote have no position and are written over.
+        with path.open("r+b") as file:
+            for start in range(rank * BATCH_SIZE, len(missing), num_processes * BATCH_SIZE):
+                features = self._encode(new_images[start : start + BATCH_SIZE])
+                file.seek((first + start) * math.prod(self.shape) * 2)
+                file.write(features.cpu().numpy().tobytes())
+        if dist.is_initialized():
+            dist.barrier()
+        self.positions |= {digest: first + number for number, digest in enumerate(missing)}
+        if rank == 0:
+            (self.folder / "positions.json").write_text(json.dumps(self.positions))
+
+    def read(self, images: list[str | bytes]) -> torch.Tensor:
+        """Features of pictures that were added, `[I, P, V]` in float32."""
+        # Mapped anew each time: a map that stays open cannot be sent to the workers of a data loader.
+        blocks = np.memmap(self.folder / "features.f16", np.float16, "r", shape=(len(self.positions), *self.shape))
+        return torch.from_numpy(blocks[[self.positions[self._digest(image)] for image in images]]).float()
+
+    def _digest(self, image: str | bytes) -> str:
+        if isinstance(image, bytes):
+            return hashlib.sha256(image).hexdigest()
+        if image not in self.digests:
+            self.digests[image] = hashlib.sha256(Path(image).read_bytes()).hexdigest()
+        return self.digests[image]
+
+    @torch.no_grad()
+    def _encode(self, images: list[str | bytes]) -> torch.Tensor:
+        pixel_values = self.processor(images=images, return_tensors="pt")["pixel_values"].to(self.model.device)
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
+            outputs = self.model.model.vision_tower(pixel_values, output_hidden_states=True, return_dict=True)
+            return self.model.model.select_features(outputs).half()
+
+    def _make_key(self) -> str:
+        key = hashlib.sha256()
+        for name, tensor in self.model.model.vision_tower.state_dict().items():
+            key.update(name.encode())
+            key.update(tensor.float().cpu().numpy().tobytes())
+        settings = [self.model.config.vision_config.to_dict(), self.processor.image_processor.to_dict()]
+        settings += [self.model.config.vision_feature_layers, self.model.config.num_prefix_tokens, self.bf16]
+        key.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        return key.hexdigest()[:16]

@@ -1,0 +1,113 @@
+"""What a run did, step by step: progress.csv and progress.png in its output folder.
+
+What is surprising: a resumed run goes on in the same file, and rows after the checkpoint that it starts from are
+written again, so they are dropped first.
+"""
+
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "rows_per_second", "tokens_per_second", "useful")
+"""`useful` is the share of tokens that are not padding."""
+
+
+class RunLog(TrainerCallback):
+    """Counts rows and tokens, writes a line whenever the Trainer logs, and draws both curves at the end.
+
+    Args:
+        folder: Where the files go.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder) / "progress.csv"
+        self.lines: list[dict[str, Any]] = []
+        self._restart_counts()
+
+    def count(self, batch: dict[str, Any]) -> None:
+        """Take note of a batch of this process."""
+        num_places = batch["input_ids"].numel()
+        bounds = batch.get("cu_seq_lens_q")
+        if bounds is not None:
+            self.rows += len(bounds) - 1
+            self.tokens += num_places
+        else:
+            self.rows += len(batch["input_ids"])
+            self.tokens += int(batch["attention_mask"].sum())
+        self.places += num_places
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step and self.path.is_file():
+            with self.path.open(newline="") as file:
+                self.lines = [line for line in csv.DictReader(file) if int(line["step"]) <= state.global_step]
+        self._restart_counts()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs
+    ) -> None:
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        seconds = time.perf_counter() - self.start
+        # Processes have about equally many; those of this one stand for all.
+        line = {
+            "step": state.global_step,
+            "epoch": round(state.epoch or 0, 4),
+            **{name: logs[name] for name in ("loss", "learning_rate", "grad_norm") if name in logs},
+            "rows_per_second": round(self.rows * args.world_size / seconds, 3),
+            "tokens_per_second": round(self.tokens * args.world_size / seconds, 1),
+            "useful": round(self.tokens / max(self.places, 1), 4),
+        }
+        self.lines.append(line)
+        self._write()
+        self._restart_counts()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and self.lines:
+            draw(self.lines, self.path.with_suffix(".png"))
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.lines)
+
+    def _restart_counts(self) -> None:
+        self.start = time.perf_counter()
+        self.rows = self.tokens = self.places = 0
+
+
+def draw(lines: list[dict[str, Any]], path: Path) -> None:
+    """Loss and throughput over the steps, as a picture."""
+    # Not pyplot: it keeps figures, and looks for a screen.
+    from matplotlib.figure import Figure
+
+    steps = [int(line["step"]) for line in lines]
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    for axes, name in zip(figure.subplots(2, 1, sharex=True), ("loss", "tokens_per_second")):
+        axes.plot(steps, [float(line[name]) for line in lines])
+        axes.set_ylabel(name.replace("_", " "))
+        axes.grid(alpha=0.3)
+    axes.set_xlabel("step")
+    figure.savefig(path, dpi=100)
+
+
+def check_loss(loss: torch.Tensor, *, step: int) -> None:
+    """Stop a run whose loss is no number, before it is trained into the weights.
+
+    Raises:
+        ValueError: naming the step.
+    """
+    if not torch.isfinite(loss):
+        raise ValueError(
+            f"got a loss of {loss.item()} at step {step}; expected a number: lower the learning rate, or look for a "
+            "broken row with `llava check-data`; the last checkpoint is unharmed"
+        )

@@ -1,0 +1,142 @@
+"""The feature cache: what it serves trains like the pictures themselves, and nothing stale is ever served."""
+
+import json
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from modeling_llava import AutoModelForVision2Seq
+from modeling_llava.training.feature_cache import FeatureCache
+from modeling_llava.training.recipe import DataSource, Recipe
+from modeling_llava.training.run import train
+from processing_llava.collator import LlavaDataCollator
+from tests.tiny import PINPOINTS, save_tiny_checkpoint, tiny_model
+
+COLORS = ("red", "blue", "green")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("workspace")
+    for color in COLORS:
+        PIL.Image.new("RGB", (40, 30), color).save(folder / f"{color}.png")
+    save_tiny_checkpoint(folder / "start")
+    return folder
+
+
+@pytest.fixture
+def parts(workspace):
+    model = AutoModelForVision2Seq.from_pretrained(workspace / "start", dtype=torch.float32).eval()
+    return model, AutoProcessor.from_pretrained(workspace / "start")
+
+
+def make_row(*images: Path) -> dict:
+    question = [{"type": "image"} for _ in images] + [{"type": "text", "text": "Color?"}]
+    answer = [{"type": "text", "text": "Red."}]
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"id": "0", "images": [str(image) for image in images], "messages": messages}
+
+
+def test_loss_and_gradients_are_those_of_the_pictures(workspace, parts, tmp_path):
+    model, processor = parts
+    red, blue, green = (workspace / f"{color}.png" for color in COLORS)
+    rows = [make_row(red), make_row(), make_row(blue, green), make_row(red)]
+    cache = FeatureCache(model, processor, tmp_path)
+    cache.add([image for row in rows for image in row["images"]])
+    results = []
+    for read_features in (None, cache.read):
+        batch = LlavaDataCollator(processor, read_features=read_features)(rows)
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        results.append((loss, {name: value.grad for name, value in model.named_parameters() if "projector" in name}))
+    assert "pixel_values" not in batch
+    # Features are kept in 16 bits.
+    torch.testing.assert_close(results[0], results[1], rtol=2e-3, atol=1e-5)
+
+
+def test_a_run_with_a_cache_gives_the_model_of_a_run_without(workspace, tmp_path):
+    records = [
+        {
+            "image": f"{color}.png",
+            "conversations": [{"from": "human", "value": "<image>\nColor?"}, {"from": "gpt", "value": color}],
+        }
+        for color in COLORS
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(records * 2))
+    trained = []
+    for name, cache in (("without", None), ("with", str(tmp_path / "cache"))):
+        recipe = Recipe(
+            stage="finetune",
+            model=str(workspace / "start"),
+            data=[DataSource(path=str(tmp_path / "rows.json"), image_folder=str(workspace))],
+            output_dir=str(tmp_path / name),
+            feature_cache=cache,
+            trainer={"learning_rate": 1e-3, "per_device_train_batch_size": 3, "max_steps": 2, "disable_tqdm": True},
+        )
+        trained.append(AutoModelForVision2Seq.from_pretrained(train(recipe)).state_dict())
+    torch.testing.assert_close(*trained, rtol=0, atol=1e-3)
+
+
+def test_a_picture_is_encoded_once_even_under_two_names_and_in_two_runs(workspace, parts, tmp_path):
+    model, processor = parts
+    copy = tmp_path / "copy.png"
+    copy.write_bytes((workspace / "red.png").read_bytes())
+    encoded = []
+    for run in ([workspace / "red.png"], [copy, workspace / "red.png", workspace / "blue.png"]):
+        cache = FeatureCache(model, processor, tmp_path / "cache")
+        encode = cache._encode
+        cache._encode = lambda images, encode=encode: encoded.extend(images) or encode(images)
+        cache.add([str(image) for image in run])
+    assert encoded == [str(workspace / "red.png"), str(workspace / "blue.png")]
+    red, copied = cache.read([str(workspace / "red.png"), str(copy)])
+    assert torch.equal(red, copied)
+
+
+def test_a_changed_picture_is_encoded_again(workspace, parts, tmp_path):
+    picture = tmp_path / "picture.png"
+    features = []
+    for color in ("red", "blue"):
+        PIL.Image.new("RGB", (40, 30), color).save(picture)
+        cache = FeatureCache(*parts, tmp_path / "cache")
+        cache.add([str(picture)])
+        features.append(cache.read([str(picture)]))
+    assert not torch.equal(*features)
+
+
+@pytest.mark.parametrize("change", ["tower", "layer", "processor", "bf16"])
+def test_another_tower_or_preprocessing_has_a_folder_of_its_own(parts, tmp_path, change):
+    model, processor = parts
+    before = FeatureCache(model, processor, tmp_path).folder
+    if change == "tower":
+        next(model.model.vision_tower.parameters()).data += 1
+    elif change == "layer":
+        model.config.vision_feature_layer = 1
+    elif change == "processor":
+        processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    assert FeatureCache(model, processor, tmp_path, bf16=change == "bf16").folder != before
+
+
+def test_blocks_of_an_interrupted_run_are_written_over(workspace, parts, tmp_path):
+    model, processor = parts
+    cache = FeatureCache(model, processor, tmp_path)
+    cache.add([str(workspace / "red.png")])
+    with (cache.folder / "features.f16").open("ab") as file:
+        file.write(b"half a block")
+    again = FeatureCache(model, processor, tmp_path)
+    again.add([str(workspace / f"{color}.png") for color in COLORS])
+    alone = FeatureCache(model, processor, tmp_path / "other")
+    alone.add([str(workspace / "blue.png")])
+    torch.testing.assert_close(again.read([str(workspace / "blue.png")]), alone.read([str(workspace / "blue.png")]))
+
+
+def test_tiled_pictures_and_a_tower_that_trains_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="one tile for each picture"):
+        FeatureCache(tiny_model(image_grid_pinpoints=PINPOINTS, patch_merge_type="spatial"), None, tmp_path)
+    with pytest.raises(ValueError, match="for a tower that trains"):
+        Recipe(
+            stage="align", model="m", data=["d"], output_dir="o", train_vision_tower=True, feature_cache=str(tmp_path)
+        )

@@ -1,0 +1,111 @@
+"""LoRA runs: what trains, what is saved, and that it loads to the same logits."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoProcessor
+
+from modeling_llava import AutoModelForVision2Seq
+from modeling_llava.training.lora import add_lora, find_targets
+from modeling_llava.training.recipe import read_recipe
+from modeling_llava.training.run import train
+from modeling_llava.training.trainer import LlavaTrainer, part_of
+from tests import original_folders as folders
+from tests.modeling_llava.training.test_run import workspace, write_recipe  # noqa: F401 (a fixture)
+from tests.tiny import tiny_model
+
+TRAINER = {"learning_rate": 5e-3, "per_device_train_batch_size": 6, "max_steps": 3, "disable_tqdm": True}
+
+
+@pytest.mark.parametrize("text", ["llama", "phi", "mpt"])
+def test_adapters_lie_in_the_language_model_alone(text):
+    wrapped = add_lora(tiny_model(text=text), {"r": 2}, trained_parts=("mm_projector",))
+    adapted = {name for name, parameter in wrapped.named_parameters() if "lora_" in name}
+    assert adapted and all(part_of(name) == "language_model" for name in adapted)
+    trained = {part_of(name) for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    assert trained == {"language_model", "mm_projector"}
+    assert "vision_tower" not in find_targets(tiny_model(text=text))
+
+
+@pytest.mark.parametrize("tokens_per_batch", [None, 400])
+def test_run(workspace, tmp_path, tokens_per_batch):  # noqa: F811
+    trainer = {key: value for key, value in TRAINER.items() if not tokens_per_batch or "batch_size" not in key}
+    fields = {"stage": "lora", "lora": {"r": 4, "lora_alpha": 8}, "output_dir": str(tmp_path / "out")}
+    recipe = write_recipe(workspace, **fields, trainer=trainer, tokens_per_batch=tokens_per_batch)
+    kept = {}
+    original = LlavaTrainer.train
+
+    def train_and_keep(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        kept["model"] = self.model
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlavaTrainer, "train", train_and_keep)
+        out = train(read_recipe(recipe))
+    assert not (out / "model.safetensors").exists()
+    names = load_file(out / "adapter_model.safetensors")
+    assert {part_of(name) for name in names} == {"language_model", "mm_projector"}
+
+    start = AutoModelForVision2Seq.from_pretrained(workspace / "start")
+    loaded = AutoModelForVision2Seq.from_pretrained(out)
+    AutoProcessor.from_pretrained(out)
+    inputs = folders.example_inputs(start)
+    expected = folders.logits_of(kept["model"].eval(), inputs)
+    torch.testing.assert_close(folders.logits_of(loaded, inputs), expected, rtol=1e-4, atol=1e-5)
+    assert (expected - folders.logits_of(start, inputs)).abs().max() > 1e-3
+    merged = kept["model"].merge_and_unload()
+    torch.testing.assert_close(folders.logits_of(merged, inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_projector_has_its_own_rate(workspace, tmp_path):  # noqa: F811
+    wrapped = add_lora(tiny_model(), {"r": 2}, trained_parts=("mm_projector",))
+    fields = {"stage": "lora", "projector_learning_rate": 2.0}
+    recipe = read_recipe(write_recipe(workspace, **fields))
+    trainer = object.__new__(LlavaTrainer)
+    trainer.recipe = recipe
+    trainer.args = type("Arguments", (), {"learning_rate": 1.0, "weight_decay": 0.0})()
+    rates = {id(item): group["lr"] for group in trainer._parameter_groups(wrapped) for item in group["params"]}
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad:
+            assert rates[id(parameter)] == (2.0 if part_of(name) == "mm_projector" else 1.0)
+
+
+def test_over_an_original_checkpoint(workspace, tmp_path):  # noqa: F811
+    """The adapter names the original folder as its base, and loads over it."""
+    folders.write_v15(tmp_path)
+    fields = {"stage": "lora", "lora": {"r": 4}, "output_dir": str(tmp_path / "out")}
+    fields["model"] = str(tmp_path / "checkpoint")
+    out = train(read_recipe(write_recipe(workspace, **fields, trainer=TRAINER)))
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "checkpoint")
+    loaded = AutoModelForVision2Seq.from_pretrained(out)
+    assert any("lora_" in name for name, _ in loaded.named_parameters())
+    base = AutoModelForVision2Seq.from_pretrained(tmp_path / "checkpoint")
+    inputs = folders.example_inputs(base)
+    assert not torch.equal(folders.logits_of(loaded, inputs), folders.logits_of(base, inputs))
+
+
+def test_four_bits(workspace, tmp_path):  # noqa: F811
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, which has no wheel for every machine")
+    fields = {"stage": "qlora", "model": str(workspace / "start"), "output_dir": str(tmp_path / "out")}
+    out = train(read_recipe(write_recipe(workspace, **fields, lora={"r": 2}, trainer=TRAINER)))
+    names = load_file(out / "adapter_model.safetensors")
+    assert {part_of(name) for name in names} == {"language_model", "mm_projector"}
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"lora": {"r": 4}}, "got lora settings for stage 'finetune'"),
+        ({"stage": "lora", "muon_learning_rate": 1e-3}, "got muon_learning_rate with stage 'lora'"),
+        ({"images_per_batch": 3}, "got images_per_batch without tokens_per_batch"),
+        ({"tokens_per_batch": 100, "attn_implementation": "eager"}, "got attn_implementation='eager' with tokens"),
+        ({"tokens_per_batch": 100}, "got per_device_train_batch_size and tokens_per_batch"),
+    ],
+)
+def test_recipes_that_cannot_work(workspace, fields, message):  # noqa: F811
+    with pytest.raises(ValueError, match=message):
+        read_recipe(write_recipe(workspace, **fields))

@@ -1,0 +1,102 @@
+"""TRL scripts that know nothing of this package, but for its import, train our models on pictures."""
+
+import PIL.Image
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoProcessor
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from modeling_llava import AutoModelForVision2Seq
+from processing_llava.collator import LlavaDataCollator
+from tests.tiny import save_tiny_checkpoint
+
+COLORS = ("red", "blue", "white", "green")
+SETTINGS = {"per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-3, "report_to": "none"}
+SETTINGS |= {"use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    return str(save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint")))
+
+
+def pictures() -> list[list[PIL.Image.Image]]:
+    return [[PIL.Image.new("RGB", (40, 30), color)] for color in COLORS]
+
+
+def turn(role: str, text: str, *, has_image: bool = False) -> dict:
+    return {"role": role, "content": [{"type": "image"}] * has_image + [{"type": "text", "text": text}]}
+
+
+def questions() -> list[list[dict]]:
+    return [[turn("user", "Color?", has_image=True)] for _ in COLORS]
+
+
+def answers(words) -> list[list[dict]]:
+    return [[turn("assistant", word)] for word in words]
+
+
+def changed_parts(trainer, checkpoint: str) -> set[str]:
+    before = AutoModelForVision2Seq.from_pretrained(checkpoint).state_dict()
+    after = trainer.model.state_dict()
+    assert all(value.isfinite().all() for value in after.values())
+    return {name.removeprefix("model.").split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize("given", ["path", "model"])
+def test_supervised(checkpoint, tmp_path, given):
+    messages = [question + answer for question, answer in zip(questions(), answers(COLORS))]
+    dataset = Dataset.from_dict({"messages": messages, "images": pictures()})
+    model = checkpoint if given == "path" else AutoModelForVision2Seq.from_pretrained(checkpoint)
+    config = SFTConfig(str(tmp_path), **SETTINGS, max_length=None, assistant_only_loss=True)
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    trainer = SFTTrainer(model, config, train_dataset=dataset, processing_class=processor)
+    trainer.train()
+    assert "language_model" in changed_parts(trainer, checkpoint)
+
+
+def test_supervised_with_our_collator(checkpoint, tmp_path):
+    rows = [
+        {"id": color, "images": picture, "messages": question + answer}
+        for color, picture, question, answer in zip(COLORS, pictures(), questions(), answers(COLORS))
+    ]
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    config = SFTConfig(str(tmp_path), **SETTINGS, max_length=None, remove_unused_columns=False)
+    trainer = SFTTrainer(
+        AutoModelForVision2Seq.from_pretrained(checkpoint),
+        config,
+        train_dataset=Dataset.from_list(rows),
+        data_collator=LlavaDataCollator(processor),
+        processing_class=processor,
+    )
+    trainer.train()
+    assert "language_model" in changed_parts(trainer, checkpoint)
+
+
+def test_preferences(checkpoint, tmp_path):
+    columns = {"prompt": questions(), "images": pictures()}
+    columns |= {"chosen": answers(COLORS), "rejected": answers(reversed(COLORS))}
+    trainer = DPOTrainer(
+        AutoModelForVision2Seq.from_pretrained(checkpoint),
+        args=DPOConfig(str(tmp_path), **SETTINGS, max_length=None),
+        train_dataset=Dataset.from_dict(columns),
+        processing_class=AutoProcessor.from_pretrained(checkpoint),
+    )
+    trainer.train()
+    assert "language_model" in changed_parts(trainer, checkpoint)
+
+
+def test_rewards(checkpoint, tmp_path):
+    def prefers_long_answers(completions, **kwargs) -> list[float]:
+        return [float(len(completion[0]["content"])) + index for index, completion in enumerate(completions)]
+
+    trainer = GRPOTrainer(
+        AutoModelForVision2Seq.from_pretrained(checkpoint),
+        reward_funcs=prefers_long_answers,
+        args=GRPOConfig(str(tmp_path), **SETTINGS, num_generations=2, max_completion_length=6),
+        train_dataset=Dataset.from_dict({"prompt": questions(), "images": pictures()}),
+        processing_class=AutoProcessor.from_pretrained(checkpoint),
+    )
+    trainer.train()
+    assert "language_model" in changed_parts(trainer, checkpoint)
