@@ -51,16 +51,17 @@ def check_layout(layout: str) -> None:
 
 def rename_to_ours(key: str, layout: str) -> str:
     """Our name of a weight that another layout calls `key`."""
-    for pattern, replacement in _TO_OURS[layout]:
-        renamed, found = re.subn(pattern, replacement, key)
-        if found:
-            return renamed
-    return key
+    return _rename(key, _TO_OURS[layout])
 
 
 def rename_from_ours(key: str, layout: str) -> str:
     """What another layout calls a weight of ours."""
-    for pattern, replacement in _FROM_OURS[layout]:
+    return _rename(key, _FROM_OURS[layout])
+
+
+def _rename(key: str, renamings: tuple[tuple[str, str], ...]) -> str:
+    """The key as the first pattern that it matches says."""
+    for pattern, replacement in renamings:
         renamed, found = re.subn(pattern, replacement, key)
         if found:
             return renamed
