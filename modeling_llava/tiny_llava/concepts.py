@@ -2,7 +2,8 @@
 
 A drawing is known by its slug, the hyphenated Unicode name that most emoji packages share. Several slugs under one
 concept ("dog dog-face") give the model more pictures of the same thing. Nothing here depends on an artist except
-`FXEMOJI_SLUGS`, because that package has names of its own.
+`FXEMOJI_SLUGS`, because that package has names of its own, and `ICON_MEANS_OTHER`: sets of icons are looked up by the
+concept's own name, which stands for something else there now and then.
 """
 
 # fmt: off
@@ -13,10 +14,10 @@ CONCEPTS: dict[str, dict[str, str]] = {
         "monkey": "monkey monkey-face", "elephant": "elephant", "mouse": "mouse mouse-face",
         "rabbit": "rabbit rabbit-face", "bear": "bear", "panda": "panda", "koala": "koala", "fox": "fox",
         "frog": "frog", "turtle": "turtle", "snake": "snake", "crocodile": "crocodile", "chicken": "chicken rooster",
-        "chick": "baby-chick front-facing-baby-chick", "bird": "bird", "penguin": "penguin", "duck": "duck",
+        "bird": "bird", "penguin": "penguin", "duck": "duck",
         "owl": "owl", "whale": "whale spouting-whale", "dolphin": "dolphin", "fish": "fish tropical-fish",
         "shark": "shark", "octopus": "octopus", "crab": "crab", "snail": "snail", "butterfly": "butterfly",
-        "bee": "honeybee", "ladybug": "lady-beetle", "spider": "spider", "ant": "ant", "zebra": "zebra",
+        "bee": "honeybee", "ladybug": "lady-beetle", "spider": "spider", "zebra": "zebra",
         "giraffe": "giraffe", "camel": "camel two-hump-camel",
     },
     "fruit": {
@@ -30,12 +31,12 @@ CONCEPTS: dict[str, dict[str, str]] = {
     },
     "food": {
         "bread": "bread", "cheese": "cheese-wedge", "egg": "egg cooking", "hamburger": "hamburger",
-        "pizza": "pizza", "hot dog": "hot-dog", "french fries": "french-fries", "sandwich": "sandwich",
-        "sushi": "sushi", "popcorn": "popcorn", "ice cream": "ice-cream soft-ice-cream", "doughnut": "doughnut",
-        "cookie": "cookie", "cake": "birthday-cake shortcake", "lollipop": "lollipop",
+        "pizza": "pizza", "hot dog": "hot-dog", "french fries": "french-fries",
+        "popcorn": "popcorn", "ice cream": "ice-cream soft-ice-cream", "doughnut": "doughnut",
+        "cookie": "cookie", "cake": "birthday-cake shortcake",
     },
     "drink": {
-        "coffee": "hot-beverage", "beer": "beer-mug", "wine": "wine-glass", "milk": "glass-of-milk",
+        "coffee": "hot-beverage", "beer": "beer-mug", "wine": "wine-glass",
     },
     "plant": {
         "tree": "deciduous-tree evergreen-tree", "palm tree": "palm-tree", "cactus": "cactus", "rose": "rose",
@@ -43,14 +44,14 @@ CONCEPTS: dict[str, dict[str, str]] = {
         "leaf": "maple-leaf fallen-leaf",
     },
     "vehicle": {
-        "car": "automobile oncoming-automobile", "taxi": "taxi oncoming-taxi", "bus": "bus oncoming-bus",
+        "car": "automobile oncoming-automobile", "bus": "bus oncoming-bus",
         "train": "train locomotive high-speed-train", "truck": "delivery-truck articulated-lorry",
-        "fire truck": "fire-engine", "ambulance": "ambulance", "police car": "police-car oncoming-police-car",
+        "fire truck": "fire-engine", "ambulance": "ambulance",
         "tractor": "tractor", "bicycle": "bicycle", "motorcycle": "motorcycle motor-scooter", "airplane": "airplane",
         "helicopter": "helicopter", "rocket": "rocket", "sailboat": "sailboat", "ship": "ship passenger-ship",
     },
     "building": {
-        "house": "house house-with-garden", "church": "church", "castle": "castle", "hospital": "hospital",
+        "house": "house house-with-garden", "church": "church", "castle": "castle",
         "tent": "tent",
     },
     "piece of clothing": {
@@ -88,7 +89,7 @@ CONCEPTS: dict[str, dict[str, str]] = {
         "robot": "robot",
     },
     "person": {
-        "person": "man woman boy girl old-man old-woman person child baby",
+        "person": "person man woman boy girl",
         "smiley": "grinning-face smiling-face-with-smiling-eyes slightly-smiling-face grinning-face-with-big-eyes",
     },
 }
@@ -109,23 +110,35 @@ NEW_CONCEPTS: dict[str, str] = {
     "musical instrument": "banjo accordion",
 }
 
-# Drawings the model is taught to be unsure of: real things, but far from every concept above.
+# Drawings the model is taught to be unsure of: real things and signs, but far from every concept above.
 UNSURE_SLUGS: str = (
-    "abacus alembic amphora anger-symbol atom-symbol ballot-box-with-ballot barber-pole biohazard black-nib "
-    "boomerang bubbles card-index-dividers carp-streamer chains clamp coffin compass control-knobs coral "
-    "crystal-ball curling-stone dango diya-lamp dna fax-machine feather film-frames firecracker "
-    "flag-in-hole folding-hand-fan fishing-pole funeral-urn gear ginger-root goal-net hamsa headstone hook "
-    "hourglass-done infinity joystick kite knot label ladder level-slider link low-battery magic-wand "
-    "magnet maracas microbe microscope military-medal mirror-ball moai mouse-trap nazar-amulet "
-    "nesting-dolls nut-and-bolt oden oil-drum oyster pager paperclip peace-symbol petri-dish pinata "
-    "plunger postal-horn prayer-beads puzzle-piece pushpin radioactive razor recycling-symbol red-envelope "
-    "ring-buoy roller-coaster safety-pin satellite satellite-antenna scroll sewing-needle shield slot-machine "
-    "sponge spider-web spiral-shell stethoscope syringe telescope test-tube thread thermometer tornado trackball "
-    "trident-emblem triangular-ruler volcano water-wave wheel-of-dharma wind-chime x-ray yin-yang yo-yo"
+    "abacus alembic amphora anger-symbol artist-palette atom-symbol axe ballot-box-with-ballot barber-pole bar- "
+    "chart battery biohazard black-nib bookmark boomerang bow-and-arrow boxing-glove briefcase brick bubbles "
+    "bucket bullseye card-index-dividers carp-streamer carpentry-saw chains chart-increasing check-mark clamp "
+    "clapper-board classical-building clipboard clockwise-vertical-arrows coffin coin comet compass construction "
+    "control-knobs copyright coral credit-card cross-mark crystal-ball curling-stone curly-loop dagger dango "
+    "desert diamond-suit diving-mask diya-lamp dna droplet electric-plug exclamation-question-mark factory fax- "
+    "machine feather file-folder film-frames firecracker fireworks flag-in-hole flashlight floppy-disk flute "
+    "folding-hand-fan fishing-pole fleur-de-lis framed-picture funeral-urn gear gem-stone ginger-root globe- "
+    "showing-americas goal-net hamsa headphone headstone hook hourglass-done infinity input-numbers joystick "
+    "keycap-5 kite knot label ladder landslide latin-cross left-arrow level-slider link lipstick low-battery "
+    "magic-wand magnet maracas medical-symbol memo microbe microscope military-medal mirror mirror-ball moai "
+    "money-bag mosque mount-fuji mouse-trap nazar-amulet nesting-dolls newspaper no-entry nut-and-bolt oden oil- "
+    "drum ok-button oyster package pager paintbrush paperclip peace-symbol performing-arts petri-dish pill pinata "
+    "play-button plunger postal-horn postbox prayer-beads prohibited puzzle-piece pushpin radio radioactive "
+    "railway-track razor recycling-symbol red-envelope registered right-arrow ring-buoy rock roller-coaster "
+    "roller-skate safety-pin satellite satellite-antenna scroll sewing-needle shield shopping-cart skateboard "
+    "skis sled slot-machine soap sos-button speaker-high-volume spider-web spiral-shell splatter sponge "
+    "stethoscope stop-sign straight-ruler syringe telescope test-tube thread thermometer ticket tokyo-tower "
+    "toothbrush tornado trackball treasure-chest triangular-ruler trident-emblem trombone up-arrow vibration-mode "
+    "video-game volcano warning wastebasket water-wave wheel wheel-of-dharma wheelchair-symbol wind-chime window "
+    "wireless wood world-map x-ray yin-yang yo-yo zzz"
 )
 UNSURE_HELDOUT_SLUGS: str = (
-    "aerial-tramway balance-scale broken-chain fondue fuel-pump game-die loudspeaker mahjong-red-dragon "
-    "milky-way receipt spade-suit placard tanabata-tree white-cane yarn roll-of-paper sparkler dvd"
+    "aerial-tramway balance-scale broken-chain broom bowling calendar chess-pawn club-suit dvd ferris-wheel "
+    "fondue fountain fuel-pump game-die harp loudspeaker mahjong-red-dragon milky-way mountain multiply ping-pong "
+    "placard receipt ringed-planet roll-of-paper screwdriver spade-suit sparkler tanabata-tree toolbox white-cane "
+    "yarn"
 )
 
 # fmt: off
@@ -149,7 +162,12 @@ FXEMOJI_SLUGS: dict[str, str] = {
     "grinning-face-with-big-eyes": "grinwide", "snowman-without-snow": "snowmanwithoutsnow",
 }
 
+ICON_MEANS_OTHER: dict[str, set[str]] = {
+    "mdi": {"mouse", "apple"}, "ph": {"mouse"}, "fa7-solid": {"mouse"}, "game-icons": {"tiger", "football"},
+    "icon-park": {"mouse", "apple", "chicken", "heart", "anchor", "trumpet", "football", "hat"},
+}
+
 PLURAL_NAMES = {"grapes", "cherries", "french fries", "pants", "shorts", "shoes", "glasses", "socks", "scissors"}
 MASS_NAMES = {"corn", "broccoli", "bread", "cheese", "sushi", "popcorn", "ice cream", "coffee", "beer", "wine",
-              "milk", "fire"}
+              "fire"}
 # fmt: on

@@ -14,7 +14,7 @@ import numpy as np
 import resvg_py
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
-from .concepts import FXEMOJI_SLUGS
+from .concepts import FXEMOJI_SLUGS, ICON_MEANS_OTHER
 from .packages import fetch_npm, read_icons
 
 SIZE = 112
@@ -23,6 +23,8 @@ TRAIN_ARTISTS = {
     "noto": "1.2.9", "openmoji": "1.2.29", "fluent-emoji-flat": "1.2.6", "fluent-emoji": "1.2.7", "emojione": "1.2.3",
     "fxemoji": "1.2.2", "streamline-emojis": "1.2.4",
 }
+# Icons of one or two colours: other artists' idea of what makes the shape of a thing.
+ICON_ARTISTS = {"game-icons": "1.2.4", "icon-park": "1.2.4", "mdi": "1.2.3", "ph": "1.2.2", "fa7-solid": "1.2.5"}
 HELDOUT_ARTISTS = {"twemoji": "1.2.5"}
 
 BACKGROUNDS = {
@@ -34,7 +36,7 @@ BACKGROUNDS = {
 
 
 class Artist:
-    """One emoji package: answers which slugs it has and renders them with a transparent background."""
+    """One package of drawings: answers which slugs it has and renders them with a transparent background."""
 
     def __init__(self, name: str, version: str, cache: Path) -> None:
         self.name = name
@@ -47,9 +49,18 @@ class Artist:
         if self.name == "fxemoji":
             own = FXEMOJI_SLUGS.get(slug, slug.replace("-", ""))
             return own if own in self.icons else None
+        if self.name in ICON_ARTISTS:
+            return self._find_icon_of_set(slug)
         if slug in self.icons:
             return slug
         return f"{slug}-1" if self.name == "streamline-emojis" and f"{slug}-1" in self.icons else None
+
+    def _find_icon_of_set(self, slug: str) -> str | None:
+        if slug.replace("-", " ") in ICON_MEANS_OTHER.get(self.name, ()):
+            return None
+        # Phosphor draws every icon in several weights; "fill" is the one whose shape is seen at this size.
+        names = [f"{slug}-fill"] if self.name == "ph" else [slug, slug.removesuffix("s")]
+        return next((name for name in names if name in self.icons), None)
 
     def draw(self, slug: str) -> Image.Image:
         """Return the RGBA drawing of a slug that `find_icon` knows, cropped to what is painted."""
@@ -126,6 +137,14 @@ def shift_hue(drawing: Image.Image, rng: random.Random) -> Image.Image:
     return shifted
 
 
+def tint_icon(icon: Image.Image, rng: random.Random) -> Image.Image:
+    """Return a one-coloured icon in a random dark or vivid colour."""
+    color = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.4, 1.0), rng.choice((0.1, 0.5, 0.7, 0.9)))
+    tinted = Image.new("RGB", icon.size, tuple(int(255 * level) for level in color))
+    tinted.putalpha(icon.getchannel("A"))
+    return tinted
+
+
 def paint_background(rng: random.Random, photos: list[Image.Image]) -> tuple[Image.Image, str | None]:
     """Return a background and, where it is one plain colour, the name of that colour."""
     kind = rng.random()
@@ -176,6 +195,15 @@ def paint_pattern(rng: random.Random) -> Image.Image:
         points = [(rng.randint(0, SIZE), rng.randint(0, SIZE)) for _ in range(rng.randint(2, 5))]
         pen.line(points, fill=tuple(rng.randint(0, 255) for _ in range(3)), width=rng.randint(1, 6))
     return image
+
+
+def crop_photo(photo: Image.Image, rng: random.Random) -> Image.Image:
+    """Return a random part of a photograph, turned and with its colours exchanged at random."""
+    side = rng.randint(min(photo.size) // 3, min(photo.size))
+    left, top = rng.randint(0, photo.width - side), rng.randint(0, photo.height - side)
+    crop = photo.crop((left, top, left + side, top + side)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    crop = Image.merge("RGB", rng.sample(crop.split(), 3)).transpose(rng.choice(list(Image.Transpose)))
+    return ImageEnhance.Brightness(crop).enhance(rng.uniform(0.6, 1.4))
 
 
 def paste(background: Image.Image, drawing: Image.Image, *, center: tuple[int, int]) -> None:

@@ -20,21 +20,30 @@ from .questions import (
     add_article,
     ask_choice,
     ask_color,
+    ask_count,
     ask_name,
     ask_presence,
+    ask_side,
     join_options,
     name_category,
 )
-from .scenes import NAMES, Row, render_turns
+from .scenes import COUNTABLE, NAMES, Row, render_turns
+
+NUM_SCENES = 200
 
 
 def show_drawing(drawing: Image.Image, color: tuple[int, int, int], side: int = 92) -> Image.Image:
     """Return the drawing upright in the middle of a plain background."""
     image = Image.new("RGB", (SIZE, SIZE), color)
+    paste(image, scale_drawing(drawing, side), center=(SIZE // 2, SIZE // 2))
+    return image
+
+
+def scale_drawing(drawing: Image.Image, side: int) -> Image.Image:
+    """Return the drawing with its longer side of the given length."""
     scale = side / max(drawing.size)
     size = (max(1, round(drawing.width * scale)), max(1, round(drawing.height * scale)))
-    paste(image, drawing.resize(size, Image.Resampling.LANCZOS), center=(SIZE // 2, SIZE // 2))
-    return image
+    return drawing.resize(size, Image.Resampling.LANCZOS)
 
 
 def make_row(row_id: str, image: str, task: str, turn: Turn) -> Row:
@@ -80,6 +89,31 @@ def write_new_rows(artist: Artist, out: Path, rng: random.Random) -> list[Row]:
             options = rng.sample([name_category(category), name_category(rng.choice(rivals))], 2)
             turn = f"Is it {join_options(options)}?", name_category(category)
             rows.append(make_row(f"heldout-{slug}-category", path, "new_concept_category", turn))
+    return rows
+
+
+def write_scene_rows(artist: Artist, out: Path, rng: random.Random) -> list[Row]:
+    """Return rows about which of two things is on which side, and rows about how many there are."""
+    drawings = {
+        name: artist.draw(next(filter(artist.find_icon, CONCEPTS[CATEGORY_OF[name]][name].split()))) for name in NAMES
+    }
+    rows = []
+    for index in range(NUM_SCENES):
+        left, right = rng.sample(NAMES, 2)
+        image = Image.new("RGB", (SIZE, SIZE), (255, 255, 255))
+        for name, x in ((left, 29), (right, 83)):
+            paste(image, scale_drawing(drawings[name], 48), center=(x, SIZE // 2))
+        path = f"images/heldout-side-{index}.jpg"
+        (out / path).write_bytes(encode_jpeg(image))
+        rows.append(make_row(f"heldout-side-{index}", path, "side", ask_side(left, right, rng)))
+
+        name, count = rng.choice(COUNTABLE), 1 + index % 5
+        image = Image.new("RGB", (SIZE, SIZE), (255, 255, 255))
+        for x, y in rng.sample([(x, y) for x in (20, 56, 92) for y in (20, 56, 92)], count):
+            paste(image, scale_drawing(drawings[name], 32), center=(x, y))
+        path = f"images/heldout-count-{index}.jpg"
+        (out / path).write_bytes(encode_jpeg(image))
+        rows.append(make_row(f"heldout-count-{index}", path, "count", ask_count(name, count, rng)))
     return rows
 
 

@@ -26,34 +26,49 @@ NAME_QUESTIONS = (
     "Name the thing in the picture.", "What can you see in this image?", "Which thing is this?", "what is this",
     "Tell me what this is.", "What object is in the image?", "What's this?", "What am I looking at?",
     "Can you tell me what this is?", "Identify the object.", "What is it?", "What is the main thing in the photo?",
+    "What's in this picture?", "What is shown in the image?", "What thing is shown?", "Name this.", "What is that?",
+    "Name the object in this image.", "What do you see in the picture?", "What is depicted here?",
+    "What does this drawing show?", "Which object do you see?", "Please name what you see.", "What's in the photo?",
 )
 DESCRIBE_QUESTIONS = (
     "Describe the image.", "Describe this picture.", "Please describe the picture.", "Describe the photo briefly.",
     "Describe what you see.", "Write a short caption.", "Give a caption for this image.",
-    "Can you describe the image?",
+    "Can you describe the image?", "Describe this image in one sentence.", "Caption this picture.",
 )
 PRESENCE_QUESTIONS = (
     "Is there {phrase}?", "Is there {phrase} in the picture?", "Is there {phrase} in the image?",
     "Do you see {phrase}?", "Does the picture show {phrase}?", "Can you see {phrase}?",
-    "Does this image contain {phrase}?",
+    "Does this image contain {phrase}?", "Is there {phrase} in this picture?", "Does the image show {phrase}?",
+    "Is {phrase} shown here?", "Is {phrase} visible in the image?", "Do you see {phrase} in the picture?",
+    "Is there {phrase} here?", "Does this picture have {phrase} in it?",
 )
-IDENTITY_QUESTIONS = ("Is this {phrase}?", "Is it {phrase}?", "Is that {phrase}?")
+IDENTITY_QUESTIONS = (
+    "Is this {phrase}?", "Is it {phrase}?", "Is that {phrase}?", "Is this a picture of {phrase}?",
+    "Is the thing in the picture {phrase}?",
+)
 CHOICE_QUESTIONS = (
     "Is it {options}?", "What is this: {options}?", "Which one is it: {options}?", "Is this {options}?",
-    "Does the picture show {options}?", "What do you see, {options}?",
+    "Does the picture show {options}?", "What do you see, {options}?", "Which of these is it: {options}?",
+    "Which of these is in the picture: {options}?", "Is there {options} in the image?", "{options}?",
+    "What is in the picture: {options}?", "Choose: {options}.", "Which is shown, {options}?",
+    "Is the thing in the picture {options}?", "What is shown here? {options}?",
 )
 CATEGORY_QUESTIONS = (
     "What kind of thing is this?", "What kind of thing is it?", "What type of object is this?",
-    "Which category does it belong to?", "What sort of thing is this?",
+    "Which category does it belong to?", "What sort of thing is this?", "What category is this?",
+    "What kind of object is in the picture?", "What type of thing is it?", "To which category does it belong?",
 )
 COLOR_QUESTIONS = (
     "What color is it?", "What colour is it?", "What is its color?", "What color is {the}?", "What colour is {the}?",
-    "What is the color of {the}?", "Which color is {the}?",
+    "What is the color of {the}?", "Which color is {the}?", "What color does {the} have?", "Which colour is it?",
+    "What is the main color of {the}?",
 )
 BACKGROUND_QUESTIONS = (
     "What color is the background?", "What colour is the background?", "What is the background color?",
-    "What color is behind it?",
+    "What color is behind it?", "Which color does the background have?", "What is the color of the background?",
 )
+SHORT_HINTS = (" Answer with one word.", " Answer in a few words.", " Answer briefly.", " Be short.")
+YES_NO_HINTS = (" Answer yes or no.", " Yes or no?", " Answer with yes or no.")
 COUNT_QUESTIONS = (
     "How many {plural} are there?", "How many {plural} do you see?", "How many {plural} are in the picture?",
     "Count the {plural}.", "How many {plural} can you see in the image?",
@@ -82,14 +97,19 @@ def pluralize(name: str) -> str:
     return f"{name[:-1]}ies" if name.endswith("y") and name[-2] not in "aeiou" else f"{name}s"
 
 
-def join_options(options: list[str]) -> str:
-    """Return "a, b, c or d"."""
-    return f"{', '.join(options[:-1])} or {options[-1]}"
+def join_options(options: list[str], comma: str = "") -> str:
+    """Return "a, b, c or d"; a comma may stand before the last."""
+    return f"{', '.join(options[:-1])}{comma if len(options) > 2 else ''} or {options[-1]}"
+
+
+def add_hint(question: str, hints: tuple[str, ...], rng: random.Random) -> str:
+    """Return the question, now and then with how to answer it."""
+    return question + rng.choice(hints) if rng.random() < 0.12 else question
 
 
 def ask_name(name: str, rng: random.Random) -> Turn:
     """Return a question for what is shown."""
-    return rng.choice(NAME_QUESTIONS), add_article(name)
+    return add_hint(rng.choice(NAME_QUESTIONS), SHORT_HINTS, rng), add_article(name)
 
 
 def ask_description(names: list[str], background: str | None, rng: random.Random) -> Turn:
@@ -105,18 +125,20 @@ def ask_presence(name: str, answer: str, rng: random.Random) -> Turn:
     if name in PLURAL_NAMES:
         for singular, plural in (("Is there ", "Are there "), ("Is this ", "Are these "), ("Is it ", "Are they ")):
             question = question.replace(singular, plural)
-    return question, answer
+    return add_hint(question, YES_NO_HINTS, rng), answer
 
 
 def ask_choice(name: str, others: list[str], rng: random.Random) -> Turn:
     """Return a question that offers the right name among others."""
-    options = [add_article(option) for option in rng.sample([name, *others], len(others) + 1)]
-    return rng.choice(CHOICE_QUESTIONS).format(options=join_options(options)), add_article(name)
+    article = add_article if rng.random() < 0.8 else str
+    options = [article(option) for option in rng.sample([name, *others], len(others) + 1)]
+    question = rng.choice(CHOICE_QUESTIONS).format(options=join_options(options, rng.choice(("", "", ","))))
+    return add_hint(question[0].upper() + question[1:], SHORT_HINTS, rng), add_article(name)
 
 
 def ask_category(category: str, rng: random.Random) -> Turn:
     """Return an open, an either-or or a yes/no question about the category."""
-    kind = rng.randrange(3)
+    kind = rng.choice((0, 0, 1, 2))
     shown = "food" if category in EDIBLE and rng.random() < 0.5 else category
     if kind == 0:
         return rng.choice(CATEGORY_QUESTIONS), name_category(category)

@@ -12,6 +12,8 @@ import jinja2
 
 import hub_cards
 
+from .questions import CATEGORY_OF
+
 ASKED = {
     "easy_vqa": "official test split of Easy-VQA: shapes and colours, three quarters yes or no",
     "name": "the exact name of a thing in a drawing of Twemoji",
@@ -19,6 +21,8 @@ ASKED = {
     "presence": "yes or no: is it in the drawing of Twemoji?",
     "category": "what kind of thing is in a drawing of Twemoji",
     "color": "the colour of the thing or of the ground in a drawing of Twemoji",
+    "side": "which of two drawings of Twemoji is on the left or right",
+    "count": "how many copies of a drawing of Twemoji there are, one to five",
     "clothing": "the exact name of a piece of clothing in an official test photograph",
     "new_concept_category": "the kind of a thing in a drawing of Twemoji whose name was never trained",
     "unknown": 'answers "I am not sure what this is." to a picture far from its training',
@@ -35,7 +39,11 @@ def write_card(model: Path, *, scores: Path, sources: Path, minutes: int) -> Non
     )
     trained_on = [source for source in json.loads(sources.read_text()) if source["source"] != HELDOUT_SOURCE]
     card = environment.get_template("tiny_llava.md.jinja").render(
-        scores=json.loads(scores.read_text()), asked=ASKED, sources=trained_on, minutes=minutes
+        scores=json.loads(scores.read_text()),
+        asked=ASKED,
+        sources=trained_on,
+        minutes=minutes,
+        num_names=len(CATEGORY_OF),
     )
     (model / "README.md").write_text(card)
     shutil.copy(scores, model / "heldout_scores.json")

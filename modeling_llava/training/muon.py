@@ -1,7 +1,8 @@
 """Muon for the matrices inside the layers and AdamW for everything else, as one optimizer.
 
-A language model that starts from random weights needs a third of the rows with it. Muon is made for matrices that map
-hidden states to hidden states; embeddings, norms and biases are not (https://kellerjordan.github.io/posts/muon).
+A small language model that starts from random weights needs less than half of the rows with it. Muon is made for
+matrices that map hidden states to hidden states; embeddings, norms and biases are not
+(https://kellerjordan.github.io/posts/muon).
 """
 
 from collections.abc import Callable

@@ -48,7 +48,7 @@ def test_the_checkpoint_fits_into_24_megabytes():
     assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) <= 24e6
 
 
-def test_half_of_the_example_pictures_are_answered_right(embedded):
+def test_most_of_the_example_pictures_are_answered_right(embedded):
     examples = json.loads((EXAMPLES / "examples.json").read_text())
     session = ChatSession(*embedded)
     right = 0
@@ -56,7 +56,7 @@ def test_half_of_the_example_pictures_are_answered_right(embedded):
         session.reset()
         answer = "".join(session.ask(example["question"], images=[EXAMPLES / example["image"]]))
         right += normalise(answer) == normalise(example["expected"])
-    assert right >= len(examples) / 2
+    assert right >= 0.7 * len(examples)
 
 
 def test_a_conversation_keeps_the_picture(embedded):
