@@ -56,7 +56,9 @@ TEXT_CONFIGS = {
     "qwen2": lambda: Qwen2Config(**_TEXT, num_key_value_heads=2, tie_word_embeddings=True),
     "qwen3": lambda: Qwen3Config(**_TEXT, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True),
     "gemma": lambda: GemmaConfig(**_TEXT, num_key_value_heads=2, head_dim=8),
-    "mpt": lambda: MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=VOCAB_SIZE, max_seq_len=512),
+    "mpt": lambda: MptConfig(
+        d_model=32, n_heads=4, n_layers=2, vocab_size=VOCAB_SIZE, max_seq_len=512, bos_token_id=1, eos_token_id=2
+    ),
     "phi": lambda: PhiConfig(**_TEXT),
 }
 VISION_CONFIGS = {
