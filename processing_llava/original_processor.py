@@ -33,8 +33,8 @@ _PINPOINT_RANGE = re.compile(r"\((\d+)x(\d+)\)")
 _OLD_TEXT_FIELDS = ("rope_theta", "rope_scaling")
 
 
-class OriginalProcessorMixin:
-    """Reads original folders and formats by name; to be listed before ProcessorMixin."""
+class OriginalProcessorMixin(ProcessorMixin):
+    """A ProcessorMixin that reads original folders, and formats by name."""
 
     @classmethod
     def from_pretrained(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AddedToken, BatchFeature, PreTrainedTokenizerBase
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, TextKwargs
+from transformers.processing_utils import ImagesKwargs, MultiModalData, TextKwargs
 
 from .image_layouts import plan_image
 from .image_loading import load_image
@@ -22,7 +22,7 @@ from .prompts import Prompt, count_images, encode_prompt, render_prompt
 _PROCESSOR_KWARGS = set(TextKwargs.__annotations__) | set(ImagesKwargs.__annotations__)
 
 
-class AnyLlavaProcessor(OriginalProcessorMixin, ProcessorMixin):
+class AnyLlavaProcessor(OriginalProcessorMixin):
     """Prepares text and images for AnyLlavaForConditionalGeneration.
 
     Args:
