@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from processing_llava.original_folder import DOWNLOAD_KWARGS, OriginalFolder, find_file
+from processing_llava.original_folder import DOWNLOAD_KWARGS, OriginalFolder, find_file, select_download
 
 from .checkpoint_layouts import add_transformers_only_weights, check_layout, rename_from_ours, rename_to_ours
 from .original_layout import (
@@ -56,7 +56,7 @@ class CheckpointMixin:
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         name = str(pretrained_model_name_or_path)
-        download = {key: kwargs[key] for key in DOWNLOAD_KWARGS if kwargs.get(key) is not None}
+        download = select_download(kwargs)
         if not isinstance(config, cls.config_class):
             raw, _ = PreTrainedConfig.get_config_dict(name if config is None else config, **download)
             if find_layout(raw) == "any_llava":

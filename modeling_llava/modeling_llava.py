@@ -141,11 +141,15 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
 
     def encode_tiles(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """The tower's output over tiles `[T, 3, H, W]`, with the projected features `[T, P, D]` as pooler_output."""
-        if len(self.config.vision_feature_layers) > 1:
-            kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or self.config.vision_feature_layers
-        outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+        outputs = self.run_tower(pixel_values, **kwargs)
         outputs.pooler_output = self.project_features(self.select_features(outputs))
         return outputs
+
+    def run_tower(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """The tower's output over tiles, with all hidden states that `select_features` takes."""
+        if len(self.config.vision_feature_layers) > 1:
+            kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or self.config.vision_feature_layers
+        return self.vision_tower(pixel_values, return_dict=True, **kwargs)
 
     def select_features(self, outputs: BaseModelOutputWithPooling) -> torch.Tensor:
         """What the projector takes of the tower's output, `[T, P, V]`."""

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig
 
 from processing_llava.model_parts import has_tokenizer, read_vision_config
-from processing_llava.original_folder import DOWNLOAD_KWARGS, OriginalFolder, is_original
+from processing_llava.original_folder import OriginalFolder, is_original, select_download
 from processing_llava.original_processor import (
     TURN_END_TOKENS,
     infer_template,
@@ -76,8 +76,8 @@ def translate_config(raw: dict[str, Any], *, name: str, base_model: str | None =
     if layout == "transformers":
         fields = read_transformers_config(raw)
     else:
-        download = {key: kwargs[key] for key in DOWNLOAD_KWARGS if kwargs.get(key) is not None}
-        fields = read_original_config(OriginalFolder(name=name, config=raw, base_model=base_model, download=download))
+        folder = OriginalFolder(name=name, config=raw, base_model=base_model, download=select_download(kwargs))
+        fields = read_original_config(folder)
     # TRL looks the class up by its name.
     architectures = ["AnyLlavaForConditionalGeneration"]
     return {**fields, "model_type": "any_llava", "architectures": architectures, "source_config": raw}

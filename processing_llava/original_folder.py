@@ -36,6 +36,11 @@ TEXT_MODEL_OF_TYPE = {
 # fmt: on
 
 
+def select_download(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments of a `from_pretrained` that decide where files come from."""
+    return {name: kwargs[name] for name in DOWNLOAD_KWARGS if kwargs.get(name) is not None}
+
+
 def is_original(config: dict[str, Any]) -> bool:
     """Whether the content of a config.json is that of an original LLaVA."""
     if config.get("model_type") == "any_llava":
@@ -90,7 +95,7 @@ class OriginalFolder:
     @classmethod
     def find(cls, name: str, *, base_model: str | None = None, **kwargs) -> "OriginalFolder | None":
         """The original checkpoint of that name, or None if there is no config.json or it is another layout."""
-        download = {key: kwargs[key] for key in DOWNLOAD_KWARGS if kwargs.get(key) is not None}
+        download = select_download(kwargs)
         config = read_json(name, "config.json", download)
         if config is None or not is_original(config):
             return None

@@ -13,7 +13,6 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 from .conversation_templates import load_template
-from .image_processing_llava import AnyLlavaImageProcessorPil
 from .model_parts import has_tokenizer, read_image_processor, read_tokenizer, read_vision_config
 from .original_folder import OriginalFolder, find_file
 
@@ -160,19 +159,6 @@ def read_pinpoints(folder: OriginalFolder, *, tile_size: int) -> list[list[int]]
         ) from error
 
 
-def read_original_images(folder: OriginalFolder) -> tuple[AnyLlavaImageProcessorPil, PreTrainedConfig]:
-    """The image processor, and the configuration of the tower that it prepares images for."""
-    vision_config = read_vision_config(folder.vision_tower, **folder.base_download)
-    image_processor = read_image_processor(
-        folder.vision_tower,
-        vision_config,
-        download=folder.base_download,
-        image_aspect_ratio=folder.config.get("image_aspect_ratio") or "square",
-        image_grid_pinpoints=read_pinpoints(folder, tile_size=vision_config.image_size),
-    )
-    return image_processor, vision_config
-
-
 def read_original_parts(folder: OriginalFolder, *, template: str | None = None) -> dict[str, Any]:
     """The arguments of AnyLlavaProcessor for an original checkpoint.
 
@@ -183,7 +169,14 @@ def read_original_parts(folder: OriginalFolder, *, template: str | None = None) 
     Raises:
         ValueError: if something of it is missing, unreadable, or not supported.
     """
-    image_processor, vision_config = read_original_images(folder)
+    vision_config = read_vision_config(folder.vision_tower, **folder.base_download)
+    image_processor = read_image_processor(
+        folder.vision_tower,
+        vision_config,
+        download=folder.base_download,
+        image_aspect_ratio=folder.config.get("image_aspect_ratio") or "square",
+        image_grid_pinpoints=read_pinpoints(folder, tile_size=vision_config.image_size),
+    )
     tokenizer = read_original_tokenizer(folder, read_text_config(folder))
     if template is None:
         template = infer_template(folder, tokenizer)

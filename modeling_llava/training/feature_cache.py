@@ -97,8 +97,7 @@ class FeatureCache:
     def _encode(self, images: list[str | bytes]) -> torch.Tensor:
         pixel_values = self.processor(images=images, return_tensors="pt")["pixel_values"].to(self.model.device)
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
-            outputs = self.model.model.vision_tower(pixel_values, output_hidden_states=True, return_dict=True)
-            return self.model.model.select_features(outputs).half()
+            return self.model.model.select_features(self.model.model.run_tower(pixel_values)).half()
 
     def _make_key(self) -> str:
         key = hashlib.sha256()

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from processing_llava.data_sources import DataSource
-from processing_llava.row_lengths import TOO_LONG
+from processing_llava.row_lengths import check_length_options
 
 STAGES = {
     "align": ("mm_projector", "image_newline"),
@@ -72,8 +72,7 @@ class Recipe:
             raise ValueError(f"got stage={self.stage!r}; expected one of {', '.join(STAGES)}")
         if self.output_dtype not in OUTPUT_DTYPES:
             raise ValueError(f"got output_dtype={self.output_dtype!r}; expected one of {', '.join(OUTPUT_DTYPES)}")
-        if self.too_long not in TOO_LONG:
-            raise ValueError(f"got too_long={self.too_long!r}; expected one of {', '.join(TOO_LONG)}")
+        check_length_options(self.max_length, self.too_long)
         if not self.data:
             raise ValueError("got no data; expected at least one {path: ..., image_folder: ...}")
         if self.vision_tower_learning_rate is not None and not self.train_vision_tower:

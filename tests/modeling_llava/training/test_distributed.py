@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import train
 from tests.conftest import ROOT
-from tests.modeling_llava.training.test_run import workspace, write_recipe  # noqa: F401 (a fixture)
+from tests.modeling_llava.training.conftest import write_recipe
 
 TRAINER = {"learning_rate": 3e-3, "num_train_epochs": 2, "logging_steps": 1, "disable_tqdm": True}
 RUN = "import sys; from modeling_llava.cli import main; main(['train', sys.argv[1]])"
@@ -32,7 +32,7 @@ def run_recipe(folder: Path, out: Path, **fields) -> dict[str, torch.Tensor]:
     return weights_of(out)
 
 
-def test_four_small_batches_a_step_are_one_large_one(workspace, tmp_path):  # noqa: F811
+def test_four_small_batches_a_step_are_one_large_one(workspace, tmp_path):
     """12 rows: 3 at a time and four batches a step, or all at once. Only the mean over all tokens makes them equal."""
     large = run_recipe(workspace, tmp_path / "large", trainer=TRAINER | {"per_device_train_batch_size": 12})
     small = TRAINER | {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
@@ -40,7 +40,7 @@ def test_four_small_batches_a_step_are_one_large_one(workspace, tmp_path):  # no
 
 
 @pytest.mark.parametrize("packing", [{}, {"tokens_per_batch": 300}])
-def test_two_processes_are_one_with_twice_the_batches(workspace, tmp_path, packing):  # noqa: F811
+def test_two_processes_are_one_with_twice_the_batches(workspace, tmp_path, packing):
     sizes = {} if packing else {"per_device_train_batch_size": 3}
     one = TRAINER | sizes | {"gradient_accumulation_steps": 2, "train_sampling_strategy": "sequential"}
     expected = run_recipe(workspace, tmp_path / "one", trainer=one, **packing)

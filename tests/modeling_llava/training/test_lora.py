@@ -13,7 +13,7 @@ from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import train
 from modeling_llava.training.trainer import LlavaTrainer, part_of
 from tests import original_folders as folders
-from tests.modeling_llava.training.test_run import workspace, write_recipe  # noqa: F401 (a fixture)
+from tests.modeling_llava.training.conftest import write_recipe
 from tests.tiny import tiny_model
 
 TRAINER = {"learning_rate": 5e-3, "per_device_train_batch_size": 6, "max_steps": 3, "disable_tqdm": True}
@@ -30,7 +30,7 @@ def test_adapters_lie_in_the_language_model_alone(text):
 
 
 @pytest.mark.parametrize("tokens_per_batch", [None, 400])
-def test_run(workspace, tmp_path, tokens_per_batch):  # noqa: F811
+def test_run(workspace, tmp_path, tokens_per_batch):
     trainer = {key: value for key, value in TRAINER.items() if not tokens_per_batch or "batch_size" not in key}
     fields = {"stage": "lora", "lora": {"r": 4, "lora_alpha": 8}, "output_dir": str(tmp_path / "out")}
     recipe = write_recipe(workspace, **fields, trainer=trainer, tokens_per_batch=tokens_per_batch)
@@ -60,7 +60,7 @@ def test_run(workspace, tmp_path, tokens_per_batch):  # noqa: F811
     torch.testing.assert_close(folders.logits_of(merged, inputs), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_projector_has_its_own_rate(workspace, tmp_path):  # noqa: F811
+def test_projector_has_its_own_rate(workspace, tmp_path):
     wrapped = add_lora(tiny_model(), {"r": 2}, trained_parts=("mm_projector",))
     fields = {"stage": "lora", "projector_learning_rate": 2.0}
     recipe = read_recipe(write_recipe(workspace, **fields))
@@ -73,7 +73,7 @@ def test_projector_has_its_own_rate(workspace, tmp_path):  # noqa: F811
             assert rates[id(parameter)] == (2.0 if part_of(name) == "mm_projector" else 1.0)
 
 
-def test_over_an_original_checkpoint(workspace, tmp_path):  # noqa: F811
+def test_over_an_original_checkpoint(workspace, tmp_path):
     """The adapter names the original folder as its base, and loads over it."""
     folders.write_v15(tmp_path)
     fields = {"stage": "lora", "lora": {"r": 4}, "output_dir": str(tmp_path / "out")}
@@ -88,7 +88,7 @@ def test_over_an_original_checkpoint(workspace, tmp_path):  # noqa: F811
     assert not torch.equal(folders.logits_of(loaded, inputs), folders.logits_of(base, inputs))
 
 
-def test_four_bits(workspace, tmp_path):  # noqa: F811
+def test_four_bits(workspace, tmp_path):
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, which has no wheel for every machine")
     fields = {"stage": "qlora", "model": str(workspace / "start"), "output_dir": str(tmp_path / "out")}
     out = train(read_recipe(write_recipe(workspace, **fields, lora={"r": 2}, trainer=TRAINER)))
@@ -106,6 +106,6 @@ def test_four_bits(workspace, tmp_path):  # noqa: F811
         ({"tokens_per_batch": 100}, "got per_device_train_batch_size and tokens_per_batch"),
     ],
 )
-def test_recipes_that_cannot_work(workspace, fields, message):  # noqa: F811
+def test_recipes_that_cannot_work(workspace, fields, message):
     with pytest.raises(ValueError, match=message):
         read_recipe(write_recipe(workspace, **fields))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import find_checkpoint, train
 from tests.conftest import ROOT
-from tests.modeling_llava.training.test_run import workspace, write_recipe  # noqa: F401 (a fixture)
+from tests.modeling_llava.training.conftest import write_recipe
 
 NUM_STEPS = 8
 TRAINER = {
@@ -33,7 +33,7 @@ def losses_of(folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("fields", [{"tokens_per_batch": 300}, {"tokens_per_batch": 300, "stage": "lora"}])
-def test_killed_run_ends_as_an_uninterrupted_one(workspace, tmp_path, fields):  # noqa: F811
+def test_killed_run_ends_as_an_uninterrupted_one(workspace, tmp_path, fields):
     weights = "adapter_model.safetensors" if "stage" in fields else "model.safetensors"
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     train(read_recipe(write_recipe(workspace, **fields, trainer=TRAINER, output_dir=str(straight))))

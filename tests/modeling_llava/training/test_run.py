@@ -6,7 +6,6 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
-import yaml
 from transformers import AutoProcessor
 
 from modeling_llava import AutoModelForVision2Seq
@@ -15,35 +14,8 @@ from modeling_llava.training.recipe import Recipe, read_recipe
 from modeling_llava.training.run import train
 from modeling_llava.training.trainer import LlavaTrainer, count_parameters, freeze_all_but, part_of
 from processing_llava.collator import LlavaDataCollator
-from tests.tiny import save_tiny_checkpoint, tiny_model
-
-COLORS = {"red": "Red.", "blue": "Blue.", "white": "White."}
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("workspace")
-    records = []
-    for index, (color, answer) in enumerate(COLORS.items()):
-        PIL.Image.new("RGB", (40, 30), color).save(folder / f"{color}.png")
-        conversations = [{"from": "human", "value": "<image>\nColor?"}, {"from": "gpt", "value": answer}]
-        records.append({"id": str(index), "image": f"{color}.png", "conversations": conversations})
-    (folder / "rows.json").write_text(json.dumps(records * 4))
-    save_tiny_checkpoint(folder / "start")
-    return folder
-
-
-def write_recipe(folder: Path, **fields) -> Path:
-    recipe = {
-        "stage": "finetune",
-        "model": str(folder / "start"),
-        "data": [{"path": str(folder / "rows.json"), "image_folder": str(folder)}],
-        "output_dir": str(folder / "out"),
-        "trainer": {"learning_rate": 3e-3, "per_device_train_batch_size": 6, "max_steps": 2, "disable_tqdm": True},
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe | fields))
-    return path
+from tests.modeling_llava.training.conftest import COLORS, write_recipe
+from tests.tiny import tiny_model
 
 
 def changed_parts(folder: Path, out: Path) -> set[str]:

@@ -10,7 +10,7 @@ from modeling_llava import AutoModelForVision2Seq
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import train
 from modeling_llava.training.run_log import check_loss
-from tests.modeling_llava.training.test_run import workspace, write_recipe  # noqa: F401 (a fixture)
+from tests.modeling_llava.training.conftest import write_recipe
 
 TRAINER = {"learning_rate": 1e-3, "max_steps": 4, "logging_steps": 1, "disable_tqdm": True}
 
@@ -21,7 +21,7 @@ def read_lines(folder) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_curves(workspace, tmp_path, packed):  # noqa: F811
+def test_curves(workspace, tmp_path, packed):
     fields = {"tokens_per_batch": 300} if packed else {}
     sizes = {} if packed else {"per_device_train_batch_size": 4}
     train(read_recipe(write_recipe(workspace, **fields, trainer=TRAINER | sizes, output_dir=str(tmp_path))))
@@ -34,7 +34,7 @@ def test_curves(workspace, tmp_path, packed):  # noqa: F811
         assert picture.size == (800, 600)
 
 
-def test_resumed_run_goes_on_in_the_same_file(workspace, tmp_path):  # noqa: F811
+def test_resumed_run_goes_on_in_the_same_file(workspace, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}
     recipe = write_recipe(workspace, trainer=TRAINER | saving, output_dir=str(tmp_path))
     train(read_recipe(recipe))
@@ -43,7 +43,7 @@ def test_resumed_run_goes_on_in_the_same_file(workspace, tmp_path):  # noqa: F81
     assert [int(line["step"]) for line in read_lines(tmp_path)] == [1, 2, 3, 4]
 
 
-def test_loss_that_is_no_number_stops_the_run(workspace, tmp_path):  # noqa: F811
+def test_loss_that_is_no_number_stops_the_run(workspace, tmp_path):
     model = AutoModelForVision2Seq.from_pretrained(workspace / "start")
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
