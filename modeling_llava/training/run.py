@@ -168,17 +168,24 @@ def plan_batches(
         remove_columns=dataset.column_names,
         desc="Counting tokens",
     )
+    num_tokens = measured["num_tokens"][:]
+    num_epochs = math.ceil(arguments.num_train_epochs)
+    if arguments.max_steps > 0:
+        # No epoch has fewer batches than this, so there are no more epochs than these.
+        least = math.ceil(sum(num_tokens) / recipe.tokens_per_batch)
+        num_batches = arguments.max_steps * arguments.gradient_accumulation_steps * arguments.world_size
+        num_epochs = math.ceil(num_batches / least)
     sampler = TokenBudgetBatchSampler(
-        measured["num_tokens"][:],
+        num_tokens,
         measured["num_images"][:],
         max_tokens=recipe.tokens_per_batch,
         max_images=recipe.images_per_batch,
-        num_epochs=math.ceil(arguments.num_train_epochs),
+        num_epochs=num_epochs,
         seed=arguments.seed,
         rank=arguments.process_index,
         num_ranks=arguments.world_size,
     )
-    share = sum(measured["num_tokens"]) / (sampler.num_batches * recipe.tokens_per_batch)
+    share = sum(num_tokens) / (sampler.num_batches * recipe.tokens_per_batch)
     logger.warning(f"{sampler.num_batches:,} packed batches an epoch, {share:.1%} full")
     return sampler
 

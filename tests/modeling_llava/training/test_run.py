@@ -7,6 +7,7 @@ import PIL.Image
 import pytest
 import torch
 from transformers import AutoProcessor
+from trl import SFTConfig
 
 from modeling_llava import AutoModelForVision2Seq
 from modeling_llava.training import run
@@ -14,6 +15,7 @@ from modeling_llava.training.recipe import Recipe, read_recipe
 from modeling_llava.training.run import train
 from modeling_llava.training.trainer import LlavaTrainer, count_parameters, freeze_all_but, part_of
 from processing_llava.collator import LlavaDataCollator
+from processing_llava.row_datasets import load_rows
 from tests.modeling_llava.training.conftest import COLORS, write_recipe
 from tests.tiny import tiny_model
 
@@ -129,6 +131,26 @@ def test_packed_training_is_padded_training(workspace):
     assert not torch.equal(expected["lm_head.weight"], before["lm_head.weight"])
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_epochs_that_max_steps_makes_have_equally_many_batches(workspace, tmp_path):
+    """An epoch with more batches than the first one would lose rows: the Trainer takes the first number for all."""
+    records = json.loads((workspace / "rows.json").read_text())
+    for index in range(len(records)):
+        answer = {"from": "gpt", "value": "Red. " * (1 + index * 7 % 11 * 8)}
+        records[index] = {"id": f"row {index}", "conversations": [{"from": "human", "value": "Color?"}, answer]}
+    (tmp_path / "rows.json").write_text(json.dumps(records))
+    trainer = {"max_steps": 60, "disable_tqdm": True}
+    data = [{"path": str(tmp_path / "rows.json")}]
+    recipe = read_recipe(write_recipe(workspace, trainer=trainer, tokens_per_batch=1110, data=data))
+    arguments = SFTConfig(output_dir=str(tmp_path), **run.trainer_settings(recipe))
+    rows, _ = load_rows(recipe.data)
+    sampler = run.plan_batches(rows, run.load_processor(recipe), recipe, arguments)
+    for epoch in range(60 // len(sampler) + 1):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert len(batches) == len(sampler)
+        assert sorted(row for batch in batches for row in batch) == list(range(len(records)))
 
 
 def test_packed_batches_hold_every_row_once_in_each_epoch(workspace, monkeypatch):
