@@ -84,6 +84,21 @@ def test_v16_with_its_own_tower(tmp_path, merge, caplog):
     assert processor.patch_merge_type == merge
 
 
+def test_llava_med_with_a_tower_that_its_own_loader_ignores(tmp_path):
+    """Mistral, padded images, no tiles; the tower lies inside although unfreeze_mm_vision_tower is false."""
+    tower = folders.make_tower("clip", seed=5)
+    folders.save_tower(folders.make_tower("clip", seed=6), tmp_path / "tower")
+    model = folders.make_model(tower, text="mistral")
+    checkpoint = tmp_path / "checkpoint"
+    folders.write_config(checkpoint, model, vision_tower="../tower", text="mistral")
+    folders.write_sentencepiece(checkpoint)
+    folders.write_safetensors(checkpoint, folders.original_weights(model, tower))
+    assert_same(AutoModelForVision2Seq.from_pretrained(checkpoint), model)
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    assert processor.image_processor.image_aspect_ratio == "pad"
+    assert processor.chat_template == load_template("mistral_instruct")
+
+
 def test_class_token_is_kept_on_request(tmp_path):
     tower = folders.make_tower("clip")
     folders.save_tower(tower, tmp_path / "tower")

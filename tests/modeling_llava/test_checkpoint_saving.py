@@ -67,6 +67,17 @@ def test_original_with_a_tower_that_was_trained(tmp_path):
     assert_equal_weights(dict(again.state_dict()), dict(loaded.state_dict()))
 
 
+def test_tiled_checkpoints_of_transformers_own_class(tmp_path):
+    donor = tiny_model(patch_merge_type="spatial_unpad", image_grid_pinpoints=PINPOINTS)
+    donor.save_pretrained(tmp_path / "donor", layout="transformers")
+    built_in = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "donor").eval()
+    built_in.save_pretrained(tmp_path / "published")
+    ours = AnyLlavaForConditionalGeneration.from_pretrained(tmp_path / "published")
+    inputs = folders.example_inputs(donor)
+    expected = folders.logits_of(built_in, inputs)
+    torch.testing.assert_close(folders.logits_of(ours, inputs), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("layout", ["any_llava", "transformers"])
 def test_original_in_another_layout(tmp_path, layout):
     model = folders.write_v15(tmp_path)
