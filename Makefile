@@ -44,7 +44,7 @@ tiny-llava: $(READY)  ## rebuild the embedded model in runs/tiny_llava; CLOTHING
 	$(BUILD).build_language_model --tokenizer $(TINY)/data/tokenizer --out $(TINY)/language_model
 	$(BIN)/llava assemble --vision-tower $(TINY)/tower --language-model $(TINY)/language_model \
 		--vision-feature-layer=-1 --template phi_3 --out $(TINY)/assembled
-	for stage in descriptions pictures rehearsal; do $(BIN)/torchrun --nproc-per-node 2 --no-python \
+	for stage in descriptions pictures; do $(BIN)/torchrun --nproc-per-node 2 --no-python \
 		$(BIN)/llava train modeling_llava/training/recipes/tiny_llava_$$stage.yaml || exit 1; done
 	$(BUILD).evaluate $(TINY)/data/heldout.json --model $(TINY)/trained --out $(TINY)/heldout_scores.json
 	$(BUILD).write_card --model $(TINY)/trained --scores $(TINY)/heldout_scores.json \

@@ -30,6 +30,8 @@ PATCH, TEACHER_GRID = 14, 37
 TEACHER_LAYERS, STUDENT_LAYERS = 10, 5
 BATCH, LEARNING_RATE, WARMUP = 32, 5e-4, 0.05
 NAMING_RATE, HEAD_RATE = 2e-4, 5e-3
+HAS_FAST_BFLOAT16 = torch.cpu._is_amx_tile_supported()
+"""Without units for its matrices (AMX), a processor takes 1.7 times as long in bfloat16 as in float32."""
 SHAPES = ("circle", "rectangle", "triangle")
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PREPROCESSOR = {
@@ -132,7 +134,7 @@ def distill(teacher: Dinov2Model, student: Dinov2Model, paths: list[Path], *, nu
     before the final norm, which LLaVA leaves out.
     """
     rng = random.Random(seed)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=HAS_FAST_BFLOAT16):
         sample = torch.cat([read_targets(teacher, read_batch(rng.sample(paths, BATCH))) for _ in range(10)])
     mean, deviation = sample.mean((0, 1)), sample.std((0, 1))
     num_steps = num_images // BATCH
@@ -141,7 +143,7 @@ def distill(teacher: Dinov2Model, student: Dinov2Model, paths: list[Path], *, nu
     student.train()
     for step in range(num_steps):
         pixels = read_batch(rng.sample(paths, BATCH))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=HAS_FAST_BFLOAT16):
             target = (read_targets(teacher, pixels) - mean) / deviation
             output = student(pixels, output_hidden_states=True).hidden_states[-1][:, 1:].float()
         loss = torch.nn.functional.mse_loss(output, target)
@@ -199,7 +201,7 @@ def teach_names(tower: Dinov2Model, labels: list[tuple[Path, str, str]], *, num_
     tower.train()
     for step in range(num_steps):
         batch = rng.sample(labels, BATCH)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=HAS_FAST_BFLOAT16):
             output = tower(read_batch([path for path, _, _ in batch]), output_hidden_states=True).hidden_states[-1]
             logits = head(output[:, 1:].mean(dim=1)).float()
         rivals = torch.stack([competes[kind] for _, kind, _ in batch])
