@@ -17,8 +17,8 @@ from .heldout import make_row
 from .questions import Turn, ask_category, ask_choice, ask_name, ask_presence
 from .scenes import NAMES, Row, render_turns
 
-EASY_VQA_VARIANTS, EASY_VQA_TURNS = 4, 8
-CLOTHING_VARIANTS = 5
+EASY_VQA_VARIANTS, EASY_VQA_TURNS = 2, 6
+CLOTHING_VARIANTS = 4
 
 
 def read_photos(wheel: zipfile.ZipFile, names: tuple[str, ...]) -> list[Image.Image]:
@@ -85,7 +85,7 @@ def write_clothing(folder: Path, out: Path, rng: random.Random) -> list[Row]:
     """Return training rows of the clothing photographs."""
     names = sorted(set(CLOTHING_CLASSES.values()))
     rows = []
-    for number, (name, path) in enumerate(list_clothing(folder, "train") + list_clothing(folder, "validation")):
+    for number, (name, path) in enumerate(list_clothing(folder, "train")):
         photo = Image.open(path).convert("RGB")
         for variant in range(CLOTHING_VARIANTS):
             row_id = f"clothing-{number}-{variant}"

@@ -217,12 +217,12 @@ def plan_conversations(name: str, color: str | None, background: str | None, rng
         answer = rng.choice(("yes", "no"))
         presence.append(ask_presence(name if answer == "yes" else pick_rivals(name, 1, rng)[0], answer, rng))
     choices = [ask_choice(name, pick_rivals(name, rng.choice((1, 2, 3, 3, 3)), rng), rng) for _ in range(2)]
-    follow = rng.sample([*presence[:2], *asides], rng.randint(0, 2))
+    follow = rng.sample([*presence[:2], *asides, choices[1]], rng.randint(0, 2))
     # The answer to a choice gives the name away: nothing but asides may come before.
     first = [*rng.sample(asides, min(len(asides), rng.randint(0, 2))), choices[0]]
     conversations = [[naming, *follow], first, presence]
     if asides:
-        conversations.append([*rng.sample(asides, min(len(asides), 3)), choices[1]])
+        conversations.append(rng.sample(asides, min(len(asides), 3)))
     return [drop_repeats(turns) for turns in conversations]
 
 
