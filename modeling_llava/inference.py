@@ -1,135 +1,189 @@
 """Loading a model for answering, and ChatSession: a conversation about pictures that streams."""
 
+import time
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, PreTrainedModel, TextIteratorStreamer, set_seed
+from transformers import AutoProcessor, PreTrainedModel
 
 from processing_llava.conversation_templates import load_template
 from processing_llava.image_loading import load_image
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .auto import AutoModelForVision2Seq
+from .cached_generation import CachedGeneration
+from .chat_cache import ChatCache
+from .token_stream import StreamedText, build_sampler, stream_tokens
 
 EMBEDDED_MODEL = str(Path(__file__).parent / "tiny_llava" / "checkpoint")
 """The small LLaVA that ships in this package."""
 
 
 def load_for_inference(
-    model: str = EMBEDDED_MODEL, *, template: str | None = None, base_model: str | None = None
+    name: str = EMBEDDED_MODEL,
+    *,
+    template: str | None = None,
+    base_model: str | None = None,
+    device: str | torch.device | None = None,
 ) -> tuple[PreTrainedModel, AnyLlavaProcessor]:
-    """Load a model and its processor on the best device there is.
+    """Load a model and its processor.
 
     Args:
-        model: Folder or Hub id.
+        name: Folder or Hub id.
         template: Name of a conversation format to use instead of the one stored with the model.
         base_model: Folder or Hub id of the language model, for a LoRA, projector or delta that does not say its own.
+        device: Where to; the first GPU by default, or the processor where there is none.
 
     Raises:
         ValueError: if there is no such model or template.
     """
     base = {} if base_model is None else {"base_model": base_model}
     chosen = {} if template is None else {"template": template}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # Most processors compute 16-bit floats many times slower than 32-bit ones.
-    dtype = "auto" if device == "cuda" else torch.float32
+    dtype = torch.float32 if device.type == "cpu" else "auto"
     try:
-        processor = AutoProcessor.from_pretrained(model, **chosen, **base)
-        loaded = AutoModelForVision2Seq.from_pretrained(model, dtype=dtype, **base)
+        processor = AutoProcessor.from_pretrained(name, **chosen, **base)
+        loaded = AutoModelForVision2Seq.from_pretrained(name, dtype=dtype, **base)
     except OSError as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"got model {model!r}; expected a folder or a Hub id of a LLaVA: {reason}") from error
+        raise ValueError(f"got model {name!r}; expected a folder or a Hub id of a LLaVA: {reason}") from error
     if template is not None and not isinstance(processor, AnyLlavaProcessor):
         processor.chat_template = load_template(template)
     return loaded.to(device).eval(), processor
 
 
+@dataclass(frozen=True)
+class AnswerStatistics:
+    """What an answer took."""
+
+    num_prompt_tokens: int
+    """Image tokens included."""
+    num_image_tokens: int
+    num_reused_tokens: int
+    """Of the prompt, with states that were known before."""
+    num_new_tokens: int
+    """The token that ends the answer included."""
+    seconds_to_first_token: float
+    """From the question on; preparing the images and waiting for other answers included."""
+    tokens_per_second: float
+    """After the first token; 0 if there are no others."""
+
+
 class ChatSession:
     """A conversation with one model.
+
+    Sessions of one model that run in several threads must share a cache: the model then gives one answer at a time.
 
     Args:
         model: A model with `generate`.
         processor: Its processor.
         system: Replaces the system text of the template.
+        cache: What answers can be continued from; the session's own by default.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: AnyLlavaProcessor, *, system: str | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: AnyLlavaProcessor,
+        *,
+        system: str | None = None,
+        cache: ChatCache | None = None,
+    ) -> None:
         self.model = model
         self.processor = processor
         self.system = system
+        self.cache = ChatCache() if cache is None else cache
+        self.cache.bind(model)
         self.messages: list[dict[str, Any]] = []
+        self.statistics: AnswerStatistics | None = None
+        """Of the last answer, also of one that was stopped."""
         self.reset()
 
     def reset(self) -> None:
         """Forget every turn and picture."""
-        self.messages = []
-        if self.system is not None:
-            self.messages.append({"role": "system", "content": self.system})
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
-    def ask(
-        self,
-        question: str,
-        *,
-        images: list[Any] = (),
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> Iterator[str]:
+    def ask(self, question: str, *, images: list[Any] = (), **settings) -> Iterator[str]:
         """Answer in pieces of text as they are generated; the turn is remembered when the last piece is out.
 
         Args:
             question: What the user says; never read as control tokens.
             images: Pictures that come with it: PIL images, paths, bytes or data URIs.
-            max_new_tokens: Longest answer in tokens.
-            temperature: 0 for the likeliest answer, higher for varied ones.
-            seed: Of the sampling.
+            **settings: Those of `answer`.
 
         Raises:
-            ValueError: if a picture is refused.
+            ValueError: if a picture or a setting is refused.
         """
         content = [{"type": "image", "image": load_image(image)} for image in images]
         question_message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
-        inputs = self.processor.apply_chat_template(
-            [*self.messages, question_message],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        ).to(self.model.device)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-        set_seed(seed)
         pieces = []
-        for piece in stream(self.model, self.processor, inputs, max_new_tokens=max_new_tokens, **sampling):
-            pieces.append(piece)
-            yield piece
-        answer = {"role": "assistant", "content": [{"type": "text", "text": "".join(pieces)}]}
-        self.messages += [question_message, answer]
+        with closing(self.answer([*self.messages, question_message], **settings)) as answer:
+            for piece in answer:
+                pieces.append(piece)
+                yield piece
+        answer_message = {"role": "assistant", "content": [{"type": "text", "text": "".join(pieces)}]}
+        self.messages += [question_message, answer_message]
 
+    def answer(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """Answer a whole conversation, of which nothing but the cache remembers anything.
 
-def stream(model: PreTrainedModel, processor: AnyLlavaProcessor, inputs: dict, **settings) -> Iterator[str]:
-    """The generated text in pieces. An error of the generating thread is raised here."""
-    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    errors: list[BaseException] = []
+        Closing the iterator stops the model within one token.
 
-    def run() -> None:
+        Args:
+            messages: `[{"role": ..., "content": text or [{"type": "image", "image": ...}, ...]}]`, the last one from
+                the user. The system text of the session is added if there is none.
+            max_new_tokens: Longest answer in tokens.
+            temperature: 0 for the likeliest answer, higher for varied ones.
+            top_p: Draw from the likeliest tokens whose probabilities add up to this, at most 1.
+            seed: Of the drawing.
+
+        Raises:
+            ValueError: if a picture or a setting is refused, or the last message is not from the user.
+        """
+        started = time.perf_counter()
+        if not messages or messages[-1]["role"] != "user":
+            raise ValueError(f"got {len(messages)} messages; expected at least one, and the last from the user")
+        if self.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        inputs = self.processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        sampler = build_sampler(temperature=temperature, top_p=top_p, seed=seed, device=self.model.device)
+        generation = CachedGeneration(self.model, inputs, self.cache)
+        generate = partial(
+            generation.run, max_new_tokens=max_new_tokens, use_cache=True, do_sample=False, logits_processor=sampler
+        )
+        text, times = StreamedText(self.processor.tokenizer), []
         try:
-            model.generate(**inputs, **settings, streamer=streamer)
-        except BaseException as error:
-            errors.append(error)
-            streamer.end()
-
-    thread = Thread(target=run, daemon=True)
-    thread.start()
-    leading = True
-    for piece in streamer:
-        # Templates write the space before an answer into the answer.
-        piece = piece.lstrip() if leading else piece
-        leading = leading and not piece
-        if piece:
-            yield piece
-    thread.join()
-    if errors:
-        raise errors[0]
+            with closing(stream_tokens(generate, lock=self.cache.lock)) as tokens:
+                for token, token_time in tokens:
+                    times.append(token_time)
+                    if piece := text.add(token):
+                        yield piece
+            if piece := text.finish():
+                yield piece
+        finally:
+            if times:
+                seconds = times[-1] - times[0]
+                self.statistics = AnswerStatistics(
+                    num_prompt_tokens=inputs["input_ids"].shape[1],
+                    num_image_tokens=int((inputs["input_ids"] == self.processor.image_token_id).sum()),
+                    num_reused_tokens=generation.num_reused_tokens,
+                    num_new_tokens=len(times),
+                    seconds_to_first_token=times[0] - started,
+                    tokens_per_second=(len(times) - 1) / seconds if seconds else 0.0,
+                )

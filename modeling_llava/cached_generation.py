@@ -1,0 +1,144 @@
+"""CachedGeneration: `generate` that computes only what a ChatCache does not know.
+
+Key/value states are reused where they can be cut after any token: full attention, and sliding windows until a
+conversation outgrows them. Static, quantized and recurrent caches are not reused, nor are states whose positions
+depend on the length of the conversation. Features of images always are.
+
+Telling images apart takes the number of tokens of each, so only `REUSING_MODEL_TYPES` reuse anything; other models
+answer as `generate` does. (`AnyLlavaForConditionalGeneration.from_pretrained` reads transformers' LLaVA-NeXT, too.)
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from transformers import BatchFeature, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .chat_cache import ChatCache, TokenKey
+
+REUSING_MODEL_TYPES = ("any_llava", "llava")
+"""Ours, and transformers' own LLaVA 1.5."""
+LENGTH_DEPENDENT_ROPE_TYPES = {"dynamic", "longrope"}
+"""Position embeddings of the first tokens change when a conversation grows long."""
+
+
+@dataclass(frozen=True)
+class PromptImage:
+    row: int
+    """In `pixel_values`."""
+    digest: bytes
+    start: int
+    """Its first token in the prompt."""
+    num_tokens: int
+
+
+class CachedGeneration:
+    """The answer to one prompt.
+
+    Args:
+        model: In evaluation mode.
+        inputs: What the processor returns for one conversation.
+        cache: Of this model.
+    """
+
+    def __init__(self, model: PreTrainedModel, inputs: BatchFeature, cache: ChatCache) -> None:
+        self.model = model
+        self.inputs = inputs
+        self.cache = cache
+        self.num_reused_tokens = 0
+
+    @torch.no_grad()
+    def run(self, **settings) -> None:
+        """As `model.generate(**inputs, **settings)`; the lock of the cache must be held."""
+        device = self.model.device
+        if not self._can_reuse():
+            self.model.generate(**self.inputs.to(device), **settings)
+            return
+        images = read_images(self.model, self.inputs)
+        keys: list[TokenKey] = self.inputs["input_ids"][0].tolist()
+        for image in images:
+            keys[image.start : image.start + image.num_tokens] = [image.digest] * image.num_tokens
+        past = build_states(self.model)
+        if past is not None:
+            # The last token is always computed: the answer begins with its logits.
+            self.num_reused_tokens, states = self.cache.find_states(keys[:-1])
+            for layer, (key_states, value_states) in enumerate(zip(states[::2], states[1::2])):
+                past.update(key_states, value_states, layer)
+            settings["past_key_values"] = past
+        features = self._load_features(images)
+        if features:
+            settings["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+        text = {name: self.inputs[name].to(device) for name in ("input_ids", "attention_mask")}
+        output_ids = self.model.generate(**text, **settings)
+        # A sliding window that is full has dropped the states of the first tokens.
+        if past is not None and all(layer.keys.shape[-2] == past.get_seq_length() for layer in past.layers):
+            keys += output_ids[0, len(keys) :].tolist()
+            states = [states for layer in past.layers for states in (layer.keys, layer.values)]
+            # The last token of an answer has never been an input.
+            self.cache.store_states(keys[: past.get_seq_length()], states)
+
+    def _can_reuse(self) -> bool:
+        model_type = self.model.config.model_type
+        # A LLaVA with a Pixtral tower has images of different sizes, and says so.
+        return model_type in REUSING_MODEL_TYPES and not (model_type == "llava" and "image_sizes" in self.inputs)
+
+    def _load_features(self, images: list[PromptImage]) -> list[torch.Tensor]:
+        """Features of the image tokens that are not reused, in reading order; the tower sees unknown images only."""
+        images = [image for image in images if image.start + image.num_tokens > self.num_reused_tokens]
+        features = {image.digest: self.cache.find_features(image.digest) for image in images}
+        unknown = {image.digest: image.row for image in images if features[image.digest] is None}
+        if unknown:
+            rows = list(unknown.values())
+            names = ("pixel_values", "image_sizes")
+            pixels = {name: self.inputs[name][rows].to(self.model.device) for name in names if name in self.inputs}
+            encoded = self.model.get_image_features(**pixels, return_dict=True).pooler_output
+            for digest, image_features in zip(unknown, encoded):
+                features[digest] = image_features
+                self.cache.store_features(digest, image_features)
+        return [features[image.digest][max(0, self.num_reused_tokens - image.start) :] for image in images]
+
+
+def read_images(model: PreTrainedModel, inputs: BatchFeature) -> list[PromptImage]:
+    """The images of a prompt, in reading order.
+
+    Raises:
+        ValueError: if image tokens and images of the prompt do not match.
+    """
+    if "pixel_values" not in inputs:
+        return []
+    pixel_values, image_sizes = inputs["pixel_values"], inputs.get("image_sizes")
+    image_mask_BL = inputs["input_ids"] == model.config.image_token_id
+    tiles = list(pixel_values)
+    if model.config.model_type == "any_llava":
+        layouts = model.model.plan_images(pixel_values, image_sizes)
+        counts = [layout.num_tokens for layout in layouts]
+        model.model.check_image_tokens(image_mask_BL, counts)
+        if pixel_values.ndim == 5:
+            # The padding to the largest number of tiles depends on the other images.
+            tiles = [image[: layout.num_tiles] for image, layout in zip(tiles, layouts)]
+    else:
+        counts = [int(image_mask_BL.sum()) // len(tiles)] * len(tiles)
+    positions = image_mask_BL[0].nonzero()[:, 0].tolist()
+    images, num_before = [], 0
+    for row, (image, count) in enumerate(zip(tiles, counts)):
+        size = None if image_sizes is None else image_sizes[row].tolist()
+        digest = hashlib.sha256(f"{tuple(image.shape)} {size}".encode())
+        digest.update(image.contiguous().view(torch.uint8).numpy())
+        images.append(PromptImage(row, digest.digest(), positions[num_before], count))
+        num_before += count
+    return images
+
+
+def build_states(model: PreTrainedModel) -> DynamicCache | None:
+    """Empty states for `generate`, or None where they cannot be reused."""
+    config = model.config.get_text_config(decoder=True)
+    rope = config.to_dict().get("rope_parameters") or {}
+    rope_types = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    if model.generation_config.cache_implementation is not None or rope_types & LENGTH_DEPENDENT_ROPE_TYPES:
+        return None
+    states = DynamicCache(config=config)
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in states.layers):
+        return None
+    return states

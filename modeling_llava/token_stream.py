@@ -1,0 +1,146 @@
+"""What lies between `generate` and a stream of text: a thread that can be stopped, drawing with a seed, decoding.
+
+What is surprising: the next token is drawn in a logits processor. `generate` itself would take its random numbers from
+torch's global generator, which all threads of a process share.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from threading import Event, Lock, Thread
+
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+
+
+def stream_tokens(generate: Callable[..., None], *, lock: Lock) -> Iterator[tuple[int, float]]:
+    """The tokens that `generate` makes in a thread of its own, with the `time.perf_counter()` of each.
+
+    Closing the iterator ends the thread within one token. The lock belongs to the thread, not to the iterator: one
+    that nobody closes or reads holds up nobody else.
+
+    Args:
+        generate: Called with a `streamer` and `stopping_criteria` for `model.generate`. What it raises is raised here.
+        lock: Held while it runs.
+    """
+    queue, stop = SimpleQueue(), Event()
+
+    def run() -> None:
+        while not lock.acquire(timeout=0.1):
+            if stop.is_set():
+                return
+        try:
+            generate(streamer=_QueueStreamer(queue), stopping_criteria=StoppingCriteriaList([_StopOnEvent(stop)]))
+            queue.put(None)
+        except BaseException as error:
+            queue.put(error)
+        finally:
+            lock.release()
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while (item := queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+
+
+class _QueueStreamer(BaseStreamer):
+    def __init__(self, queue: SimpleQueue) -> None:
+        self.queue = queue
+        self.is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.is_prompt:
+            self.queue.put((int(value), time.perf_counter()))
+        self.is_prompt = False
+
+    def end(self) -> None:
+        """Nothing: the thread still has to keep its states when the last token is out."""
+
+
+class _StopOnEvent(StoppingCriteria):
+    def __init__(self, event: Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+def build_sampler(*, temperature: float, top_p: float, seed: int, device: torch.device) -> LogitsProcessorList:
+    """Logits processors that leave one token over, for `generate` with `do_sample=False`.
+
+    Args:
+        temperature: 0 leaves the choice of the likeliest token to `generate`.
+        top_p: Draw from the likeliest tokens whose probabilities add up to this.
+        seed: The same tokens as with `torch.manual_seed(seed)` and `do_sample=True`.
+        device: Of the logits.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+    if temperature < 0:
+        raise ValueError(f"got temperature={temperature}; expected 0 (the likeliest answer) or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"got top_p={top_p}; expected more than 0 and at most 1 (every token)")
+    if temperature == 0:
+        return LogitsProcessorList()
+    sampler = [TemperatureLogitsWarper(float(temperature))]
+    if top_p < 1:
+        sampler.append(TopPLogitsWarper(float(top_p)))
+    return LogitsProcessorList([*sampler, _DrawWithSeed(seed, device)])
+
+
+class _DrawWithSeed(LogitsProcessor):
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        # Of exponential clocks that tick at these rates, each rings first with its probability (as in multinomial).
+        clocks = torch.empty_like(scores).exponential_(generator=self.generator)
+        drawn = (scores.softmax(dim=-1) / clocks).argmax(dim=-1, keepdim=True)
+        return torch.full_like(scores, float("-inf")).scatter(-1, drawn, 0.0)
+
+
+class StreamedText:
+    """Decodes tokens as they come, to the text that all of them together decode to.
+
+    White space before an answer belongs to the template. An end that may be half a character is held back.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.given = ""
+
+    def add(self, token: int) -> str:
+        """The text that this token makes certain."""
+        self.ids.append(token)
+        return self._give(self._decode().rstrip("\ufffd"))
+
+    def finish(self) -> str:
+        """What was held back."""
+        return self._give(self._decode())
+
+    def _decode(self) -> str:
+        return self.tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()
+
+    def _give(self, text: str) -> str:
+        # SentencePiece gives up the whole characters before half a one, too, until it is whole.
+        if not text.startswith(self.given):
+            return ""
+        piece, self.given = text[len(self.given) :], text
+        return piece
