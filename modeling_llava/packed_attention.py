@@ -8,6 +8,7 @@ What is surprising: transformers recognises packed rows by their positions too, 
 which packing is as slow as padding. Here no mask is made, and a token never meets one of another segment.
 """
 
+import importlib.util
 import inspect
 from functools import cache
 from typing import Any
@@ -23,8 +24,18 @@ NAME = "any_llava_packed"
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Let the language model of a LLaVA take packed rows; the vision tower keeps its attention."""
-    model.base_model.language_model.set_attn_implementation(NAME)
+    """Let the language model of a LLaVA take packed rows; the vision tower keeps its attention.
+
+    Raises:
+        ValueError: for a language model whose attention cannot be chosen, such as that of MPT.
+    """
+    language_model = model.base_model.language_model
+    language_model.set_attn_implementation(NAME)
+    if language_model.config._attn_implementation != NAME:
+        raise ValueError(
+            f"got a {type(language_model).__name__} for packed rows; expected a language model that takes attention "
+            "functions of transformers, or each row would see the others: take tokens_per_batch out of the recipe"
+        )
 
 
 def packed_attention_forward(
@@ -39,6 +50,8 @@ def packed_attention_forward(
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """An attention function of transformers' AttentionInterface; `[B, L, H, D]` comes back.
@@ -49,7 +62,8 @@ def packed_attention_forward(
         The others: those of transformers.
 
     Raises:
-        ValueError: for packed rows on a layer with a sliding window that is shorter than a segment.
+        ValueError: for packed rows on a layer with a sliding window that is shorter than a segment, or with a kind of
+            attention that torch's functions do not compute.
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
@@ -60,11 +74,30 @@ def packed_attention_forward(
             f"got a packed row with a segment of {max_length_q} tokens for a layer with a window of {sliding_window}; "
             "expected segments no longer than the window: lower max_length, or train without packing"
         )
-    if query_BHLD.is_cuda and query_BHLD.dtype in (torch.float16, torch.bfloat16) and not dropout:
-        attend = _attend_with_kernel
-    else:
-        attend = _attend_one_by_one
-    return attend(query_BHLD, key_BHLD, value_BHLD, cu_seq_lens_q, max_length_q, dropout, scaling), None
+    if softcap is not None or s_aux is not None:
+        raise ValueError(
+            f"got a packed row for a {type(module).__name__} with {'attention sinks' if softcap is None else 'softcap'}"
+            "; expected plain attention: train without packing"
+        )
+    states = query_BHLD, key_BHLD, value_BHLD
+    device_type = query_BHLD.device.type
+    if torch.is_autocast_enabled(device_type):
+        # Norms and positions leave queries and keys in the float32 of the weights, which the kernel does not take.
+        states = tuple(state.to(torch.get_autocast_dtype(device_type)) for state in states)
+    attend = _attend_with_kernel if _kernel_takes(states[0]) and not dropout else _attend_one_by_one
+    return attend(*states, cu_seq_lens_q, max_length_q, dropout, scaling), None
+
+
+def _kernel_takes(query_BHLD: torch.Tensor) -> bool:
+    """Whether the flash attention of torch, since 2.10, computes these."""
+    head_size = query_BHLD.shape[-1]
+    return (
+        query_BHLD.is_cuda
+        and query_BHLD.dtype in (torch.float16, torch.bfloat16)
+        and head_size % 8 == 0
+        and head_size <= 256
+        and importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    )
 
 
 def _attend_one_by_one(query, key, value, cu_seq_lens, max_length, dropout, scaling) -> torch.Tensor:
@@ -104,7 +137,7 @@ def _kernel_parameters() -> frozenset[str]:
 
 
 def _kernel_settings() -> dict[str, Any]:
-    """How the installed torch is told "causal" and "heads are shared": torch 2.11 and 2.13 differ."""
+    """How the installed torch is told "causal" and "heads are shared": torch 2.10, 2.11 and 2.13 differ."""
     known = _kernel_parameters()
     settings: dict[str, Any] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
     if "enable_gqa" in known:

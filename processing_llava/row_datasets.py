@@ -1,4 +1,4 @@
-"""The rows of all sources as one dataset to train on, and what becomes of those that are too long.
+"""The rows of all sources as one dataset to train on, their lengths, and what becomes of those that are too long.
 
 Inside a dataset pictures are the `{"bytes", "path"}` of `datasets`, so that all sources have the same columns and can
 be mixed; what is read from it holds paths or bytes. Of a dataset that is not streaming, the rows are written once to
@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from datasets import (
@@ -22,8 +23,9 @@ from datasets import (
     interleave_datasets,
 )
 
-from .conversations import convert_record, stream_conversations
+from .conversations import ADDRESS, convert_record, stream_conversations
 from .data_sources import DataSource, open_dataset
+from .image_folders import ImageFolder
 from .processing_llava import AnyLlavaProcessor
 from .row_lengths import DROPPED, check_length_options, fit_row, read_image_sizes
 
@@ -38,7 +40,10 @@ ROW_FEATURES = Features(
 )
 """Of every source, so that they can be mixed."""
 
+_MEASURED = Features({**ROW_FEATURES, "num_tokens": Value("int32"), "num_images": Value("int32")})
 _CHUNK = 1000
+_ROWS_PER_PROCESS = 2000
+"""Fewer are measured faster by one process than another one starts."""
 
 
 def load_rows(
@@ -58,15 +63,16 @@ def load_rows(
     Args:
         sources: At least one.
         seed: Of the draw.
-        processor: Counts tokens, if there is a limit.
+        processor: Counts tokens, which a limit needs. The dataset then has two columns more: `num_tokens`, image
+            features counted, and `num_images`. They are read with `with_format(None)`; rows do not show them.
         max_length: Longest row in tokens; None for no limit.
         too_long: "keep", "drop" or "split"; see `row_lengths`.
-        num_proc: Processes that count.
+        num_proc: Processes that count, where there are enough rows for several.
 
     Returns:
-        A `Dataset`, or an `IterableDataset` if any source is streaming; and how many rows of the sources are of each
-        fate: `FITS`, `KEPT`, `PART`, and `DROPPED`, which counts questions where rows are split. Streaming sources are
-        not counted.
+        A `Dataset`, or an `IterableDataset` if any source is streaming; and, with a processor, how many rows of the
+        sources are of each fate: `FITS`, `KEPT`, `PART`, and `DROPPED`, which counts questions where rows are split.
+        Streaming sources are not counted.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -82,7 +88,7 @@ def load_rows(
         )
     parts = [_load_source(source) for source in sources]
     fates: Counter = Counter()
-    if max_length is not None:
+    if processor is not None:
         fit = partial(_fit_batch, processor=processor, max_length=max_length, too_long=too_long)
         parts = [_fit(part, fit, fates, num_proc=num_proc) for part in parts]
     if any(source.streaming for source in sources):
@@ -99,7 +105,7 @@ def _load_source(source: DataSource) -> Dataset | IterableDataset:
     if not source.is_json:
         records = open_dataset(source)
         return records.map(
-            partial(_convert, image_folder=source.image_folder),
+            partial(_convert, image_folder=source.images),
             with_indices=True,
             remove_columns=records.column_names,
             features=ROW_FEATURES,
@@ -116,57 +122,73 @@ def _load_source(source: DataSource) -> Dataset | IterableDataset:
 
 
 def _generate(source: DataSource) -> Iterator[dict[str, Any]]:
-    yield from map(_pack_row, stream_conversations(source.path, source.image_folder))
+    yield from map(_pack_row, stream_conversations(source.path, source.images))
 
 
-def _convert(record: Mapping[str, Any], index: int, *, image_folder: str | None) -> dict[str, Any]:
+def _convert(record: Mapping[str, Any], index: int, *, image_folder: ImageFolder | None) -> dict[str, Any]:
     return _pack_row(convert_record(dict(record), index, image_folder=image_folder))
 
 
 def _pack_row(row: dict[str, Any]) -> dict[str, Any]:
-    return {**row, "images": [Image().encode_example(image) for image in row["images"]]}
+    return {**row, "images": [_pack_image(image) for image in row["images"]]}
+
+
+def _pack_image(image: Any) -> dict[str, Any]:
+    return Image().encode_example(str(image) if isinstance(image, Path) else image)
 
 
 def _unpack(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
     if isinstance(rows, IterableDataset):
-        return rows.map(_unpack_batch, batched=True, batch_size=1)
+        return rows.select_columns(list(ROW_FEATURES)).map(_unpack_batch, batched=True, batch_size=1)
     return rows.with_transform(_unpack_batch)
 
 
 def _unpack_batch(batch: dict[str, list]) -> dict[str, list]:
     if "images" not in batch:  # another column was asked for by its name
         return batch
-    return {**batch, "images": [_unpack_images(images) for images in batch["images"]]}
+    rows = {name: batch[name] for name in ROW_FEATURES}
+    return {**rows, "images": [_unpack_images(images) for images in batch["images"]]}
 
 
-def _unpack_images(images: list[dict[str, Any]]) -> list[str | bytes]:
-    return [image["bytes"] or image["path"] for image in images]
+def _unpack_images(images: list[dict[str, Any]]) -> list[str | bytes | Path]:
+    return [image["bytes"] or _unpack_path(image["path"]) for image in images]
+
+
+def _unpack_path(path: str) -> str | Path:
+    """A URI stays a text."""
+    return path if ADDRESS.match(path) else Path(path)
 
 
 def _fit(
     rows: Dataset | IterableDataset, fit: Callable[[dict[str, list]], dict[str, list]], fates: Counter, *, num_proc
 ) -> Dataset | IterableDataset:
-    features = Features({**ROW_FEATURES, "fate": Value("string")})
+    features = Features({**_MEASURED, "fate": Value("string")})
     if isinstance(rows, IterableDataset):
         rows = rows.map(fit, batched=True, batch_size=_CHUNK, features=features)
     else:
-        rows = rows.map(fit, batched=True, batch_size=_CHUNK, features=features, num_proc=num_proc)
+        if len(rows) < _ROWS_PER_PROCESS:
+            num_proc = None
+        rows = rows.map(
+            fit, batched=True, batch_size=_CHUNK, features=features, num_proc=num_proc, desc="Counting tokens"
+        )
         fates.update(rows["fate"])
     return rows.filter(_remains, input_columns="fate").remove_columns("fate")
 
 
 def _fit_batch(
-    batch: Mapping[str, list], *, processor: AnyLlavaProcessor, max_length: int, too_long: str
+    batch: Mapping[str, list], *, processor: AnyLlavaProcessor, max_length: int | None, too_long: str
 ) -> dict[str, list]:
     fitted: list[dict[str, Any]] = []
     for values in zip(*(batch[name] for name in ROW_FEATURES)):
         packed = dict(zip(ROW_FEATURES, values))
         row = {**packed, "images": _unpack_images(packed["images"])}
-        sizes = read_image_sizes(row, decode=False)
+        sizes = read_image_sizes(row, decode=False, limits=processor.image_processor.limits)
         kept, refused = fit_row(row, processor, sizes, max_length=max_length, too_long=too_long)
-        fitted += [{**_pack_row(measured.row), "fate": measured.fate} for measured in kept]
-        fitted += [{**packed, "fate": DROPPED} for _ in refused]
-    return {name: [row[name] for row in fitted] for name in (*ROW_FEATURES, "fate")}
+        for measured in kept:
+            counts = {"num_tokens": measured.num_tokens, "num_images": len(measured.row["images"])}
+            fitted.append({**_pack_row(measured.row), **counts, "fate": measured.fate})
+        fitted += [{**packed, "num_tokens": 0, "num_images": 0, "fate": DROPPED} for _ in refused]
+    return {name: [row[name] for row in fitted] for name in (*_MEASURED, "fate")}
 
 
 def _remains(fate: str) -> bool:

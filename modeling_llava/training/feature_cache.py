@@ -21,6 +21,8 @@ from transformers.utils import logging
 
 from processing_llava import AnyLlavaProcessor
 
+from .checkpoints import write_whole
+
 logger = logging.get_logger(__name__)
 
 BATCH_SIZE = 64
@@ -54,12 +56,12 @@ class FeatureCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         positions = self.folder / "positions.json"
         self.positions: dict[str, int] = json.loads(positions.read_text()) if positions.exists() else {}
-        self.digests: dict[str, str] = {}
+        self.digests: dict[Path, str] = {}
         num_features = model.config.patches_per_side**2 + model.config.num_prefix_tokens
         self.shape = (num_features, model.config.vision_feature_size)
 
-    def add(self, images: Iterable[str | bytes]) -> None:
-        """Encode the pictures, paths or files, that are not cached yet; the processes of a run share the work."""
+    def add(self, images: Iterable[Path | str | bytes]) -> None:
+        """Encode the pictures, as rows hold them, that are not cached yet; the processes of a run share the work."""
         digests = {self._digest(image): image for image in images}
         missing = {digest: image for digest, image in digests.items() if digest not in self.positions}
         logger.warning(f"{len(digests):,} pictures, {len(missing):,} of them not yet in {self.folder}")
@@ -78,23 +80,24 @@ class FeatureCache:
             dist.barrier()
         self.positions |= {digest: first + number for number, digest in enumerate(missing)}
         if rank == 0:
-            (self.folder / "positions.json").write_text(json.dumps(self.positions))
+            write_whole(self.folder / "positions.json", json.dumps(self.positions))
 
-    def read(self, images: list[str | bytes]) -> torch.Tensor:
+    def read(self, images: list[Path | str | bytes]) -> torch.Tensor:
         """Features of pictures that were added, `[I, P, V]` in float32."""
         # Mapped anew each time: a map that stays open cannot be sent to the workers of a data loader.
         blocks = np.memmap(self.folder / "features.f16", np.float16, "r", shape=(len(self.positions), *self.shape))
         return torch.from_numpy(blocks[[self.positions[self._digest(image)] for image in images]]).float()
 
-    def _digest(self, image: str | bytes) -> str:
-        if isinstance(image, bytes):
-            return hashlib.sha256(image).hexdigest()
+    def _digest(self, image: Path | str | bytes) -> str:
+        if not isinstance(image, Path):
+            # A text is a data URI: what it says is the picture.
+            return hashlib.sha256(image.encode() if isinstance(image, str) else image).hexdigest()
         if image not in self.digests:
-            self.digests[image] = hashlib.sha256(Path(image).read_bytes()).hexdigest()
+            self.digests[image] = hashlib.sha256(image.read_bytes()).hexdigest()
         return self.digests[image]
 
     @torch.no_grad()
-    def _encode(self, images: list[str | bytes]) -> torch.Tensor:
+    def _encode(self, images: list[Path | str | bytes]) -> torch.Tensor:
         pixel_values = self.processor(images=images, return_tensors="pt")["pixel_values"].to(self.model.device)
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
             return self.model.model.select_features(self.model.model.run_tower(pixel_values)).half()

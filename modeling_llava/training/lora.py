@@ -5,15 +5,44 @@ PEFT's shortcuts choose them, the layers of a CLIP tower would get adapters too.
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 LORA_DEFAULTS = {"r": 128, "lora_alpha": 256, "lora_dropout": 0.05, "bias": "none"}
 """Those of LLaVA v1.5."""
+NEWLINE = "image_newline"
+"""The one part of a LLaVA that is a parameter and no module; only models that cut pictures into tiles have it."""
+
+
+class LlavaPeftModel(PeftModel):
+    """A PeftModel that writes a trained `image_newline` into its adapter file.
+
+    PEFT writes whole modules beside an adapter, but no single parameters; it reads them, and so does transformers.
+    """
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *args,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> None:
+        super().save_pretrained(
+            str(save_directory), *args, is_main_process=is_main_process, state_dict=state_dict, **kwargs
+        )
+        newline = self.get_base_model().base_model.image_newline
+        if is_main_process and newline is not None and newline.requires_grad:
+            path = Path(save_directory, "adapter_model.safetensors")
+            name = f"base_model.model.model.{NEWLINE}"
+            newline = self.state_dict()[name] if state_dict is None else state_dict[name]
+            save_file(load_file(path) | {name: newline}, path, metadata={"format": "pt"})
 
 
 def add_lora(model: PreTrainedModel, settings: dict[str, Any], *, trained_parts: tuple[str, ...]) -> PeftModel:
@@ -22,14 +51,18 @@ def add_lora(model: PreTrainedModel, settings: dict[str, Any], *, trained_parts:
     Args:
         model: Its weights are frozen.
         settings: Fields of PEFT's LoraConfig.
-        trained_parts: Modules that train fully and are saved with the adapter ("mm_projector", "vision_tower").
+        trained_parts: What trains fully and is saved with the adapter: "mm_projector", "vision_tower", and
+            "image_newline", which a model may be without.
     """
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    config = LoraConfig(
-        **LORA_DEFAULTS | settings, target_modules=find_targets(model), modules_to_save=list(trained_parts)
-    )
-    wrapped = get_peft_model(model, config)
+    modules = [part for part in trained_parts if part != NEWLINE]
+    config = {"target_modules": find_targets(model)} | LORA_DEFAULTS | settings
+    config["modules_to_save"] = modules + list(settings.get("modules_to_save") or ())
+    wrapped = LlavaPeftModel(model, LoraConfig(**config))
+    newline = model.base_model.image_newline
+    if NEWLINE in trained_parts and newline is not None:
+        newline.requires_grad_(True)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             # Updates are smaller than what 16-bit weights can take up.

@@ -1,11 +1,20 @@
-"""A training run as a YAML file: what is trained from what, on which rows, and how."""
+"""A training run as a YAML file: what is trained from what, on which rows, and how; and what is set beside the file.
+
+What is surprising: YAML 1.1, which PyYAML reads, takes 1e-4 for text because it has no point. Here it is a number.
+"""
 
 import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
+from huggingface_hub.dataclasses import type_validator
+from peft import LoraConfig
+from trl import SFTConfig
 
 from processing_llava.data_sources import DataSource
 from processing_llava.row_lengths import check_length_options
@@ -13,8 +22,8 @@ from processing_llava.row_lengths import check_length_options
 STAGES = {
     "align": ("mm_projector", "image_newline"),
     "finetune": ("mm_projector", "image_newline", "language_model", "lm_head"),
-    "lora": ("mm_projector",),
-    "qlora": ("mm_projector",),
+    "lora": ("mm_projector", "image_newline"),
+    "qlora": ("mm_projector", "image_newline"),
 }
 """The parts of the model that each stage trains as a whole; the last two train adapters beside them."""
 OUTPUT_DTYPES = ("float32", "bfloat16", "float16")
@@ -34,6 +43,8 @@ class Recipe:
     model: str
     """Folder or Hub id of the model to start from."""
     data: list[DataSource]
+    data_manifest: str | None = None
+    """YAML file that says where the data comes from, for the model card; see `export/data_manifest.py`."""
     output_dir: str
     """Where the trained model goes."""
     output_dtype: str = "float32"
@@ -53,6 +64,9 @@ class Recipe:
     """The largest number of images in a packed batch, so that the tower's work is balanced too."""
     attn_implementation: str | None = None
     """Of transformers; short rows train faster on CPU with "eager"."""
+    compile_blocks: bool = False
+    """Let torch compile the blocks of the language model: the first steps take longer, the others less time. Losses
+    are equal up to rounding, but for dropout, which draws other random numbers."""
     train_vision_tower: bool = False
     feature_cache: str | None = None
     """Folder for what a frozen tower sees, so that it sees every picture once; see `feature_cache.py`."""
@@ -102,6 +116,8 @@ class Recipe:
             raise ValueError(f"got muon_learning_rate with stage {self.stage!r}; expected 'finetune'")
         if "output_dir" in self.trainer:
             raise ValueError("got trainer.output_dir; expected output_dir at the top of the recipe")
+        if self.trainer.get("max_length") is not None:
+            raise ValueError("got trainer.max_length, which cuts; expected max_length at the top of the recipe")
 
     @property
     def uses_lora(self) -> bool:
@@ -112,45 +128,124 @@ class Recipe:
         return STAGES[self.stage] + (("vision_tower",) if self.train_vision_tower else ())
 
 
-def read_recipe(path: str | Path) -> Recipe:
+def read_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
+    Args:
+        settings: `KEY=VALUE`, stronger than the file. The key is a path of names and of numbers of list items, such as
+            `trainer.learning_rate` or `data.0.path`; the value is YAML. Without a value the key is taken out.
+
     Raises:
-        ValueError: naming the file, if it is not a recipe.
+        ValueError: naming the file or the setting, if they make no recipe.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"got recipe {str(path)!r}; expected a YAML file: there is none at this path")
     try:
-        fields = yaml.safe_load(path.read_text())
+        fields = yaml.load(path.read_text(), RecipeLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"got {path}, which is not YAML; expected a recipe: {error}") from error
-    if not isinstance(fields, dict) or not isinstance(fields.get("data", []), list):
+    if not isinstance(fields, dict):
         raise ValueError(f"got {path}; expected a mapping with stage, model, output_dir, and data as a list")
-    check_fields(fields, Recipe, where=str(path))
-    sources = []
-    for source in fields["data"]:
-        check_fields(source, DataSource, where=f"data of {path}")
-        sources.append(DataSource(**source))
-    return Recipe(**{**fields, "data": sources})
+    for setting in settings:
+        apply_setting(fields, setting)
+    if isinstance(fields.get("data"), list):
+        fields["data"] = [build(DataSource, source, where=f"data of {path}") for source in fields["data"]]
+    check_fields(fields.get("trainer", {}), SFTConfig, where=f"trainer of {path}")
+    # Its type lacks the names with a number, such as pissa_niter_16.
+    check_fields(fields.get("lora", {}), LoraConfig, where=f"lora of {path}", untyped=("init_lora_weights",))
+    return build(Recipe, fields, where=str(path))
 
 
-def check_fields(fields: dict[str, Any], kind: type, *, where: str) -> None:
-    """Refuse unknown and missing fields of a dataclass.
+class RecipeLoader(yaml.SafeLoader):
+    """Reads 1e-4 as the number that it is for everybody else."""
+
+
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def apply_setting(fields: dict[str, Any], setting: str) -> None:
+    """Set, or take out, one key of a recipe that was read.
+
+    Args:
+        setting: `KEY=VALUE`; see `read_recipe`.
 
     Raises:
-        ValueError: naming `where`, the field, and the fields there are.
+        ValueError: naming the setting, if it has no place.
     """
-    known = dataclasses.fields(kind)
-    unknown = set(fields) - {item.name for item in known}
+    key, equals, text = setting.partition("=")
+    if not key or not equals:
+        raise ValueError(f"got {setting!r}; expected KEY=VALUE, such as trainer.learning_rate=1e-4")
+    *parents, last = key.split(".")
+    place: Any = fields
+    try:
+        value = yaml.load(text, RecipeLoader)
+        for name in parents:
+            place = place[int(name)] if isinstance(place, list) else place.setdefault(name, {})
+        name = int(last) if isinstance(place, list) else last
+        if text:
+            place[name] = value
+        else:
+            del place[name]
+    except (AttributeError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"got {setting!r}; expected a key of the recipe and a value in YAML, such as trainer.learning_rate=1e-4 "
+            "or data.0.path=rows.json; or nothing after = for a key that is there, to take it out"
+        ) from error
+
+
+T = TypeVar("T")
+
+
+def build(kind: type[T], fields: dict[str, Any], *, where: str) -> T:
+    """An object of a dataclass from what stands in `where`, checked as in `check_fields`."""
+    check_fields(fields, kind, where=where)
+    return kind(**fields)
+
+
+def check_fields(fields: dict[str, Any], kind: type, *, where: str, untyped: tuple[str, ...] = ()) -> None:
+    """Refuse unknown and missing fields of a dataclass, and values of another type, those of `untyped` excepted.
+
+    Raises:
+        ValueError: naming `where`, the field, and what was expected.
+    """
+    if not isinstance(fields, dict):
+        raise ValueError(f"got {fields!r} as {where}; expected a mapping")
+    known = {item.name: item for item in dataclasses.fields(kind)}
+    unknown = [str(name) for name in fields if name not in known]
     if unknown:
-        names = ", ".join(item.name for item in known)
-        raise ValueError(f"got {', '.join(sorted(unknown))} in {where}; expected fields among {names}")
+        # SFTConfig has more fields than a line can hold.
+        similar = known if len(known) < 30 else difflib.get_close_matches(unknown[0], known, n=5)
+        listed = f", such as {', '.join(similar)}" if similar else ""
+        raise ValueError(f"got {', '.join(unknown)} in {where}; expected fields of {kind.__name__}{listed}")
     required = [
-        item.name
-        for item in known
+        name
+        for name, item in known.items()
         if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
     ]
     missing = [name for name in required if name not in fields]
     if missing:
         raise ValueError(f"got {where} without {', '.join(missing)}; expected {', '.join(required)}")
+    types = get_type_hints(kind)
+    for name, value in fields.items():
+        if name not in untyped:
+            check_type(name, value, types[name], where=where)
+
+
+def check_type(name: str, value: Any, expected: Any, *, where: str) -> None:
+    """Refuse a value of another type; an integer is a float too.
+
+    Raises:
+        ValueError: naming `where`, the field and the type.
+    """
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    for candidate in (value, float(value)) if is_integer else (value,):
+        try:
+            type_validator(name, candidate, expected)
+        except TypeError:
+            continue
+        return
+    listed = expected.__name__ if isinstance(expected, type) else expected
+    raise ValueError(f"got {name}={value!r} in {where}; expected {listed}")

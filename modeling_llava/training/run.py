@@ -1,34 +1,37 @@
-"""`llava train RECIPE.yaml`, as a story: model, what trains, rows, batches, training, checkpoint."""
+"""`llava train RECIPE.yaml`, as a story: model, what trains, rows, batches, memory, training, checkpoint."""
 
-import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from transformers import AutoProcessor, PreTrainedModel, set_seed
+from transformers import AttentionInterface, AutoProcessor, PreTrainedModel, set_seed
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 from trl import SFTConfig
 
 from modeling_llava import AutoModelForVision2Seq
-from modeling_llava.packed_attention import use_packed_attention
+from modeling_llava.packed_attention import NAME, packed_attention_forward, use_packed_attention
 from processing_llava import AnyLlavaProcessor
 from processing_llava.collator import LlavaDataCollator
 from processing_llava.row_datasets import load_rows
-from processing_llava.row_lengths import measure_row, read_image_sizes
+from processing_llava.row_lengths import read_image_sizes
 
+from .checkpoints import explain_full_disk, find_checkpoint, refuse_checkpoints
 from .feature_cache import FeatureCache
 from .lora import add_lora, four_bit_config
 from .recipe import Recipe
+from .record import TrainingRecord
+from .step_memory import estimate_step, format_bytes, free_memory
 from .token_budget import TokenBudgetBatchSampler
 from .trainer import LlavaTrainer, count_parameters, freeze_all_but
 
 logger = logging.get_logger(__name__)
 
-ROWS_PER_PROCESS = 2000
-"""Fewer are measured faster by one process than another one starts."""
 TRAINER_DEFAULTS = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.03,
@@ -39,6 +42,7 @@ TRAINER_DEFAULTS = {
     "report_to": "none",
     "gradient_checkpointing": False,
     "max_length": None,
+    "remove_unused_columns": False,
 }
 """LLaVA's schedule; everything can be set in the recipe. TRL's default max_length would cut images."""
 
@@ -62,22 +66,41 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         The folder with the trained model (of a LoRA: the adapter) and its processor, which the Auto classes load.
 
     Raises:
+        ValueError: naming the field or the row that cannot be used, or the disk that is full.
+    """
+    if not resume:
+        refuse_checkpoints(recipe.output_dir)
+    with explain_full_disk(recipe.output_dir):
+        trainer = build_trainer(recipe)
+        trainer.add_callback(TrainingRecord(recipe, trainer.train_dataset))
+        trainer.train(resume_from_checkpoint=find_checkpoint(recipe.output_dir) if resume else None)
+        trainer.save_trained()
+    return Path(recipe.output_dir)
+
+
+def build_trainer(recipe: Recipe) -> LlavaTrainer:
+    """Everything up to the first step.
+
+    Raises:
         ValueError: naming the field or the row that cannot be used.
     """
-    arguments = SFTConfig(output_dir=recipe.output_dir, remove_unused_columns=False, **trainer_settings(recipe))
+    arguments = SFTConfig(output_dir=recipe.output_dir, **trainer_settings(recipe))
     # Adapters start from random numbers, before the Trainer sets its seed.
     set_seed(arguments.seed)
     processor = load_processor(recipe)
     model = load_model(recipe, bf16=arguments.bf16)
+    base = model.get_base_model() if recipe.uses_lora else model
     for part, (total, trained) in count_parameters(model).items():
         logger.warning(f"{part}: {trained:,} of {total:,} parameters train")
 
+    is_measured = recipe.max_length is not None or recipe.tokens_per_batch is not None
     dataset, fates = load_rows(
         recipe.data,
         seed=arguments.seed,
-        processor=processor,
+        processor=processor if is_measured else None,
         max_length=recipe.max_length,
         too_long=recipe.too_long,
+        num_proc=os.cpu_count(),
     )
     for fate, number in fates.items():
         logger.warning(f"{number:,} rows: {fate}")
@@ -85,35 +108,40 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     read_features = None
     if recipe.feature_cache is not None:
         model.to(arguments.device)
-        base = model.get_base_model() if recipe.uses_lora else model
         cache = FeatureCache(base, processor, recipe.feature_cache, bf16=arguments.bf16)
-        cache.add(image for row in dataset for image in row["images"])
+        cache.add(list_images(dataset))
         read_features = cache.read
 
-    batch_sampler = None
-    if recipe.tokens_per_batch is not None:
-        batch_sampler = plan_batches(dataset, processor, recipe, arguments)
-    trainer = LlavaTrainer(
+    if isinstance(dataset, IterableDataset):
+        dataset = repeat_stream(dataset, arguments)
+    batch_sampler = plan_batches(dataset, recipe, arguments) if recipe.tokens_per_batch is not None else None
+    collator = LlavaDataCollator(processor, packed=batch_sampler is not None, read_features=read_features)
+    if not {"gradient_checkpointing", "activation_checkpointing"} & recipe.trainer.keys():
+        decide_checkpointing(model, collator, dataset, recipe, arguments)
+    if recipe.compile_blocks:
+        compile_blocks(base, checkpointing=arguments.gradient_checkpointing)
+    return LlavaTrainer(
         model,
         arguments,
         recipe=recipe,
         train_dataset=dataset,
         batch_sampler=batch_sampler,
-        data_collator=LlavaDataCollator(processor, packed=batch_sampler is not None, read_features=read_features),
+        data_collator=collator,
         processing_class=processor,
     )
-    trainer.train(resume_from_checkpoint=find_checkpoint(recipe.output_dir) if resume else None)
-
-    if trainer.is_world_process_zero():
-        model.to(getattr(torch, recipe.output_dtype)).save_pretrained(recipe.output_dir)
-        processor.save_pretrained(recipe.output_dir)
-    return Path(recipe.output_dir)
 
 
 def load_processor(recipe: Recipe) -> AnyLlavaProcessor:
-    """The processor of the model, with the conversation format and the image mode of the recipe."""
+    """The processor of the model, with the conversation format and the image mode of the recipe.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
     chosen = {} if recipe.template is None else {"template": recipe.template}
-    processor = AutoProcessor.from_pretrained(recipe.model, **chosen)
+    try:
+        processor = AutoProcessor.from_pretrained(recipe.model, **chosen)
+    except OSError as error:
+        raise ValueError(f"got model {recipe.model!r}; expected a folder or a Hub id of a LLaVA: {error}") from error
     if recipe.image_aspect_ratio is not None:
         processor.image_processor.image_aspect_ratio = recipe.image_aspect_ratio
     return processor
@@ -141,34 +169,33 @@ def load_model(recipe: Recipe, *, bf16: bool) -> PreTrainedModel:
     return model
 
 
-def find_checkpoint(output_dir: str) -> str | None:
-    """The last complete checkpoint of a run; one whose writing was interrupted is left out.
+def list_images(dataset: Dataset | IterableDataset) -> Iterator[Path | str | bytes]:
+    """All pictures of all rows; one that is missing is an error that names its row."""
+    for row in dataset:
+        read_image_sizes(row, decode=False)
+        yield from row["images"]
 
-    The Trainer writes trainer_state.json last.
+
+def repeat_stream(dataset: IterableDataset, arguments: SFTConfig) -> IterableDataset:
+    """Streaming rows without an end.
+
+    Where the Trainer does not know the number of rows, it knows of one epoch only: a run that is resumed after the end
+    of a stream would begin with its first rows again.
+
+    Raises:
+        ValueError: if nothing says when to stop.
     """
-    complete = {}
-    for state in Path(output_dir).glob("checkpoint-*/trainer_state.json"):
-        try:
-            complete[json.loads(state.read_text())["global_step"]] = str(state.parent)
-        except (ValueError, KeyError):
-            logger.warning(f"{state.parent} is incomplete and is left out")
-    return complete[max(complete)] if complete else None
+    if arguments.max_steps <= 0:
+        raise ValueError("got streaming data, whose rows are not counted; expected a number of steps: set max_steps")
+    return dataset.repeat(None)
 
 
-def plan_batches(
-    dataset: Dataset | IterableDataset, processor: AnyLlavaProcessor, recipe: Recipe, arguments: SFTConfig
-) -> TokenBudgetBatchSampler:
-    """Packed batches of a data set whose rows are measured first, in several processes."""
+def plan_batches(dataset: Dataset | IterableDataset, recipe: Recipe, arguments: SFTConfig) -> TokenBudgetBatchSampler:
+    """Packed batches of a data set whose rows were measured."""
     if not isinstance(dataset, Dataset):
         raise ValueError("got tokens_per_batch for data that is streaming; expected data on disk, or padded batches")
-    measured = dataset.map(
-        count_tokens,
-        fn_kwargs={"processor": processor},
-        num_proc=min(os.cpu_count(), 1 + len(dataset) // ROWS_PER_PROCESS),
-        remove_columns=dataset.column_names,
-        desc="Counting tokens",
-    )
-    num_tokens = measured["num_tokens"][:]
+    lengths = dataset.with_format(None)
+    num_tokens = lengths["num_tokens"][:]
     num_epochs = math.ceil(arguments.num_train_epochs)
     if arguments.max_steps > 0:
         # No epoch has fewer batches than this, so there are no more epochs than these.
@@ -177,7 +204,7 @@ def plan_batches(
         num_epochs = math.ceil(num_batches / least)
     sampler = TokenBudgetBatchSampler(
         num_tokens,
-        measured["num_images"][:],
+        lengths["num_images"][:],
         max_tokens=recipe.tokens_per_batch,
         max_images=recipe.images_per_batch,
         num_epochs=num_epochs,
@@ -190,7 +217,46 @@ def plan_batches(
     return sampler
 
 
-def count_tokens(row: dict[str, Any], processor: AnyLlavaProcessor) -> dict[str, int]:
-    """Tokens and images of a row, from the headers of its pictures."""
-    sizes = read_image_sizes(row, decode=False)
-    return {"num_tokens": measure_row(row, processor, sizes).num_tokens, "num_images": len(sizes)}
+def decide_checkpointing(
+    model: PreTrainedModel,
+    collator: LlavaDataCollator,
+    dataset: Dataset | IterableDataset,
+    recipe: Recipe,
+    arguments: SFTConfig,
+) -> None:
+    """Turn gradient checkpointing on in `arguments` if a step would not fit into the memory of the device."""
+    if is_sharded(arguments):
+        logger.warning("gradient checkpointing is off: the memory of a sharded model is not estimated")
+        return
+    memory = estimate_step(model, collator, dataset, recipe=recipe, arguments=arguments)
+    free = free_memory(model, arguments)
+    # All processes must compute alike, and the fullest device decides.
+    is_needed = not all(gather_object([memory.fits(free)]))
+    arguments.gradient_checkpointing = arguments.activation_checkpointing = is_needed
+    logger.warning(
+        f"gradient checkpointing is {'on' if is_needed else 'off'}: a step without it needs about "
+        f"{format_bytes(memory.add_up(checkpointing=False))}, and {format_bytes(free)} are free on {arguments.device}"
+    )
+
+
+def is_sharded(arguments: SFTConfig) -> bool:
+    """Whether FSDP or DeepSpeed divide the model between processes; `accelerate launch` says so in a variable."""
+    has_fsdp = arguments.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return has_fsdp or arguments.deepspeed_plugin is not None
+
+
+def compile_blocks(model: PreTrainedModel, *, checkpointing: bool) -> None:
+    """Let torch compile the blocks of the language model, once for all of them, when they are first used.
+
+    `torch_compile` of TrainingArguments compiles everything else too, and again for batches of other shapes. The
+    attention of packed rows stays as it is: the compiler would take every set of lengths for a new program.
+
+    Args:
+        checkpointing: The compiler gives up on a block that is computed again and has something left out in it; its
+            attention and its MLP are then compiled each for itself.
+    """
+    AttentionInterface.register(NAME, torch.compiler.disable(packed_attention_forward))
+    for block in model.base_model.language_model.modules():
+        if isinstance(block, GradientCheckpointingLayer):
+            for part in block.children() if checkpointing else [block]:
+                part.compile()

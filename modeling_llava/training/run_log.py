@@ -1,19 +1,23 @@
-"""What a run did, step by step: progress.csv and progress.png in its output folder.
+"""What a run does, step by step: its progress line, and progress.csv and progress.png in its output folder.
 
 What is surprising: a resumed run goes on in the same file, and rows after the checkpoint that it starts from are
 written again, so they are dropped first.
 """
 
 import csv
+import io
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "rows_per_second", "tokens_per_second", "useful")
+from .checkpoints import write_whole
+
+RATES = ("rows_per_second", "tokens_per_second", "useful", "seconds_left")
 """`useful` is the share of tokens that are not padding."""
+COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm", *RATES)
 
 
 class RunLog(TrainerCallback):
@@ -26,7 +30,7 @@ class RunLog(TrainerCallback):
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / "progress.csv"
         self.lines: list[dict[str, Any]] = []
-        self._restart_counts()
+        self._restart_counts(step=0)
 
     def count(self, batch: dict[str, Any]) -> None:
         """Take note of a batch of this process."""
@@ -40,32 +44,36 @@ class RunLog(TrainerCallback):
             self.tokens += int(batch["attention_mask"].sum())
         self.places += num_places
 
+    def take_rates(self, state: TrainerState, *, num_processes: int) -> dict[str, float]:
+        """`RATES` since they were taken the last time."""
+        # Processes have about equally many rows; those of this one stand for all.
+        seconds = time.perf_counter() - self.start
+        seconds_per_step = seconds / max(state.global_step - self.step, 1)
+        rates = {
+            "rows_per_second": round(self.rows * num_processes / seconds, 3),
+            "tokens_per_second": round(self.tokens * num_processes / seconds, 1),
+            "useful": round(self.tokens / max(self.places, 1), 4),
+            "seconds_left": round(seconds_per_step * (state.max_steps - state.global_step), 1),
+        }
+        self._restart_counts(step=state.global_step)
+        return rates
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step and self.path.is_file():
             with self.path.open(newline="") as file:
                 self.lines = [line for line in csv.DictReader(file) if int(line["step"]) <= state.global_step]
-        self._restart_counts()
+        self._restart_counts(step=state.global_step)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs
     ) -> None:
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
-        seconds = time.perf_counter() - self.start
-        # Processes have about equally many; those of this one stand for all.
-        line = {
-            "step": state.global_step,
-            "epoch": round(state.epoch or 0, 4),
-            **{name: logs[name] for name in ("loss", "learning_rate", "grad_norm") if name in logs},
-            "rows_per_second": round(self.rows * args.world_size / seconds, 3),
-            "tokens_per_second": round(self.tokens * args.world_size / seconds, 1),
-            "useful": round(self.tokens / max(self.places, 1), 4),
-        }
-        self.lines.append(line)
+        place = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
+        self.lines.append({name: logs[name] for name in COLUMNS if name in logs} | place)
         self._write()
-        self._restart_counts()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -75,14 +83,38 @@ class RunLog(TrainerCallback):
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.lines)
+        table = io.StringIO()
+        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.lines)
+        write_whole(self.path, table.getvalue())
 
-    def _restart_counts(self) -> None:
+    def _restart_counts(self, *, step: int) -> None:
+        self.step = step
         self.start = time.perf_counter()
         self.rows = self.tokens = self.places = 0
+
+
+class ProgressLine(ProgressCallback):
+    """The Trainer's progress line with throughput in it; after a resume, time left counts from there."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.current_step = state.global_step
+        if self.training_bar is not None:
+            self.training_bar.initial = self.training_bar.n = self.training_bar.last_print_n = state.global_step
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs
+    ) -> None:
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if self.training_bar is not None and logs and "rows_per_second" in logs:
+            self.training_bar.set_postfix_str(
+                f"{logs['rows_per_second']:.1f} rows/s, {logs['tokens_per_second']:,.0f} tokens/s, "
+                f"{logs['useful']:.0%} useful"
+            )
 
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:

@@ -7,13 +7,14 @@ from datasets import Dataset
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Sampler
+from transformers import ProgressCallback
 from trl import SFTTrainer
-
-from processing_llava.collator import IGNORED_LABEL
 
 from .muon import MuonWithAdamW
 from .recipe import Recipe
-from .run_log import RunLog, check_loss
+from .run_log import ProgressLine, RunLog, check_loss
+from .sharding import prepare_sharding
+from .supervised_loss import add_supervised_head
 from .token_budget import TokenBudgetBatchSampler
 
 
@@ -72,8 +73,24 @@ class LlavaTrainer(SFTTrainer):
         self.recipe = recipe
         self.batch_sampler = batch_sampler
         super().__init__(*args, **kwargs)
+        model = self.model.get_base_model() if recipe.uses_lora else self.model
+        add_supervised_head(model)
+        if self.is_fsdp_enabled:
+            prepare_sharding(model, self.accelerator.state.fsdp_plugin)
+        if recipe.muon_learning_rate is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "got muon_learning_rate for a model that is divided between processes; expected a copy in each, since "
+                "Muon takes whole matrices: launch with torchrun alone"
+            )
+        if self.aux_loss_enabled:
+            raise ValueError(
+                f"got router_aux_loss_coef={self.router_aux_loss_coef} for a mixture of experts; expected 0, since "
+                "this package trains without a loss on its router: set router_aux_loss_coef: 0 under trainer"
+            )
         self.run_log = RunLog(self.args.output_dir)
         self.add_callback(self.run_log)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(ProgressLine)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         return self.batch_sampler or super()._get_train_sampler(train_dataset)
@@ -84,34 +101,31 @@ class LlavaTrainer(SFTTrainer):
         check_loss(loss, step=self.state.global_step + 1)
         return loss
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """The mean loss over supervised tokens.
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self.run_log.take_rates(self.state, num_processes=self.args.world_size)
+        super().log(logs, start_time)
 
-        On a CPU, TRL computes logits of every position. Most of them are image features and questions, so that a third
-        of a step on short answers went there; columns without a label are left out here.
+    def save_trained(self) -> None:
+        """Write the trained model (of a LoRA: the adapter) and its processor to the output folder, in `output_dtype`.
+
+        Every process has to call it: each may hold a share of the weights.
         """
-        if self.args.device.type != "cpu":
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        next_tokens = inputs["labels"][:, 1:]
-        columns = (next_tokens != IGNORED_LABEL).any(dim=0).nonzero().squeeze(1)
-        model_inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        outputs = model(**model_inputs, use_cache=False, logits_to_keep=columns)
-        targets = next_tokens[:, columns]
-        loss = nn.functional.cross_entropy(
-            outputs.logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
-        )
-        if num_items_in_batch is None:
-            loss = loss / (targets != IGNORED_LABEL).sum()
-        else:
-            # The number is that of all processes, over which gradients are averaged.
-            loss = loss / num_items_in_batch * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
+        state_dict = self.accelerator.get_state_dict(self.model_wrapped)
+        if not self.is_world_process_zero():
+            return
+        dtype = getattr(torch, self.recipe.output_dtype)
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        for name, value in state_dict.items():
+            # What is frozen under a LoRA is not written, and may be larger than the memory that is left.
+            if value.is_floating_point() and not (self.recipe.uses_lora and name in frozen):
+                state_dict[name] = value.to(dtype)
+        model = self.accelerator.unwrap_model(self.model)
+        model.save_pretrained(self.args.output_dir, state_dict=state_dict)
+        if not self.recipe.uses_lora:
+            model.config.dtype = dtype
+            model.config.save_pretrained(self.args.output_dir)
+        self.processing_class.save_pretrained(self.args.output_dir)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:

@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 import yaml
 
-from tests.tiny import save_tiny_checkpoint
+from tests.tiny import PINPOINTS, save_tiny_checkpoint, tiny_model, tiny_processor
 
 COLORS = {"red": "Red.", "blue": "Blue.", "white": "White."}
 
@@ -23,6 +23,16 @@ def workspace(tmp_path_factory) -> Path:
     (folder / "rows.json").write_text(json.dumps(records * 4))
     save_tiny_checkpoint(folder / "start")
     return folder
+
+
+@pytest.fixture(scope="module")
+def tiled_start(workspace) -> Path:
+    """A model that cuts pictures into tiles, and has an `image_newline`."""
+    tiles = {"image_grid_pinpoints": PINPOINTS, "patch_merge_type": "spatial_unpad"}
+    processor = tiny_processor(image_aspect_ratio="anyres", **tiles)
+    tiny_model(image_token_id=processor.image_token_id, **tiles).save_pretrained(workspace / "tiled_start")
+    processor.save_pretrained(workspace / "tiled_start")
+    return workspace / "tiled_start"
 
 
 def write_recipe(folder: Path, **fields) -> Path:

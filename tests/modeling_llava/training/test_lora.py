@@ -4,17 +4,18 @@ import json
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from modeling_llava import AutoModelForVision2Seq
 from modeling_llava.training.lora import add_lora, find_targets
 from modeling_llava.training.recipe import read_recipe
-from modeling_llava.training.run import train
+from modeling_llava.training.run import build_trainer, train
 from modeling_llava.training.trainer import LlavaTrainer, part_of
 from tests import original_folders as folders
 from tests.modeling_llava.training.conftest import write_recipe
-from tests.tiny import tiny_model
+from tests.tiny import PINPOINTS, tiny_model
 
 TRAINER = {"learning_rate": 5e-3, "per_device_train_batch_size": 6, "max_steps": 3, "disable_tqdm": True}
 
@@ -60,17 +61,51 @@ def test_run(workspace, tmp_path, tokens_per_batch):
     torch.testing.assert_close(folders.logits_of(merged, inputs), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_projector_has_its_own_rate(workspace, tmp_path):
-    wrapped = add_lora(tiny_model(), {"r": 2}, trained_parts=("mm_projector",))
-    fields = {"stage": "lora", "projector_learning_rate": 2.0}
-    recipe = read_recipe(write_recipe(workspace, **fields))
+def test_tower_and_newline_train_beside_the_adapter(workspace, tiled_start, tmp_path):
+    """Both are in every checkpoint, and what loads it computes what was trained."""
+    fields = {"stage": "lora", "lora": {"r": 4, "lora_dropout": 0.0}, "train_vision_tower": True}
+    trainer = TRAINER | {"save_strategy": "steps", "save_steps": 2}
+    recipe = write_recipe(workspace, **fields, model=str(tiled_start), output_dir=str(tmp_path), trainer=trainer)
+    trainer = build_trainer(read_recipe(recipe))
+    trainer.train()
+    trainer.save_trained()
+    names = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    assert {part_of(name) for name in names} == {"language_model", "mm_projector", "image_newline", "vision_tower"}
+
+    start, trained = AutoModelForVision2Seq.from_pretrained(tiled_start), trainer.model.eval()
+    inputs = folders.example_inputs(start)
+    expected = folders.logits_of(trained, inputs)
+    assert torch.equal(folders.logits_of(AutoModelForVision2Seq.from_pretrained(tmp_path), inputs), expected)
+    by_peft = PeftModel.from_pretrained(start, tmp_path)
+    assert torch.equal(folders.logits_of(by_peft, inputs), expected)
+    merged, expected = by_peft.merge_and_unload(), trained.merge_and_unload()
+    assert torch.equal(folders.logits_of(merged, inputs), folders.logits_of(expected, inputs))
+
+    start = AutoModelForVision2Seq.from_pretrained(tiled_start).state_dict()
+    changed = {part_of(name) for name, value in merged.state_dict().items() if not torch.equal(value, start[name])}
+    assert changed == {"language_model", "mm_projector", "image_newline", "vision_tower"}
+
+
+def test_each_part_has_its_own_rate(workspace):
+    tiles = {"image_grid_pinpoints": PINPOINTS, "patch_merge_type": "spatial_unpad"}
+    fields = {"stage": "lora", "projector_learning_rate": 2.0, "vision_tower_learning_rate": 3.0}
+    recipe = read_recipe(write_recipe(workspace, **fields, train_vision_tower=True))
+    wrapped = add_lora(tiny_model(**tiles), {"r": 2}, trained_parts=recipe.trained_parts)
     trainer = object.__new__(LlavaTrainer)
     trainer.recipe = recipe
     trainer.args = type("Arguments", (), {"learning_rate": 1.0, "weight_decay": 0.0})()
     rates = {id(item): group["lr"] for group in trainer._parameter_groups(wrapped) for item in group["params"]}
-    for name, parameter in wrapped.named_parameters():
-        if parameter.requires_grad:
-            assert rates[id(parameter)] == (2.0 if part_of(name) == "mm_projector" else 1.0)
+    trained = {name: parameter for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    found = {part_of(name): rates[id(parameter)] for name, parameter in trained.items()}
+    assert found == {"language_model": 1.0, "mm_projector": 2.0, "image_newline": 2.0, "vision_tower": 3.0}
+
+
+def test_any_field_of_peft_can_be_set():
+    settings = {"r": 2, "target_modules": "all-linear", "modules_to_save": ["lm_head"], "use_rslora": True}
+    wrapped = add_lora(tiny_model(), settings, trained_parts=("mm_projector",))
+    assert wrapped.peft_config["default"].use_rslora
+    trained = {part_of(name) for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    assert trained == {"language_model", "mm_projector", "vision_tower", "lm_head"}
 
 
 def test_over_an_original_checkpoint(workspace, tmp_path):

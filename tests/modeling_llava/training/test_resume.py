@@ -5,18 +5,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from modeling_llava.training.recipe import read_recipe
-from modeling_llava.training.run import find_checkpoint, train
+from modeling_llava.training.run import train
 from tests.conftest import ROOT
 from tests.modeling_llava.training.conftest import write_recipe
 
 NUM_STEPS = 8
+KILLED_AT = 3
 TRAINER = {
     "learning_rate": 3e-3,
     "max_steps": NUM_STEPS,
@@ -25,6 +25,23 @@ TRAINER = {
     "logging_steps": 1,
     "disable_tqdm": True,
 }
+RUN_AND_STOP_WRITING = f"""
+import sys, time
+from transformers import Trainer
+from modeling_llava.cli import main
+
+write_weights = Trainer.save_model
+
+def write_weights_and_wait(self, output_dir=None, _internal_call=False):
+    write_weights(self, output_dir, _internal_call)
+    if output_dir.endswith("checkpoint-{KILLED_AT}"):
+        print("weights are written", flush=True)
+        time.sleep(600)
+
+Trainer.save_model = write_weights_and_wait
+main(["train", sys.argv[1]])
+"""
+"""`llava train` that stands still in the middle of writing a checkpoint, until it is killed."""
 
 
 def losses_of(folder: Path) -> list[float]:
@@ -32,38 +49,45 @@ def losses_of(folder: Path) -> list[float]:
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
-@pytest.mark.parametrize("fields", [{"tokens_per_batch": 300}, {"tokens_per_batch": 300, "stage": "lora"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tokens_per_batch": 300},
+        {"tokens_per_batch": 300, "stage": "lora"},
+        {"trainer": TRAINER | {"per_device_train_batch_size": 5}},
+        {"trainer": TRAINER | {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2}, "streaming": True},
+    ],
+    ids=["packed", "packed lora", "padded", "streaming"],
+)
 def test_killed_run_ends_as_an_uninterrupted_one(workspace, tmp_path, fields):
     weights = "adapter_model.safetensors" if "stage" in fields else "model.safetensors"
+    source = {"path": str(workspace / "rows.json"), "image_folder": str(workspace)}
+    source["streaming"] = fields.pop("streaming", False)
+    fields = {"trainer": TRAINER, "data": [source]} | fields
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    train(read_recipe(write_recipe(workspace, **fields, trainer=TRAINER, output_dir=str(straight))))
+    train(read_recipe(write_recipe(workspace, **fields, output_dir=str(straight))))
 
-    recipe = write_recipe(workspace, **fields, trainer=TRAINER, output_dir=str(killed))
-    code = f"from modeling_llava.cli import main; main(['train', {str(recipe)!r}])"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    # Wherever the third checkpoint happens to be: most often in the middle of being written.
-    while not (killed / "checkpoint-3").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
+    recipe = write_recipe(workspace, **fields, output_dir=str(killed))
+    command = [sys.executable, "-c", RUN_AND_STOP_WRITING, str(recipe)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert any("weights are written" in line for line in process.stdout)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert not (killed / weights).exists()
-    checkpoint = find_checkpoint(str(killed))
-    assert checkpoint is not None
+    process.stdout.close()
+    assert (killed / f"checkpoint-{KILLED_AT}" / weights).exists()
+    assert not (killed / f"checkpoint-{KILLED_AT}" / "trainer_state.json").exists()
+    written = (killed / f"checkpoint-{KILLED_AT - 1}" / weights).stat().st_mtime_ns
 
     train(read_recipe(recipe), resume=True)
+    assert (killed / f"checkpoint-{KILLED_AT - 1}" / weights).stat().st_mtime_ns == written
     assert losses_of(killed) == losses_of(straight)
     expected, found = load_file(straight / weights), load_file(killed / weights)
     assert expected.keys() == found.keys()
     assert all(expected[name].equal(found[name]) for name in expected)
 
 
-def test_incomplete_checkpoints_are_left_out(tmp_path):
-    assert find_checkpoint(str(tmp_path)) is None
-    for step, content in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (11, '{"global_st'), (12, None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if content is not None:
-            (folder / "trainer_state.json").write_text(content)
-    assert find_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+def test_streaming_without_a_number_of_steps_is_refused(workspace, tmp_path):
+    data = [{"path": str(workspace / "rows.json"), "image_folder": str(workspace), "streaming": True}]
+    recipe = write_recipe(workspace, data=data, trainer={"num_train_epochs": 1}, output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="got streaming data, .* set max_steps"):
+        train(read_recipe(recipe))

@@ -1,6 +1,7 @@
 """`llava train` on a small real run: what each stage changes, and that the result loads and has learned."""
 
 import json
+import shutil
 from pathlib import Path
 
 import PIL.Image
@@ -10,12 +11,15 @@ from transformers import AutoProcessor
 from trl import SFTConfig
 
 from modeling_llava import AutoModelForVision2Seq
+from modeling_llava.cli import main
 from modeling_llava.training import run
 from modeling_llava.training.recipe import Recipe, read_recipe
-from modeling_llava.training.run import train
+from modeling_llava.training.run import build_trainer, train
 from modeling_llava.training.trainer import LlavaTrainer, count_parameters, freeze_all_but, part_of
+from processing_llava import row_lengths
 from processing_llava.collator import LlavaDataCollator
 from processing_llava.row_datasets import load_rows
+from processing_llava.row_lengths import measure_row
 from tests.modeling_llava.training.conftest import COLORS, write_recipe
 from tests.tiny import tiny_model
 
@@ -144,8 +148,8 @@ def test_epochs_that_max_steps_makes_have_equally_many_batches(workspace, tmp_pa
     data = [{"path": str(tmp_path / "rows.json")}]
     recipe = read_recipe(write_recipe(workspace, trainer=trainer, tokens_per_batch=1110, data=data))
     arguments = SFTConfig(output_dir=str(tmp_path), **run.trainer_settings(recipe))
-    rows, _ = load_rows(recipe.data)
-    sampler = run.plan_batches(rows, run.load_processor(recipe), recipe, arguments)
+    rows, _ = load_rows(recipe.data, processor=run.load_processor(recipe))
+    sampler = run.plan_batches(rows, recipe, arguments)
     for epoch in range(60 // len(sampler) + 1):
         sampler.set_epoch(epoch)
         batches = list(sampler)
@@ -166,10 +170,65 @@ def test_packed_batches_hold_every_row_once_in_each_epoch(workspace, monkeypatch
     records = [record | {"id": f"row {index}"} for index, record in enumerate(records)]
     (workspace / "named.json").write_text(json.dumps(records))
     data = [{"path": str(workspace / "named.json"), "image_folder": str(workspace)}]
-    settings = {"learning_rate": 1e-3, "num_train_epochs": 2, "disable_tqdm": True}
+    # Otherwise a row is measured first, to decide.
+    settings = {"learning_rate": 1e-3, "num_train_epochs": 2, "disable_tqdm": True, "gradient_checkpointing": False}
     train(read_recipe(write_recipe(workspace, trainer=settings, tokens_per_batch=260, images_per_batch=3, data=data)))
     assert all(len(batch) <= 3 for batch in seen)
     assert sorted(row for batch in seen for row in batch) == sorted([record["id"] for record in records] * 2)
     half = len(seen) // 2
     assert sorted(row for batch in seen[:half] for row in batch) == sorted(record["id"] for record in records)
     assert seen[:half] != seen[half:]
+
+
+@pytest.mark.parametrize(
+    ("fields", "times"),
+    [
+        ({"max_length": 500, "tokens_per_batch": 600}, 1),
+        ({"tokens_per_batch": 600}, 1),
+        ({"max_length": 500}, 1),
+        ({}, 0),
+    ],
+    ids=str,
+)
+def test_rows_are_measured_once(workspace, tmp_path, monkeypatch, fields, times):
+    measured = []
+
+    def measure(row, *args):
+        measured.append(row["id"])
+        return measure_row(row, *args)
+
+    monkeypatch.setattr(row_lengths, "measure_row", measure)
+    trainer = {} if "tokens_per_batch" in fields else {"per_device_train_batch_size": 2}
+    build_trainer(read_recipe(write_recipe(workspace, **fields, trainer=trainer, output_dir=str(tmp_path))))
+    assert sorted(measured) == sorted(["0", "1", "2"] * 4 * times)
+
+
+# from Python 3.12 on, forking a process with threads warns
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("packed", [True, False])
+def test_picture_that_vanished_is_named_with_its_row(workspace, tmp_path, monkeypatch, capsys, packed, num_workers):
+    pictures = shutil.copytree(workspace, tmp_path / "pictures", ignore=shutil.ignore_patterns("out*", "start"))
+    start_training = LlavaTrainer.train
+
+    def vanish_and_train(self, **kwargs):
+        (pictures / "blue.png").unlink()
+        return start_training(self, **kwargs)
+
+    monkeypatch.setattr(LlavaTrainer, "train", vanish_and_train)
+    trainer = {"max_steps": 20, "save_strategy": "steps", "save_steps": 1, "dataloader_num_workers": num_workers}
+    fields = {"tokens_per_batch": 300, "max_length": 250} if packed else {}
+    trainer |= {"disable_tqdm": True} | ({} if packed else {"per_device_train_batch_size": 1})
+    fields |= {"data": [{"path": str(pictures / "rows.json"), "image_folder": str(pictures)}], "trainer": trainer}
+    recipe = write_recipe(workspace, **fields, output_dir=str(tmp_path / "out"))
+    assert main(["train", str(recipe)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("llava: got an image that cannot be opened")
+    assert "in record '1'" in error and str(pictures / "blue.png") in error
+
+
+def test_picture_that_is_missing_for_the_cache_is_named_with_its_row(workspace, tmp_path):
+    fields = {"data": [{"path": str(workspace / "rows.json"), "image_folder": str(tmp_path)}]}
+    recipe = write_recipe(workspace, **fields, feature_cache=str(tmp_path / "cache"), output_dir=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"red\.png.* in record '0'"):
+        build_trainer(read_recipe(recipe))

@@ -1,15 +1,19 @@
 """The files that say what a run did, and the refusal of a loss that is no number."""
 
 import csv
+import re
+import shutil
 
 import PIL.Image
 import pytest
 import torch
+from tqdm import tqdm
+from transformers import trainer_callback
 
 from modeling_llava import AutoModelForVision2Seq
 from modeling_llava.training.recipe import read_recipe
-from modeling_llava.training.run import train
-from modeling_llava.training.run_log import check_loss
+from modeling_llava.training.run import build_trainer, train
+from modeling_llava.training.run_log import RATES, check_loss
 from tests.modeling_llava.training.conftest import write_recipe
 
 TRAINER = {"learning_rate": 1e-3, "max_steps": 4, "logging_steps": 1, "disable_tqdm": True}
@@ -28,6 +32,8 @@ def test_curves(workspace, tmp_path, packed):
     lines = read_lines(tmp_path)
     assert [int(line["step"]) for line in lines] == [1, 2, 3, 4]
     assert all(float(line["rows_per_second"]) > 0 and float(line["tokens_per_second"]) > 0 for line in lines)
+    left = [float(line["seconds_left"]) for line in lines]
+    assert all(seconds > 0 for seconds in left[:3]) and left[3] == 0
     useful = [float(line["useful"]) for line in lines]
     assert all(share == 1 for share in useful) if packed else all(0.5 < share <= 1 for share in useful)
     with PIL.Image.open(tmp_path / "progress.png") as picture:
@@ -41,6 +47,42 @@ def test_resumed_run_goes_on_in_the_same_file(workspace, tmp_path):
     (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
     train(read_recipe(recipe), resume=True)
     assert [int(line["step"]) for line in read_lines(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_throughput_reaches_every_log(workspace, tmp_path):
+    """TensorBoard and the like take what is in the Trainer's logs."""
+    recipe = write_recipe(workspace, trainer=TRAINER | {"per_device_train_batch_size": 4}, output_dir=str(tmp_path))
+    trainer = build_trainer(read_recipe(recipe))
+    trainer.train()
+    *logs, summary = trainer.state.log_history
+    assert len(logs) == 4 and all(set(RATES) <= log.keys() for log in logs)
+    assert not set(RATES) & summary.keys()
+
+
+def test_progress_line_tells_throughput_and_goes_on_after_a_resume(workspace, tmp_path, monkeypatch):
+    """Time left is that of tqdm, which must not take the steps of the killed run for those of the first second."""
+    bars = []
+
+    class Recording(tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
+        def close(self):
+            self.closed_with = (self.initial, self.n, self.total, self.postfix)
+            super().close()
+
+    monkeypatch.setattr(trainer_callback, "tqdm", Recording)
+    saving = {"save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 4, "disable_tqdm": False}
+    recipe = write_recipe(workspace, trainer=TRAINER | saving, output_dir=str(tmp_path))
+    train(read_recipe(recipe))
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    train(read_recipe(recipe), resume=True)
+    (start, *numbers, postfix), (resumed_start, *resumed_numbers, resumed_postfix) = (bar.closed_with for bar in bars)
+    assert (start, resumed_start) == (0, 3)
+    assert numbers == resumed_numbers == [4, 4]
+    pattern = r"[\d.]+ rows/s, [\d,]+ tokens/s, \d+% useful"
+    assert re.fullmatch(pattern, postfix) and re.fullmatch(pattern, resumed_postfix)
 
 
 def test_loss_that_is_no_number_stops_the_run(workspace, tmp_path):

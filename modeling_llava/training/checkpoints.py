@@ -1,0 +1,75 @@
+"""The checkpoints in the output folder of a run: which one is complete, and what stands in the way of writing files.
+
+A checkpoint is a folder `checkpoint-STEP` into which the Trainer writes trainer_state.json last.
+"""
+
+import contextlib
+import errno
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_WRITING = ("Error while serializing", "unexpected pos", "PytorchStreamWriter failed")
+"""What safetensors and torch say when a file cannot be written; they have no error number."""
+
+
+def find_checkpoint(output_dir: str | Path) -> str | None:
+    """The last complete checkpoint of a run; one whose writing was interrupted is left out."""
+    complete = {}
+    for state in Path(output_dir).glob("checkpoint-*/trainer_state.json"):
+        try:
+            complete[json.loads(state.read_text())["global_step"]] = str(state.parent)
+        except (ValueError, KeyError):
+            logger.warning(f"{state.parent} is incomplete and is left out")
+    return complete[max(complete)] if complete else None
+
+
+def refuse_checkpoints(output_dir: str | Path) -> None:
+    """Keep a new run away from the checkpoints of another one, which it would mix with its own.
+
+    Raises:
+        ValueError: if there are any.
+    """
+    found = sorted(path.name for path in Path(output_dir).glob("checkpoint-*"))
+    if found:
+        raise ValueError(
+            f"got output_dir {str(output_dir)!r} with {found[0]} of an earlier run; expected none: add --resume to go "
+            "on with that run, remove its checkpoints, or choose another output_dir"
+        )
+
+
+@contextlib.contextmanager
+def explain_full_disk(output_dir: str | Path) -> Iterator[None]:
+    """Say what to do when a file cannot be written.
+
+    Raises:
+        ValueError: naming the space that is left and where `--resume` goes on.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        is_full = error.errno in _FULL if isinstance(error, OSError) else any(text in str(error) for text in _WRITING)
+        if not is_full:
+            raise
+        folder = Path(output_dir).resolve()
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(existing).free / 2**20
+        start = find_checkpoint(output_dir) or "the beginning"
+        raise ValueError(
+            f"got no room to write ({error}), with {free:,.0f} MiB free in {existing}; expected enough for a "
+            f"checkpoint: make room, then add --resume, which goes on from {start}"
+        ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file at once, so that a crash leaves the old one or the new one."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text)
+    new.replace(path)

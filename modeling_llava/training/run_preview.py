@@ -1,0 +1,102 @@
+"""What `llava train --preview` prints: the recipe as it was resolved, what trains, the memory of a step, one batch."""
+
+import dataclasses
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import yaml
+
+from processing_llava.preview import format_terminal
+from processing_llava.row_lengths import measure_row, read_image_sizes
+
+from .lora import LORA_DEFAULTS
+from .recipe import Recipe
+from .run import build_trainer, trainer_settings
+from .step_memory import StepMemory, estimate_step, format_bytes, free_memory
+from .trainer import LlavaTrainer, count_parameters, part_of
+
+
+def preview(recipe: Recipe, *, color: bool) -> Iterator[str]:
+    """The sections one by one. Nothing is trained, and nothing is written but the caches of `datasets`.
+
+    Args:
+        color: Of supervised text and images in the batch; without, supervised text stands between `<<` and `>>`.
+
+    Raises:
+        ValueError: as `run.build_trainer`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        # The Trainer makes its output folder, and the features of a tower would be cached.
+        trainer = build_trainer(dataclasses.replace(recipe, output_dir=folder, feature_cache=None))
+        yield format_recipe(recipe, checkpointing=trainer.args.gradient_checkpointing)
+        yield format_parameters(trainer)
+        arguments = trainer.args
+        memory = estimate_step(
+            trainer.model, trainer.data_collator, trainer.train_dataset, recipe=recipe, arguments=arguments
+        )
+        yield format_memory(
+            memory,
+            free=free_memory(trainer.model, arguments),
+            checkpointing=arguments.gradient_checkpointing,
+            device=str(arguments.device),
+        )
+        yield from format_batch(trainer, color=color)
+
+
+def format_recipe(recipe: Recipe, *, checkpointing: bool) -> str:
+    """All fields, and of SFTConfig and LoraConfig what this package or the recipe sets, as YAML: a recipe again."""
+    trainer = trainer_settings(recipe) | {"gradient_checkpointing": checkpointing}
+    lora = LORA_DEFAULTS | recipe.lora if recipe.uses_lora else {}
+    fields = dataclasses.asdict(recipe) | {"lora": lora, "trainer": trainer}
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+
+
+def format_parameters(trainer: LlavaTrainer) -> str:
+    """A table of the parts of the model: numbers, and with which learning rates how many of them train."""
+    optimizer = trainer.create_optimizer()
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    trained: Counter = Counter()
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            trained[part_of(name), rates[id(parameter)]] += parameter.numel()
+    lines = [("part", "parameters", "train", "learning rate")]
+    for part, (total, _) in count_parameters(trainer.model).items():
+        groups = [(number, f"{rate:g}") for (name, rate), number in trained.items() if name == part] or [(0, "-")]
+        lines += [(part, f"{total:,}", f"{number:,}", rate) for number, rate in groups]
+    return _align(lines)
+
+
+def format_memory(memory: StepMemory, *, free: int, checkpointing: bool, device: str) -> str:
+    """A table of what a step takes, without and with gradient checkpointing."""
+    lines = [("memory of a step", "plain", "gradient checkpointing")]
+    for name in ("weights", "gradients", "optimizer"):
+        size = format_bytes(getattr(memory, name))
+        lines.append((name, size, size))
+    lines.append(("activations", format_bytes(memory.activations), format_bytes(memory.checkpointed)))
+    sums = [format_bytes(memory.add_up(checkpointing=is_on)) for is_on in (False, True)]
+    lines.append(("sum", *sums))
+    state = "on" if checkpointing else "off"
+    return f"{_align(lines)}{format_bytes(free)} free on {device}; gradient checkpointing is {state}\n"
+
+
+def format_batch(trainer: LlavaTrainer, *, color: bool) -> Iterator[str]:
+    """The rows of the first packed batch, or as many first rows as a padded batch has."""
+    dataset, processor = trainer.train_dataset, trainer.processing_class
+    if trainer.batch_sampler is not None:
+        rows = (dataset[index] for index in trainer.batch_sampler.plan(0)[0])
+    else:
+        rows = islice(dataset, trainer.args.per_device_train_batch_size)
+    measured = (measure_row(row, processor, read_image_sizes(row, decode=False)) for row in rows)
+    yield from format_terminal(measured, processor, color=color)
+
+
+def _align(lines: list[tuple[Any, ...]]) -> str:
+    """Columns of text, the first to the left and the others to the right."""
+    first, *others = (max(map(len, column)) for column in zip(*lines))
+    return "".join(
+        line[0].ljust(first) + "".join(f"  {cell:>{width}}" for cell, width in zip(line[1:], others)) + "\n"
+        for line in lines
+    )

@@ -1,0 +1,106 @@
+"""The output layer on supervised positions only, on every device, in place of the one that TRL puts on a model.
+
+What is surprising: TRL has such a layer, `trl.trainer.utils.add_fused_lm_head`. Where there is no Triton it scores
+every position, most of which are image features and questions; and it reads the weights of the output layer outside
+of that layer's forward, where FSDP2 has not gathered them, so that each process keeps the gradient of its own rows
+alone. Here all of it happens in one call of the output layer, however many chunks there are: the processes of a run
+must take part in the same number of gatherings.
+"""
+
+# Shape suffixes: B rows, L tokens, N supervised tokens of the batch, D text width, V vocabulary
+
+import functools
+import types
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
+
+from processing_llava.collator import IGNORED_LABEL
+
+MAX_LOGITS = 2**25
+"""How many logits exist at a time, 128 MiB in float32. A batch with more is scored in chunks, again in backward."""
+
+LOGIT_TRANSFORMS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
+"""Fields of language models of transformers whose logits are not just what the output layer gives."""
+
+
+def add_supervised_head(model: PreTrainedModel) -> None:
+    """Let `model(..., labels=labels, fused_lm_head=True)` return what TRL's SFTTrainer computes its loss from.
+
+    Other calls are those of the model. In the output, `log_probs`, `entropy` and `is_top1` are `[N]`, float32.
+
+    Raises:
+        ValueError: if the language model changes its logits in a way that this package does not.
+    """
+    text_config = model.config.get_text_config().to_dict()
+    for name in LOGIT_TRANSFORMS:
+        if text_config.get(name) not in (None, 1.0):
+            raise ValueError(
+                f"got a language model with {name}={text_config[name]}; expected one whose logits are what its output "
+                "layer gives: this package trains no other"
+            )
+    plain_forward = model.forward
+
+    # The signature is that of the class: `generate` looks its arguments up there.
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, fused_lm_head: bool = False, **inputs):
+        if not fused_lm_head:
+            return plain_forward(*args, **inputs)
+        labels_BL = inputs.pop("labels")[:, 1:]
+        hidden_BLD = self.base_model(*args, **inputs).last_hidden_state[:, :-1]
+        is_supervised_BL = labels_BL != IGNORED_LABEL
+        log_probs, entropy, is_top1 = score(
+            self.get_output_embeddings(),
+            hidden_BLD[is_supervised_BL],
+            labels_BL[is_supervised_BL],
+            chunk_size=max(1, MAX_LOGITS // text_config["vocab_size"]),
+        )
+        return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=is_supervised_BL)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def score(
+    output_layer: nn.Module, hidden_ND: torch.Tensor, targets_N: torch.Tensor, *, chunk_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probability and entropy of each target, and whether it is the likeliest token, `[N]` each.
+
+    Args:
+        output_layer: Called once, so that what gathers its weights does so once.
+        chunk_size: How many positions are scored at a time.
+    """
+    compute_logits = output_layer.forward
+
+    def score_all(hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        score_some = functools.partial(_score_chunk, compute_logits)
+        if len(targets_N) > chunk_size:
+            score_some = functools.partial(checkpoint, score_some, use_reentrant=False, preserve_rng_state=False)
+        chunks = zip(hidden_ND.split(chunk_size), targets_N.split(chunk_size))
+        return tuple(torch.cat(values) for values in zip(*(score_some(*chunk) for chunk in chunks)))
+
+    output_layer.forward = score_all
+    try:
+        return output_layer(hidden_ND, targets_N)
+    finally:
+        output_layer.forward = compute_logits
+
+
+def _score_chunk(
+    compute_logits: Callable[[torch.Tensor], torch.Tensor], hidden_ND: torch.Tensor, targets_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    log_probs_NV = compute_logits(hidden_ND).float().log_softmax(dim=-1)
+    log_probs_N = log_probs_NV.gather(1, targets_N[:, None]).squeeze(1)
+    with torch.no_grad():
+        entropy_N = -(log_probs_NV.exp() * log_probs_NV).sum(dim=-1)
+        is_top1_N = log_probs_NV.argmax(dim=-1) == targets_N
+    return log_probs_N, entropy_N, is_top1_N

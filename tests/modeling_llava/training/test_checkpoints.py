@@ -1,0 +1,106 @@
+"""Which checkpoint is complete, which run it belongs to, and what a full disk leaves."""
+
+import errno
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from modeling_llava import AutoModelForVision2Seq
+from modeling_llava.training.checkpoints import explain_full_disk, find_checkpoint, write_whole
+from modeling_llava.training.recipe import read_recipe
+from modeling_llava.training.run import train
+from tests.conftest import ROOT
+from tests.modeling_llava.training.conftest import write_recipe
+
+TRAINER = {
+    "learning_rate": 1e-3,
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "logging_steps": 1,
+    "disable_tqdm": True,
+}
+RUN_WITH_SMALL_FILES = """
+import resource, sys
+from modeling_llava.cli import main
+from modeling_llava.training.run_log import RunLog
+
+write = RunLog.on_log
+
+def write_and_fill_the_disk(self, args, state, control, **kwargs):
+    write(self, args, state, control, **kwargs)
+    if state.global_step == 3:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+
+RunLog.on_log = write_and_fill_the_disk
+sys.exit(main(["train", sys.argv[1]]))
+"""
+"""`llava train` whose third checkpoint has no room: no file can become larger than some bytes."""
+
+
+@pytest.mark.parametrize("num_bytes", [100, 50_000, 250_000], ids=["config", "weights", "optimizer"])
+def test_full_disk_ends_in_one_line_and_harms_nothing(workspace, tmp_path, num_bytes):
+    recipe = write_recipe(workspace, trainer=TRAINER, output_dir=str(tmp_path / "out"))
+    command = [sys.executable, "-c", RUN_WITH_SMALL_FILES, str(recipe), str(num_bytes)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr[-3000:]
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert re.match(r"llava: got no room to write \(.+\), with [\d,]+ MiB free in .*/out; expected enough", last), last
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    assert last.endswith(f"make room, then add --resume, which goes on from {checkpoint}")
+    assert find_checkpoint(tmp_path / "out") == checkpoint
+    assert AutoModelForVision2Seq.from_pretrained(checkpoint).num_parameters()
+
+
+def test_a_disk_that_is_full_from_the_start_is_explained_too(tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    message = rf"No space left on device.* MiB free in {tmp_path}; .* goes on from the beginning"
+    with pytest.raises(ValueError, match=message), explain_full_disk(tmp_path / "not" / "yet"):
+        raise full
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "no"), RuntimeError("size mismatch"), KeyError("a")])
+def test_other_errors_stay_what_they_are(tmp_path, error):
+    with pytest.raises(type(error)), explain_full_disk(tmp_path):
+        raise error
+
+
+def test_a_crash_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "progress.csv"
+    write_whole(path, "old")
+
+    def write_half_and_die(self, text):
+        with self.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", write_half_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            write_whole(path, "new and longer")
+    assert path.read_text() == "old"
+    write_whole(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_incomplete_checkpoints_are_left_out(tmp_path):
+    assert find_checkpoint(str(tmp_path)) is None
+    for step, content in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (11, '{"global_st'), (12, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if content is not None:
+            (folder / "trainer_state.json").write_text(content)
+    assert find_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+
+
+def test_a_new_run_keeps_away_from_the_checkpoints_of_another(workspace, tmp_path):
+    recipe = read_recipe(write_recipe(workspace, trainer=TRAINER, output_dir=str(tmp_path)))
+    train(recipe)
+    with pytest.raises(ValueError, match="with checkpoint-1 of an earlier run; expected none: add --resume"):
+        train(recipe)
+    train(recipe, resume=True)

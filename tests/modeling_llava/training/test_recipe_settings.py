@@ -1,0 +1,109 @@
+"""What is set beside the file, and the names and types that are refused in both."""
+
+import pytest
+import yaml
+
+from modeling_llava.training.recipe import Recipe, read_recipe
+
+FIELDS = {
+    "stage": "lora",
+    "model": "some/model",
+    "data": [{"path": "a.json", "weight": 1}, {"path": "b.json", "weight": 2}],
+    "output_dir": "out",
+    "trainer": {"per_device_train_batch_size": 4},
+}
+
+
+def read(tmp_path, *settings: str, **fields) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(FIELDS | fields))
+    return read_recipe(path, settings)
+
+
+def test_settings_are_stronger_than_the_file(tmp_path):
+    recipe = read(
+        tmp_path,
+        "stage=qlora",
+        "trainer.learning_rate=1e-4",
+        "trainer.per_device_train_batch_size=8",
+        "trainer.lr_scheduler_kwargs.num_cycles=0.5",
+        "lora.r=8",
+        "lora.target_modules=[a, b]",
+        "lora.init_lora_weights=pissa_niter_16",
+        "data.1.path=c.json",
+        "train_vision_tower=true",
+        "max_length=null",
+        "output_dir=a=b",
+    )
+    assert recipe.stage == "qlora"
+    assert recipe.trainer == {
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-4,
+        "lr_scheduler_kwargs": {"num_cycles": 0.5},
+    }
+    assert recipe.lora == {"r": 8, "target_modules": ["a", "b"], "init_lora_weights": "pissa_niter_16"}
+    assert [(source.path, source.weight) for source in recipe.data] == [("a.json", 1), ("c.json", 2)]
+    assert (recipe.train_vision_tower, recipe.max_length, recipe.output_dir) == (True, None, "a=b")
+
+
+def test_a_setting_without_a_value_takes_the_key_out(tmp_path):
+    recipe = read(tmp_path, "trainer.per_device_train_batch_size=", "tokens_per_batch=4096", "data.0=")
+    assert (recipe.trainer, recipe.tokens_per_batch) == ({}, 4096)
+    assert [source.path for source in recipe.data] == ["b.json"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("learning_rate=1e-4", "got learning_rate in .*recipe.yaml; expected fields of Recipe, such as stage, model"),
+        (
+            "trainer.learning_rat=1",
+            "got learning_rat in trainer of .*; expected fields of SFTConfig, such as learning_ra",
+        ),
+        ("trainer.zzz=1", "got zzz in trainer of .*; expected fields of SFTConfig$"),
+        ("trainer.output_dir=a", "got trainer.output_dir; expected output_dir at the top"),
+        ("trainer.max_length=100", "got trainer.max_length, which cuts; expected max_length at the top"),
+        ("trainer.learning_rate=fast", "got learning_rate='fast' in trainer of .*; expected float"),
+        ("trainer.max_steps=1.5", "got max_steps=1.5 in trainer of .*; expected int"),
+        ("trainer.max_steps=true", "got max_steps=True in trainer"),
+        ("lora.rank=8", "got rank in lora of .*; expected fields of LoraConfig"),
+        ("lora.r=many", "got r='many' in lora"),
+        ("data.0.file=a", "got file in data of .*; expected fields of DataSource, such as path"),
+        ("data.0.weight=much", "got weight='much' in data"),
+        ("data=3", "got data=3 in"),
+        ("trainer=3", "got 3 as trainer of .*; expected a mapping"),
+        ("tokens_per_batch=many", "got tokens_per_batch='many' in .*; expected int"),
+        ("data.2.path=c", "got 'data.2.path=c'; expected a key"),
+        ("data.first.path=c", "got 'data.first.path=c'; expected a key"),
+        ("stage.lora=c", "got 'stage.lora=c'; expected a key"),
+        ("max_length=", "got 'max_length='; expected a key"),
+        ("trainer.max_steps=[1", r"got 'trainer.max_steps=\[1'; expected a key .* and a value in YAML"),
+        ("max_length", "got 'max_length'; expected KEY=VALUE"),
+        ("=3", "got '=3'; expected KEY=VALUE"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, setting, message):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, setting)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"trainer": {"learning_rat": 1}}, "got learning_rat in trainer of"),
+        ({"lora": {"rank": 1}}, "got rank in lora of"),
+        ({"data": ["a.json"]}, "got 'a.json' as data of .*; expected a mapping"),
+        ({"max_length": "long"}, "got max_length='long' in"),
+    ],
+)
+def test_a_file_is_checked_like_settings(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, **fields)
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.e-4", "+.1e-3", "1.0e-4"])
+def test_numbers_in_scientific_notation_are_numbers(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump(FIELDS).replace("stage:", f"projector_learning_rate: {text}\nstage:")
+    )
+    assert read_recipe(tmp_path / "recipe.yaml").projector_learning_rate == 1e-4

@@ -1,0 +1,78 @@
+"""training_record.json: everything that a card later says of a run is in it."""
+
+import hashlib
+import json
+
+import pytest
+import yaml
+
+from modeling_llava.export.run_files import read_run_files
+from modeling_llava.training.recipe import read_recipe
+from modeling_llava.training.record import describe_source
+from modeling_llava.training.run import train
+from processing_llava.data_sources import DataSource
+from tests.modeling_llava.training.conftest import write_recipe
+
+MANIFEST = [{"name": "squares", "kind": "synthetic", "made_by": "a test", "license": "mit", "rows": 12}]
+
+
+def read_record(folder) -> dict:
+    return json.loads((folder / "training_record.json").read_text())
+
+
+def test_a_run_writes_what_it_was_made_of_and_what_came_out(workspace):
+    (workspace / "manifest.yaml").write_text(yaml.safe_dump(MANIFEST))
+    trainer = {"learning_rate": 3e-3, "max_steps": 2, "logging_steps": 1, "seed": 5, "disable_tqdm": True}
+    path = write_recipe(workspace, stage="align", trainer=trainer, data_manifest=str(workspace / "manifest.yaml"))
+    record = read_record(train(read_recipe(path)))
+    assert record["recipe"]["stage"] == "align"
+    assert record["base_model"] is None  # a folder, and no id of the Hub
+    assert record["hyperparameters"]["learning_rate"] == 3e-3
+    assert record["hyperparameters"]["seed"] == 5
+    rows = workspace / "rows.json"
+    assert record["data"] == [
+        {
+            "path": str(rows),
+            "files": 1,
+            "bytes": rows.stat().st_size,
+            "sha256": hashlib.sha256(rows.read_bytes()).hexdigest(),
+        }
+    ]
+    assert record["data_manifest"][0]["license"] == "mit"
+    assert (record["rows"], record["steps"], record["first_step"]) == (12, 2, 0)
+    trained = {part: count["trained"] for part, count in record["parameters"].items()}
+    assert trained["mm_projector"] == record["parameters"]["mm_projector"]["total"]
+    assert trained["language_model"] == trained["vision_tower"] == 0
+    assert [line["step"] for line in record["losses"]] == [1, 2]
+    assert record["seconds"] > 0
+    assert record["hardware"]["device"]
+    assert {"python", "torch", "transformers", "trl", "anyllava"} <= set(record["versions"])
+
+
+def test_a_second_stage_holds_the_record_of_the_first(workspace):
+    first = train(read_recipe(write_recipe(workspace, stage="align", output_dir=str(workspace / "first"))))
+    second = train(
+        read_recipe(write_recipe(workspace, model=str(first), output_dir=str(workspace / "second"), stage="finetune"))
+    )
+    assert read_record(second)["previous"] == read_record(first)
+    stages = read_run_files(second).stages
+    assert [stage["recipe"]["stage"] for stage in stages] == ["align", "finetune"]
+
+
+def test_a_wrong_manifest_stops_the_run_before_it_trains(workspace):
+    (workspace / "wrong.yaml").write_text(yaml.safe_dump([{"name": "squares", "kind": "found"}]))
+    recipe = read_recipe(write_recipe(workspace, data_manifest=str(workspace / "wrong.yaml"), output_dir="never"))
+    with pytest.raises(ValueError, match="got kind='found' for data squares; expected one of public"):
+        train(recipe)
+
+
+def test_a_folder_is_identified_by_all_its_data_files(tmp_path):
+    (tmp_path / "a.json").write_text("[]")
+    (tmp_path / "b.jsonl").write_text("{}\n")
+    (tmp_path / "picture.png").write_bytes(b"not rows")
+    described = describe_source(DataSource(path=str(tmp_path)))
+    assert (described["files"], described["sha256"]) == (2, hashlib.sha256(b"[]{}\n").hexdigest())
+
+
+def test_a_dataset_of_the_hub_is_named_even_if_its_commit_is_unknown():
+    assert describe_source(DataSource(path="someone/rows")) == {"path": "someone/rows", "revision": None}

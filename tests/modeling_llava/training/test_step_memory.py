@@ -1,0 +1,187 @@
+"""The estimate of a step's memory beside what a step holds, and what is decided from it."""
+
+import json
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import CLIPVisionConfig, LlamaConfig, TrainerCallback
+
+from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
+from modeling_llava.training import run
+from modeling_llava.training.recipe import read_recipe
+from modeling_llava.training.run import build_trainer
+from modeling_llava.training.step_memory import MARGIN, StepMemory, _find_costliest, estimate_step, format_bytes
+from modeling_llava.training.trainer import LlavaTrainer
+from tests.modeling_llava.training.conftest import write_recipe
+from tests.tiny import tiny_processor
+
+TRAINER = {"learning_rate": 1e-3, "max_steps": 1, "per_device_train_batch_size": 4, "disable_tqdm": True}
+
+
+def estimate(trainer: LlavaTrainer) -> StepMemory:
+    return estimate_step(
+        trainer.model,
+        trainer.data_collator,
+        trainer.train_dataset,
+        recipe=trainer.recipe,
+        arguments=trainer.args,
+    )
+
+
+class HeldStates(TrainerCallback):
+    """Bytes of gradients before the optimizer's step, and of weights and optimizer after it."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, int] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        self.held["gradients"] = sum(gradient.nbytes for gradient in gradients)
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+        self.held["weights"] = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+        inner = optimizer.optimizer
+        parts = [inner.muon, inner.adamw] if hasattr(inner, "muon") else [inner]
+        states = [state for part in parts for state in part.state.values()]
+        # Of each parameter there is one number more, which counts its steps.
+        self.held["optimizer"] = sum(value.nbytes for state in states for value in state.values() if value.ndim)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"stage": "align"},
+        {"stage": "lora", "lora": {"r": 4}},
+        {"train_vision_tower": True},
+        {"muon_learning_rate": 1e-2},
+        {"trainer": TRAINER | {"optim": "sgd"}},
+    ],
+    ids=str,
+)
+def test_states_are_those_of_a_step(workspace, tmp_path, fields):
+    recipe = read_recipe(write_recipe(workspace, **{"trainer": TRAINER} | fields, output_dir=str(tmp_path)))
+    trainer = build_trainer(recipe)
+    memory = estimate(trainer)
+    held = HeldStates()
+    trainer.add_callback(held)
+    trainer.train()
+    assert {name: getattr(memory, name) for name in held.held} == held.held
+
+
+def save_wide_checkpoint(folder) -> None:
+    """Large enough that what a step keeps is much more than its work space."""
+    processor = tiny_processor()
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=28,
+        patch_size=7,
+    )
+    text = LlamaConfig(
+        vocab_size=2000,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    config = AnyLlavaConfig(vision, text, image_token_id=processor.image_token_id)
+    AnyLlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def measure_peak(trainer: LlavaTrainer) -> int:
+    """Bytes that a step has allocated at most, gradients included and weights not."""
+    trainer.model.train().zero_grad()
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(12)])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer.compute_loss(trainer.model, batch).backward()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    allocated = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    return peak
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"train_vision_tower": True},
+        {"stage": "lora", "lora": {"r": 4}},
+        {"tokens_per_batch": 2120},  # those of all rows
+    ],
+    ids=str,
+)
+def test_activations_are_within_a_quarter_of_a_measured_peak(workspace, tmp_path, fields):
+    save_wide_checkpoint(tmp_path / "wide")
+    sizes = {} if "tokens_per_batch" in fields else {"per_device_train_batch_size": 12}
+    settings = {"max_steps": 1, "gradient_checkpointing": False, **sizes}
+    fields = {"model": str(tmp_path / "wide"), "trainer": settings, "output_dir": str(tmp_path), **fields}
+    trainer = build_trainer(read_recipe(write_recipe(workspace, **fields)))
+    memory = estimate(trainer)
+    plain = memory.activations + memory.gradients
+    assert plain / 1.25 < measure_peak(trainer) < plain * 1.25
+    trainer.model.activation_checkpointing_enable()
+    checkpointed = memory.checkpointed + memory.gradients
+    assert checkpointed / 1.25 < measure_peak(trainer) < checkpointed * 1.25
+    assert checkpointed < plain / 2
+
+
+def test_the_estimate_leaves_the_random_state(workspace, tmp_path):
+    fields = {"stage": "lora", "lora": {"r": 4, "lora_dropout": 0.5}, "trainer": TRAINER}
+    trainer = build_trainer(read_recipe(write_recipe(workspace, **fields, output_dir=str(tmp_path))))
+    before = torch.get_rng_state()
+    estimate(trainer)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.9, True), (1.1, False)])
+def test_checkpointing_is_decided_from_free_memory(workspace, tmp_path, monkeypatch, caplog, share, expected):
+    recipe = read_recipe(write_recipe(workspace, trainer=TRAINER, output_dir=str(tmp_path)))
+    needed = estimate(build_trainer(recipe)).add_up(checkpointing=False)
+    free = round(needed * MARGIN * share)
+    monkeypatch.setattr(run, "free_memory", lambda model, arguments: free)
+    caplog.clear()
+    trainer = build_trainer(recipe)
+    assert trainer.args.gradient_checkpointing is trainer.args.activation_checkpointing is expected
+    lines = [message for message in caplog.messages if "gradient checkpointing is" in message]
+    assert len(lines) == 1
+    assert format_bytes(needed) in lines[0] and format_bytes(free) in lines[0]
+    trainer.train()
+    assert trainer.model.is_activation_checkpointing is expected
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+@pytest.mark.parametrize("value", [True, False])
+def test_the_recipe_decides_first(workspace, tmp_path, monkeypatch, name, value):
+    monkeypatch.setattr(run, "free_memory", lambda model, arguments: 10**15 if value else 0)
+    recipe = read_recipe(write_recipe(workspace, trainer=TRAINER | {name: value}, output_dir=str(tmp_path)))
+    assert build_trainer(recipe).args.activation_checkpointing is value
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("packing", [{}, {"tokens_per_batch": 2000}], ids=["padded", "packed"])
+def test_pictures_cost_where_the_tower_trains(workspace, tmp_path, packing, trains):
+    """The longest row is one without a picture; a batch of it would have no work for the tower."""
+    records = json.loads((workspace / "rows.json").read_text())
+    conversations = [{"from": "human", "value": "Color?" * 20}, {"from": "gpt", "value": "Red."}]
+    (tmp_path / "rows.json").write_text(json.dumps([*records, {"id": "long", "conversations": conversations}]))
+    data = [{"path": str(tmp_path / "rows.json"), "image_folder": str(workspace)}]
+    trainer = {"max_steps": 1, "disable_tqdm": True} if packing else TRAINER
+    fields = {"trainer": trainer, "data": data, "output_dir": str(tmp_path), "train_vision_tower": trains, **packing}
+    built = build_trainer(read_recipe(write_recipe(workspace, **fields)))
+    row, num_tokens = _find_costliest(built.train_dataset, built.data_collator, built.recipe)
+    assert bool(row["images"]) is trains
+    assert num_tokens == built.data_collator([row])["input_ids"].shape[1]
+
+
+def test_sizes_are_written_for_people():
+    assert format_bytes(3 * 2**30) == "3.0 GiB"
+    assert format_bytes(1.5 * 2**20) == "1.5 MiB"
