@@ -103,7 +103,8 @@ def read_original_config(folder: OriginalFolder) -> dict[str, Any]:
     image_token_id = text_config.vocab_size
     if has_tokenizer(folder.name, folder.download) or folder.base_name is not None:
         tokenizer = read_original_tokenizer(folder, text_config)
-        image_token_id = len(tokenizer)
+        # A processor that was saved beside original weights has given the image token its id.
+        image_token_id = tokenizer.get_vocab().get("<image>", len(tokenizer))
         turn_end = TURN_END_TOKENS.get(infer_template(folder, tokenizer))
         turn_end_id = tokenizer.get_vocab().get(turn_end)
         text_config.eos_token_id = merge_ids(text_config.eos_token_id, tokenizer.eos_token_id, turn_end_id)

@@ -4,13 +4,10 @@ python -m modeling_llava.tiny_llava.write_card --model DIR --scores SCORES.json 
 """
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
-import jinja2
-
-import hub_cards
+from modeling_llava.export.figures import add_source, build_environment, read_sourced_json
 
 from .questions import CATEGORY_OF
 
@@ -32,18 +29,17 @@ HELDOUT_SOURCE = "@iconify-json/twemoji"
 
 def write_card(model: Path, *, scores: Path, sources: Path, minutes: int) -> None:
     """Render the card into the model folder, and put the scores beside it."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(hub_cards.__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    trained_on = [source for source in json.loads(sources.read_text()) if source["source"] != HELDOUT_SOURCE]
-    card = environment.get_template("tiny_llava.md.jinja").render(
-        scores=json.loads(scores.read_text()),
-        asked=ASKED,
-        sources=trained_on,
-        minutes=minutes,
-        num_names=len(CATEGORY_OF),
+    described = read_sourced_json(sources, root=sources.parent)
+    card = (
+        build_environment()
+        .get_template("tiny_llava.md.jinja")
+        .render(
+            scores=read_sourced_json(scores, root=scores.parent),
+            asked=ASKED,
+            sources=[source for source in described if source["source"] != HELDOUT_SOURCE],
+            minutes=add_source(minutes, "make tiny-llava"),
+            num_names=add_source(len(CATEGORY_OF), "questions.py"),
+        )
     )
     (model / "README.md").write_text(card)
     shutil.copy(scores, model / "heldout_scores.json")

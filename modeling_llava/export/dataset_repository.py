@@ -1,0 +1,82 @@
+"""Rows of training data as a dataset repository: Parquet files with the pictures inside, and a card."""
+
+from pathlib import Path
+
+from huggingface_hub import DatasetCardData
+
+from processing_llava.data_sources import DataSource
+
+from .card_facts import CardFacts
+from .card_vocabulary import SIZE_CATEGORIES
+from .data_manifest import DATA_KINDS, NOT_STATED, DataEntry
+from .figures import add_source, build_environment
+from .licences import Part, find_conflicts
+from .model_card import assemble_card
+
+SHARD_BYTES = 500_000_000
+"""About the size of one Parquet file."""
+
+
+def write_dataset_repository(
+    source: DataSource, out: Path, *, facts: CardFacts, data: list[DataEntry], repo_id: str
+) -> list[str]:
+    """Write `data/train-*.parquet` and README.md; returns the licence conflicts.
+
+    Raises:
+        ValueError: if a record or picture cannot be read, or the licence is missing.
+    """
+    if facts.license is None:
+        raise ValueError("got no licence; expected one: give --license, such as cc-by-4.0, or a --card with it")
+    counts = write_parquet(source, out / "data")
+    parts = [Part(name=entry.name, kind="data", license=entry.license) for entry in data]
+    conflicts = find_conflicts(facts.license, parts)
+    title = facts.title or repo_id.split("/")[-1]
+    body = (
+        build_environment()
+        .get_template("dataset.md.jinja")
+        .render(
+            title=title,
+            repo_id=repo_id,
+            facts=facts,
+            data=data,
+            kinds=DATA_KINDS,
+            not_stated=NOT_STATED,
+            conflicts=conflicts,
+            num_rows=counts["rows"],
+            num_images=counts["images"],
+        )
+    )
+    size = next((name for end, name in SIZE_CATEGORIES if counts["rows"] < end), "n>1T")
+    metadata = DatasetCardData(
+        license=facts.license,
+        license_name=facts.license_name,
+        license_link=facts.license_link,
+        language=facts.language,
+        pretty_name=title,
+        task_categories=["image-text-to-text", "visual-question-answering"],
+        size_categories=[size],
+        tags=["llava", *facts.tags],
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],
+    )
+    (out / "README.md").write_text(assemble_card(metadata, body, layout="dataset"), encoding="utf-8")
+    return conflicts
+
+
+def write_parquet(source: DataSource, folder: Path) -> dict[str, int]:
+    """Write the rows with their pictures' bytes; returns how many rows and pictures there are."""
+    from datasets import Features, Image, List
+    from datasets.table import embed_table_storage
+
+    from processing_llava.row_datasets import ROW_FEATURES, load_rows
+
+    rows, _ = load_rows([source])
+    features = Features(ROW_FEATURES | {"images": List(Image())})
+    # Paths in, bytes out: what leaves this machine holds its pictures.
+    table = rows.with_format("arrow").cast(features).map(embed_table_storage, batched=True, batch_size=100)
+    num_shards = 1 + table.data.nbytes // SHARD_BYTES
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(num_shards):
+        shard = table.shard(num_shards, index, contiguous=True).with_format(None)
+        shard.to_parquet(folder / f"train-{index:05}-of-{num_shards:05}.parquet")
+    num_images = sum(len(images) for images in rows.with_format(None)["images"])
+    return add_source({"rows": len(rows), "images": num_images}, "data")

@@ -1,0 +1,101 @@
+"""Sending a checked folder to the Hub, and what its refusals mean.
+
+What is surprising: an interrupted upload needs no memory of its own. huggingface_hub asks the Hub what it already
+has, so the same command again sends the rest; a pull request is the exception, each run opens another one.
+"""
+
+from pathlib import Path
+
+import httpx
+import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+from .repository import KINDS
+from .repository_check import check_repository
+
+IGNORED_FOLDERS = ("__pycache__", ".cache", ".git")
+_MEANINGS = {
+    401: "the Hub does not know this token; get one that may write at https://huggingface.co/settings/tokens and run "
+    "`hf auth login`, or set HF_TOKEN",
+    403: "this token may not write there: the name belongs to somebody else, or the token may only read",
+    404: "there is no such repository, or this token may not see it",
+    409: "the name is taken by something else, or somebody else is writing; choose another --repo-id or try again",
+    413: "a file is larger than the Hub takes; save the model in smaller shards",
+    429: "too many requests; try again later",
+}
+"""What an answer of the Hub means for a person who pushes."""
+
+
+def list_files(folder: Path) -> dict[str, int]:
+    """What would go up: bytes by the path in the repository."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in paths
+        if not set(IGNORED_FOLDERS) & set(path.relative_to(folder).parts)
+    }
+
+
+def push_repository(folder: Path, repo_id: str, kind: str, *, private: bool = True, pull_request: bool = False) -> str:
+    """Create or update a repository.
+
+    Args:
+        folder: As `llava export` wrote it.
+        kind: A key of `KINDS`.
+        private: Of a new repository; an existing one must not be more open than that.
+        pull_request: Propose the files to an existing repository instead of writing them.
+
+    Returns:
+        The address of the commit or pull request.
+
+    Raises:
+        ValueError: if the folder may not go up, or saying what the Hub's refusal means.
+    """
+    check_repository(folder, kind)
+    api = HfApi()
+    try:
+        api.whoami()
+        return _push(api, folder, repo_id, KINDS[kind], private=private, pull_request=pull_request)
+    except LocalTokenNotFoundError as error:
+        raise ValueError(f"got no token of the Hub; expected one: {_MEANINGS[401]}") from error
+    except OfflineModeIsEnabled as error:
+        raise ValueError("got HF_HUB_OFFLINE=1; expected to be online to push: take it out") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        meaning = _MEANINGS.get(status, "try again later; what was sent stays there, and the same command goes on")
+        raise ValueError(f"got {status} from the Hub for {repo_id} ({error.server_message}): {meaning}") from error
+    except (httpx.TransportError, OSError, RuntimeError) as error:
+        cause = error.__cause__ or error
+        raise ValueError(
+            f"got an interrupted upload to {repo_id} ({error}: {cause}); expected a connection: run the same command "
+            "again, which sends what is missing"
+        ) from error
+
+
+def _push(api: HfApi, folder: Path, repo_id: str, repo_type: str, *, private: bool, pull_request: bool) -> str:
+    if not pull_request:
+        sdk = _read_sdk(folder) if repo_type == "space" else None
+        api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk)
+    if private and not pull_request and not api.repo_info(repo_id, repo_type=repo_type).private:
+        raise ValueError(f"got {repo_id}, which exists and is public; expected a private one: give --public to go on")
+    try:
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            repo_type=repo_type,
+            folder_path=folder,
+            create_pr=pull_request,
+            ignore_patterns=[f"{start}{name}/**" for name in IGNORED_FOLDERS for start in ("", "**/")],
+            commit_message="Upload with llava push",
+        )
+    except ValueError as error:
+        if isinstance(error, HfHubHTTPError):
+            raise
+        raise ValueError(f"got files that the Hub refuses for {repo_id}: {error}; expected smaller ones") from error
+    return commit.pr_url if pull_request else commit.commit_url
+
+
+def _read_sdk(folder: Path) -> str:
+    block = REGEX_YAML_BLOCK.search((folder / "README.md").read_text(encoding="utf-8"))
+    return yaml.safe_load(block.group(2))["sdk"]

@@ -1,0 +1,150 @@
+"""`llava merge`: one model of an adapter and its base, with the logits of both compared.
+
+What is surprising: an adapter that was trained on a 4-bit base corrects the rounding of that base too. It is merged
+into the 4-bit weights written out as 16 bits, not into the weights they were rounded from.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
+
+from modeling_llava.auto import AutoModelForVision2Seq
+from processing_llava.original_folder import OriginalFolder
+
+from .run_files import RECORD_FILE
+
+MAX_RELATIVE_DIFFERENCE = 0.1
+"""Of the largest logit. Rounding to 16 bits stays far below; an adapter of another base does not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """How the merged model differs from base and adapter side by side, on one question about one picture."""
+
+    base_bits: int
+    positions: int
+    largest_logit: float
+    largest_difference: float
+    same_likeliest_tokens: int
+    """Positions where both think the same token the likeliest."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.base_bits}-bit base; logits before and after differ by at most {self.largest_difference:.2g} "
+            f"(largest logit {self.largest_logit:.4g}); the likeliest token is the same at "
+            f"{self.same_likeliest_tokens} of {self.positions} positions"
+        )
+
+
+def merge_adapter(
+    adapter: str, out: Path, *, base_model: str | None = None, base_bits: int | None = None
+) -> MergeReport:
+    """Merge an adapter into its base, and save the model with its processor.
+
+    Args:
+        adapter: Folder or Hub id: an adapter of PEFT, or a LoRA folder of the original LLaVA.
+        out: Folder to write.
+        base_model: Folder or Hub id of the base, instead of the one that the adapter names.
+        base_bits: 4 if the adapter was trained on a 4-bit base, else 16. Default: what the training record says.
+
+    Raises:
+        ValueError: if the adapter cannot be used, or the merged model computes something else.
+    """
+    record = _read_record(Path(adapter))
+    if base_bits is None:
+        base_bits = 4 if record.get("recipe", {}).get("stage") == "qlora" else 16
+    if base_bits not in (4, 16):
+        raise ValueError(f"got {base_bits} bits; expected 4 or 16")
+    try:
+        before, merged, processor = _merge(adapter, base_model=base_model, base_bits=base_bits)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split("\n")[:2])
+        raise ValueError(
+            f"got adapter {adapter!r} and base {base_model or 'of its own choice'}, which cannot be put together: "
+            f"{reason}; expected a folder or Hub id of each, made for each other"
+        ) from error
+    report = compare(before, _compute_logits(merged, processor), base_bits=base_bits)
+    merged.save_pretrained(out)
+    processor.save_pretrained(out)
+    if record:
+        text = json.dumps(record | {"merged": asdict(report)}, indent=1) + "\n"
+        (out / RECORD_FILE).write_text(text, encoding="utf-8")
+    return report
+
+
+def _read_record(adapter: Path) -> dict:
+    path = adapter / RECORD_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _merge(
+    adapter: str, *, base_model: str | None, base_bits: int
+) -> tuple[torch.Tensor, PreTrainedModel, ProcessorMixin]:
+    """Logits of base and adapter side by side, the merged model, and its processor."""
+    base = {} if base_model is None else {"base_model": base_model}
+    if OriginalFolder.find(adapter, **base) is not None:
+        processor = AutoProcessor.from_pretrained(adapter, **base)
+        apart = AutoModelForVision2Seq.from_pretrained(adapter, dtype="auto", merge_adapter=False, **base)
+        merged = AutoModelForVision2Seq.from_pretrained(adapter, dtype="auto", **base)
+        return _compute_logits(apart, processor), merged, processor
+
+    from peft import PeftConfig, PeftModel
+
+    processor = AutoProcessor.from_pretrained(adapter)
+    base_model = base_model or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if base_bits == 16:
+        model = PeftModel.from_pretrained(AutoModelForVision2Seq.from_pretrained(base_model, dtype="auto"), adapter)
+        before = _compute_logits(model, processor)
+    else:
+        before = _compute_logits(PeftModel.from_pretrained(_load_4_bits(base_model), adapter), processor)
+        model = PeftModel.from_pretrained(_load_4_bits(base_model).dequantize(), adapter)
+    return before, model.merge_and_unload(safe_merge=True), processor
+
+
+def _load_4_bits(base_model: str) -> PreTrainedModel:
+    from modeling_llava.training.lora import four_bit_config
+
+    return AutoModelForVision2Seq.from_pretrained(
+        base_model, dtype=torch.bfloat16, quantization_config=four_bit_config()
+    )
+
+
+def _compute_logits(model: torch.nn.Module, processor: ProcessorMixin) -> torch.Tensor:
+    """Logits `[L, vocabulary]` of one question about one picture."""
+    with torch.no_grad():
+        return model.eval()(**_example(processor).to(model.device, model.dtype)).logits[0].float()
+
+
+def _example(processor: ProcessorMixin) -> BatchFeature:
+    levels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    content = [{"type": "image", "image": Image.fromarray(levels)}, {"type": "text", "text": "Describe the image."}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+def compare(before: torch.Tensor, after: torch.Tensor, *, base_bits: int) -> MergeReport:
+    """How two sets of logits `[L, vocabulary]` differ.
+
+    Raises:
+        ValueError: if it is more than rounding.
+    """
+    report = MergeReport(
+        base_bits=base_bits,
+        positions=len(before),
+        largest_logit=before.abs().max().item(),
+        largest_difference=(before - after).abs().max().item(),
+        same_likeliest_tokens=int((before.argmax(-1) == after.argmax(-1)).sum()),
+    )
+    if not report.largest_difference <= MAX_RELATIVE_DIFFERENCE * report.largest_logit:
+        raise ValueError(f"got a merged model that computes something else: {report}; expected the same logits")
+    return report

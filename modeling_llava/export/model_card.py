@@ -1,0 +1,162 @@
+"""README.md and TRAINING_DATA_SUMMARY.md of a model or adapter, from the files of its training and what people say."""
+
+import re
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
+
+from .card_facts import CardFacts
+from .data_manifest import DATA_KINDS, NOT_STATED, DataEntry
+from .figures import build_environment
+from .licences import Part, find_conflicts
+from .run_files import RunFiles
+
+PREPARED_MARK = "<!-- Prepared by anyllava"
+"""How a card begins that `llava export` wrote: its folder is ready to go up."""
+PIPELINE_TAG = "image-text-to-text"
+MODALITY_RANGES = ((1_000_000, "less than 1 million"), (1_000_000_000, "1 million to 1 billion"))
+"""Ranges of the number of pictures in the template of the EU AI Act, by their upper ends; beyond is the last one."""
+
+
+@dataclass(kw_only=True)
+class ModelDescription:
+    """All that a card of a model or adapter is written from.
+
+    Raises:
+        ValueError: if licence or base model are missing.
+    """
+
+    repo_id: str
+    layout: str
+    """"any_llava", "original", "transformers" or "adapter"."""
+    facts: CardFacts
+    run: RunFiles
+    base_models: list[str]
+    data: list[DataEntry]
+    prompt: str
+    """One conversation as the model reads it."""
+    features: dict[str, Any]
+    """What its configuration says, by what a reader would call it; numbers know their file."""
+    has_code: bool = False
+    has_other_ids: bool = False
+    """Whether transformers' processor tokenises otherwise than ours."""
+    conflicts: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.facts.license is None:
+            raise ValueError("got no licence; expected one: give --license, such as apache-2.0, or a --card with it")
+        if not self.base_models:
+            raise ValueError(
+                "got no base model on the Hub; expected the id of the model it was made from: give --base-model"
+            )
+        licenses = self.facts.base_licenses
+        parts = [Part(name=name, kind="base model", license=licenses.get(name)) for name in self.base_models]
+        parts += [Part(name=entry.name, kind="data", license=entry.license) for entry in self.data]
+        self.conflicts = find_conflicts(self.facts.license, parts)
+
+    @property
+    def title(self) -> str:
+        return self.facts.title or self.repo_id.split("/")[-1]
+
+
+def write_model_card(model: ModelDescription) -> str:
+    """The text of README.md."""
+    template = build_environment().get_template("adapter.md.jinja" if model.layout == "adapter" else "model.md.jinja")
+    body = template.render(model=model, facts=model.facts, run=model.run, not_stated=NOT_STATED)
+    return assemble_card(_metadata(model), body, layout=model.layout)
+
+
+def assemble_card(metadata: CardData, body: str, *, layout: str) -> str:
+    """Metadata, the mark of a prepared folder, and the text."""
+    return f"---\n{metadata.to_yaml()}\n---\n\n{PREPARED_MARK} {version('anyllava')}, layout {layout} -->\n{body}"
+
+
+def keep_card(card: Path, out: Path, *, layout: str) -> None:
+    """Take a card as somebody wrote it.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not card.is_file():
+        raise ValueError(f"got no {card} to keep; expected one, or a card to be written: leave out --keep-card")
+    own = ModelCard.load(card)
+    (out / card.name).write_text(assemble_card(own.data, own.text, layout=layout), encoding="utf-8")
+
+
+def write_data_summary(model: ModelDescription) -> str:
+    """The text of TRAINING_DATA_SUMMARY.md, after the template of Article 53(1)(d) of the EU AI Act."""
+    num_images = [entry.images for entry in model.data]
+    ranges = None
+    if num_images and None not in num_images:
+        total = sum(num_images)
+        ranges = next((name for end, name in MODALITY_RANGES if total < end), "more than 1 billion")
+    return (
+        build_environment()
+        .get_template("training_data_summary.md.jinja")
+        .render(model=model, facts=model.facts, kinds=DATA_KINDS, image_range=ranges or NOT_STATED, missing=NOT_STATED)
+    )
+
+
+def _metadata(model: ModelDescription) -> ModelCardData:
+    facts, run = model.facts, model.run
+    is_adapter = model.layout == "adapter"
+    tags = ["llava", "vision", *(["any_llava"] if model.layout != "transformers" else []), *facts.tags]
+    extra = {}
+    if run.emissions is not None:
+        extra["co2_eq_emissions"] = {
+            "emissions": round(1000 * run.emissions["emissions"], 3),
+            "source": "codecarbon, emissions.csv",
+            "training_type": "fine-tuning",
+            "geographical_location": run.emissions["country_name"],
+            "hardware_used": run.emissions["gpu_model"] or run.emissions["cpu_model"],
+        }
+    results = _eval_results(model)
+    return ModelCardData(
+        license=facts.license,
+        license_name=facts.license_name,
+        license_link=facts.license_link,
+        language=facts.language,
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag=PIPELINE_TAG,
+        base_model=model.base_models,
+        base_model_relation="adapter" if is_adapter else "finetune",
+        datasets=list(dict.fromkeys(facts.datasets + run.hub_datasets)) or None,
+        metrics=sorted({result.metric for result in run.results}) or None,
+        tags=[*tags, *(["custom_code"] if model.has_code else []), *(["lora"] if is_adapter else [])],
+        eval_results=results or None,
+        model_name=model.title if results else None,
+        **extra,
+    )
+
+
+def _eval_results(model: ModelDescription) -> list[EvalResult]:
+    measured = [
+        EvalResult(
+            task_type=PIPELINE_TAG,
+            dataset_type=result.dataset,
+            dataset_name=result.benchmark,
+            dataset_split=result.split,
+            metric_type=result.metric,
+            metric_value=float(result.value),
+            source_name=result.value.source,
+            source_url=f"https://huggingface.co/{model.repo_id}/blob/main/{result.value.source}",
+        )
+        for result in model.run.results
+    ]
+    published = [
+        EvalResult(
+            task_type=PIPELINE_TAG,
+            dataset_type=re.sub(r"\W+", "-", benchmark.lower()).strip("-"),
+            dataset_name=benchmark,
+            metric_type="score",
+            metric_value=float(value),
+            source_name="published by the authors",
+            source_url=figures.source,
+        )
+        for figures in model.facts.published_figures
+        for benchmark, value in figures.values.items()
+    ]
+    return measured + published

@@ -1,0 +1,41 @@
+"""README.md of a Space that has none."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import SpaceCardData
+
+from .card_facts import CardFacts
+from .figures import build_environment
+from .model_card import assemble_card
+
+_GRADIO_PIN = re.compile(r"^gradio(?:\[[\w,]+\])?\s*==\s*([\w.]+)", flags=re.MULTILINE)
+
+
+def write_space_card(folder: Path, *, facts: CardFacts, repo_id: str) -> None:
+    """Write the card of a Gradio Space, with the version of Gradio that its requirements.txt pins.
+
+    Raises:
+        ValueError: if the version or the licence is missing.
+    """
+    requirements = folder / "requirements.txt"
+    pin = _GRADIO_PIN.search(requirements.read_text(encoding="utf-8")) if requirements.is_file() else None
+    if pin is None:
+        raise ValueError(f"got {folder} without gradio==VERSION in requirements.txt; expected the version to run on")
+    if facts.license is None:
+        raise ValueError("got no licence; expected one: give --license, such as apache-2.0, or a --card with it")
+    title = facts.title or repo_id.split("/")[-1]
+    metadata = SpaceCardData(
+        title=title,
+        emoji="\N{VOLCANO}",
+        colorFrom="red",
+        colorTo="yellow",
+        sdk="gradio",
+        sdk_version=pin.group(1),
+        app_file="app.py",
+        license=facts.license,
+        models=facts.base_model or None,
+        tags=["llava", *facts.tags],
+    )
+    body = build_environment().get_template("space.md.jinja").render(title=title, facts=facts)
+    (folder / "README.md").write_text(assemble_card(metadata, body, layout="space"), encoding="utf-8")

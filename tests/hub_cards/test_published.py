@@ -1,0 +1,115 @@
+"""The ready cards of published models: complete, honest about licences, every figure one of its source."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import hub_cards
+from modeling_llava.export.card_facts import read_published
+from modeling_llava.export.figures import build_environment
+from modeling_llava.export.model_card import ModelDescription, write_data_summary, write_model_card
+from modeling_llava.export.repository_check import find_problems
+from modeling_llava.export.run_files import RunFiles
+from tests.conftest import ROOT
+
+PUBLISHED = read_published()
+REFERENCE = ROOT.parent / "shared" / "reference" / "original-llava.md"
+TEMPLATES = sorted(Path(hub_cards.__file__).parent.glob("*.jinja"))
+
+
+def describe(name: str) -> ModelDescription:
+    facts = PUBLISHED[name]
+    return ModelDescription(
+        repo_id=f"someone/{name}",
+        layout="transformers",
+        facts=facts,
+        run=RunFiles(stages=[], results=[], plot=None, emissions=None),
+        base_models=facts.base_model,
+        data=facts.data_entries,
+        prompt="USER: <image>",
+        features={},
+    )
+
+
+def test_every_family_has_a_card():
+    for name in ("llava-13b-v0-science_qa", "llava-v1.5-7b", "llava-v1.6-34b", "llava-med-v1.5-mistral-7b"):
+        assert name in PUBLISHED
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_card_passes_the_offline_check(name, tmp_path):
+    (tmp_path / "README.md").write_text(write_model_card(describe(name)))
+    (tmp_path / "TRAINING_DATA_SUMMARY.md").write_text(write_data_summary(describe(name)))
+    problems = [problem for problem in find_problems(tmp_path, "model") if not problem.endswith("json is missing")]
+    assert not [
+        problem for problem in problems if not problem.endswith((".safetensors is missing", ".jinja is missing"))
+    ]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_figure_stands_in_the_reference(name):
+    if not REFERENCE.is_file():
+        pytest.skip("needs ../shared/reference/original-llava.md, which is not on this machine")
+    section = REFERENCE.read_text().split("## 7. Headline results")[1].split("\n## ")[0]
+    found = {float(number) for number in re.findall(r"\d+(?:\.\d+)?", section)}
+    for figures in PUBLISHED[name].published_figures:
+        assert {float(value) for value in figures.values.values()} <= found
+
+
+def test_figures_of_one_model_are_those_of_its_row():
+    if not REFERENCE.is_file():
+        pytest.skip("needs ../shared/reference/original-llava.md, which is not on this machine")
+    rows = {
+        "llava-v1.5-7b": "1.5-7B",
+        "llava-v1.5-13b": "1.5-13B",
+        "llava-v1.5-7b-lora": "1.5-7B-lora",
+        "llava-v1.5-13b-lora": "1.5-13B-lora",
+        "llava-v1.6-vicuna-7b": "1.6-vicuna-7B",
+        "llava-v1.6-vicuna-13b": "1.6-vicuna-13B",
+        "llava-v1.6-mistral-7b": "1.6-mistral-7B",
+        "llava-v1.6-34b": "1.6-34B",
+    }
+    for name, row in rows.items():
+        (line,) = re.findall(rf"^\| {re.escape(row)} \|(.*)$", REFERENCE.read_text(), flags=re.MULTILINE)
+        expected = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", line)]
+        (figures,) = PUBLISHED[name].published_figures
+        assert list(figures.values.values())[: len(expected)] == expected, name
+
+
+def test_licences_that_do_not_fit_are_named():
+    assert any(
+        "LLaVA-Med instructions is under cc-by-nc-4.0" in line
+        for line in describe("llava-med-v1.5-mistral-7b").conflicts
+    )
+    assert any("ScienceQA is under cc-by-nc-sa-4.0" in line for line in describe("llava-13b-v0-science_qa").conflicts)
+    assert not any("vicuna-7b-v1.5" in line for line in describe("llava-v1.5-7b").conflicts)
+
+
+def test_the_summary_of_training_data_follows_the_template():
+    summary = write_data_summary(describe("llava-v1.5-7b"))
+    headings = re.findall(r"^#{2,3} (.*)$", summary, flags=re.MULTILINE)
+    assert headings == [
+        "1. General information",
+        "1.1 Provider",
+        "1.2 Model",
+        "1.3 Modalities, size, and other characteristics",
+        "2. List of data sources",
+        "Publicly available datasets",
+        "Data licensed from rights holders",
+        "Other private datasets of third parties",
+        "Data crawled from the web",
+        "Data of users",
+        "Data made by models or programs",
+        "Other data",
+        "3. Data processing",
+        "3.1 Reservations of rights for text and data mining",
+        "3.2 Removal of unlawful content",
+        "3.3 Licences that do not fit",
+    ]
+    assert "Personal data: conversations of people with ChatGPT, which can name anybody" in summary
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.name)
+def test_templates_are_whole(path):
+    build_environment().get_template(path.name)

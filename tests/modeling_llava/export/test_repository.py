@@ -1,0 +1,268 @@
+"""`llava export`: what a folder of each kind holds, and what may not go up."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import yaml
+from datasets import load_dataset
+from huggingface_hub import DatasetCard, ModelCard, SpaceCard
+
+from modeling_llava.cli import main
+from modeling_llava.export.repository import find_kind
+from modeling_llava.export.repository_check import find_problems
+from tests import original_folders as folders
+from tests.modeling_llava.export.conftest import MANIFEST
+from tests.tiny import save_tiny_checkpoint
+
+BASE = ["--license", "apache-2.0", "--base-model", "someone/vicuna"]
+RESULTS = {
+    "seed": 3,
+    "commit": "0123abc",
+    "command": "llava eval pope",
+    "results": [
+        {"benchmark": "POPE", "dataset": "lmms-lab/POPE", "split": "test", "metric": "f1", "value": 0.859, "n": 9000}
+    ],
+}
+
+
+def export(capsys, *arguments: str) -> str:
+    assert main(["export", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def finished(trained):
+    """The trained folder with results and emissions, as later commands leave them."""
+    (trained / "results").mkdir(exist_ok=True)
+    (trained / "results" / "pope.json").write_text(json.dumps(RESULTS))
+    line = {
+        "emissions": 0.0125,
+        "energy_consumed": 0.5,
+        "country_name": "Norway",
+        "gpu_model": "",
+        "cpu_model": "a small one",
+    }
+    with (trained / "emissions.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, line)
+        writer.writeheader()
+        writer.writerow(line)
+    return trained
+
+
+def test_a_trained_model(finished, tmp_path, capsys):
+    printed = export(capsys, str(finished), "--out", str(tmp_path / "out"), "--repo-id", "someone/squares", *BASE)
+    out = tmp_path / "out"
+    found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert found >= {
+        "LICENSE",
+        "README.md",
+        "TRAINING_DATA_SUMMARY.md",
+        "chat_template.jinja",
+        "config.json",
+        "emissions.csv",
+        "generation_config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "progress.csv",
+        "progress.png",
+        "results/pope.json",
+        "tokenizer.json",
+        "training_record.json",
+    }
+    assert "model, layout transformers: " in printed
+    assert "note: data three coloured squares is under cc-by-nc-4.0, which forbids commercial use" in printed
+    assert not list(find_problems(out, "model"))
+
+
+def test_the_card_of_a_trained_model(finished, tmp_path, capsys):
+    export(capsys, str(finished), "--out", str(tmp_path / "out"), "--repo-id", "someone/squares", *BASE)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.to_dict() == {
+        "license": "apache-2.0",
+        "language": ["en"],
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "base_model": ["someone/vicuna"],
+        "base_model_relation": "finetune",
+        "metrics": ["f1"],
+        "tags": ["llava", "vision"],
+        "co2_eq_emissions": {
+            "emissions": 12.5,
+            "source": "codecarbon, emissions.csv",
+            "training_type": "fine-tuning",
+            "geographical_location": "Norway",
+            "hardware_used": "a small one",
+        },
+        "model-index": [
+            {
+                "name": "squares",
+                "results": [
+                    {
+                        "task": {"type": "image-text-to-text"},
+                        "dataset": {"name": "POPE", "type": "lmms-lab/POPE", "split": "test"},
+                        "metrics": [{"type": "f1", "value": 0.859}],
+                        "source": {
+                            "name": "results/pope.json",
+                            "url": "https://huggingface.co/someone/squares/blob/main/results/pope.json",
+                        },
+                    }
+                ],
+            }
+        ],
+    }
+    record = json.loads((finished / "training_record.json").read_text())
+    text = card.text
+    for expected in (
+        "| POPE | test | f1 | 0.859 | 9,000 | 3 | `0123abc` | [results/pope.json](results/pope.json) |",
+        "| three coloured squares | synthetic | 6 | 3 | cc-by-nc-4.0 | not stated | none | nobody@example.org |",
+        "| `learning_rate` | 0.003 |",
+        "| `seed` | 42 |",
+        "| steps | 2 |",
+        "rows of `rows.json`: sha256 `" + record["data"][0]["sha256"],
+        "![Loss and throughput over the steps](progress.png)",
+        "0.5 kWh and 0.0125 kg of CO2 equivalent",
+        "USER: <image>\nWhat is in this picture? ASSISTANT: A cat.</s>",
+        "an end token ends the prompt\nthere, and `<image>` is taken for a picture",
+        record["hardware"]["device"],
+    ):
+        assert expected in text, expected
+    summary = (tmp_path / "out" / "TRAINING_DATA_SUMMARY.md").read_text()
+    assert re.search(r"### Data made by models or programs\n+#### three coloured squares", summary)
+    assert "Images: less than 1 million" in summary
+    assert "### Data crawled from the web\n\nNone." in summary
+
+
+def test_paths_of_this_machine_stay_here(trained, workspace, tmp_path, capsys):
+    export(capsys, str(trained), "--out", str(tmp_path / "out"), *BASE)
+    for path in filter(Path.is_file, (tmp_path / "out").rglob("*")):
+        assert str(workspace).encode() not in path.read_bytes(), path.name
+
+
+def test_an_adapter(adapter, tmp_path, capsys):
+    printed = export(capsys, str(adapter), "--out", str(tmp_path / "out"), *BASE)
+    assert "adapter: " in printed
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.library_name, card.data.base_model, card.data.base_model_relation) == (
+        "peft",
+        ["someone/vicuna"],
+        "adapter",
+    )
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/vicuna"
+    assert "| rank | 4 |" in card.text
+    assert "| trained as a whole | `mm_projector` |" in card.text
+    assert not list(find_problems(tmp_path / "out", "adapter"))
+
+
+def test_an_adapter_of_a_folder_needs_its_base_on_the_hub(adapter, tmp_path, capsys):
+    assert main(["export", str(adapter), "--out", str(tmp_path / "out"), "--license", "mit"]) == 2
+    assert "push the base model and give its id as --base-model" in capsys.readouterr().err
+
+
+def test_a_dataset(workspace, tmp_path, capsys):
+    arguments = [str(workspace / "rows.json"), "--image-folder", str(workspace), "--license", "cc-by-4.0"]
+    printed = export(
+        capsys, *arguments, "--out", str(tmp_path / "out"), "--data-manifest", str(workspace / "manifest.yaml")
+    )
+    assert "which forbids commercial use" in printed
+    card = DatasetCard.load(tmp_path / "out" / "README.md")
+    assert card.data.size_categories == ["n<1K"]
+    assert "6 rows, 6 pictures." in card.text
+    assert "- Contact: nobody@example.org" in card.text
+    (workspace / "red.png").rename(workspace / "moved.png")
+    try:
+        rows = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+        assert len(rows) == 6
+        assert rows[0]["images"][0].getpixel((0, 0)) == (255, 0, 0)
+        assert rows[0]["messages"][1]["content"][0]["text"] == "red."
+    finally:
+        (workspace / "moved.png").rename(workspace / "red.png")
+
+
+def test_a_space_keeps_its_card_or_gets_one(tmp_path, capsys):
+    space = tmp_path / "space"
+    (space / "__pycache__").mkdir(parents=True)
+    (space / "__pycache__" / "app.cpython-311.pyc").write_bytes(b"")
+    (space / "app.py").write_text("import gradio\n")
+    (space / "requirements.txt").write_text("gradio==6.31.0\nanyllava\n")
+    export(capsys, str(space), "--out", str(tmp_path / "written"), *BASE)
+    card = SpaceCard.load(tmp_path / "written" / "README.md")
+    assert (card.data.sdk, card.data.sdk_version, card.data.app_file) == ("gradio", "6.31.0", "app.py")
+    assert not (tmp_path / "written" / "__pycache__").exists()
+    metadata = {"title": "Mine", "sdk": "gradio", "sdk_version": "6.31.0", "license": "mit"}
+    (space / "README.md").write_text(f"---\n{yaml.safe_dump(metadata)}---\n\n# Mine\n")
+    export(capsys, str(space), "--out", str(tmp_path / "kept"))
+    assert (tmp_path / "kept" / "README.md").read_text() == (space / "README.md").read_text()
+
+
+def test_an_original_folder_goes_up_in_the_layout_of_transformers(tmp_path, capsys):
+    folders.write_v15(tmp_path)
+    printed = export(capsys, str(tmp_path / "checkpoint"), "--out", str(tmp_path / "out"), "--card", "llava-v1.5-7b")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llava"
+    # SentencePiece: the text after a picture begins with another piece there.
+    assert "note: transformers' processor gives the text after a picture other ids" in printed
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "It also tokenises the text after a picture otherwise" in card.text
+    assert "| POPE | 85.9 |" in card.text
+
+
+def test_a_card_that_somebody_wrote_is_kept(tmp_path, capsys):
+    save_tiny_checkpoint(tmp_path / "model")
+    metadata = {
+        "license": "mit",
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "base_model": "someone/vicuna",
+        "base_model_relation": "finetune",
+    }
+    (tmp_path / "model" / "README.md").write_text(f"---\n{yaml.safe_dump(metadata)}---\n\n# By hand\n")
+    export(capsys, str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--keep-card")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.text.rstrip().endswith("# By hand")
+    assert card.data.base_model == "someone/vicuna"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--base-model", "someone/vicuna"], "got no licence; expected one: give --license"),
+        (["--license", "apache-2.0"], "got no base model on the Hub"),
+        (
+            ["--license", "apache 2", "--base-model", "a/b"],
+            "got license='apache 2'; expected an identifier",
+        ),
+        ([*BASE, "--layout", "gguf"], "got layout='gguf'; expected one of any_llava, original, transformers"),
+        ([*BASE, "--with-code"], "got code for the layout 'transformers'"),
+        ([*BASE, "--card", "llava-v9"], "got card 'llava-v9'; expected a YAML file or one of llava-13b-v0-science_qa"),
+        ([*BASE, "--data-manifest", "nowhere.yaml"], "got 'nowhere.yaml'; expected a YAML file"),
+        (["--keep-card"], "to keep; expected one"),
+    ],
+)
+def test_what_a_user_can_get_wrong(workspace, tmp_path, capsys, arguments, message):
+    assert main(["export", str(workspace / "start"), "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_files_is_not_written_into(workspace, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    assert main(["export", str(workspace / "start"), "--out", str(tmp_path), *BASE]) == 2
+    assert "which holds files; expected a new or empty folder" in capsys.readouterr().err
+
+
+def test_what_is_no_folder_of_any_kind(tmp_path):
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "picture.png")
+    with pytest.raises(ValueError, match=r"expected a model \(config.json\), an adapter"):
+        find_kind(tmp_path)
+    with pytest.raises(ValueError, match="there is none at this path"):
+        find_kind(tmp_path / "nowhere")
+
+
+def test_the_manifest_of_a_run_reaches_its_card(trained):
+    entry = json.loads((trained / "training_record.json").read_text())["data_manifest"][0]
+    assert {name: entry[name] for name in MANIFEST[0]} == MANIFEST[0]
