@@ -1,0 +1,96 @@
+"""Conversation: what a visitor and up to two models said, as the models read it and as Gradio shows it.
+
+It lives on the server and is the only truth: a page tells which message it means, never what was said before.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from modeling_llava.inference import AnswerStatistics
+from processing_llava.image_loading import load_image
+
+from .models import Settings
+from .safety import show_as_text
+
+
+@dataclass
+class Answer:
+    model: str
+    """Its label in the menu."""
+    settings: Settings
+    text: str = ""
+    statistics: AnswerStatistics | None = None
+    is_stopped: bool = False
+
+    @property
+    def caption(self) -> str:
+        """Who answered, and what it took."""
+        if self.statistics is None:
+            return f"{self.model} · stopped" if self.is_stopped else self.model
+        took = self.statistics
+        parts = [
+            self.model,
+            f"first token after {took.seconds_to_first_token:.2f} s",
+            f"{took.tokens_per_second:.0f} tokens/s",
+            f"{took.num_image_tokens} image tokens",
+            f"{took.num_reused_tokens} of {took.num_prompt_tokens} tokens reused",
+        ]
+        return " · ".join(parts)
+
+
+@dataclass
+class Turn:
+    question: str
+    pictures: list[str] = field(default_factory=list)
+    """Paths of files that `safety.clean_picture` wrote, or of examples."""
+    answers: list[Answer] = field(default_factory=list)
+    """One for each model asked: left, right."""
+
+    def choose_answer(self, column: int) -> Answer | None:
+        """What a column shows: a model that was not asked goes on from what the other one said."""
+        return self.answers[min(column, len(self.answers) - 1)] if self.answers else None
+
+
+@dataclass
+class Conversation:
+    turns: list[Turn] = field(default_factory=list)
+
+    def list_messages(self, column: int, *, with_last_answer: bool = False) -> list[dict[str, Any]]:
+        """What the model of a column reads: every turn before the last one, and the last question.
+
+        Raises:
+            ValueError: if a picture is refused or was deleted.
+        """
+        messages = []
+        for turn in self.turns:
+            content = [{"type": "image", "image": _open_picture(path)} for path in turn.pictures]
+            messages.append({"role": "user", "content": [*content, {"type": "text", "text": turn.question}]})
+            answer = turn.choose_answer(column)
+            if answer is not None and (turn is not self.turns[-1] or with_last_answer):
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": answer.text}]})
+        return messages
+
+    def mark_stopped(self) -> "Conversation":
+        """The same, with the last answers ended where they are."""
+        *before, last = self.turns
+        answers = [replace(answer, is_stopped=answer.statistics is None) for answer in last.answers]
+        return Conversation([*before, replace(last, answers=answers)])
+
+    def show(self, column: int) -> list[dict[str, Any]]:
+        """Messages for `gr.Chatbot`: two for each turn, of which the last may be missing."""
+        messages = []
+        for number, turn in enumerate(self.turns, start=1):
+            pictures = [{"path": path, "alt_text": f"Picture of question {number}"} for path in turn.pictures]
+            messages.append({"role": "user", "content": [*pictures, show_as_text(turn.question)]})
+            answer = turn.choose_answer(column)
+            if answer is not None and answer.text:
+                caption = f"<small>{show_as_text(answer.caption)}</small>"
+                messages.append({"role": "assistant", "content": [answer.text, caption]})
+        return messages
+
+
+def _open_picture(path: str) -> Any:
+    try:
+        return load_image(path)
+    except FileNotFoundError:
+        raise ValueError("got a picture that was deleted an hour after its upload; start a new conversation") from None

@@ -1,0 +1,268 @@
+"""Handlers: what happens when a visitor does something. app.py says which component calls which.
+
+A question passes through three of them: one that puts it into the conversation (ask, retry, edit), `answer`, which
+streams, and `finish`, which runs whatever happened and gives a question without an answer back to its text box.
+"""
+
+import base64
+import html
+import io
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import gradio as gr
+import torch
+from PIL import Image
+
+from modeling_llava.attention_map import AnswerAttention, lay_on_picture, overlay
+from processing_llava.image_loading import load_image
+
+from .conversation import Answer, Conversation, Turn
+from .feedback import FeedbackFile
+from .models import ModelMenu, Settings
+
+logger = logging.getLogger(__name__)
+
+MAX_PICTURES = 8
+MAX_CHARACTERS = 20_000
+SECONDS_PER_UPDATE = 0.05
+"""Of the page, while an answer is written."""
+LAYERS = {"all": (0, 1), "first third": (0, 1 / 3), "middle third": (1 / 3, 2 / 3), "last third": (2 / 3, 1)}
+"""Name to the range of layers, as shares of their number."""
+LARGEST_OVERLAY = 768
+"""Longer side in pixels."""
+
+
+class Handlers:
+    """Args:
+    menu: The models.
+    examples: Questions about example pictures: "image" (a path) and "question".
+    feedback: Where opinions go, if anywhere.
+    on_gpu: Wraps what needs the models (ZeroGPU lends its GPU to such functions only).
+    """
+
+    def __init__(
+        self,
+        menu: ModelMenu,
+        *,
+        examples: list[dict[str, str]],
+        feedback: FeedbackFile | None,
+        on_gpu: Callable[[Callable], Callable],
+    ) -> None:
+        self.menu = menu
+        self.examples = examples
+        self.feedback = feedback
+        self.stream = on_gpu(menu.answer)
+        self.look_at = on_gpu(menu.look)
+
+    def ask(self, message: dict[str, Any], conversation: Conversation) -> tuple:
+        """Message of the text box -> conversation, both chats, text box."""
+        question, pictures = message["text"].strip(), message["files"]
+        with show_errors():
+            if not question:
+                raise ValueError("Type a question, then send it.")
+            if len(question) > MAX_CHARACTERS or len(pictures) > MAX_PICTURES:
+                raise ValueError(
+                    f"got {len(question)} characters and {len(pictures)} pictures; expected at most {MAX_CHARACTERS} "
+                    f"and {MAX_PICTURES}"
+                )
+            for path in pictures:
+                load_image(path)
+        return self._wait(conversation.turns + [Turn(question, pictures)])
+
+    def ask_example(self, conversation: Conversation, event: gr.SelectData) -> tuple:
+        example = self.examples[event.index]
+        return self._wait(conversation.turns + [Turn(example["question"], [example["image"]])])
+
+    def retry(self, conversation: Conversation) -> tuple:
+        last = conversation.turns[-1]
+        return self._wait(conversation.turns[:-1] + [Turn(last.question, last.pictures)])
+
+    def edit(self, conversation: Conversation, event: gr.EditData) -> tuple:
+        """The question is asked anew with its pictures; what came after it is forgotten."""
+        number = event.index // 2
+        with show_errors():
+            if not event.value.strip():
+                raise ValueError("Type a question, then send it.")
+            pictures = conversation.turns[number].pictures
+        return self._wait(conversation.turns[:number] + [Turn(event.value.strip(), pictures)])
+
+    def undo(self, conversation: Conversation) -> tuple:
+        return self._give_back(conversation)
+
+    def answer(
+        self,
+        conversation: Conversation,
+        left: str,
+        right: str,
+        template: str,
+        tile_mode: str,
+        system: str,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: int,
+        seed: int,
+    ) -> Iterator[tuple]:
+        """-> conversation, both chats; one model after the other, so that neither slows the other down."""
+        if not conversation.turns or conversation.turns[-1].answers:
+            # The question was taken back while it waited.
+            yield gr.skip(), gr.skip(), gr.skip()
+            return
+        *before, turn = conversation.turns
+        answers: list[Answer] = []
+        with show_errors():
+            chosen = Settings(template, tile_mode, system, temperature, top_p, max_new_tokens, seed)
+            for column, label in enumerate([left, right] if right else [left]):
+                messages = conversation.list_messages(column)
+                answers.append(Answer(label, chosen))
+                shown_at = 0.0
+                with closing(self.stream(label, messages, chosen)) as stream:
+                    for text, statistics in stream:
+                        answers[-1] = Answer(label, chosen, text, statistics)
+                        if statistics is None and time.monotonic() - shown_at < SECONDS_PER_UPDATE:
+                            continue
+                        shown_at = time.monotonic()
+                        conversation = Conversation([*before, replace(turn, answers=list(answers))])
+                        yield conversation, conversation.show(0), conversation.show(1) if right else gr.skip()
+
+    def finish(self, conversation: Conversation) -> tuple:
+        """-> conversation, both chats, text box."""
+        if conversation.turns and not conversation.turns[-1].answers:
+            return self._give_back(conversation)
+        if conversation.turns:
+            conversation = conversation.mark_stopped()
+        return conversation, conversation.show(0), conversation.show(1), self._open_textbox()
+
+    def forget(self) -> tuple:
+        """-> conversation, both chats, text box; and what was looked at, its words, layers and view."""
+        hidden = gr.update(visible=False)
+        return Conversation(), [], [], self._open_textbox(value=None), None, hidden, hidden, ""
+
+    def take_picture(self, picture: str | None, message: dict[str, Any]) -> tuple:
+        """Camera, text box -> camera, text box."""
+        if picture is None:
+            return gr.skip(), gr.skip()
+        return None, {"text": message["text"], "files": [*message["files"], picture]}
+
+    def choose_models(
+        self,
+        left: str,
+        right: str,
+        current: tuple[str, str],
+        # Gradio looks for this default, and shows the progress bars of what runs below.
+        progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008
+    ) -> tuple:
+        """-> both menus, the models that are chosen now, what they are, both chats."""
+        try:
+            descriptions = [
+                f"<b>{html.escape(label)}</b> {self.menu.load(label, beside=left).describe()}"
+                for label in (left, right)
+                if label
+            ]
+        except ValueError as error:
+            gr.Warning(html.escape(str(error)), title="Not loaded")
+            return *current, current, gr.skip(), gr.skip(), gr.skip()
+        chats = (
+            gr.update(label=left, show_label=bool(right)),
+            gr.update(label=right, show_label=True, visible=bool(right)),
+        )
+        return left, right, (left, right), "<br>".join(descriptions), *chats
+
+    def look(self, conversation: Conversation, side: str) -> tuple:
+        """-> attention of the last answer, its words with the one that looks most chosen, the layers."""
+        column = ("left", "right").index(side)
+        with show_errors():
+            answer = conversation.turns[-1].choose_answer(column) if conversation.turns else None
+            if answer is None:
+                raise ValueError("got no answer to look at; ask a question about a picture first")
+            messages = conversation.list_messages(column, with_last_answer=True)
+            attention = self.look_at(answer.model, messages, answer.settings)
+            if not attention.weights:
+                raise ValueError("got a conversation without pictures; ask a question about a picture first")
+        word = max(range(len(attention.words)), key=lambda word: _share(attention.select(word)))
+        choices = [(word, place) for place, word in enumerate(attention.words)]
+        words = gr.update(choices=choices, value=word, visible=True)
+        return (attention, answer), words, gr.update(visible=True)
+
+    def show_word(
+        self, looked: tuple[AnswerAttention, Answer] | None, conversation: Conversation, word: int, layers: str
+    ) -> str:
+        """HTML with every picture of the conversation as one word saw it."""
+        if looked is None:
+            return ""
+        attention, answer = looked
+        with show_errors():
+            loaded = self.menu.load(answer.model)
+            processor = answer.settings.adapt(loaded.processor)
+            num_layers = len(attention.weights[0])
+            first, last = (round(share * num_layers) for share in LAYERS[layers])
+            weights = attention.select(word, slice(first, max(last, first + 1)))
+            pictures = [load_image(path) for turn in conversation.turns for path in turn.pictures]
+            densities = [
+                lay_on_picture(of_picture, picture, loaded.model, processor)
+                for of_picture, picture in zip(weights, pictures)
+            ]
+        highest = max(float(density.max()) for density in densities)
+        share = _share(weights)
+        name = html.escape(attention.words[word])
+        figures = [
+            f'<img alt="Where the model looked in picture {number} for the word {name}" '
+            f'src="{_encode(overlay(picture, density, highest=highest))}">'
+            for number, (picture, density) in enumerate(zip(pictures, densities), start=1)
+        ]
+        return f"<p><b>{name}</b>: {share:.0%} of the attention is on pictures.</p>" + "".join(figures)
+
+    def rate(self, conversation: Conversation, column: int, event: gr.LikeData) -> None:
+        opinion = {True: "Like", False: "Dislike"}.get(event.liked, event.liked)
+        with show_errors():
+            self.feedback.write(conversation, turn=event.index // 2, column=column, opinion=opinion)
+        gr.Info("Thank you. Question, answer and opinion were stored for the operator of this page.")
+
+    def _wait(self, turns: list[Turn]) -> tuple:
+        conversation = Conversation(turns)
+        textbox = gr.update(value=None, interactive=False, submit_btn=False, stop_btn=True)
+        return conversation, conversation.show(0), conversation.show(1), textbox
+
+    def _give_back(self, conversation: Conversation) -> tuple:
+        *before, last = conversation.turns
+        conversation = Conversation(before)
+        textbox = self._open_textbox(value={"text": last.question, "files": last.pictures})
+        return conversation, conversation.show(0), conversation.show(1), textbox
+
+    def _open_textbox(self, **changes: Any) -> dict[str, Any]:
+        return gr.update(interactive=True, submit_btn=True, stop_btn=False, **changes)
+
+
+@contextmanager
+def show_errors() -> Iterator[None]:
+    """Errors as one line on the page. The log says where one came from, and nothing of what was said."""
+    try:
+        yield
+    except ValueError as error:
+        message = " ".join(str(error).split())
+        raise gr.Error(html.escape(message), title="That did not work", print_exception=False) from None
+    except Exception as error:
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        logger.error("%s\n%s", type(error).__name__, frames)
+        raise gr.Error(
+            f"The model failed ({type(error).__name__}). Try again, or with a smaller picture.",
+            title="That did not work",
+            print_exception=False,
+        ) from None
+
+
+def _share(weights: list[torch.Tensor]) -> float:
+    return sum(float(of_picture.sum()) for of_picture in weights)
+
+
+def _encode(picture: Image.Image) -> str:
+    """A data URI: nothing is left on the disk."""
+    picture.thumbnail((LARGEST_OVERLAY, LARGEST_OVERLAY))
+    file = io.BytesIO()
+    picture.save(file, format="JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,0 +1,237 @@
+"""ModelMenu: the models of the demo, loaded when somebody asks for them and there is memory for them."""
+
+import gc
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from modeling_llava.attention_map import AnswerAttention, read_attention
+from modeling_llava.auto import AutoModelForVision2Seq
+from modeling_llava.chat_cache import ChatCache
+from modeling_llava.inference import EMBEDDED_MODEL, AnswerStatistics, ChatSession, load_for_inference
+from processing_llava.conversation_templates import load_template
+from processing_llava.processing_llava import AnyLlavaProcessor
+
+GIB = 2**30
+HEADROOM = GIB // 2
+"""Beside the weights: the states and activations of an answer."""
+AS_TRAINED = "as trained"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a visitor can choose."""
+
+    template: str = AS_TRAINED
+    """Name of a conversation format."""
+    tile_mode: str = AS_TRAINED
+    """An `image_aspect_ratio` of the image processor."""
+    system: str = ""
+    """Replaces the system text of the template."""
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    seed: int = 0
+
+    def adapt(self, processor: AnyLlavaProcessor) -> AnyLlavaProcessor:
+        """The processor with this template and tile mode; the given one is left as it is."""
+        processor = copy(processor)
+        if self.template != AS_TRAINED:
+            processor.chat_template = load_template(self.template)
+        if self.tile_mode != AS_TRAINED:
+            if not isinstance(processor, AnyLlavaProcessor):
+                raise ValueError(
+                    f"got tile mode {self.tile_mode!r} for a model of transformers' own; leave it as trained"
+                )
+            if self.tile_mode == "anyres" and not processor.image_processor.image_grid_pinpoints:
+                raise ValueError("got tile mode 'anyres' for a model of one tile; choose 'pad' or 'square'")
+            processor.image_processor = copy(processor.image_processor)
+            processor.image_processor.image_aspect_ratio = self.tile_mode
+        return processor
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    model: PreTrainedModel
+    processor: AnyLlavaProcessor
+    cache: ChatCache
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights."""
+        return sum(tensor.nbytes for tensor in self.model.state_dict().values())
+
+    def describe(self) -> str:
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        size = f"{self.model.num_parameters() / 1e6:,.0f} million parameters in {dtype} on {self.model.device}"
+        if isinstance(self.processor, AnyLlavaProcessor):
+            return f"{size}, tile mode {self.processor.image_processor.image_aspect_ratio}"
+        return size
+
+
+def count_free_bytes(device: torch.device) -> int:
+    """Memory that a new model can use. sysconf knows no better than free pages outside Linux."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if Path("/proc/meminfo").exists():
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+class ModelMenu:
+    """Models by the label that the page shows. One answer at a time: Gradio's queue sees to that.
+
+    Args:
+        names: Folders (full checkpoints or adapters) or Hub ids; the embedded model by default.
+        device: As `load_for_inference`.
+        free_bytes: Tells how much memory a device has left.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        *,
+        device: str | None = None,
+        free_bytes: Callable[[torch.device], int] = count_free_bytes,
+    ) -> None:
+        self.names = _label(names or [EMBEDDED_MODEL])
+        self.device = _find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.free_bytes = free_bytes
+        self.loaded: dict[str, LoadedModel] = {}
+        """Least recently used first."""
+
+    @property
+    def labels(self) -> list[str]:
+        return list(self.names)
+
+    def load(self, label: str, *, beside: str | None = None) -> LoadedModel:
+        """A model, loaded if it is not; what was used least recently makes room for it.
+
+        Args:
+            beside: A label whose model must stay.
+
+        Raises:
+            ValueError: in one line, if there is no such model, it cannot be loaded, or memory is short.
+        """
+        if label not in self.loaded:
+            self._make_room(label, beside=beside)
+            try:
+                self.loaded[label] = LoadedModel(
+                    *load_for_inference(self.names[label], device=str(self.device)), ChatCache()
+                )
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                raise ValueError(
+                    f"got too little memory for {label}; expected more; choose a smaller model"
+                ) from error
+            finally:
+                _free_memory()
+        self.loaded[label] = self.loaded.pop(label)
+        return self.loaded[label]
+
+    def answer(
+        self, label: str, messages: list[dict[str, Any]], settings: Settings
+    ) -> Iterator[tuple[str, AnswerStatistics | None]]:
+        """The answer so far, again and again; statistics come with the last one.
+
+        Raises:
+            ValueError: if the model, a picture or a setting is refused.
+        """
+        loaded = self.load(label)
+        processor = settings.adapt(loaded.processor)
+        session = ChatSession(loaded.model, processor, system=settings.system or None, cache=loaded.cache)
+        numbers = {name: getattr(settings, name) for name in ("temperature", "top_p", "max_new_tokens", "seed")}
+        text = ""
+        with closing(session.answer(messages, **numbers)) as pieces:
+            for piece in pieces:
+                text += piece
+                yield text, None
+        yield text, session.statistics
+
+    def look(self, label: str, messages: list[dict[str, Any]], settings: Settings) -> AnswerAttention:
+        """What the model looks at while it writes the last answer of a conversation."""
+        loaded = self.load(label)
+        if settings.system:
+            messages = [{"role": "system", "content": settings.system}, *messages]
+        # No answer of this model may run while its attention is switched.
+        with loaded.cache.lock:
+            return read_attention(loaded.model, settings.adapt(loaded.processor), messages)
+
+    def _make_room(self, label: str, *, beside: str | None) -> None:
+        needed = estimate_bytes(self.names[label], self.device) + HEADROOM
+        others = [other for other in self.loaded if other != beside]
+        reachable = self.free_bytes(self.device) + sum(self.loaded[other].num_bytes for other in others)
+        if reachable < needed:
+            raise ValueError(
+                f"got {reachable / GIB:.1f} GiB of memory on {self.device}; {label} needs {needed / GIB:.1f}; "
+                "choose a smaller model or close other programs"
+            )
+        for other in others:
+            if self.free_bytes(self.device) < needed:
+                del self.loaded[other]
+                _free_memory()
+
+
+def estimate_bytes(name: str, device: torch.device) -> int:
+    """Bytes of a model's weights as `load_for_inference` holds them, from its configuration alone.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    adapter_config = Path(name) / "adapter_config.json"
+    if adapter_config.is_file() and not (Path(name) / "config.json").is_file():
+        name = json.loads(adapter_config.read_text())["base_model_name_or_path"]
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"got model {name!r}; expected a folder or a Hub id of a LLaVA") from error
+    with torch.device("meta"):
+        model = AutoModelForVision2Seq.from_config(config)
+    dtype = torch.float32 if device.type == "cpu" or config.dtype is None else config.dtype
+    return sum(tensor.numel() for tensor in model.state_dict().values()) * dtype.itemsize
+
+
+def _label(names: list[str]) -> dict[str, str]:
+    """Names that tell a visitor nothing about the folders of the machine."""
+    labels = {}
+    for name in dict.fromkeys(names):
+        path = Path(name)
+        if path.is_dir():
+            path = path.resolve()
+            label = "embedded" if path == Path(EMBEDDED_MODEL).resolve() else path.name
+        else:
+            label = name
+        number = 1
+        while label in labels:
+            number += 1
+            label = f"{label} ({number})"
+        labels[label] = name
+    return labels
+
+
+def _find_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    num_gpus = torch.cuda.device_count()
+    if device is None or (device.type == "cuda" and (device.index or 0) >= num_gpus):
+        raise ValueError(f"got device {name!r}; expected cpu, or cuda:N below the {num_gpus} GPUs of this machine")
+    return device
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,187 @@
+"""The menu: labels, loading on demand within the memory there is, answers with a visitor's settings."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from modeling_llava.inference import EMBEDDED_MODEL, load_for_inference
+from spaces_demo import models
+from spaces_demo.models import GIB, HEADROOM, ModelMenu, Settings, estimate_bytes
+from tests.tiny import PINPOINTS, TEXT_CONFIGS, VISION_CONFIGS, save_tiny_checkpoint, tiny_processor
+
+CPU = torch.device("cpu")
+QUESTION = [{"type": "image", "image": Image.new("RGB", (80, 40), "red")}, {"type": "text", "text": "What is this?"}]
+MESSAGES = [{"role": "user", "content": QUESTION}]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> list[str]:
+    """Three checkpoints of the same size."""
+    return [str(save_tiny_checkpoint(tmp_path_factory.mktemp(name))) for name in ("first", "second", "third")]
+
+
+def build_menu(folders: list[str], *, room_for: float) -> ModelMenu:
+    """A menu on a machine with memory for so many of these checkpoints."""
+    size = estimate_bytes(folders[0], CPU)
+
+    def count_free_bytes(device: torch.device) -> int:
+        return int(room_for * size) - size * len(menu.loaded) + HEADROOM
+
+    menu = ModelMenu(folders, device="cpu", free_bytes=count_free_bytes)
+    return menu
+
+
+def test_labels_tell_nothing_about_the_machine_and_are_unique(tmp_path):
+    folders = [tmp_path / "a" / "llava", tmp_path / "b" / "llava"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    menu = ModelMenu([EMBEDDED_MODEL, *map(str, folders), "liuhaotian/llava-v1.5-7b"])
+    assert menu.labels == ["embedded", "llava", "llava (2)", "liuhaotian/llava-v1.5-7b"]
+    assert ModelMenu([]).labels == ["embedded"]
+
+
+def test_the_estimate_is_what_the_weights_take(folders, tmp_path):
+    for name in (EMBEDDED_MODEL, folders[0]):
+        model, _ = load_for_inference(name, device="cpu")
+        assert estimate_bytes(name, CPU) == sum(tensor.nbytes for tensor in model.state_dict().values())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": folders[0]}))
+    assert estimate_bytes(str(tmp_path), CPU) == estimate_bytes(folders[0], CPU)
+    assert estimate_bytes(EMBEDDED_MODEL, torch.device("cuda")) == estimate_bytes(EMBEDDED_MODEL, CPU) / 2
+    with pytest.raises(ValueError, match="got model 'no/such-model'"):
+        estimate_bytes("no/such-model", CPU)
+
+
+def test_a_model_is_loaded_once_and_the_least_recently_used_makes_room(folders):
+    menu = build_menu(folders, room_for=2)
+    first, second, third = menu.labels
+    loaded = menu.load(first)
+    menu.load(second)
+    assert menu.load(first) is loaded
+    menu.load(third)
+    assert list(menu.loaded) == [first, third]
+
+
+def test_the_model_that_is_compared_with_stays(folders):
+    menu = build_menu(folders, room_for=2)
+    first, second, third = menu.labels
+    menu.load(first)
+    menu.load(second)
+    menu.load(third, beside=first)
+    assert list(menu.loaded) == [first, third]
+
+
+def test_too_little_memory_is_one_line_and_drops_nothing(folders):
+    menu = build_menu(folders, room_for=1.5)
+    first, second, _ = menu.labels
+    menu.load(first)
+    with pytest.raises(ValueError, match=f"of memory on cpu; {second} needs") as error:
+        menu.load(second, beside=first)
+    assert "\n" not in str(error.value)
+    assert list(menu.loaded) == [first]
+
+
+def test_memory_that_runs_out_while_loading_leaves_the_others(folders, monkeypatch):
+    menu = build_menu(folders, room_for=3)
+    first, second, _ = menu.labels
+    menu.load(first)
+
+    def run_out(*arguments, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(models, "load_for_inference", run_out)
+    with pytest.raises(ValueError, match="got too little memory"):
+        menu.load(second)
+    assert list(menu.loaded) == [first]
+    assert list(menu.answer(first, MESSAGES, Settings(max_new_tokens=2)))
+
+
+def test_free_memory_is_a_plausible_number():
+    assert GIB / 16 < models.count_free_bytes(CPU) < 2**50
+
+
+def test_an_answer_grows_and_ends_with_its_statistics():
+    menu = ModelMenu([])
+    steps = list(menu.answer("embedded", MESSAGES, Settings()))
+    texts = [text for text, _ in steps]
+    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:]))
+    assert [statistics for _, statistics in steps[:-1]] == [None] * (len(steps) - 1)
+    assert steps[-1][1].num_image_tokens == 64
+
+
+def test_an_answer_that_is_left_stops_and_lets_others_in(folders):
+    menu = build_menu(folders, room_for=3)
+    label = menu.labels[0]
+    answer = menu.answer(label, MESSAGES, Settings(max_new_tokens=10_000))
+    next(answer)
+    answer.close()
+    assert not menu.loaded[label].cache.lock.locked()
+    assert list(menu.answer(label, MESSAGES, Settings(max_new_tokens=2)))[-1][1].num_reused_tokens > 0
+
+
+def test_settings_change_a_copy_of_the_processor():
+    processor = tiny_processor(image_aspect_ratio="anyres", image_grid_pinpoints=PINPOINTS)
+    adapted = Settings(template="qwen", tile_mode="pad").adapt(processor)
+    assert adapted.chat_template != processor.chat_template
+    assert adapted.image_processor.image_aspect_ratio == "pad"
+    assert processor.image_processor.image_aspect_ratio == "anyres"
+    with pytest.raises(ValueError, match="for a model of one tile"):
+        Settings(tile_mode="anyres").adapt(tiny_processor())
+
+
+def test_settings_reach_the_model():
+    menu = ModelMenu([])
+
+    def count_prompt(**settings) -> int:
+        return list(menu.answer("embedded", MESSAGES, Settings(**settings)))[-1][1].num_prompt_tokens
+
+    assert count_prompt(system="Answer in one word, please.") > count_prompt()
+    assert count_prompt(template="vicuna_v1") != count_prompt()
+    assert list(menu.answer("embedded", MESSAGES, Settings(max_new_tokens=1)))[-1][1].num_new_tokens == 1
+    wild = [
+        list(menu.answer("embedded", MESSAGES, Settings(temperature=2.0, seed=seed)))[-1][0]
+        for seed in (1, 1, 2, 3, 4)
+    ]
+    assert wild[0] == wild[1] and len(set(wild)) > 1
+    narrow = [
+        list(menu.answer("embedded", MESSAGES, Settings(temperature=2.0, top_p=0.01, seed=seed)))[-1][0]
+        for seed in (1, 2, 3)
+    ]
+    assert len(set(narrow)) == 1
+
+
+def test_looking_follows_the_settings_of_the_answer():
+    menu = ModelMenu([])
+    messages = [*MESSAGES, {"role": "assistant", "content": [{"type": "text", "text": "a red square"}]}]
+    attention = menu.look("embedded", messages, Settings(tile_mode="square", system="Be brief."))
+    assert attention.words == ["a", "red", "square"]
+    assert attention.weights[0].shape[-1] == 64
+
+
+def test_a_checkpoint_of_transformers_own_class_answers_but_cannot_be_looked_into(tmp_path):
+    from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    tokenizer = tiny_processor().tokenizer
+    text_config = TEXT_CONFIGS["llama"]()
+    text_config.vocab_size = len(tokenizer)
+    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(
+        vision_config=VISION_CONFIGS["clip"](), text_config=text_config, image_token_index=image_token_id
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor = LlavaProcessor(
+        images, tokenizer, patch_size=7, num_additional_image_tokens=1, vision_feature_select_strategy="default"
+    )
+    processor.chat_template = tiny_processor().chat_template
+    processor.save_pretrained(tmp_path)
+
+    menu = ModelMenu([str(tmp_path)], device="cpu")
+    label = menu.labels[0]
+    assert "million parameters in float32 on cpu" in menu.load(label).describe()
+    assert list(menu.answer(label, MESSAGES, Settings(max_new_tokens=3)))[-1][1].num_image_tokens == 16
+    with pytest.raises(ValueError, match="leave it as trained"):
+        next(menu.answer(label, MESSAGES, Settings(tile_mode="pad")))
+    with pytest.raises(ValueError, match="expected an AnyLlavaProcessor"):
+        menu.look(label, MESSAGES, Settings())

@@ -1,0 +1,377 @@
+"""The page in a real browser, with real checkpoints, in a second process."""
+
+import io
+import json
+
+import pytest
+from PIL import ExifTags, Image
+
+from tests.spaces_demo.conftest import EXAMPLES, LEAKING_QUESTION, Visitor
+
+PENGUIN, STRAWBERRY, GUITAR = (EXAMPLES / f"twemoji-{name}.png" for name in ("penguin", "strawberry", "guitar"))
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+MARKUP = "<b>bold</b> *not* </s> <image> [a](http://b.example) `c`\n- 1 &lt; 2"
+
+
+def test_upload_ask_and_a_second_turn_about_the_same_picture(visit):
+    visitor = visit()
+    visitor.shoot("empty")
+    visitor.ask("What is this?", PENGUIN)
+    assert visitor.wait_for_answer(1) == "a penguin"
+    first = visitor.read_caption(1)
+    assert first["image_tokens"] == 64 and first["reused"] < first["prompt"]
+    visitor.ask("Is it an animal or a vehicle?")
+    assert visitor.wait_for_answer(2) == "an animal"
+    second = visitor.read_caption(2)
+    assert second["image_tokens"] == 64 and second["reused"] >= first["prompt"]
+    visitor.shoot("answers")
+
+
+def test_an_answer_streams_and_stops(visit):
+    visitor = visit()
+    visitor.choose("Model", "endless")
+    visitor.open("Settings")
+    visitor.page.get_by_label("number input for Longest answer in tokens").fill("1024")
+    visitor.ask("Go on and on.")
+    lengths = set()
+    while len(lengths) < 4:
+        lengths.add(len(visitor.answers().first.inner_text()))
+    visitor.shoot("streaming")
+    visitor.page.locator("#question .stop-button").click()
+    visitor.captions().get_by_text("stopped").wait_for()
+    length = len(visitor.answers().first.inner_text())
+    visitor.page.wait_for_timeout(500)
+    assert len(visitor.answers().first.inner_text()) == length, "the answer grew after it was stopped"
+    assert visitor.textbox.is_enabled()
+
+
+def test_editing_an_earlier_question_keeps_its_picture_and_forgets_what_came_after(visit):
+    visitor = visit()
+    visitor.ask("What is this?", STRAWBERRY)
+    assert visitor.wait_for_answer(1) == "a strawberry"
+    visitor.ask("Is it a strawberry?")
+    visitor.wait_for_answer(2)
+    visitor.page.get_by_role("button", name="Edit").first.click()
+    box = visitor.page.locator("textarea.edit-textarea")
+    assert box.input_value() == "What is this?"
+    box.fill("What color is it?")
+    visitor.page.get_by_role("button", name="Submit").first.click()
+    visitor.answers().get_by_text("red", exact=True).wait_for()
+    visitor.wait_for_answer(1)
+    assert visitor.questions().count() == visitor.answers().count() == visitor.pictures().count() == 1
+
+
+def test_retry_asks_the_chosen_model_again_and_undo_gives_the_question_back(visit):
+    visitor = visit()
+    visitor.ask("What is this?", PENGUIN)
+    visitor.wait_for_answer(1)
+    visitor.choose("Model", "adapter")
+    visitor.page.locator("#status").get_by_text("adapter").wait_for()
+    visitor.page.get_by_role("button", name="Retry").click()
+    visitor.captions().get_by_text("adapter · first token").wait_for()
+    assert visitor.wait_for_answer(1) == "a penguin"
+    assert visitor.answers().count() == 1
+    visitor.page.get_by_role("button", name="Undo").click()
+    visitor.page.locator("#question .thumbnail-item").wait_for()
+    assert visitor.textbox.input_value() == "What is this?"
+    assert visitor.questions().count() == 0
+
+
+def test_clearing_forgets_everything(visit):
+    visitor = visit()
+    visitor.ask("What is this?", PENGUIN)
+    visitor.wait_for_answer(1)
+    with visitor.page.expect_response("**/run/predict"):
+        visitor.page.get_by_role("button", name="Clear").click()
+    visitor.page.locator("button.example").first.wait_for()
+    visitor.ask("What is this?")
+    visitor.wait_for_answer(1)
+    assert visitor.read_caption(1)["image_tokens"] == 0
+
+
+def test_another_model_answers_after_it_was_chosen(visit):
+    visitor = visit()
+    visitor.ask("What is this?", GUITAR)
+    assert visitor.wait_for_answer(1) == "a guitar"
+    visitor.choose("Model", "adapter")
+    visitor.page.locator("#status").get_by_text("adapter").wait_for()
+    visitor.ask("What is this?")
+    assert visitor.wait_for_answer(2) == "a guitar"
+    assert [text.split(" · ")[0] for text in visitor.captions().all_inner_texts()] == ["embedded", "adapter"]
+
+
+def test_a_model_too_big_for_the_memory_is_refused_and_the_chosen_one_goes_on(visit):
+    visitor = visit()
+    visitor.choose("Model", "giant")
+    toast = visitor.page.get_by_test_id("toast-body")
+    toast.get_by_text("GiB of memory on cpu").wait_for()
+    visitor.shoot("memory")
+    assert visitor.page.get_by_label("Model", exact=True).input_value() == "embedded"
+    visitor.ask("What is this?", PENGUIN)
+    assert visitor.wait_for_answer(1) == "a penguin"
+
+
+def test_two_models_answer_the_same_turn_side_by_side(visit):
+    visitor = visit()
+    visitor.ask("What is this?", PENGUIN)
+    visitor.wait_for_answer(1)
+    visitor.choose("Compare with", "adapter")
+    visitor.page.locator("#status").get_by_text("adapter").wait_for()
+    visitor.ask("Is it an animal or a vehicle?")
+    answers = [visitor.wait_for_answer(2, column=column) for column in (0, 1)]
+    assert answers == ["an animal", "an animal"]
+    assert visitor.captions(1).nth(1).inner_text().startswith("adapter")
+    # The earlier turn, which only the first model was asked, is what the second one goes on from.
+    assert visitor.captions(1).nth(0).inner_text().startswith("embedded")
+    left, right = (visitor.chats.nth(column).bounding_box() for column in (0, 1))
+    assert left["x"] + left["width"] <= right["x"] and left["y"] == right["y"]
+    visitor.shoot("comparison")
+    visitor.choose("Compare with", "no other model")
+    visitor.chats.nth(1).wait_for(state="hidden")
+    visitor.ask("Is it a vehicle?")
+    visitor.wait_for_answer(3)
+
+
+def test_what_it_looks_at(visit):
+    visitor = visit()
+    visitor.ask("What is this?", PENGUIN)
+    visitor.wait_for_answer(1)
+    visitor.page.get_by_role("button", name="Show for the last answer").click()
+    view = visitor.page.get_by_alt_text("Where the model looked in picture 1 for the word penguin")
+    view.wait_for()
+    assert visitor.page.locator("#words label").all_inner_texts() == ["a", "penguin"]
+    visitor.shoot("attention")
+    before = view.get_attribute("src")
+    assert before.startswith("data:image/jpeg")
+    visitor.page.get_by_label("Layers").click()
+    visitor.page.get_by_role("option", name="last third").click()
+    visitor.page.wait_for_function("(before) => document.querySelector('#view img').src !== before", arg=before)
+    visitor.page.locator("#words label", has_text="a").first.click()
+    visitor.page.get_by_alt_text("Where the model looked in picture 1 for the word a", exact=True).wait_for()
+
+
+def test_several_pictures_pasted_dropped_and_uploaded(visit):
+    visitor = visit()
+    visitor.attach(PENGUIN)
+    for number, event in enumerate(("paste", "drop"), start=2):
+        visitor.page.evaluate(
+            """([event, bytes]) => {
+              const data = new DataTransfer();
+              data.items.add(new File([new Uint8Array(bytes)], event + ".png", {type: "image/png"}));
+              const [name, options] = event === "paste"
+                ? ["textarea", {clipboardData: data}] : [".full-container", {dataTransfer: data}];
+              const type = event === "paste" ? ClipboardEvent : DragEvent;
+              document.querySelector("#question " + name)
+                .dispatchEvent(new type(event, {...options, bubbles: true, cancelable: true}));
+            }""",
+            [event, list(STRAWBERRY.read_bytes())],
+        )
+        visitor.page.locator("#question .thumbnail-item").nth(number - 1).wait_for()
+    visitor.ask("What do you see?")
+    visitor.wait_for_answer(1)
+    assert visitor.read_caption(1)["image_tokens"] == 3 * 64
+    assert visitor.pictures().count() == 3
+
+
+def test_a_picture_from_the_camera(visit):
+    visitor = visit()
+    visitor.open("Camera")
+    visitor.page.get_by_role("button", name="Click to Access Webcam").click()
+    visitor.page.wait_for_function("document.querySelector('#camera video')?.videoWidth > 0")
+    visitor.shoot("camera")
+    visitor.page.get_by_role("button", name="capture photo").click()
+    visitor.page.locator("#question .thumbnail-item").wait_for()
+    visitor.ask("What is this?")
+    visitor.wait_for_answer(1)
+    assert visitor.read_caption(1)["image_tokens"] == 64
+
+
+def test_what_a_visitor_types_is_shown_as_typed_and_edited_as_typed(visit):
+    visitor = visit()
+    visitor.ask(MARKUP)
+    visitor.wait_for_answer(1)
+    assert visitor.questions().inner_text().strip() == MARKUP
+    assert visitor.questions().locator("b, em, a, code, li, image").count() == 0
+    visitor.page.get_by_role("button", name="Edit").click()
+    assert visitor.page.locator("textarea.edit-textarea").input_value() == MARKUP
+    visitor.page.get_by_role("button", name="Submit").first.click()
+    visitor.page.wait_for_function(
+        "(text) => document.querySelector('#chats .user-row .message').innerText.trim() === text", arg=MARKUP
+    )
+
+
+def test_an_answer_cannot_load_a_remote_picture(visit, browser, demo, other_host):
+    visitor = visit()
+    visitor.choose("Model", "leaking")
+    visitor.page.locator("#status").get_by_text("leaking").wait_for()
+    visitor.ask(LEAKING_QUESTION)
+    visitor.wait_for_answer(1)
+    picture = visitor.answers().locator("img")
+    assert picture.get_attribute("src") == f"http://127.0.0.1:{other_host.port}/leak.png?you=said"
+    assert visitor.answers().locator("strong").inner_text() == "Here"
+    visitor.page.wait_for_timeout(500)
+    assert other_host.requests == []
+
+    # The same page in a browser that ignores the policy does ask.
+    with browser.new_context(bypass_csp=True) as context:
+        page = context.new_page()
+        page.goto(demo.url, wait_until="domcontentloaded")
+        careless = Visitor(page)
+        careless.choose("Model", "leaking")
+        page.locator("#status").get_by_text("leaking").wait_for()
+        careless.ask(LEAKING_QUESTION)
+        careless.wait_for_answer(1)
+        page.wait_for_timeout(500)
+    assert other_host.requests == ["/leak.png?you=said"]
+    other_host.requests.clear()
+
+
+def write_photo_with_place(path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.Make] = "SecretCamera"
+    exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitude] = (48.0, 51.0, 30.0)
+    Image.new("RGB", (200, 120), "red").save(path, exif=exif, comment=b"SecretComment")
+
+
+def test_metadata_is_gone_from_what_is_stored_and_served(visit, demo, tmp_path):
+    photo = tmp_path / "photo.jpg"
+    write_photo_with_place(photo)
+    with Image.open(photo) as image:
+        assert image.getexif().get_ifd(ExifTags.IFD.GPSInfo)
+    visitor = visit()
+    visitor.attach(photo)
+    thumbnail = visitor.page.locator("#question .thumbnail-item img").get_attribute("src")
+    visitor.ask("What is this?")
+    visitor.wait_for_answer(1)
+    for address in (thumbnail, visitor.pictures().get_attribute("src")):
+        served = visitor.page.request.get(address).body()
+        with Image.open(io.BytesIO(served)) as image:
+            assert image.size == (120, 200), "upright"
+            assert not image.getexif() and "comment" not in image.info
+    stored = [path.read_bytes() for path in demo.files.rglob("*") if path.is_file()]
+    assert stored and not any(b"Secret" in data for data in stored)
+
+
+@pytest.mark.parametrize("kind", ["thin", "not a picture", "cut off"])
+def test_a_hostile_upload_is_refused_with_a_reason_and_the_page_goes_on(visit, tmp_path, kind):
+    path = tmp_path / "picture.png"
+    Image.new("L", (1, 6000)).save(path)
+    if kind == "not a picture":
+        path.write_text("<script>alert(1)</script>")
+    elif kind == "cut off":
+        path.write_bytes(PENGUIN.read_bytes()[:2000])
+    visitor = visit()
+    visitor.page.set_input_files("#question input[type=file]", str(path))
+    reason = {"thin": "max_aspect_ratio", "not a picture": "no image of a known", "cut off": "cannot be decoded"}[kind]
+    visitor.page.get_by_test_id("toast-body").get_by_text(reason).wait_for()
+    visitor.shoot(f"hostile-{kind.replace(' ', '-')}")
+    assert visitor.page.locator("#question .thumbnail-item").count() == 0
+    visitor.ask("What is this?", PENGUIN)
+    assert visitor.wait_for_answer(1) == "a penguin"
+
+
+def test_a_picture_without_a_question_stays_in_the_text_box(visit):
+    visitor = visit()
+    visitor.attach(PENGUIN)
+    visitor.textbox.press("Enter")
+    visitor.page.get_by_test_id("toast-body").get_by_text("Type a question").wait_for()
+    assert visitor.page.locator("#question .thumbnail-item").count() == 1
+    visitor.ask("What is this?")
+    assert visitor.wait_for_answer(1) == "a penguin"
+
+
+def test_a_visitor_who_leaves_does_not_keep_the_others_waiting(visit):
+    leaving = visit()
+    leaving.choose("Model", "endless")
+    leaving.open("Settings")
+    leaving.page.get_by_label("number input for Longest answer in tokens").fill("1024")
+    leaving.page.get_by_label("Seed").fill("1")
+    leaving.ask("Go on and on.")
+    leaving.answers().first.wait_for()
+    leaving.page.close()
+    staying = visit()
+    staying.ask("What is this?", PENGUIN)
+    assert staying.wait_for_answer(1) == "a penguin"
+    assert staying.read_caption(1)["seconds"] < 5
+
+
+def test_on_a_phone(visit):
+    visitor = visit(**PHONE)
+    visitor.shoot("phone-empty")
+    visitor.page.locator("button.example").first.click()
+    assert visitor.wait_for_answer(1) == "a penguin"
+    assert visitor.page.evaluate("document.documentElement.scrollWidth") <= 390
+    box = visitor.textbox.bounding_box()
+    assert box["y"] + box["height"] <= 844, "the text box is below the fold"
+    visitor.shoot("phone")
+    visitor.choose("Compare with", "adapter")
+    visitor.page.locator("#status").get_by_text("adapter").wait_for()
+    assert visitor.page.evaluate("document.documentElement.scrollWidth") <= 390
+    visitor.shoot("phone-comparison")
+
+
+def test_with_the_keyboard_alone(visit):
+    visitor = visit()
+    visitor.textbox.focus()
+    for _ in range(20):
+        visitor.page.keyboard.press("Shift+Tab")
+        if visitor.page.evaluate("document.activeElement.matches('button.example')"):
+            break
+    focused = visitor.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert focused == "solid", "what has the focus is not to be seen"
+    visitor.page.keyboard.press("Enter")
+    visitor.wait_for_answer(1)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("size", ["desktop", "phone"])
+def test_axe_finds_no_violations(visit, demo, theme, size):
+    from axe_playwright_python.sync_playwright import Axe
+
+    visitor = visit(f"{demo.url}?__theme={theme}", **(PHONE if size == "phone" else {}))
+    assert visitor.page.evaluate("document.body.classList.contains('dark')") == (theme == "dark")
+    found = [describe(violation) for violation in Axe().run(visitor.page).response["violations"]]
+    visitor.shoot(f"{theme}-{size}-empty")
+    visitor.ask("What is this?", PENGUIN)
+    visitor.wait_for_answer(1)
+    visitor.page.get_by_role("button", name="Show for the last answer").click()
+    visitor.page.locator("#view img").wait_for()
+    visitor.open("Settings")
+    visitor.page.wait_for_timeout(600)
+    visitor.shoot(f"{theme}-{size}")
+    found += [describe(violation) for violation in Axe().run(visitor.page).response["violations"]]
+    assert found == []
+
+
+def describe(violation: dict) -> str:
+    nodes = [node["html"][:200] for node in violation["nodes"]]
+    return f"{violation['id']} ({violation['impact']}): {nodes}"
+
+
+def test_opinions_go_to_the_file_of_the_operator(visit, demo):
+    visitor = visit()
+    visitor.page.get_by_text("your rating are stored").wait_for()
+    visitor.ask("What is this?", PENGUIN)
+    visitor.wait_for_answer(1)
+    visitor.page.get_by_role("button", name="Dislike").first.click()
+    visitor.page.get_by_test_id("toast-body").get_by_text("Thank you").wait_for()
+    record = json.loads(demo.feedback.read_text().splitlines()[-1])
+    assert record.pop("time")
+    assert record == {
+        "model": "embedded",
+        "opinion": "Dislike",
+        "num_pictures": 1,
+        "question": "What is this?",
+        "answer": "a penguin",
+    }
+
+
+def test_nothing_that_was_said_is_in_the_log(visit, demo):
+    visitor = visit()
+    visitor.ask("Is this xyzzy?", PENGUIN)
+    visitor.wait_for_answer(1)
+    log = demo.log.read_text()
+    assert "Running on local URL" in log
+    for said in ("xyzzy", "penguin", "What is", "Go on", "twemoji"):
+        assert said not in log

@@ -1,0 +1,64 @@
+"""Pictures without metadata, text without markup."""
+
+import html
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import ExifTags, Image
+
+from spaces_demo.safety import clean_picture, show_as_text
+
+
+def save_picture(path, **settings) -> None:
+    image = Image.new("RGB", (30, 20), "red")
+    image.paste("blue", (0, 0, 15, 20))
+    image.save(path, **settings)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_a_cleaned_picture_has_pixels_only_and_stands_upright(tmp_path, format):
+    path = tmp_path / "picture.bin"
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.Make] = "SecretCamera"
+    settings = {"exif": exif} if format in ("JPEG", "PNG", "WEBP") else {}
+    save_picture(path, format=format, **settings)
+    # Whatever stands behind the picture is no pixel either.
+    path.write_bytes(path.read_bytes() + b"SecretMovie")
+    clean_picture(str(path))
+    assert b"Secret" not in path.read_bytes()
+    with Image.open(path) as image:
+        assert image.format == ("JPEG" if format == "JPEG" else "PNG")
+        assert not image.getexif()
+        assert image.size == ((20, 30) if settings else (30, 20))
+        first, last = image.getpixel((5, 5)), image.getpixel((image.width - 5, image.height - 5))
+    assert first[2] > 200 > first[0] and last[0] > 200 > last[2]
+
+
+def test_a_png_keeps_its_pixels_exactly(tmp_path):
+    path = tmp_path / "picture.png"
+    save_picture(path)
+    with Image.open(path) as image:
+        before = image.tobytes()
+    clean_picture(str(path))
+    with Image.open(path) as image:
+        assert image.tobytes() == before
+
+
+def test_what_is_no_picture_is_deleted(tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_text("<svg onload=alert(1)>")
+    with pytest.raises(ValueError, match="no image of a known format"):
+        clean_picture(str(path))
+    assert not path.exists()
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp"])))
+def test_markdown_shows_every_character_and_no_markup(text):
+    from markdown_it import MarkdownIt
+
+    shown = MarkdownIt("commonmark", {"html": True}).render(show_as_text(text))
+    assert re.findall(r"<[^>]*>", shown) in (["<p>", "</p>"], [])
+    assert html.unescape(re.sub(r"<[^>]*>", "", shown)).strip() == text.strip()
