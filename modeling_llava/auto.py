@@ -25,6 +25,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import logging
 
+from processing_llava.image_processing_fast import AnyLlavaImageProcessor
 from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
 from processing_llava.original_folder import OriginalFolder, is_original
 from processing_llava.processing_llava import AnyLlavaProcessor
@@ -95,6 +96,7 @@ EXPORTED = {
     "AnyLlavaModel": AnyLlavaModel,
     "AnyLlavaForConditionalGeneration": AnyLlavaForConditionalGeneration,
     "AnyLlavaProcessor": AnyLlavaProcessor,
+    "AnyLlavaImageProcessor": AnyLlavaImageProcessor,
     "AnyLlavaImageProcessorPil": AnyLlavaImageProcessorPil,
     "AutoModelForVision2Seq": AutoModelForVision2Seq,
 }
@@ -109,9 +111,12 @@ def register() -> None:
     AutoModel.register(AnyLlavaConfig, AnyLlavaModel, exist_ok=True)
     AutoModelForImageTextToText.register(AnyLlavaConfig, AnyLlavaForConditionalGeneration, exist_ok=True)
     AutoModelForMultimodalLM.register(AnyLlavaConfig, AnyLlavaForConditionalGeneration, exist_ok=True)
-    AutoImageProcessor.register(
-        AnyLlavaConfig, image_processor_classes={"pil": AnyLlavaImageProcessorPil}, exist_ok=True
-    )
+    # Where torchvision is installed, transformers takes the entry of that name unless it is asked for another.
+    image_processors = {
+        "pil": AnyLlavaImageProcessorPil,
+        **dict.fromkeys(("torch", "torchvision"), AnyLlavaImageProcessor),
+    }
+    AutoImageProcessor.register(AnyLlavaConfig, image_processor_classes=image_processors, exist_ok=True)
     AutoProcessor.register(AnyLlavaConfig, AnyLlavaProcessor, exist_ok=True)
 
     class_name = AnyLlavaForConditionalGeneration.__name__

@@ -11,13 +11,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
 
 from .processing_llava import AnyLlavaProcessor
 from .prompts import count_images, encode_prompt
+from .row_lengths import read_image_sizes
+
+logger = logging.get_logger(__name__)
 
 IGNORED_LABEL = -100
 """The label that cross entropy skips."""
+
+ON_BAD_ROW = ("raise", "skip")
+"""What can become of a row that cannot be trained on."""
 
 
 class LlavaDataCollator:
@@ -32,9 +40,11 @@ class LlavaDataCollator:
         packed: Put the rows end to end instead of padding them.
         read_features: Gives the tower features `[I, P, V]` of images. The batch then holds them as
             `mm_encoder_outputs`, and neither reads nor prepares pictures.
+        on_bad_row: "raise", or "skip" rows that cannot be trained on: a batch then has fewer rows, each skipped one is
+            logged with its reason, and `skipped` holds the ids. Workers of a data loader have a collator each.
 
     Raises:
-        ValueError: naming the row, if it cannot be trained on.
+        ValueError: naming the row, if it cannot be trained on; or all rows of a batch, if none can.
     """
 
     def __init__(
@@ -44,13 +54,51 @@ class LlavaDataCollator:
         max_length: int | None = None,
         packed: bool = False,
         read_features: Callable[[list[str]], torch.Tensor] | None = None,
+        on_bad_row: str = "raise",
     ) -> None:
+        if on_bad_row not in ON_BAD_ROW:
+            raise ValueError(f"got on_bad_row={on_bad_row!r}; expected one of {', '.join(ON_BAD_ROW)}")
         self.processor = processor
         self.max_length = max_length
         self.packed = packed
         self.read_features = read_features
+        self.on_bad_row = on_bad_row
+        self.skipped: list[str] = []
+        """Ids of the rows that were left out so far."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        try:
+            return self._collate(rows)
+        except (OSError, ValueError):
+            # Rare enough to look at each row on its own.
+            faults = [self._find_fault(row) for row in rows]
+            if not any(faults):
+                raise
+        if self.on_bad_row == "raise":
+            fault = next(filter(None, faults))
+            # Workers of a data loader can send only errors that are made of one text.
+            raise ValueError(str(fault)) from fault
+        bad = [(row["id"], fault) for row, fault in zip(rows, faults) if fault is not None]
+        self.skipped += [row_id for row_id, _ in bad]
+        for row_id, fault in bad:
+            logger.warning(f"row {row_id!r} is skipped, {len(self.skipped)} so far: {fault}")
+        if len(bad) == len(rows):
+            raise ValueError(
+                f"got a batch in which no row can be trained on: {', '.join(row_id for row_id, _ in bad)}; expected "
+                f"at least one; the first says: {bad[0][1]}"
+            )
+        return self._collate([row for row, fault in zip(rows, faults) if fault is None])
+
+    def _find_fault(self, row: dict[str, Any]) -> Exception | None:
+        """Why a row cannot be trained on."""
+        try:
+            read_image_sizes(row, decode=True, limits=self.processor.image_processor.limits)
+            self._collate([row])
+        except (OSError, ValueError) as error:
+            return error
+        return None
+
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         image_inputs, num_image_tokens = self._encode_images([image for row in rows for image in row["images"]])
         remaining = iter(num_image_tokens)
         encoded = [self._encode_row(row, [next(remaining) for _ in row["images"]]) for row in rows]
@@ -70,7 +118,13 @@ class LlavaDataCollator:
 
     def _encode_row(self, row: dict[str, Any], num_image_tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and labels of a row, `[L]` each."""
-        prompt = self.processor.render(row["messages"])
+        try:
+            prompt = self.processor.render(row["messages"])
+        except (TemplateError, ValueError) as error:
+            raise ValueError(
+                f"got row {row['id']!r} that cannot be written ({error}); expected a conversation that fits the chat "
+                "template; correct the row, or choose another template"
+            ) from error
         num_places = count_images(prompt, self.processor.image_token)
         if num_places != len(num_image_tokens):
             raise ValueError(

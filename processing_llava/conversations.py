@@ -19,21 +19,23 @@ from typing import Any
 
 from PIL import Image
 
+from .image_folders import ImageFolder
 from .record_files import RefusedRecord, stream_records
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 """Role names of data files to those of messages."""
 
 _IMAGE = "<image>"
-_ADDRESS = re.compile(r"data:|[A-Za-z][A-Za-z0-9+.-]*://")
+ADDRESS = re.compile(r"data:|[A-Za-z][A-Za-z0-9+.-]*://", flags=re.IGNORECASE)
+"""How a text begins that is no path."""
 
 
-def read_conversations(path: str | Path, image_folder: str | Path | None = None) -> list[dict[str, Any]]:
+def read_conversations(path: str | Path, image_folder: ImageFolder | str | Path | None = None) -> list[dict[str, Any]]:
     """All rows of a data file.
 
     Args:
         path: `.json` (a list of records) or JSON Lines.
-        image_folder: Put in front of the image paths.
+        image_folder: Where image paths start and have to stay; without it, a record with a path is refused.
 
     Raises:
         ValueError: naming the file or the record that cannot be used; see `stream_records` and `convert_record`.
@@ -41,13 +43,15 @@ def read_conversations(path: str | Path, image_folder: str | Path | None = None)
     return list(stream_conversations(path, image_folder))
 
 
-def stream_conversations(path: str | Path, image_folder: str | Path | None = None) -> Iterator[dict[str, Any]]:
+def stream_conversations(
+    path: str | Path, image_folder: ImageFolder | str | Path | None = None
+) -> Iterator[dict[str, Any]]:
     """The rows of a data file one by one."""
     for index, record in enumerate(stream_records(path)):
         yield convert_record(record, index, image_folder=image_folder)
 
 
-def convert_record(record: Any, index: int, *, image_folder: str | Path | None = None) -> dict[str, Any]:
+def convert_record(record: Any, index: int, *, image_folder: ImageFolder | str | Path | None = None) -> dict[str, Any]:
     """One record -> one row.
 
     Args:
@@ -55,15 +59,16 @@ def convert_record(record: Any, index: int, *, image_folder: str | Path | None =
             path, bytes, PIL image, or the `{"bytes", "path"}` of `datasets`; items of `messages` can hold theirs
             instead. A `RefusedRecord` is raised.
         index: Position in the data; the id of a record that has none.
-        image_folder: Put in front of the image paths.
+        image_folder: Where image paths start and have to stay. Without it only bytes, PIL images and `pathlib.Path`
+            objects are images: a text could name any file of the machine.
 
     Returns:
         `id`, `images` in reading order, and `messages`: an optional system message, then user and assistant in turn.
-        `content` is a list of `{"type": "image"}` and `{"type": "text", "text": ...}`.
+        `content` is a list of `{"type": "image"}` and `{"type": "text", "text": ...}`. Paths are `pathlib.Path`.
 
     Raises:
         RefusedRecord: for a missing key, a value of the wrong kind, an unknown role, wrong order, an empty answer,
-            or another number of `<image>` than of images.
+            another number of `<image>` than of images, or a path that leads out of the image folder.
     """
     if isinstance(record, RefusedRecord):
         raise record
@@ -203,12 +208,21 @@ def _read_images(record: dict[str, Any]) -> list[Any]:
     return images if isinstance(images, list) else [images]
 
 
-def _read_image(image: Any, folder: str | Path | None, row_id: str) -> str | bytes | Image.Image:
+def _read_image(image: Any, folder: ImageFolder | str | Path | None, row_id: str) -> str | bytes | Path | Image.Image:
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
-    if isinstance(image, str) and folder is not None and not _ADDRESS.match(image):
-        return str(Path(folder) / image)
-    if not isinstance(image, (str, bytes, Image.Image)):
+    if isinstance(image, str) and not ADDRESS.match(image):
+        if folder is None:
+            raise RefusedRecord(
+                row_id, "image path without a folder", f"the image path {_shorten(image)}", "set image_folder"
+            )
+        try:
+            return (folder if isinstance(folder, ImageFolder) else ImageFolder(folder)).find(image)
+        except ValueError as error:
+            raise RefusedRecord(
+                row_id, "image outside its folder", f"an image elsewhere ({error})", "correct the record"
+            ) from error
+    if not isinstance(image, (str, bytes, Path, Image.Image)):
         raise RefusedRecord(
             row_id, "malformed image", f"image {_shorten(image)}", "expected a path or bytes; correct the record"
         )

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from .conversations import convert_record
 from .data_report import CheckReport
 from .data_sources import DataSource, open_records
+from .image_folders import ImageFolder
 from .processing_llava import AnyLlavaProcessor
 from .record_files import RefusedRecord
 from .row_lengths import MeasuredRow, check_length_options, fit_row, read_image_sizes
@@ -57,12 +58,13 @@ class RecordCheck:
         self.decode = decode
 
     def __call__(
-        self, record: Any, index: int, *, image_folder: str | None = None
+        self, record: Any, index: int, *, image_folder: ImageFolder | None = None
     ) -> tuple[list[MeasuredRow], list[RefusedRecord]]:
         """The rows of a record, and what cannot be used of it; never raises for what a record holds."""
         try:
             row = convert_record(record, index, image_folder=image_folder)
-            sizes = read_image_sizes(row, decode=self.decode)
+            limits = self.processor.image_processor.limits
+            sizes = read_image_sizes(row, decode=self.decode, limits=limits)
             return fit_row(row, self.processor, sizes, max_length=self.max_length, too_long=self.too_long)
         except RefusedRecord as refused:
             return [], [refused]
@@ -100,7 +102,7 @@ def find_usable_rows(sources: Iterable[DataSource], check: RecordCheck) -> Itera
     """The usable rows one by one, in this process."""
     for source in sources:
         for index, record in enumerate(open_records(source)[1]):
-            yield from check(record, index, image_folder=source.image_folder)[0]
+            yield from check(record, index, image_folder=source.images)[0]
 
 
 def _check_chunks(chunks: Iterator[Chunk], check: RecordCheck, *, workers: int) -> Iterator[CheckReport]:
@@ -141,7 +143,7 @@ def _interrupts_ignored() -> Iterator[None]:
 def _check_chunk(chunk: Chunk, check: RecordCheck) -> CheckReport:
     report = CheckReport()
     for source, index, record in chunk:
-        rows, refused = check(record, index, image_folder=source.image_folder)
+        rows, refused = check(record, index, image_folder=source.images)
         report.count(rows, refused, source=source.path)
     return report
 

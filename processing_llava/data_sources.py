@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .image_folders import ImageFolder
 from .record_files import stream_records
 
 if TYPE_CHECKING:
@@ -31,7 +32,9 @@ class DataSource:
     path: str
     """A file `.json`, `.jsonl`, `.parquet` or `.arrow`; a folder of them or of `save_to_disk`; or a Hub dataset id."""
     image_folder: str | None = None
-    """Where image paths start."""
+    """Where image paths start, and where they have to stay; without it, records with paths are refused."""
+    follow_links: bool = False
+    """Symbolic links in the image folder may lead out of it."""
     name: str | None = None
     """Configuration of a Hub dataset."""
     split: str = "train"
@@ -48,6 +51,11 @@ class DataSource:
     @property
     def is_json(self) -> bool:
         return Path(self.path).suffix in _JSON
+
+    @property
+    def images(self) -> ImageFolder | None:
+        """Where records may have their images."""
+        return None if self.image_folder is None else ImageFolder(self.image_folder, follow_links=self.follow_links)
 
 
 def open_records(source: DataSource) -> tuple[int | None, Iterator[Any]]:

@@ -1,13 +1,12 @@
-"""The single door for images: bytes, path, data URI, file object or PIL image in, RGB image out, or one clear error.
+"""The single door for images: bytes, file, data URI, array, PIL image or URL in, RGB image out, or one clear error.
 
 An image that reaches a server may be hostile: a PNG of a hundred bytes can announce a billion pixels, or be one pixel
 wide and cost gigabytes once its short side is resized. Every limit is therefore read from the header, before any
-pixel is decoded. What may surprise: EXIF orientation is applied (the original LLaVA never does), transparent pixels
-become white (a bare `convert("RGB")` shows the colour that hides below them), and 16-bit grey is scaled (Pillow clips
-it, so that nearly everything turns white). URLs are not fetched here, because a server that fetches whatever address
-it is sent reaches hosts that the sender could not.
+pixel is decoded. What may surprise: EXIF orientation is applied (the original LLaVA never does), all other metadata
+goes, transparent pixels become white (a bare `convert("RGB")` shows the colour that hides below them), and 16-bit
+grey is scaled (Pillow clips it, so that nearly everything turns white).
 
-Only the standard library and Pillow are used, and the file is copied into Hub repositories as it is.
+Only the standard library, Pillow, numpy and torch are used, and the file is copied into Hub repositories as it is.
 """
 
 import base64
@@ -17,17 +16,23 @@ import os
 import re
 import stat
 import struct
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
-from PIL import ExifTags, Image
+import numpy as np
+import torch
+from PIL import Image
 
-ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Image.Image
+from .image_arrays import image_from_levels, read_levels
+from .image_containers import read_orientation, strip_metadata
+from .image_limits import DEFAULT_LIMITS, ImageLimits, check_image_size, check_num_bytes
+
+Pixels = Image.Image | np.ndarray | torch.Tensor
+ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Pixels
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
-# EXIF orientation -> what brings the stored pixels upright; 1 and unknown values mean "leave as it is"
+# EXIF orientation -> what brings the stored pixels upright; 1 means "leave as it is"
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -39,63 +44,73 @@ UPRIGHT = {
 }
 
 # what Pillow lets escape on damaged files: its own errors, and those of parsing a chunk that is too short
-DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error)
+DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error)
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageLimits:
-    """What an image may cost; anything above is refused before it is decoded.
+class UrlReader(Protocol):
+    """Fetches an image, or refuses to: `image_urls.UrlPolicy`."""
 
-    Raises:
-        ValueError: a limit below 1.
-    """
-
-    max_bytes: int = 50_000_000
-    """Size of the encoded file."""
-    max_pixels: int = 64_000_000
-    """Height times width."""
-    max_side: int = 20_000
-    """Longer side in pixels."""
-    max_aspect_ratio: float = 200
-    """Longer side over shorter side; the reference behaviour of LLaVA is published up to 80 (8000 x 100)."""
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = self.__dict__[field.name]
-            if not value >= 1:
-                raise ValueError(f"got {field.name}={value!r}; expected at least 1; raise it or leave the default")
+    def fetch(self, url: str, *, max_bytes: int) -> bytes: ...
 
 
-DEFAULT_LIMITS = ImageLimits()
-
-
-def load_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+def load_image(
+    source: ImageSource,
+    *,
+    limits: ImageLimits = DEFAULT_LIMITS,
+    allow_text_paths: bool = True,
+    urls: UrlReader | None = None,
+) -> Image.Image:
     """Loads one image, upright and in RGB.
 
     Args:
-        source: encoded bytes, a path, a "data:...;base64," URI, a binary file object, or a PIL image. Encoded images
-            are JPEG, PNG, WebP, GIF or BMP, told by their content; of an animation, the first frame is taken.
-        limits: what is refused.
+        source: Encoded bytes, a path, a "data:...;base64," URI, a URL, a binary file object, a PIL image, or an array
+            of levels or of floats of 0..1. Encoded images are JPEG, PNG, WebP, GIF or BMP, told by their content; of
+            an animation, the first picture is taken.
+        limits: What is refused.
+        allow_text_paths: Whether a `str` can be a path. Switch it off for texts of strangers: then only a
+            `pathlib.Path`, which no text turns into, opens a file.
+        urls: Fetches URLs. Without it they are refused, since a server that fetches whatever address it is sent
+            reaches hosts that the sender could not.
 
     Returns:
-        An image of mode "RGB" whose pixels are in memory. A PIL image that is already so is returned itself.
+        An image of mode "RGB" whose pixels are in memory, without metadata. A PIL image that is already so is
+        returned itself.
 
     Raises:
         FileNotFoundError: there is no file at the path.
-        ValueError: the source is a URL, of an unknown kind or format, damaged, or above a limit.
+        ValueError: the source is not allowed, of an unknown kind or format, damaged, or above a limit.
     """
-    if isinstance(source, Image.Image):
-        image = source
-    else:
-        image = _open(_read_bytes(source, limits=limits), limits=limits)
-    check_image_size(image.height, image.width, limits=limits)
+    image = load_pixels(source, limits=limits, allow_text_paths=allow_text_paths, urls=urls)
+    if type(image) is Image.Image and not image.info:
+        return image
+    # An image that was opened from a file keeps what the file said of camera and place, in several attributes.
+    plain = image.copy()
+    plain.info = {}
+    return plain
+
+
+def load_pixels(
+    source: ImageSource,
+    *,
+    limits: ImageLimits = DEFAULT_LIMITS,
+    allow_text_paths: bool = True,
+    urls: UrlReader | None = None,
+) -> Image.Image:
+    """As `load_image`, for callers that take the pixels and drop the image: it may hold metadata still."""
+    image, orientation = _open(source, limits=limits, allow_text_paths=allow_text_paths, urls=urls)
     try:
         image.load()
     except DAMAGE as error:
         raise ValueError(
             f"got an image that cannot be decoded ({_shorten(error)}); expected a whole image; save it again"
         ) from error
-    return _to_rgb(_turn_upright(image))
+    if orientation != 1:
+        image = image.transpose(UPRIGHT[orientation])
+        # Whoever loads it once more must not turn it again.
+        image.info.pop("exif", None)
+    return _to_rgb(image)
 
 
 def read_image_size(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
@@ -105,56 +120,57 @@ def read_image_size(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS
         FileNotFoundError: there is no file at the path.
         ValueError: as `load_image`, but for pixels that cannot be decoded.
     """
+    image, orientation = _open(source, limits=limits)
+    # Orientations from 5 on exchange the sides.
+    return image.size if orientation >= 5 else image.size[::-1]
+
+
+def _open(
+    source: ImageSource, *, limits: ImageLimits, allow_text_paths: bool = True, urls: UrlReader | None = None
+) -> tuple[Image.Image, int]:
+    """The image with its header read and its size checked, and its EXIF orientation."""
     if isinstance(source, Image.Image):
-        image = source
+        image, orientation = source, read_orientation(source.info.get("exif", b""))
+    elif isinstance(source, (np.ndarray, torch.Tensor)):
+        image, orientation = image_from_levels(read_levels(source, limits=limits)[0]), 1
     else:
-        image = _open(_read_bytes(source, limits=limits), limits=limits)
+        data = _read_bytes(source, limits=limits, allow_text_paths=allow_text_paths, urls=urls)
+        image, orientation = _open_file(data, limits=limits)
     check_image_size(image.height, image.width, limits=limits)
-    # orientations from 5 on exchange the sides
-    return image.size if _read_orientation(image) >= 5 else image.size[::-1]
+    return image, orientation
 
 
-def check_image_size(height: int, width: int, *, limits: ImageLimits = DEFAULT_LIMITS) -> None:
-    """Refuses a height and width, in pixels, above the limits.
-
-    Raises:
-        ValueError: no pixels, a side too long, too many pixels, or too thin.
-    """
-    if height < 1 or width < 1:
-        raise ValueError(f"got an image of {width} x {height} pixels; expected at least 1 x 1; send another image")
-    ratio = max(height, width) / min(height, width)
-    for name, value, allowed in (
-        ("max_side", max(height, width), limits.max_side),
-        ("max_pixels", height * width, limits.max_pixels),
-        ("max_aspect_ratio", ratio, limits.max_aspect_ratio),
-    ):
-        if value > allowed:
-            raise ValueError(
-                f"got an image of {width} x {height} pixels; expected {name} of at most {allowed}, not {value:.10g}; "
-                f"resize or crop the image, or allow it with ImageLimits({name}=...)"
-            )
-
-
-def _read_bytes(source: ImageSource, *, limits: ImageLimits) -> bytes:
+def _read_bytes(source: ImageSource, *, limits: ImageLimits, allow_text_paths: bool, urls: UrlReader | None) -> bytes:
     """The encoded image, never reading more than one byte above the limit."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
     elif isinstance(source, str) and source[:5].lower() == "data:":
         data = _decode_data_uri(source, limits=limits)
+    elif isinstance(source, str) and _URL.match(source):
+        data = _fetch(source, limits=limits, urls=urls)
+    elif isinstance(source, str) and not allow_text_paths:
+        raise ValueError(
+            f"got the text {_shorten(source)!r} for an image; expected bytes, a data URI or a PIL image, because no "
+            "text opens a file here; if it is your own path, pass pathlib.Path(...)"
+        )
     elif isinstance(source, (str, os.PathLike)):
         data = _read_file(os.fspath(source), limits=limits)
     else:
         data = _read_file_object(source, limits=limits)
-    _check_num_bytes(len(data), limits=limits)
+    check_num_bytes(len(data), limits=limits)
     return data
 
 
-def _read_file(path: str, *, limits: ImageLimits) -> bytes:
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
+def _fetch(url: str, *, limits: ImageLimits, urls: UrlReader | None) -> bytes:
+    if urls is None:
         raise ValueError(
-            f"got the URL {_shorten(path)}; expected bytes, a path or a data URI, because URLs are not fetched here; "
-            "download the image and pass its bytes"
+            f"got the URL {_shorten(url)}; expected bytes, a path or a data URI, because URLs are not fetched here; "
+            "download the image and pass its bytes, or allow hosts with urls=UrlPolicy(hosts=...)"
         )
+    return urls.fetch(url, max_bytes=limits.max_bytes)
+
+
+def _read_file(path: str, *, limits: ImageLimits) -> bytes:
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -163,9 +179,10 @@ def _read_file(path: str, *, limits: ImageLimits) -> bytes:
         raise ValueError(
             f"got the path {_shorten(path)} ({_shorten(error)}); expected an image file; correct the path"
         ) from None
+    # Told before opening: opening a pipe waits, and a device never ends.
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"got {_shorten(path)}, which is no regular file; expected an image file; correct the path")
-    _check_num_bytes(status.st_size, limits=limits)
+    check_num_bytes(status.st_size, limits=limits)
     with Path(path).open("rb") as file:
         return file.read(limits.max_bytes + 1)
 
@@ -178,7 +195,7 @@ def _read_file_object(source: BinaryIO, *, limits: ImageLimits) -> bytes:
     if not isinstance(data, bytes):
         raise ValueError(
             f"got an image of type {type(source).__name__}; expected bytes, a path, a data URI, a file object opened "
-            "as binary, or a PIL image; convert it"
+            "as binary, an array or a PIL image; convert it"
         )
     return data
 
@@ -188,7 +205,7 @@ def _decode_data_uri(uri: str, *, limits: ImageLimits) -> bytes:
     if not comma or not header.lower().endswith(";base64"):
         raise ValueError(f"got the data URI {_shorten(uri)}; expected 'data:image/png;base64,...'; encode it so")
     # four characters carry three bytes; half leaves room for line breaks, and the exact check follows
-    _check_num_bytes(len(payload) // 2, limits=limits)
+    check_num_bytes(len(payload) // 2, limits=limits)
     try:
         return base64.b64decode("".join(payload.split()), validate=True)
     except (binascii.Error, ValueError) as error:
@@ -197,18 +214,11 @@ def _decode_data_uri(uri: str, *, limits: ImageLimits) -> bytes:
         ) from None
 
 
-def _check_num_bytes(num_bytes: int, *, limits: ImageLimits) -> None:
-    if num_bytes > limits.max_bytes:
-        raise ValueError(
-            f"got an image of {num_bytes} bytes or more; expected at most {limits.max_bytes}; compress the image, or "
-            "allow it with ImageLimits(max_bytes=...)"
-        )
-
-
-def _open(data: bytes, *, limits: ImageLimits) -> Image.Image:
+def _open_file(data: bytes, *, limits: ImageLimits) -> tuple[Image.Image, int]:
     """Reads the header only."""
+    stripped, orientation = strip_metadata(data, max_pieces=limits.max_pieces, max_frames=limits.max_frames)
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(io.BytesIO(stripped), formats=FORMATS), orientation
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
             f"got an image with too many pixels ({_shorten(error)}); expected max_pixels of at most "
@@ -220,27 +230,6 @@ def _open(data: bytes, *, limits: ImageLimits) -> Image.Image:
             f"got {len(data)} bytes that are no image of a known format (they start with {data[:12]!r}); expected one "
             f"of {', '.join(FORMATS)}; convert the image"
         ) from None
-
-
-def _read_orientation(image: Image.Image) -> int:
-    """A key of `UPRIGHT`, or 1: as stored."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except DAMAGE:
-        # cameras and editors write broken EXIF blocks around sound pixels
-        return 1
-    return orientation if orientation in UPRIGHT else 1
-
-
-def _turn_upright(image: Image.Image) -> Image.Image:
-    orientation = _read_orientation(image)
-    if orientation == 1:
-        return image
-    upright = image.transpose(UPRIGHT[orientation])
-    # transpose() keeps the EXIF block: whoever reads it next would turn the image again
-    for key in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"):
-        upright.info.pop(key, None)
-    return upright
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -11,7 +11,8 @@ What may surprise:
 The file is copied into Hub repositories with its two siblings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,14 +27,18 @@ from transformers.image_utils import (
     ChannelDimension,
     PILImageResampling,
     SizeDict,
-    infer_channel_dimension_format,
 )
 from transformers.processing_utils import ImagesKwargs
 
+from .image_arrays import image_from_levels, read_levels
 from .image_layouts import check_pinpoints, fit_inside, select_grid
-from .image_loading import DEFAULT_LIMITS, ImageLimits, load_image
+from .image_limits import DEFAULT_LIMITS, ImageLimits
+from .image_loading import UrlReader, load_pixels
 
 IMAGE_ASPECT_RATIOS = ("pad", "square", "anyres")
+
+MACHINE_FIELDS = ("limits", "urls", "num_threads")
+"""What is never saved."""
 
 # Rows are padded and resized in bands of about this many pixels, 16 MB in Pillow's four bytes each
 BAND_PIXELS = 4_000_000
@@ -72,7 +77,11 @@ class AnyLlavaImageProcessorPil(PilBackend):
     - `size`, `crop_size`, `do_center_crop`: `{"shortest_edge": n}` with a centre crop of at most n by n, or
       `{"height": n, "width": n}` with `do_center_crop=False`.
 
-    `limits` says which images are refused; it belongs to the machine and not to the model, so it is never saved.
+    What belongs to the machine and not to the model is never saved:
+
+    - `limits`: which images are refused.
+    - `urls`: fetches URLs; without it they are refused.
+    - `num_threads`: how many images of a call are worked on at once; as many threads as torch uses by default.
 
     Raises:
         ValueError: an unknown `image_aspect_ratio`, "anyres" without pinpoints or with pinpoints that are no whole
@@ -96,35 +105,54 @@ class AnyLlavaImageProcessorPil(PilBackend):
     do_normalize = True
     do_convert_rgb = True
 
-    def __init__(self, *, limits: ImageLimits = DEFAULT_LIMITS, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        limits: ImageLimits = DEFAULT_LIMITS,
+        urls: UrlReader | None = None,
+        num_threads: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.limits = limits
+        self.urls = urls
+        self.num_threads = num_threads
         names = self.valid_kwargs.__annotations__
         self._validate_preprocess_kwargs(**{name: value for name, value in self.__dict__.items() if name in names})
 
     @property
     def tile_size(self) -> int:
         """Side, in pixels, of every tile in `pixel_values`."""
-        return _read_tile_shape(self.size, self.crop_size, self.do_center_crop, self.resample).tile_size
+        return read_tile_shape(self.size, self.crop_size, self.do_center_crop, self.resample).tile_size
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields that belong to the model, as `save_pretrained` writes them; `limits` is left out."""
-        fields = super().to_dict()
-        del fields["limits"]
-        return fields
+        """Fields that belong to the model, as `save_pretrained` writes them."""
+        return {name: value for name, value in super().to_dict().items() if name not in MACHINE_FIELDS}
 
     def fetch_images(self, images: Any) -> Any:
-        """Loads what is not an image yet (path, bytes, data URI, file object), keeping the nesting of lists.
+        """Loads what is not an image yet, keeping the nesting of lists.
+
+        Args:
+            images: Each a `pathlib.Path`, bytes, data URI, binary file object, PIL image or array, or a URL if `urls`
+                fetches it. Any other text is refused: it may be a stranger's, and open any file.
 
         Raises:
             FileNotFoundError: there is no file at a path.
-            ValueError: an image is refused, see `load_image`; URLs always are.
+            ValueError: an image is refused, see `load_image`.
         """
         if isinstance(images, (list, tuple)):
-            return [self.fetch_images(image) for image in images]
+            return self.map_images(self.fetch_images, images)
         if isinstance(images, (Image.Image, np.ndarray, torch.Tensor)):
             return images
-        return load_image(images, limits=self.limits)
+        return load_pixels(images, limits=self.limits, allow_text_paths=False, urls=self.urls)
+
+    def map_images(self, function: Callable[[Any], Any], images: Sequence[Any]) -> list[Any]:
+        """The results of a function for each image, in their order; computed in threads if that can help."""
+        num_threads = min(self.num_threads or torch.get_num_threads(), len(images))
+        if num_threads <= 1:
+            return [function(image) for image in images]
+        with ThreadPoolExecutor(num_threads) as pool:
+            return list(pool.map(function, images))
 
     def process_image(
         self,
@@ -154,11 +182,18 @@ class AnyLlavaImageProcessorPil(PilBackend):
         """
         scale = rescale_factor if do_rescale else 1.0
         if not isinstance(image, Image.Image):
-            image, is_rescaled = _read_array(image, input_data_format)
-            scale = 1 / 255 if is_rescaled else scale
+            levels, scale = self._read_levels(image, input_data_format, scale)
+            image = image_from_levels(levels)
         if not do_convert_rgb and image.mode != "RGB":
             raise ValueError(f"got an image of mode {image.mode}; expected RGB; convert it or set do_convert_rgb=True")
-        return load_image(image, limits=self.limits), scale
+        return load_pixels(image, limits=self.limits), scale
+
+    def _read_levels(
+        self, array: np.ndarray | torch.Tensor, input_data_format: str | ChannelDimension | None, scale: float
+    ) -> tuple[np.ndarray, float]:
+        channels = None if input_data_format is None else ChannelDimension(input_data_format).name.lower()
+        levels, is_rescaled = read_levels(array, channels=channels, limits=self.limits)
+        return levels, 1 / 255 if is_rescaled else scale
 
     def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
         kwargs = super()._standardize_kwargs(**kwargs)
@@ -178,7 +213,7 @@ class AnyLlavaImageProcessorPil(PilBackend):
         for name in ("image_mean", "image_std"):
             if kwargs["do_normalize"] and np.shape(kwargs[name]) != (3,):
                 raise ValueError(f"got {name}={kwargs[name]!r}; expected three numbers, one per channel; correct it")
-        shape = _read_tile_shape(kwargs["size"], kwargs["crop_size"], kwargs["do_center_crop"], kwargs["resample"])
+        shape = read_tile_shape(kwargs["size"], kwargs["crop_size"], kwargs["do_center_crop"], kwargs["resample"])
         if kwargs["image_aspect_ratio"] == "anyres":
             if shape.edge != shape.tile_size:
                 raise ValueError(
@@ -205,12 +240,12 @@ class AnyLlavaImageProcessorPil(PilBackend):
     ) -> BatchFeature:
         if not images:
             raise ValueError("got no images; expected at least one; pass images=None for text alone")
-        shape = _read_tile_shape(size, crop_size, do_center_crop, resample)
+        shape = read_tile_shape(size, crop_size, do_center_crop, resample)
         if image_aspect_ratio == "anyres":
             tiles = [_cut_anyres(image, shape, image_grid_pinpoints) for image, _ in images]
         elif image_aspect_ratio == "pad":
             fill = tuple(int(level * 255) for level in image_mean)
-            tiles = [[_pad_to_tile(image, shape, fill)] for image, _ in images]
+            tiles = [[pad_to_tile(image, shape, fill)] for image, _ in images]
         else:
             tiles = [[_resize_to_tile(image, shape)] for image, _ in images]
 
@@ -230,7 +265,7 @@ class AnyLlavaImageProcessorPil(PilBackend):
         return BatchFeature(data=data, tensor_type=return_tensors)
 
 
-def _read_tile_shape(size: SizeDict, crop_size: SizeDict | None, do_center_crop: bool, resample: int) -> TileShape:
+def read_tile_shape(size: SizeDict, crop_size: SizeDict | None, do_center_crop: bool, resample: int) -> TileShape:
     keeps_ratio = size.shortest_edge is not None
     edge = size.shortest_edge if keeps_ratio else size.height
     if edge is None or size.longest_edge is not None or (not keeps_ratio and size.width != edge):
@@ -254,43 +289,21 @@ def _read_tile_shape(size: SizeDict, crop_size: SizeDict | None, do_center_crop:
     return TileShape(tile_size, edge, keeps_ratio, resample)
 
 
-def _read_array(array: np.ndarray | torch.Tensor, input_data_format: str | None) -> tuple[Image.Image, bool]:
-    """The array as a PIL image, and whether its values were floats of 0..1."""
-    if isinstance(array, torch.Tensor):
-        array = array.detach().cpu()
-        # numpy has no bfloat16
-        array = (array.float() if array.is_floating_point() else array).numpy()
-    if input_data_format is None:
-        input_data_format = infer_channel_dimension_format(array, num_channels=(1, 3, 4))
-    if ChannelDimension(input_data_format) == ChannelDimension.FIRST:
-        array = np.moveaxis(array, 0, -1)
-    is_rescaled = False
-    if array.dtype != np.uint8:
-        low, high = float(array.min()), float(array.max())
-        are_levels = array.dtype != np.bool_ and np.array_equal(array, np.rint(array))
-        is_rescaled = not are_levels and high <= 1 and np.issubdtype(array.dtype, np.floating)
-        if min(low, 255 - high) < 0 or not (are_levels or is_rescaled):
-            raise ValueError(
-                f"got an image array of {array.dtype} from {low:g} to {high:g}; expected levels of 0..255, or floats "
-                "of 0..1; scale it"
-            )
-        # truncated as transformers does
-        array = (array * 255 if is_rescaled else array).astype(np.uint8)
-    pixels = array[..., 0] if array.shape[-1] == 1 else array
-    return Image.fromarray(np.ascontiguousarray(pixels)), is_rescaled
-
-
 def _resize_to_tile(image: Image.Image, shape: TileShape) -> np.ndarray:
     """What the tower's own processor does, as (tile_size, tile_size, 3) bytes."""
     if not shape.keeps_ratio:
         return np.asarray(_resize(image, shape.edge, shape.edge, resample=shape.resample))
-    # truncated, as everywhere in CLIP's processing; the shorter side is exact
-    short = min(image.size)
-    width, height = (shape.edge if side == short else int(shape.edge * side / short) for side in image.size)
+    height, width = fit_shorter_side(image.height, image.width, shape.edge)
     return _crop_centre(_resize(image, height, width, resample=shape.resample), shape.tile_size)
 
 
-def _pad_to_tile(image: Image.Image, shape: TileShape, fill: tuple[int, ...]) -> np.ndarray:
+def fit_shorter_side(height: int, width: int, edge: int) -> tuple[int, int]:
+    """(height, width) with the shorter side exact and the longer one truncated, as everywhere in CLIP's processing."""
+    short = min(height, width)
+    return tuple(edge if side == short else int(edge * side / short) for side in (height, width))
+
+
+def pad_to_tile(image: Image.Image, shape: TileShape, fill: tuple[int, ...]) -> np.ndarray:
     """The image in the middle of a square of the colour `fill`, resized, as (tile_size, tile_size, 3) bytes.
 
     Equal to building that square and resizing it, but the square of a 20000 x 100 image would take 1.6 GB. Pillow
@@ -327,14 +340,18 @@ def _cut_anyres(image: Image.Image, shape: TileShape, pinpoints: list[list[int]]
 
 
 def _resize(image: Image.Image, height: int, width: int, *, resample: int) -> Image.Image:
-    """Pillow 13's resize with any Pillow, so that an image is the same tokens on every machine.
-
-    Pillow 13 shrinks columns before rows where they lose most (python-pillow/Pillow#9549). Earlier versions always
-    take rows first, and as bytes are stored in between, tall images differ by a level or two.
-    """
-    if image.height - height > max(0, 2 * (image.width - width)):
+    """Pillow 13's resize with any Pillow, so that an image is the same tokens on every machine."""
+    if shrinks_columns_first(image.height, image.width, height, width):
         image = image.resize((image.width, height), resample)
     return image.resize((width, height), resample)
+
+
+def shrinks_columns_first(height: int, width: int, new_height: int, new_width: int) -> bool:
+    """Whether Pillow 13 shrinks columns before rows, as they lose most (python-pillow/Pillow#9549).
+
+    Earlier versions always take rows first, and as bytes are stored in between, tall images differ by a level or two.
+    """
+    return height - new_height > max(0, 2 * (width - new_width))
 
 
 def _crop_centre(image: Image.Image, side: int) -> np.ndarray:

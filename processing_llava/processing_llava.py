@@ -13,10 +13,19 @@ from transformers import AddedToken, BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import ImagesKwargs, MultiModalData, TextKwargs
 
 from .image_layouts import plan_image
-from .image_loading import load_image
+from .image_processing_fast import AnyLlavaImageProcessor
 from .image_processing_llava import AnyLlavaImageProcessorPil
 from .original_processor import OriginalProcessorMixin
 from .prompts import Prompt, count_images, encode_prompt, render_prompt
+from .role_markers import TREATMENTS, find_role_markers, treat_role_markers
+
+IMAGE_BACKENDS = {
+    "pil": AnyLlavaImageProcessorPil,
+    "torch": AnyLlavaImageProcessor,
+    "torchvision": AnyLlavaImageProcessor,
+}
+"""Image processors by the name that `from_pretrained(backend=...)` takes; "torchvision" is what transformers calls the
+fast ones."""
 
 # Old callers (TRL, pipelines) pass these beside template variables instead of inside `processor_kwargs`.
 _PROCESSOR_KWARGS = set(TextKwargs.__annotations__) | set(ImagesKwargs.__annotations__)
@@ -33,6 +42,11 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         num_prefix_tokens: Features of a tile that are not patches and are kept (class token, registers).
         patch_merge_type: As in AnyLlavaConfig.
         image_token: The placeholder of one image in a prompt.
+        role_markers: What becomes of a line of a user that begins with a role marker of the template, such as
+            "ASSISTANT:": "neutralize" puts an invisible character into it, "refuse" raises, "keep" leaves it.
+
+    Raises:
+        ValueError: another `role_markers`.
     """
 
     def __init__(
@@ -44,7 +58,11 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         num_prefix_tokens: int = 0,
         patch_merge_type: str = "flat",
         image_token: str = "<image>",
+        role_markers: str = "neutralize",
     ) -> None:
+        if role_markers not in TREATMENTS:
+            raise ValueError(f"got role_markers={role_markers!r}; expected one of {', '.join(TREATMENTS)}")
+        self.role_markers = role_markers
         self.patch_size = patch_size
         self.num_prefix_tokens = num_prefix_tokens
         self.patch_merge_type = patch_merge_type
@@ -53,6 +71,28 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
             tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, *, backend: str = "pil", **kwargs
+    ) -> "AnyLlavaProcessor":
+        """As in transformers.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            backend: "pil" prepares images bit for bit as the original LLaVA; "torch" several times faster and within
+                a level or two of it, for training and servers.
+            **kwargs: Also `template` and `base_model`, for folders of the original LLaVA.
+
+        Raises:
+            ValueError: there is no such backend; or the folder cannot be read.
+        """
+        if backend not in IMAGE_BACKENDS:
+            raise ValueError(f"got backend={backend!r}; expected one of {', '.join(IMAGE_BACKENDS)}")
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if type(processor.image_processor) is not IMAGE_BACKENDS[backend]:
+            processor.image_processor = IMAGE_BACKENDS[backend].from_dict(processor.image_processor.to_dict())
+        return processor
 
     def __call__(
         self,
@@ -65,8 +105,9 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         """Encode prompts and their images.
 
         Args:
-            images: One picture, a flat list for all prompts in reading order, or one list for each prompt. A picture
-                is a PIL image, array, path, bytes or data URI.
+            images: One picture, one list for each prompt, or a flat list in reading order for prompts with as many
+                pictures each. A picture is a PIL image, array, `pathlib.Path`, bytes or data URI; other texts are
+                refused, but for URLs that `image_processor.urls` fetches.
             text: Prompts, as `render` or `apply_chat_template` return them. In a plain `str` every special token
                 counts: render user text with a template instead of formatting it yourself.
             return_assistant_tokens_mask: Add `assistant_masks`: 1 on tokens that the assistant writes.
@@ -124,11 +165,14 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
             **variables: Of the template.
 
         Raises:
-            ValueError: if there is no template.
+            ValueError: if there is no template, or a user typed a role marker and those are refused.
         """
         template = variables.pop("chat_template", None) or self.chat_template
         if template is None:
             raise ValueError("got a processor without chat template; expected one: set processor.chat_template")
+        if self.role_markers != "keep":
+            markers = find_role_markers(template, self.tokenizer, image_token=self.image_token)
+            messages = treat_role_markers(messages, markers, refuse=self.role_markers == "refuse")
         return render_prompt(
             messages,
             template,
@@ -172,7 +216,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         ]
         if not tokenize:
             return prompts if is_batched else prompts[0]
-        images = [list(_message_images(messages)) for messages in conversations]
+        images = [[self.image_processor.fetch_images(image) for image in _list_images(row)] for row in conversations]
         encoded = self(
             images=images if any(images) else None,
             text=prompts,
@@ -226,10 +270,18 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
                         f"got {expected} {self.image_token} placeholders and {len(row_images)} images in row {row}; "
                         "expected equal numbers"
                     )
-        elif sum(placeholders) != num_images:
+            return
+        if sum(placeholders) != num_images:
             raise ValueError(
                 f"got {sum(placeholders)} {self.image_token} placeholders and {num_images} images; expected equal "
                 "numbers"
+            )
+        row = next((row for row, count in enumerate(placeholders) if count != placeholders[0]), None)
+        if row is not None:
+            raise ValueError(
+                f"got {num_images} images in one list, with {placeholders[0]} {self.image_token} placeholders in row 0 "
+                f"and {placeholders[row]} in row {row}; expected as many in each row, or a list of images for each "
+                "prompt: a row could get the image of another"
             )
 
     def _encode(
@@ -310,19 +362,22 @@ def _flatten(images: Any) -> list:
     return [images]
 
 
-def _message_images(messages: list[dict[str, Any]]) -> Iterator[Any]:
+def _list_images(messages: list[dict[str, Any]]) -> Iterator[Any]:
     """The pictures of a conversation, in reading order; each under the key that transformers allows."""
     for message in messages:
         if isinstance(message["content"], str):
             continue
         for item in message["content"]:
             if item["type"] == "image":
-                sources = [item[key] for key in ("image", "path", "url", "base64") if item.get(key) is not None]
+                sources = [item[key] for key in ("image", "path", "url") if item.get(key) is not None]
+                if item.get("base64") is not None:
+                    # transformers takes it with and without the beginning of a data URI
+                    sources.append("data:;base64," + item["base64"].rpartition(",")[2])
                 if not sources:
                     raise ValueError('got an image item without a picture; expected {"type": "image", "image": ...}')
-                yield load_image(sources[0])
+                yield sources[0]
             elif item["type"] == "image_url":
-                yield load_image(item["image_url"]["url"])
+                yield item["image_url"]["url"]
 
 
 def _pad(mask: list[int], *, length: int, side: str) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from .image_limits import DEFAULT_LIMITS, ImageLimits
 from .image_loading import load_image, read_image_size
 from .processing_llava import AnyLlavaProcessor
 from .prompts import encode_prompt
@@ -50,12 +51,15 @@ def check_length_options(max_length: int | None, too_long: str) -> None:
         raise ValueError(f"got too_long={too_long!r}; expected one of {', '.join(TOO_LONG)}")
 
 
-def read_image_sizes(row: dict[str, Any], *, decode: bool) -> list[tuple[int, int]]:
+def read_image_sizes(
+    row: dict[str, Any], *, decode: bool, limits: ImageLimits = DEFAULT_LIMITS
+) -> list[tuple[int, int]]:
     """(height, width) in pixels of the images of a row.
 
     Args:
         row: From `convert_record`.
         decode: Read all pixels, to be sure that they can be read; otherwise only headers.
+        limits: What is refused; those of the image processor that will load the images.
 
     Raises:
         RefusedRecord: if an image is missing, or cannot be read.
@@ -63,7 +67,10 @@ def read_image_sizes(row: dict[str, Any], *, decode: bool) -> list[tuple[int, in
     sizes = []
     for image in row["images"]:
         try:
-            sizes.append(load_image(image).size[::-1] if decode else read_image_size(image))
+            if decode:
+                sizes.append(load_image(image, limits=limits).size[::-1])
+            else:
+                sizes.append(read_image_size(image, limits=limits))
         except FileNotFoundError as error:
             reason, problem = "missing image", error
         except (ValueError, OSError) as error:

@@ -2,6 +2,7 @@
 
 import PIL.Image
 import pytest
+import transformers
 
 from processing_llava.collator import IGNORED_LABEL, LlavaDataCollator
 from processing_llava.conversations import convert_record
@@ -89,3 +90,60 @@ def test_number_of_images_is_checked(image_folder):
     broken["images"] = []
     with pytest.raises(ValueError, match="'000125' with 1 <image> placeholders and 0 images"):
         LlavaDataCollator(tiny_processor())([broken])
+
+
+def bad_rows(image_folder) -> dict[str, dict]:
+    """One of every kind."""
+    bad = {name: row(image_folder, "<image>\nQ", "A", image="red.png", row_id=name) for name in ("lost", "broken")}
+    (image_folder / "broken.png").write_bytes(b"no picture")
+    bad["lost"]["images"] = [image_folder / "lost.png"]
+    bad["broken"]["images"] = [image_folder / "broken.png"]
+    bad["text"] = bad["lost"] | {"id": "text", "images": ["red.png"]}
+    bad["too many"] = bad["lost"] | {"id": "too many", "images": [image_folder / "red.png"] * 2}
+    bad["unanswered"] = {"id": "unanswered", "images": [], "messages": [{"role": "user", "content": "Q"}]}
+    bad["order"] = {"id": "order", "images": [], "messages": [{"role": "assistant", "content": "A"}]}
+    bad["long"] = row(image_folder, "Q " * 200, "A", row_id="long")
+    return bad
+
+
+KINDS_OF_BAD_ROWS = ("lost", "broken", "text", "too many", "unanswered", "order", "long")
+
+
+@pytest.mark.parametrize("name", KINDS_OF_BAD_ROWS)
+def test_a_bad_row_is_named(image_folder, name):
+    good = row(image_folder, "<image>\nQ", "A", image="red.png", row_id="good")
+    with pytest.raises(ValueError, match=name) as caught:
+        LlavaDataCollator(tiny_processor(), max_length=200)([good, bad_rows(image_folder)[name]])
+    assert type(caught.value) is ValueError and "good" not in str(caught.value)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_bad_rows_are_skipped_counted_and_reported(image_folder, packed, caplog):
+    good = [row(image_folder, "<image>\nQ", f"A{n}", image="red.png", row_id=f"good {n}") for n in range(2)]
+    bad = bad_rows(image_folder)
+    assert set(bad) == set(KINDS_OF_BAD_ROWS)
+    collator = LlavaDataCollator(tiny_processor(), max_length=200, packed=packed, on_bad_row="skip")
+    transformers.utils.logging.enable_propagation()
+    try:
+        batch = collator([good[0], *bad.values(), good[1]])
+    finally:
+        transformers.utils.logging.disable_propagation()
+    expected = LlavaDataCollator(tiny_processor(), packed=packed)(good)
+    assert collator.skipped == list(bad)
+    for name, value in expected.items():
+        assert batch[name] == value if isinstance(value, int) else batch[name].equal(value)
+    for name in bad:
+        assert any(f"row {name!r} is skipped, " in record.message for record in caplog.records), name
+    assert collator(good)["input_ids"].equal(expected["input_ids"]) and len(collator.skipped) == len(bad)
+
+
+def test_a_batch_of_bad_rows_alone_is_an_error(image_folder):
+    bad = bad_rows(image_folder)
+    collator = LlavaDataCollator(tiny_processor(), on_bad_row="skip")
+    with pytest.raises(ValueError, match="no row can be trained on: lost, broken; .* the first says: .*lost.png"):
+        collator([bad["lost"], bad["broken"]])
+
+
+def test_other_ways_to_treat_bad_rows_are_refused():
+    with pytest.raises(ValueError, match="got on_bad_row='ignore'; expected one of raise, skip"):
+        LlavaDataCollator(tiny_processor(), on_bad_row="ignore")

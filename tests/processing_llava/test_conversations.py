@@ -1,6 +1,7 @@
 """Data files of each kind, well formed and not."""
 
 import json
+from pathlib import Path
 
 import PIL.Image
 import pytest
@@ -23,14 +24,15 @@ def llava_record(*turns: tuple[str, str], **fields) -> dict:
 
 def user_content(value: str, *, num_images: int = 1) -> list[dict]:
     images = [f"{number}.jpg" for number in range(num_images)]
-    return convert_record(llava_record(("human", value), ("gpt", "A"), image=images), 0)["messages"][0]["content"]
+    row = convert_record(llava_record(("human", value), ("gpt", "A"), image=images), 0, image_folder="/images")
+    return row["messages"][0]["content"]
 
 
 def test_llava_record():
     record = llava_record(("human", "<image>\nWhat?"), ("gpt", "A bus."), image="coco/1.jpg")
-    assert convert_record(record, 0) == {
+    assert convert_record(record, 0, image_folder="/images") == {
         "id": "7",
-        "images": ["coco/1.jpg"],
+        "images": [Path("/images/coco/1.jpg")],
         "messages": [
             {"role": "user", "content": [IMAGE, text("What?")]},
             {"role": "assistant", "content": [text("A bus.")]},
@@ -82,8 +84,8 @@ def test_rows_with_messages():
             {"role": "assistant", "content": "A bus."},
         ],
     }
-    row = convert_record(record, 12)
-    assert (row["id"], row["images"]) == ("12", ["1.jpg"])
+    row = convert_record(record, 12, image_folder="/images")
+    assert (row["id"], row["images"]) == ("12", [Path("/images/1.jpg")])
     assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
     assert row["messages"][1]["content"] == [IMAGE, text("What?")]
 
@@ -162,9 +164,9 @@ def test_every_kind_of_malformed_record_has_its_reason(record, reason):
 
 def test_rows_of_columns_keep_only_what_an_item_needs():
     items = [{"type": "image", "text": None, "index": 0}, {"type": "text", "text": "What?", "index": None}]
-    record = {"image": None, "images": ["1.jpg"], "conversations": None}
+    record = {"image": None, "images": [b"GIF"], "conversations": None}
     row = convert_record(record | {"messages": [{"role": "user", "content": items}]}, 0)
-    assert (row["images"], row["messages"][0]["content"]) == (["1.jpg"], [IMAGE, text("What?")])
+    assert (row["images"], row["messages"][0]["content"]) == ([b"GIF"], [IMAGE, text("What?")])
 
 
 def test_turns_as_columns_and_turns_with_the_keys_of_the_other_format():
@@ -178,8 +180,8 @@ def test_turns_as_columns_and_turns_with_the_keys_of_the_other_format():
 def test_images_inside_messages():
     picture = PIL.Image.new("RGB", (4, 3))
     content = [{"type": "image", "path": "1.jpg"}, {"type": "image", "image": picture}, text("Same?")]
-    row = convert_record({"messages": [{"role": "user", "content": content}]}, 0, image_folder="images")
-    assert row["images"] == ["images/1.jpg", picture]
+    row = convert_record({"messages": [{"role": "user", "content": content}]}, 0, image_folder="/images")
+    assert row["images"] == [Path("/images/1.jpg"), picture]
     assert row["messages"][0]["content"] == [IMAGE, IMAGE, text("Same?")]
 
 
@@ -188,11 +190,27 @@ def test_only_paths_are_put_into_the_image_folder():
         {"bytes": b"GIF", "path": "1.gif"},
         {"bytes": None, "path": "2.gif"},
         "data:image/png;base64,AA",
-        "/3.gif",
+        Path("3.gif"),
     ]
     record = llava_record(("human", "<image>" * 4), ("gpt", "A"), images=images)
-    row = convert_record(record, 0, image_folder="folder")
-    assert row["images"] == [b"GIF", "folder/2.gif", "data:image/png;base64,AA", "/3.gif"]
+    row = convert_record(record, 0, image_folder="/folder")
+    assert row["images"] == [b"GIF", Path("/folder/2.gif"), "data:image/png;base64,AA", Path("3.gif")]
+
+
+@pytest.mark.parametrize(
+    "image", ["/etc/hostname", "../1.jpg", "a/../../1.jpg", {"bytes": None, "path": "/1.jpg"}, "\0"]
+)
+def test_paths_cannot_leave_the_image_folder(image, tmp_path):
+    record = llava_record(("human", "<image>"), ("gpt", "A"), image=image)
+    with pytest.raises(RefusedRecord) as caught:
+        convert_record(record, 7, image_folder=tmp_path / "images")
+    assert caught.value.reason == "image outside its folder"
+
+
+@pytest.mark.parametrize("image", ["1.jpg", "/etc/hostname", {"bytes": None, "path": "1.jpg"}])
+def test_paths_without_an_image_folder_are_refused(image):
+    with pytest.raises(RefusedRecord, match="set image_folder"):
+        convert_record(llava_record(("human", "<image>"), ("gpt", "A"), image=image), 7)
 
 
 RECORDS = [llava_record(("human", "Q"), ("gpt", "A")), llava_record(("human", "<image>"), ("gpt", "A"), image="1.jpg")]
@@ -201,13 +219,13 @@ RECORDS = [llava_record(("human", "Q"), ("gpt", "A")), llava_record(("human", "<
 def test_image_folder_is_put_in_front(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps(RECORDS), encoding="utf-8")
-    assert read_conversations(path, tmp_path / "images")[1]["images"] == [str(tmp_path / "images" / "1.jpg")]
+    assert read_conversations(path, tmp_path / "images")[1]["images"] == [tmp_path / "images" / "1.jpg"]
 
 
 def test_reading_stops_at_a_line_that_is_not_json(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("\n\n".join(map(json.dumps, RECORDS)) + "\nnot json\n", encoding="utf-8")
-    rows = stream_conversations(path)
-    assert [next(rows)["images"], next(rows)["images"]] == [[], ["1.jpg"]]
+    rows = stream_conversations(path, tmp_path)
+    assert [next(rows)["images"], next(rows)["images"]] == [[], [tmp_path / "1.jpg"]]
     with pytest.raises(ValueError, match="'data.jsonl, line 4'; expected a JSON list, or one record in each line"):
         next(rows)

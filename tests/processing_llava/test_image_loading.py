@@ -3,34 +3,19 @@
 import base64
 import io
 import os
-import struct
 import time
-import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import ExifTags, Image
 
-from processing_llava.image_loading import ImageLimits, check_image_size, load_image
+from processing_llava.image_limits import ImageLimits, check_image_size
+from processing_llava.image_loading import load_image, read_image_size
+from tests.processing_llava.hostile_images import encode, png, png_chunk
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
-
-
-def encode(image, *, format="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def png_chunk(kind, content):
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def png_with_header(width, height, *, after_pixels=b""):
-    """A PNG whose header may announce more pixels than follow."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pixels = png_chunk(b"IDAT", zlib.compress(bytes(1 + 3 * 1)))
-    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + pixels + after_pixels + png_chunk(b"IEND", b"")
 
 
 @pytest.fixture
@@ -169,10 +154,13 @@ def test_limits_name_the_size_and_how_to_raise_them(limit, size):
         assert load_image(source).size == size
 
 
-def test_default_limits_allow_the_published_extreme_and_refuse_one_pixel_wide_images():
-    check_image_size(100, 8000)
-    with pytest.raises(ValueError, match="max_aspect_ratio of at most 200, not 6000"):
-        check_image_size(6000, 1)
+def test_thin_images_are_refused_by_default_and_allowed_by_an_argument():
+    check_image_size(100, 2000)
+    for height, width in ((6000, 1), (100, 8000), (2001, 100)):
+        with pytest.raises(ValueError, match="max_aspect_ratio of at most 20, not"):
+            check_image_size(height, width)
+    # What the original does with this one is known.
+    check_image_size(100, 8000, limits=ImageLimits(max_aspect_ratio=80))
 
 
 def test_limits_below_one_are_refused():
@@ -182,7 +170,7 @@ def test_limits_below_one_are_refused():
 
 @pytest.mark.parametrize("size", [(30_000, 30_000), (9_000, 9_000), (2_000_000_000, 2_000_000_000), (6_000, 1)])
 def test_a_header_that_announces_too_much_is_refused_before_decoding(size):
-    data = png_with_header(*size)
+    data = png(*size, pixels=b"")
     assert len(data) < 100
     start = time.perf_counter()
     with pytest.raises(ValueError, match="ImageLimits"):
@@ -212,7 +200,77 @@ def test_truncated_files_are_refused():
 
 def test_damaged_chunks_are_refused():
     with pytest.raises(ValueError, match="cannot be decoded"):
-        load_image(png_with_header(1, 1, after_pixels=png_chunk(b"gAMA", b"a")))
+        load_image(png(4, 4, pixels=b"no stream"))
+
+
+def test_chunks_that_pixels_do_not_need_may_be_damaged():
+    assert load_image(png(4, 4, before=png_chunk(b"gAMA", b"a"))).size == (4, 4)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF"])
+def test_no_metadata_is_left(format, corner):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Artist] = "somebody"
+    exif[ExifTags.Base.Orientation] = 3
+    comment = {} if format in ("PNG", "WEBP") else {"comment": b"at home"}
+    data = encode(corner, format, **({"exif": exif} if format != "GIF" else {}), **comment)
+    assert b"somebody" in data or b"at home" in data
+    for source in (data, Image.open(io.BytesIO(data)), load_image(data).rotate(90)):
+        image = load_image(source)
+        assert (type(image), image.info, dict(image.getexif())) == (Image.Image, {}, {})
+
+
+def test_the_image_that_was_given_keeps_its_metadata(corner):
+    given = Image.open(io.BytesIO(encode(corner, dpi=(72, 72))))
+    load_image(given)
+    assert "dpi" in given.info
+
+
+def test_arrays_become_images():
+    levels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    for array in (levels, torch.from_numpy(levels).permute(2, 0, 1), levels.astype(np.float64), levels / 255):
+        # Floats of 0..1 are truncated, as in transformers.
+        assert np.abs(np.asarray(load_image(array)).astype(int) - levels).max() <= (array.max() <= 1)
+    assert load_image(levels[..., 0]).getpixel((3, 1)) == (21, 21, 21)
+    assert load_image(np.zeros((5, 5, 4), dtype=np.uint8)).getpixel((0, 0)) == WHITE
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((2, 2, 3, 3)), "expected .height, width. or three dimensions"),
+        (np.zeros((8, 8, 5)), "expected 1, 3 or 4 channels"),
+        (np.zeros((0, 8, 3)), "expected at least 1 x 1"),
+        (np.zeros((1, 300), dtype=np.uint8), "max_aspect_ratio"),
+        (np.full((8, 8, 3), np.nan), "expected levels of 0..255"),
+    ],
+)
+def test_other_arrays_are_refused(array, message):
+    with pytest.raises(ValueError, match=message):
+        load_image(array)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_sizes_are_read_as_images_are_loaded(format, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = encode(Image.effect_noise((40, 20), 80).convert("RGB"), format, exif=exif)
+    assert read_image_size(data) == load_image(data).size[::-1]
+    if format != "WEBP":
+        # Pixels are not looked at.
+        assert read_image_size(data[:-20]) == load_image(data).size[::-1]
+
+
+def test_texts_open_files_only_where_they_may(corner, tmp_path):
+    path = tmp_path / "image.png"
+    path.write_bytes(encode(corner))
+    assert load_image(str(path)).tobytes() == load_image(path, allow_text_paths=False).tobytes()
+    uri = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    assert load_image(uri, allow_text_paths=False).tobytes() == corner.tobytes()
+    for text in (str(path), "missing.png", "~", "/etc/hostname", ""):
+        with pytest.raises(ValueError, match="no text opens a file here"):
+            load_image(text, allow_text_paths=False)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import html.parser
 import re
+from pathlib import Path
 
 import PIL.Image
 import pytest
@@ -15,9 +16,9 @@ HOSTILE = '</pre><script src="//x.example/y.js">1</script><img src=x onerror=y> 
 
 
 @pytest.fixture
-def picture(tmp_path) -> str:
+def picture(tmp_path) -> Path:
     PIL.Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
-    return str(tmp_path / "red.png")
+    return tmp_path / "red.png"
 
 
 def measure(*turns: str | list, images: tuple = (), row_id: str = "7") -> MeasuredRow:

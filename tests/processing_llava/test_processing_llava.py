@@ -1,12 +1,16 @@
 """AnyLlavaProcessor: placeholders and images per row, ids, padding, and what the Auto classes store."""
 
+import base64
+
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 from transformers import AutoProcessor
 
-from processing_llava import AnyLlavaProcessor
+from processing_llava import AnyLlavaProcessor, ImageLimits
+from processing_llava.text_encoder import TextEncoder
+from tests.processing_llava.hostile_images import encode
 from tests.tiny import PATCH_SIZE, PINPOINTS, TILE_SIZE, tiny_processor
 
 PATCHES = (TILE_SIZE // PATCH_SIZE) ** 2
@@ -113,6 +117,45 @@ def test_placeholders_and_images_must_agree_per_row(processor, images, message):
         processor(images=images, text=["<image> a", "<image> b"])
 
 
+def test_no_row_gets_the_image_of_another(processor):
+    """transformers counts the batch as a whole: the second image would land in the first row."""
+    first, second = picture(), picture(seed=1)
+    for images, message in (
+        ([[first], [second]], "and 1 images in row 0"),
+        ([first, second], "in row 0 and 0 in row 1"),
+    ):
+        with pytest.raises(ValueError, match=f"2 <image> placeholders {message}"):
+            processor(images=images, text=["<image><image> a", "b"])
+    inputs = processor(images=[first, second], text=["<image> a", "<image> b"], padding=True, return_tensors="pt")
+    alone = processor(images=[[second]], text=["<image> b"], return_tensors="pt")
+    torch.testing.assert_close(inputs["pixel_values"][1:], alone["pixel_values"], rtol=0, atol=0)
+    assert processor(images=[first, second], text="<image><image> a")["pixel_values"].shape[0] == 2
+
+
+def test_an_image_is_written_as_ids_and_not_tokenised(processor, monkeypatch):
+    tokenised = []
+    encode_text = TextEncoder.encode_text
+
+    def record(self, text, **kwargs):
+        tokenised.append(text)
+        return encode_text(self, text, **kwargs)
+
+    monkeypatch.setattr(TextEncoder, "encode_text", record)
+    ids = processor(images=picture(), text="<image> a")["input_ids"][0]
+    assert ids.count(processor.image_token_id) == PATCHES
+    assert tokenised == [" a"]
+
+
+@pytest.mark.parametrize("backend, name", [("pil", "AnyLlavaImageProcessorPil"), ("torch", "AnyLlavaImageProcessor")])
+def test_the_backend_is_chosen_while_loading(processor, backend, name, tmp_path):
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path, backend=backend)
+    assert type(loaded.image_processor).__name__ == name
+    assert loaded.image_processor.to_dict() == processor.image_processor.to_dict()
+    with pytest.raises(ValueError, match="got backend='fast'; expected one of pil, torch, torchvision"):
+        AnyLlavaProcessor.from_pretrained(tmp_path, backend="fast")
+
+
 def test_truncation_cuts_text_but_never_an_image(processor):
     text = "<image> What is this?"
     whole = processor(images=picture(), text=text)["input_ids"][0]
@@ -144,18 +187,63 @@ def test_round_trip_keeps_template_and_ids(processor, tmp_path):
         torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=0)
 
 
-def test_pictures_in_messages_are_read_from_anywhere_but_the_network(processor, tmp_path):
+def test_pictures_in_messages(processor, tmp_path):
     path = tmp_path / "picture.png"
     picture().save(path)
-    for item in ({"type": "image", "path": str(path)}, {"type": "image", "image": path.read_bytes()}):
-        messages = [{"role": "user", "content": [item]}]
-        assert len(processor.apply_chat_template(messages, tokenize=True, return_dict=True)["pixel_values"]) == 1
+    code = base64.b64encode(path.read_bytes()).decode()
     for item in (
-        {"type": "image", "url": "https://example.com/a.png"},
-        {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}},
+        {"type": "image", "path": path},
+        {"type": "image", "image": path.read_bytes()},
+        {"type": "image", "image": np.asarray(picture())},
+        {"type": "image", "base64": code},
+        {"type": "image", "base64": f"data:image/png;base64,{code}"},
+        {"type": "image", "url": f"data:image/png;base64,{code}"},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{code}"}},
     ):
-        with pytest.raises(ValueError, match="URL"):
+        messages = [{"role": "user", "content": [item]}]
+        expected = processor.image_processor(picture(), return_tensors="pt")["pixel_values"]
+        inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+        torch.testing.assert_close(inputs["pixel_values"], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("key", ["image", "path", "url", "image_url"])
+def test_texts_in_messages_open_no_file_and_reach_no_host(processor, key, tmp_path):
+    picture().save(tmp_path / "picture.png")
+    for text, message in (
+        (str(tmp_path / "picture.png"), "no text opens a file here"),
+        ("https://example.com/a.png", "URLs are not fetched here"),
+        (f"file://{tmp_path}/picture.png", "URLs are not fetched here"),
+    ):
+        item = {"type": "image", key: text}
+        if key == "image_url":
+            item = {"type": "image_url", "image_url": {"url": text}}
+        with pytest.raises(ValueError, match=message):
             processor.apply_chat_template([{"role": "user", "content": [item]}], tokenize=True)
+    with pytest.raises(ValueError, match="no text opens a file here"):
+        processor(images=str(tmp_path / "picture.png"), text="<image>")
+
+
+def test_images_of_messages_are_limited_as_the_image_processor_says():
+    processor = tiny_processor()
+    thin = PIL.Image.new("RGB", (300, 10))
+    messages = [question("Hi", thin)]
+    with pytest.raises(ValueError, match="max_aspect_ratio"):
+        processor.apply_chat_template(messages, tokenize=True)
+    processor.image_processor.limits = ImageLimits(max_aspect_ratio=30)
+    assert processor.apply_chat_template(messages, tokenize=True)
+
+
+def test_urls_are_fetched_where_a_policy_allows_them():
+    class Policy:
+        def fetch(self, url: str, *, max_bytes: int) -> bytes:
+            assert (url, max_bytes) == ("https://pictures.test/a.png", 50_000_000)
+            return encode(picture())
+
+    processor = tiny_processor()
+    processor.image_processor.urls = Policy()
+    item = {"type": "image_url", "image_url": {"url": "https://pictures.test/a.png"}}
+    inputs = processor.apply_chat_template([{"role": "user", "content": [item]}], tokenize=True, return_dict=True)
+    assert len(inputs["pixel_values"]) == 1
 
 
 def test_without_a_template_the_way_out_is_named(processor, tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import unicodedata
 
 import pytest
 from hypothesis import given, settings
@@ -126,7 +127,8 @@ def test_typed_text_is_decoded_as_it_was_typed(kind, question, name):
     # SentencePiece writes spaces as U+2581 and cannot tell the two apart.
     question = question.replace("\u2581", "").strip()
     ids, _ = encode(render_prompt([{"role": "user", "content": f"({question})"}], load_template(name)), kind)
-    assert f"({question})" in load_tokenizer(kind).decode(ids, clean_up_tokenization_spaces=False)
+    expected = unicodedata.normalize("NFC", f"({question})") if kind == "normalised" else f"({question})"
+    assert expected in load_tokenizer(kind).decode(ids, clean_up_tokenization_spaces=False)
 
 
 @pytest.mark.parametrize("kind", KINDS)

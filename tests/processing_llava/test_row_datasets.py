@@ -7,6 +7,7 @@ import PIL.Image
 import pytest
 from datasets import Dataset, DatasetDict, Image, IterableDataset, List
 
+from processing_llava.collator import LlavaDataCollator
 from processing_llava.data_sources import DataSource, open_records
 from processing_llava.row_datasets import load_rows
 from tests.tiny import tiny_processor
@@ -95,7 +96,7 @@ def test_json_files_and_folders_of_them(folder, name, streaming):
     rows, fates = load_rows([DataSource(**{**vars(source), "streaming": streaming})])
     rows = list(rows)
     assert [row["id"] for row in rows] == ["0", "j1", "j2", "j3"]
-    assert [row["images"] for row in rows] == [[], [str(folder / "1.png")], [f"{folder}/1.png", f"{folder}/2.png"], []]
+    assert [row["images"] for row in rows] == [[], [folder / "1.png"], [folder / "1.png", folder / "2.png"], []]
     assert not fates
 
 
@@ -109,7 +110,8 @@ def test_more_rows_than_a_chunk_and_none(folder):
 
 
 def test_sources_without_weights_follow_each_other(folder):
-    sources = [DataSource(path=write_json(folder / f"{name}.json", 2, prefix=name)) for name in "ab"]
+    options = {"image_folder": str(folder)}
+    sources = [DataSource(path=write_json(folder / f"{name}.json", 2, prefix=name), **options) for name in "ab"]
     assert [row["id"] for row in load_rows(sources)[0]] == ["0", "a1", "0", "b1"]
 
 
@@ -149,6 +151,17 @@ def test_long_rows_and_their_counts(folder, too_long, ids, fates, streaming):
     assert [row["id"] for row in rows] == ids
     assert set(rows[0]) == {"id", "images", "messages"}
     assert counted == ({} if streaming else fates)
+
+
+@pytest.mark.parametrize("max_length", [None, 300])
+def test_lengths_are_those_of_the_batches(folder, max_length):
+    processor = tiny_processor()
+    source = DataSource(path=write_json(folder / "data.json"), image_folder=str(folder))
+    rows, _ = load_rows([source], processor=processor, max_length=max_length)
+    counts = rows.with_format(None)
+    expected = [LlavaDataCollator(processor)([row])["input_ids"].shape[1] for row in rows]
+    assert counts["num_tokens"][:] == expected
+    assert counts["num_images"][:] == [len(row["images"]) for row in rows] == [0, 1, 2, 0]
 
 
 # from Python 3.12 on, forking a process with threads warns

@@ -104,16 +104,16 @@ def turns_of(row: dict) -> list[str]:
 
 
 def test_a_split_row_keeps_system_message_images_and_exchanges():
-    row = make_row("<image>a", "b", "c", "d", "<image>e", "f", "g", "h", "i", images=("1", "2"), system="S")
+    row = make_row("<image>a", "b", "c", "d", "<image>e", "f", "g", "h", "i", images=(b"1", b"2"), system="S")
     parts, left_out = split_row(row, lambda part: len(part["messages"]) <= 5)
     assert [turns_of(part) for part in parts] == [["S", "Ia", "b", "c", "d"], ["S", "IIe", "f", "g", "h"]]
-    assert [part["images"] for part in parts] == [["1"], ["1", "2"]]
+    assert [part["images"] for part in parts] == [[b"1"], [b"1", b"2"]]
     assert [part["id"] for part in parts] == ["7#1", "7#2"]
     assert left_out == []
 
 
 def test_an_exchange_too_long_alone_is_left_out_and_closes_a_part():
-    row = make_row("a", "b", "<image>" + "c" * 99, "d", "e", "f", "g", "h", images=("1",))
+    row = make_row("a", "b", "<image>" + "c" * 99, "d", "e", "f", "g", "h", images=(b"1",))
     parts, left_out = split_row(row, lambda part: sum(map(len, turns_of(part))) <= 10)
     assert [turns_of(part) for part in parts] == [["a", "b"], ["Ie", "f", "g", "h"]]
     assert left_out == [2]
@@ -121,7 +121,7 @@ def test_an_exchange_too_long_alone_is_left_out_and_closes_a_part():
 
 
 def test_the_row_itself_is_not_changed_by_splitting():
-    row = make_row("<image>a", "b", "c", "d", images=("1",))
+    row = make_row("<image>a", "b", "c", "d", images=(b"1",))
     before = copy.deepcopy(row)
     split_row(row, lambda part: len(part["messages"]) <= 2)
     assert row == before

@@ -6,7 +6,17 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from processing_llava.sentencepiece_tokenizer import load_sentencepiece_tokenizer
@@ -59,6 +69,25 @@ def _train_byte_level(*, has_bos: bool) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin_of_text|>" if has_bos else None)
 
 
+def _train_like_qwen() -> PreTrainedTokenizerFast:
+    """Splits by a pattern, normalises Unicode, and ends answers with a token that it also pads with."""
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    pattern = r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(_TRAINING_TEXT, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
 def _build_with_merges_to_control_tokens() -> PreTrainedTokenizerFast:
     """Like Gemma: spaces are replaced, nothing is put in front. Unlike it, merges spell out "</s>" and "<image>"."""
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -79,6 +108,7 @@ _BUILDERS = {
     "byte-level": lambda: _train_byte_level(has_bos=False),
     "byte-level-bos": lambda: _train_byte_level(has_bos=True),
     "spaces-replaced": _build_with_merges_to_control_tokens,
+    "normalised": _train_like_qwen,
 }
 KINDS = tuple(_BUILDERS)
 
