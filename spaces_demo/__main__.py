@@ -72,7 +72,7 @@ def answer_examples(menu) -> None:
         picture = {"type": "image", "image": load_image(folder / example["image"])}
         question = {"role": "user", "content": [picture, {"type": "text", "text": example["question"]}]}
         *_, (answer, _) = menu.answer(menu.labels[0], [question], Settings())
-        print(f"{example['image']}: {example['question']} {answer}", flush=True)  # noqa: T201
+        print(f"{example['image']}: {example['question']} {answer}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,127 @@
+"""`llava ask` and `llava chat`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from .errors import one_line
+
+
+def add_commands(commands) -> None:
+    ask = commands.add_parser("ask", help="ask one question about pictures")
+    ask.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="IMAGE",
+        help="pictures (paths, data URIs, - for standard input), then the question",
+    )
+    _add_options(ask)
+    ask.add_argument("--json", action="store_true", help="print the answer and how it came about as JSON")
+    ask.set_defaults(run=run_ask)
+
+    chat = commands.add_parser("chat", help="talk about pictures")
+    chat.add_argument("images", nargs="*", metavar="IMAGE", help="pictures to start with")
+    _add_options(chat)
+    chat.set_defaults(run=run_chat)
+
+
+CHAT_HELP = "/image PATH adds a picture, /reset forgets, /save FILE writes the conversation, /quit leaves"
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="folder or Hub id (default: the embedded model)")
+    parser.add_argument(
+        "--base-model", help="language model under a LoRA, projector or delta that does not say its own"
+    )
+    parser.add_argument("--template", help="conversation format to use instead of the model's")
+    parser.add_argument("--system", help="system text to use instead of the template's")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 gives the likeliest answer")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+
+
+def _session(options: argparse.Namespace):
+    from modeling_llava.inference import EMBEDDED_MODEL, ChatSession, load_for_inference
+
+    model, processor = load_for_inference(
+        options.model or EMBEDDED_MODEL, template=options.template, base_model=options.base_model
+    )
+    return ChatSession(model, processor, system=options.system)
+
+
+def _settings(options: argparse.Namespace) -> dict:
+    return {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "seed": options.seed}
+
+
+def _answer(options: argparse.Namespace, session, question: str, *, images: list) -> str:
+    """Print an answer while it is generated; returns it whole."""
+    pieces = []
+    for piece in session.ask(question, images=images, **_settings(options)):
+        print(piece, end="", flush=True)
+        pieces.append(piece)
+    print()
+    return "".join(pieces)
+
+
+def run_ask(options: argparse.Namespace) -> None:
+    if len(options.inputs) < 2:
+        raise ValueError('got only one argument; expected pictures and a question: llava ask cat.jpg "What is this?"')
+    *sources, question = options.inputs
+    # Pictures are opened before the model, so that a wrong path is answered at once.
+    images = [_open_image(source) for source in sources]
+    session = _session(options)
+    if not options.json:
+        _answer(options, session, question, images=images)
+        return
+    settings = _settings(options)
+    answer = "".join(session.ask(question, images=images, **settings))
+    record = {"question": question, "images": sources, "answer": answer, "model": options.model or "embedded"}
+    print(json.dumps(record | settings, ensure_ascii=False))
+
+
+def _open_image(source: str):
+    from processing_llava.image_loading import load_image
+
+    return load_image(sys.stdin.buffer.read() if source == "-" else source)
+
+
+def run_chat(options: argparse.Namespace) -> None:
+    waiting = [_open_image(source) for source in options.images]
+    session = _session(options)
+    print(CHAT_HELP)
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        command, _, argument = line.partition(" ")
+        try:
+            if command == "/quit":
+                return
+            elif command == "/image":
+                waiting.append(_open_image(argument.strip()))
+            elif command == "/reset":
+                session.reset()
+                waiting = []
+            elif command == "/save":
+                _save_conversation(session, Path(argument.strip()))
+            elif command.startswith("/"):
+                print(CHAT_HELP)
+            elif line:
+                _answer(options, session, line, images=waiting)
+                waiting = []
+        except (ValueError, OSError) as error:
+            print(one_line(error))
+
+
+def _save_conversation(session, path: Path) -> None:
+    turns = []
+    for message in session.messages:
+        content = message["content"]
+        items = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        text = "".join(item["text"] for item in items if item["type"] == "text")
+        num_images = sum(item["type"] == "image" for item in items)
+        turns.append({"role": message["role"], "text": text, "images": num_images})
+    path.write_text(json.dumps(turns, ensure_ascii=False, indent=1) + "\n")

@@ -1,0 +1,60 @@
+"""`llava assemble`, `llava merge` and `llava doctor`."""
+
+import argparse
+from pathlib import Path
+
+
+def add_commands(commands) -> None:
+    assemble = commands.add_parser("assemble", help="make a new LLaVA from a vision tower and a language model")
+    assemble.add_argument("--vision-tower", required=True, help="folder or Hub id")
+    assemble.add_argument("--language-model", required=True, help="folder or Hub id")
+    assemble.add_argument("--projector", default="mlp2x_gelu", help="linear, mlpNx_gelu or identity")
+    assemble.add_argument("--template", required=True, help="conversation format, e.g. vicuna_v1")
+    assemble.add_argument("--vision-feature-layer", type=int, default=-2, help="hidden state that is projected")
+    assemble.add_argument("--image-aspect-ratio", default="pad", help="pad or square")
+    assemble.add_argument("--seed", type=int, default=0, help="of the projector's initial weights")
+    assemble.add_argument("--out", required=True, help="folder to write")
+    assemble.set_defaults(run=run_assemble)
+
+    merge = commands.add_parser("merge", help="make one model of an adapter and its base")
+    merge.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
+    merge.add_argument("--out", required=True, help="folder to write")
+    merge.add_argument("--base-model", help="folder or Hub id to use instead of the one that the adapter names")
+    merge.add_argument("--base-bits", type=int, help="4 if it was trained on a 4-bit base (default: see its record)")
+    merge.set_defaults(run=run_merge)
+
+    doctor = commands.add_parser("doctor", help="versions, device, memory, cached models")
+    doctor.add_argument("--parameters", type=float, default=7e9, help="size of a model in parameters, e.g. 7e9")
+    doctor.set_defaults(run=run_doctor)
+
+
+def run_assemble(options: argparse.Namespace) -> None:
+    from modeling_llava.assemble import assemble
+
+    model, processor = assemble(
+        vision_tower=options.vision_tower,
+        language_model=options.language_model,
+        template=options.template,
+        projector_type=options.projector,
+        image_aspect_ratio=options.image_aspect_ratio,
+        vision_feature_layer=options.vision_feature_layer,
+        seed=options.seed,
+    )
+    model.save_pretrained(options.out)
+    processor.save_pretrained(options.out)
+    print(f"{options.out}: {model.num_parameters():,} parameters")
+
+
+def run_merge(options: argparse.Namespace) -> None:
+    from modeling_llava.export.merged_adapter import merge_adapter
+
+    report = merge_adapter(
+        options.adapter, Path(options.out), base_model=options.base_model, base_bits=options.base_bits
+    )
+    print(f"{options.out}: {report}")
+
+
+def run_doctor(options: argparse.Namespace) -> None:
+    from modeling_llava.doctor import report
+
+    print(report(num_parameters=options.parameters))
