@@ -24,6 +24,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from processing_llava.image_layouts import ImageLayout, fit_inside, plan_image, select_grid
 from processing_llava.processing_llava import AnyLlavaProcessor
 
+from .configuration_llava import AnyLlavaConfig
+
 QUERIES_PER_STEP = 32
 """Of the answer: bounds the memory that the weights of all layers and heads take."""
 GLOW = ((60, 0, 80), (232, 60, 30), (255, 160, 40), (255, 245, 190))
@@ -55,7 +57,8 @@ def read_attention(
         messages: A conversation with its pictures that ends with what the assistant said.
 
     Raises:
-        ValueError: if the processor is not ours, there is no answer, or the template does not mark answers.
+        ValueError: if the processor is not ours, there is no answer or none with words, or the template does not mark
+            answers.
     """
     if not isinstance(processor, AnyLlavaProcessor):
         raise ValueError(
@@ -66,6 +69,9 @@ def read_attention(
         messages, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
     )
     start, end = _find_last_answer(inputs.pop("assistant_masks")[0].tolist(), messages)
+    words, tokens_of_word = _split_words(inputs["input_ids"][0, start:end].tolist(), processor.tokenizer)
+    if not words:
+        raise ValueError("got an answer without words; expected at least one")
     num_tokens = processor.count_image_tokens(inputs) if "pixel_values" in inputs else []
     inputs = inputs.to(model.device)
     input_ids = inputs["input_ids"]
@@ -82,14 +88,13 @@ def read_attention(
             outputs = model(input_ids=queries, past_key_values=cache, logits_to_keep=1, output_attentions=True)
             to_prompt = [layer[0, :, :, : start - 1].float().mean(0).cpu() for layer in outputs.attentions]
             steps.append(torch.stack(to_prompt)[..., is_image.cpu()])
-    words, tokens_of_word = _split_words(input_ids[0, start:end].tolist(), processor.tokenizer)
     of_tokens = torch.cat(steps, dim=1)
     of_words = torch.stack([of_tokens[:, tokens].mean(1) for tokens in tokens_of_word], dim=1)
     return AnswerAttention(words, list(of_words.split(num_tokens, dim=-1)))
 
 
 def lay_on_picture(
-    weights_N: torch.Tensor, picture: Image.Image, model: PreTrainedModel, processor: AnyLlavaProcessor
+    weights_N: torch.Tensor, picture: Image.Image, config: AnyLlavaConfig, processor: AnyLlavaProcessor
 ) -> np.ndarray:
     """Weights of one picture's tokens as a density over its pixels, `[height, width]`.
 
@@ -98,8 +103,12 @@ def lay_on_picture(
     Args:
         weights_N: In the order of the text.
         picture: Upright, as the processor was given it.
+        config: Of the model.
+
+    Raises:
+        ValueError: if the picture does not have as many tokens as there are weights.
     """
-    images, config = processor.image_processor, model.config
+    images = processor.image_processor
     pinpoints = images.image_grid_pinpoints if images.image_aspect_ratio == "anyres" else None
     layout = plan_image(
         picture.height,
@@ -115,7 +124,7 @@ def lay_on_picture(
             f"got {len(weights_N)} weights for a picture of {layout.num_tokens} tokens; expected equal numbers: give "
             "the picture and the processor that the attention was read with"
         )
-    overview, details = _unmerge(weights_N, layout, model)
+    overview, details = _unmerge(weights_N, layout, config)
     if pinpoints is None:
         return _spread(overview, _single_tile_rectangle(picture, images), picture)
     density = _spread(overview, (0, 0, *picture.size), picture)
@@ -179,23 +188,23 @@ def _split_words(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[li
 
 
 def _unmerge(
-    weights_N: torch.Tensor, layout: ImageLayout, model: PreTrainedModel
+    weights_N: torch.Tensor, layout: ImageLayout, config: AnyLlavaConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `AnyLlavaModel.merge_tiles` joined: the overview `[P, P]`, and the kept part of the map of the details.
 
     Class tokens and newlines belong to no place and are dropped.
     """
-    side, num_prefix = model.config.patches_per_side, model.config.num_prefix_tokens
+    side, num_prefix = config.patches_per_side, config.num_prefix_tokens
     per_tile = side**2 + num_prefix
     overview = weights_N[:per_tile][num_prefix:].unflatten(0, (side, side))
     details = weights_N[per_tile:]
     if layout.num_tiles == 1:
         return overview, details
-    if model.config.patch_merge_type == "flat":
+    if config.patch_merge_type == "flat":
         tiles = details.unflatten(0, (-1, per_tile))[:, num_prefix:]
         grid = tiles.unflatten(1, (side, side)).unflatten(0, (layout.grid_rows, layout.grid_columns))
         return overview, grid.transpose(1, 2).flatten(2, 3).flatten(0, 1)
-    has_newline = model.config.patch_merge_type == "spatial_unpad"
+    has_newline = config.patch_merge_type == "spatial_unpad"
     rows = details.reshape(layout.kept_rows, layout.kept_columns + has_newline)
     return overview, rows[:, : layout.kept_columns]
 

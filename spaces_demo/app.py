@@ -11,9 +11,10 @@ from starlette.middleware import Middleware
 
 from processing_llava.conversation_templates import TEMPLATE_FILES
 from processing_llava.image_processing_llava import IMAGE_ASPECT_RATIOS
+from spaces_demo.attention_view import LAYERS
 from spaces_demo.conversation import Conversation
 from spaces_demo.feedback import OPTIONS, FeedbackFile
-from spaces_demo.handlers import LAYERS, Handlers
+from spaces_demo.handlers import Handlers
 from spaces_demo.models import AS_TRAINED, ModelMenu
 from spaces_demo.safety import PrivateRoutes
 from spaces_demo.theme import build_theme
@@ -123,7 +124,7 @@ def build_page(menu: ModelMenu, *, feedback: FeedbackFile | None = None) -> gr.B
             handlers.choose_models,
             [left_menu, right_menu, current],
             [left_menu, right_menu, current, status, left, right],
-            **ON_MODEL,
+            **ON_MODEL | {"show_progress": "full", "show_progress_on": status},
         ).then(lambda right: gr.update(visible=bool(right)), right_menu, side, **AT_ONCE)
 
         seen = [looked, conversation, words, layers]

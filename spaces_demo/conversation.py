@@ -12,6 +12,8 @@ from processing_llava.image_loading import load_image
 from .models import Settings
 from .safety import show_as_text
 
+NO_WORDS = "(no words)"
+
 
 @dataclass
 class Answer:
@@ -83,9 +85,9 @@ class Conversation:
             pictures = [{"path": path, "alt_text": f"Picture of question {number}"} for path in turn.pictures]
             messages.append({"role": "user", "content": [*pictures, show_as_text(turn.question)]})
             answer = turn.choose_answer(column)
-            if answer is not None and answer.text:
+            if answer is not None and (answer.text or answer.statistics or answer.is_stopped):
                 caption = f"<small>{show_as_text(answer.caption)}</small>"
-                messages.append({"role": "assistant", "content": [answer.text, caption]})
+                messages.append({"role": "assistant", "content": [answer.text or NO_WORDS, caption]})
         return messages
 
 

@@ -4,9 +4,7 @@ A question passes through three of them: one that puts it into the conversation 
 streams, and `finish`, which runs whatever happened and gives a question without an answer back to its text box.
 """
 
-import base64
 import html
-import io
 import logging
 import time
 import traceback
@@ -16,12 +14,10 @@ from dataclasses import replace
 from typing import Any
 
 import gradio as gr
-import torch
-from PIL import Image
 
-from modeling_llava.attention_map import AnswerAttention, lay_on_picture, overlay
 from processing_llava.image_loading import load_image
 
+from .attention_view import Looked
 from .conversation import Answer, Conversation, Turn
 from .feedback import FeedbackFile
 from .models import ModelMenu, Settings
@@ -32,10 +28,6 @@ MAX_PICTURES = 8
 MAX_CHARACTERS = 20_000
 SECONDS_PER_UPDATE = 0.05
 """Of the page, while an answer is written."""
-LAYERS = {"all": (0, 1), "first third": (0, 1 / 3), "middle third": (1 / 3, 2 / 3), "last third": (2 / 3, 1)}
-"""Name to the range of layers, as shares of their number."""
-LARGEST_OVERLAY = 768
-"""Longer side in pixels."""
 
 
 class Handlers:
@@ -164,8 +156,9 @@ class Handlers:
                 for label in (left, right)
                 if label
             ]
-        except ValueError as error:
-            gr.Warning(html.escape(str(error)), title="Not loaded")
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            gr.Warning(html.escape(f"Not loaded: {reason}"))
             return *current, current, gr.skip(), gr.skip(), gr.skip()
         chats = (
             gr.update(label=left, show_label=bool(right)),
@@ -184,38 +177,19 @@ class Handlers:
             attention = self.look_at(answer.model, messages, answer.settings)
             if not attention.weights:
                 raise ValueError("got a conversation without pictures; ask a question about a picture first")
-        word = max(range(len(attention.words)), key=lambda word: _share(attention.select(word)))
+            loaded = self.menu.load(answer.model)
+            looked = Looked(attention, loaded.model.config, answer.settings.adapt(loaded.processor))
         choices = [(word, place) for place, word in enumerate(attention.words)]
-        words = gr.update(choices=choices, value=word, visible=True)
-        return (attention, answer), words, gr.update(visible=True)
+        words = gr.update(choices=choices, value=looked.find_word(), visible=True)
+        return looked, words, gr.update(visible=True)
 
-    def show_word(
-        self, looked: tuple[AnswerAttention, Answer] | None, conversation: Conversation, word: int, layers: str
-    ) -> str:
+    def show_word(self, looked: Looked | None, conversation: Conversation, word: int, layers: str) -> str:
         """HTML with every picture of the conversation as one word saw it."""
         if looked is None:
             return ""
-        attention, answer = looked
         with show_errors():
-            loaded = self.menu.load(answer.model)
-            processor = answer.settings.adapt(loaded.processor)
-            num_layers = len(attention.weights[0])
-            first, last = (round(share * num_layers) for share in LAYERS[layers])
-            weights = attention.select(word, slice(first, max(last, first + 1)))
             pictures = [load_image(path) for turn in conversation.turns for path in turn.pictures]
-            densities = [
-                lay_on_picture(of_picture, picture, loaded.model, processor)
-                for of_picture, picture in zip(weights, pictures)
-            ]
-        highest = max(float(density.max()) for density in densities)
-        share = _share(weights)
-        name = html.escape(attention.words[word])
-        figures = [
-            f'<img alt="Where the model looked in picture {number} for the word {name}" '
-            f'src="{_encode(overlay(picture, density, highest=highest))}">'
-            for number, (picture, density) in enumerate(zip(pictures, densities), start=1)
-        ]
-        return f"<p><b>{name}</b>: {share:.0%} of the attention is on pictures.</p>" + "".join(figures)
+            return looked.draw(pictures, word=word, layers=layers)
 
     def rate(self, conversation: Conversation, column: int, event: gr.LikeData) -> None:
         opinion = {True: "Like", False: "Dislike"}.get(event.liked, event.liked)
@@ -254,15 +228,3 @@ def show_errors() -> Iterator[None]:
             title="That did not work",
             print_exception=False,
         ) from None
-
-
-def _share(weights: list[torch.Tensor]) -> float:
-    return sum(float(of_picture.sum()) for of_picture in weights)
-
-
-def _encode(picture: Image.Image) -> str:
-    """A data URI: nothing is left on the disk."""
-    picture.thumbnail((LARGEST_OVERLAY, LARGEST_OVERLAY))
-    file = io.BytesIO()
-    picture.save(file, format="JPEG", quality=88)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

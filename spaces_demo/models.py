@@ -132,9 +132,7 @@ class ModelMenu:
                     *load_for_inference(self.names[label], device=str(self.device)), ChatCache()
                 )
             except (MemoryError, torch.OutOfMemoryError) as error:
-                raise ValueError(
-                    f"got too little memory for {label}; expected more; choose a smaller model"
-                ) from error
+                raise ValueError(f"got too little memory for {label}; choose a smaller model") from error
             finally:
                 _free_memory()
         self.loaded[label] = self.loaded.pop(label)
@@ -212,11 +210,8 @@ def _label(names: list[str]) -> dict[str, str]:
             label = "embedded" if path == Path(EMBEDDED_MODEL).resolve() else path.name
         else:
             label = name
-        number = 1
-        while label in labels:
-            number += 1
-            label = f"{label} ({number})"
-        labels[label] = name
+        namesakes = sum(known == label or known.startswith(f"{label} (") for known in labels)
+        labels[f"{label} ({namesakes + 1})" if namesakes else label] = name
     return labels
 
 

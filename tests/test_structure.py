@@ -9,11 +9,16 @@ from tests.conftest import ROOT
 
 HUB_FILES = {
     "processing_llava": (
+        "image_arrays",
+        "image_containers",
         "image_layouts",
+        "image_limits",
         "image_loading",
+        "image_processing_fast",
         "image_processing_llava",
         "processing_llava",
         "prompts",
+        "role_markers",
         "text_encoder",
     ),
     "modeling_llava": ("configuration_llava", "generation", "modeling_llava", "projectors", "vision_towers"),
@@ -21,7 +26,7 @@ HUB_FILES = {
 """Files that are copied into Hub repositories."""
 SEAMS = ("checkpoint_loading", "original_processor")
 """Mixins that read the layouts of other code, which a Hub repository does not need: export leaves them empty."""
-HUB_PACKAGES = {"torch", "transformers", "PIL", "numpy", "tokenizers"}
+HUB_PACKAGES = {"torch", "transformers", "PIL", "numpy", "tokenizers", "jinja2"}
 
 
 def imported_modules(path: Path) -> set[str]:

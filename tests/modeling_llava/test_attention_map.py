@@ -106,7 +106,7 @@ def test_what_a_token_shows_is_where_its_weight_is_laid(case, size, corner):
         model.model.image_newline.data.fill_(7.0)
     weights = model.model.merge_tiles(features, layout)[:, 0].detach()
 
-    density = lay_on_picture(weights, picture, model, processor)
+    density = lay_on_picture(weights, picture, model.config, processor)
     assert density.shape == size[::-1]
     rows, columns = np.indices(density.shape)
     assert (columns * density).sum() / density.sum() == pytest.approx(left + 5.5, abs=1)
@@ -118,8 +118,8 @@ def test_weight_on_padding_is_lost_and_the_rest_is_kept():
     picture = Image.new("RGB", (80, 40))  # half of the square is padding
     grid = torch.zeros(SIDE, SIDE)
     grid[0] = 1
-    assert lay_on_picture(grid.flatten(), picture, model, processor).sum() == 0
-    even = lay_on_picture(torch.ones(SIDE**2), picture, model, processor)
+    assert lay_on_picture(grid.flatten(), picture, model.config, processor).sum() == 0
+    even = lay_on_picture(torch.ones(SIDE**2), picture, model.config, processor)
     assert even.sum() == pytest.approx(SIDE**2 / 2, rel=0.01)
     assert even.min() == pytest.approx(even.max())
 
@@ -127,7 +127,7 @@ def test_weight_on_padding_is_lost_and_the_rest_is_kept():
 def test_weights_of_another_layout_are_refused():
     model, processor = build_pair()
     with pytest.raises(ValueError, match="got 3 weights for a picture of 16 tokens"):
-        lay_on_picture(torch.ones(3), Image.new("RGB", (9, 9)), model, processor)
+        lay_on_picture(torch.ones(3), Image.new("RGB", (9, 9)), model.config, processor)
 
 
 def test_overlay_glows_where_the_density_is():
@@ -155,7 +155,7 @@ def test_the_embedded_model_looks_at_the_thing_it_names(embedded, name, quadrant
     picture.paste(example.resize((112, 112)), (x, y))
     attention = read_attention(*embedded, talk(picture, answer=f"a {name}"))
     assert attention.words == ["a", name]
-    density = lay_on_picture(attention.select(1)[0], picture, *embedded)
+    density = lay_on_picture(attention.select(1)[0], picture, embedded[0].config, embedded[1])
     assert density[y : y + 112, x : x + 112].sum() > 0.5 * density.sum()
 
 
@@ -169,6 +169,8 @@ def test_what_cannot_be_read_is_an_error():
     model, processor = build_pair()
     with pytest.raises(ValueError, match="expected the assistant's turn last"):
         read_attention(model, processor, talk()[:1])
+    with pytest.raises(ValueError, match="without words"):
+        read_attention(model, processor, talk(answer=" "))
     with pytest.raises(ValueError, match="expected an AnyLlavaProcessor"):
         read_attention(model, processor.tokenizer, talk())
     processor.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"

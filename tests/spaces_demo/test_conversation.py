@@ -63,6 +63,11 @@ def test_an_answer_without_statistics_was_stopped():
     assert "a · stopped" in conversation.mark_stopped().show(0)[1]["content"][1]
 
 
+def test_an_answer_without_words_says_so():
+    shown = Conversation([Turn("What?", [], [Answer("a", Settings(), "", STATISTICS)])]).show(0)
+    assert shown[1]["content"][0] == "(no words)"
+
+
 def test_a_question_that_waits_has_no_answer_on_the_page():
     assert len(Conversation([Turn("What?")]).show(0)) == 1
 

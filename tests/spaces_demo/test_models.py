@@ -34,11 +34,11 @@ def build_menu(folders: list[str], *, room_for: float) -> ModelMenu:
 
 
 def test_labels_tell_nothing_about_the_machine_and_are_unique(tmp_path):
-    folders = [tmp_path / "a" / "llava", tmp_path / "b" / "llava"]
+    folders = [tmp_path / name / "llava" for name in "abc"]
     for folder in folders:
         folder.mkdir(parents=True)
     menu = ModelMenu([EMBEDDED_MODEL, *map(str, folders), "liuhaotian/llava-v1.5-7b"])
-    assert menu.labels == ["embedded", "llava", "llava (2)", "liuhaotian/llava-v1.5-7b"]
+    assert menu.labels == ["embedded", "llava", "llava (2)", "llava (3)", "liuhaotian/llava-v1.5-7b"]
     assert ModelMenu([]).labels == ["embedded"]
 
 

@@ -1,0 +1,65 @@
+"""Looked: where a model's attention was while it wrote an answer, as the page draws it."""
+
+import base64
+import html
+import io
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from modeling_llava.attention_map import AnswerAttention, lay_on_picture, overlay
+from modeling_llava.configuration_llava import AnyLlavaConfig
+from processing_llava.processing_llava import AnyLlavaProcessor
+
+LAYERS = {"all": (0, 1), "first third": (0, 1 / 3), "middle third": (1 / 3, 2 / 3), "last third": (2 / 3, 1)}
+"""Name to the range of layers, as shares of their number."""
+LONGEST_SIDE = 768
+"""Of a drawn picture, in pixels."""
+
+
+@dataclass(frozen=True)
+class Looked:
+    """Everything that drawing takes, whatever becomes of the model."""
+
+    attention: AnswerAttention
+    config: AnyLlavaConfig
+    processor: AnyLlavaProcessor
+    """As it was set for the answer."""
+
+    def find_word(self) -> int:
+        """The word that looks at the pictures most."""
+        return max(range(len(self.attention.words)), key=lambda word: _add_up(self.attention.select(word)))
+
+    def draw(self, pictures: list[Image.Image], *, word: int, layers: str) -> str:
+        """HTML of the pictures, in the order of the conversation, as one word saw them.
+
+        Raises:
+            ValueError: if these are not the pictures that were looked at.
+        """
+        num_layers = len(self.attention.weights[0])
+        first, last = (round(share * num_layers) for share in LAYERS[layers])
+        weights = self.attention.select(word, slice(first, max(last, first + 1)))
+        densities = [
+            lay_on_picture(of_picture, picture, self.config, self.processor)
+            for of_picture, picture in zip(weights, pictures)
+        ]
+        highest = max(float(density.max()) for density in densities)
+        name = html.escape(self.attention.words[word])
+        drawn = [f"<p><b>{name}</b>: {_add_up(weights):.0%} of the attention is on pictures.</p>"]
+        for number, (picture, density) in enumerate(zip(pictures, densities), start=1):
+            source = _encode(overlay(picture, density, highest=highest))
+            drawn.append(f'<img alt="Where the model looked in picture {number} for the word {name}" src="{source}">')
+        return "".join(drawn)
+
+
+def _add_up(weights: list[torch.Tensor]) -> float:
+    return sum(float(of_picture.sum()) for of_picture in weights)
+
+
+def _encode(picture: Image.Image) -> str:
+    """A data URI: nothing is left on the disk."""
+    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    file = io.BytesIO()
+    picture.save(file, format="JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
