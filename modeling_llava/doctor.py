@@ -33,11 +33,14 @@ def _device() -> str:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return f"GPU {torch.cuda.get_device_name()}: {free / GIB:.1f} of {total / GIB:.1f} GiB free"
-    return f"CPU with {torch.get_num_threads()} threads, {_free_memory() / GIB:.1f} GiB of memory free; no GPU"
+    free = count_free_bytes(torch.device("cpu"))
+    return f"CPU with {torch.get_num_threads()} threads, {free / GIB:.1f} GiB of memory free; no GPU"
 
 
-def _free_memory() -> int:
-    """Bytes that a new process can use. sysconf knows no better than free pages outside Linux."""
+def count_free_bytes(device: torch.device) -> int:
+    """Memory that a new model can use. sysconf knows no better than free pages outside Linux."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     if os.path.exists("/proc/meminfo"):
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":", 1) for line in file)

@@ -152,7 +152,8 @@ class ChatSession:
             seed: Of the drawing.
 
         Raises:
-            ValueError: if a picture or a setting is refused, or the last message is not from the user.
+            ValueError: if a picture or a setting is refused, the conversation is longer than the model can read, or
+                its last message is not from the user.
         """
         started = time.perf_counter()
         if not messages or messages[-1]["role"] != "user":
@@ -162,6 +163,13 @@ class ChatSession:
         inputs = self.processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
+        num_prompt_tokens = inputs["input_ids"].shape[1]
+        max_length = self.model.config.get_text_config(decoder=True).to_dict().get("max_position_embeddings")
+        if max_length is not None and num_prompt_tokens >= max_length:
+            raise ValueError(
+                f"got a conversation of {num_prompt_tokens} tokens; expected fewer than {max_length}, for which this "
+                "model was made: begin anew, or take pictures out"
+            )
         sampler = build_sampler(temperature=temperature, top_p=top_p, seed=seed, device=self.model.device)
         generation = CachedGeneration(self.model, inputs, self.cache)
         generate = partial(
@@ -180,7 +188,7 @@ class ChatSession:
             if times:
                 seconds = times[-1] - times[0]
                 self.statistics = AnswerStatistics(
-                    num_prompt_tokens=inputs["input_ids"].shape[1],
+                    num_prompt_tokens=num_prompt_tokens,
                     num_image_tokens=int((inputs["input_ids"] == self.processor.image_token_id).sum()),
                     num_reused_tokens=generation.num_reused_tokens,
                     num_new_tokens=len(times),

@@ -75,9 +75,10 @@ def packed_attention_forward(
             "expected segments no longer than the window: lower max_length, or train without packing"
         )
     if softcap is not None or s_aux is not None:
+        unknown = "attention sinks" if softcap is None else "softcap"
         raise ValueError(
-            f"got a packed row for a {type(module).__name__} with {'attention sinks' if softcap is None else 'softcap'}"
-            "; expected plain attention: train without packing"
+            f"got a packed row for a {type(module).__name__} with {unknown}; expected plain attention: train "
+            "without packing"
         )
     states = query_BHLD, key_BHLD, value_BHLD
     device_type = query_BHLD.device.type

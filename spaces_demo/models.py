@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from copy import copy
@@ -16,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 from modeling_llava.attention_map import AnswerAttention, read_attention
 from modeling_llava.auto import AutoModelForVision2Seq
 from modeling_llava.chat_cache import ChatCache
+from modeling_llava.doctor import count_free_bytes
 from modeling_llava.inference import EMBEDDED_MODEL, AnswerStatistics, ChatSession, load_for_inference
 from processing_llava.conversation_templates import load_template
 from processing_llava.processing_llava import AnyLlavaProcessor
@@ -75,16 +75,6 @@ class LoadedModel:
         if isinstance(self.processor, AnyLlavaProcessor):
             return f"{size}, tile mode {self.processor.image_processor.image_aspect_ratio}"
         return size
-
-
-def count_free_bytes(device: torch.device) -> int:
-    """Memory that a new model can use. sysconf knows no better than free pages outside Linux."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if Path("/proc/meminfo").exists():
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 class ModelMenu:

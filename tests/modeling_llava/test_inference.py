@@ -500,6 +500,15 @@ def test_a_conversation_that_does_not_end_with_the_user_is_refused():
             read(session.answer(messages))
 
 
+def test_a_conversation_longer_than_the_model_can_read_is_refused(watched):
+    seen = watched("llama")
+    session = ChatSession(seen.model, seen.processor)
+    limit = seen.model.config.text_config.max_position_embeddings
+    with pytest.raises(ValueError, match=f"expected fewer than {limit}"):
+        list(session.ask("What is this? " * limit))
+    assert len(session.messages) == 0
+
+
 def test_the_system_text_counts_for_both_ways_to_ask(watched):
     seen = watched("llama")
     session = ChatSession(seen.model, seen.processor, system="Be brief.")
