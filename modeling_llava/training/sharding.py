@@ -5,6 +5,29 @@ from accelerate import FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType
 from transformers import PreTrainedModel
 
+from .recipe import Recipe
+
+
+def check_divisible(recipe: Recipe, *, fsdp: bool) -> None:
+    """Refuse a recipe whose model cannot be divided between processes.
+
+    Args:
+        fsdp: Whether FSDP divides it, or DeepSpeed.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if recipe.muon_learning_rate is not None:
+        raise ValueError(
+            "got muon_learning_rate for a model that is divided between processes; expected a whole model in each, "
+            "since Muon takes whole matrices: launch with torchrun alone"
+        )
+    if fsdp and recipe.stage == "qlora":
+        raise ValueError(
+            "got stage 'qlora' for FSDP; expected a whole model in each process, since a checkpoint of 4-bit weights "
+            "that FSDP has divided cannot be resumed: launch with torchrun alone"
+        )
+
 
 def prepare_sharding(model: PreTrainedModel, plugin: FullyShardedDataParallelPlugin) -> None:
     """Adapt a LLaVA, and the settings of `accelerate launch`, to each other before the model is sharded.

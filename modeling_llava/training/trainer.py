@@ -13,7 +13,7 @@ from trl import SFTTrainer
 from .muon import MuonWithAdamW
 from .recipe import Recipe
 from .run_log import ProgressLine, RunLog, check_loss
-from .sharding import prepare_sharding
+from .sharding import check_divisible, prepare_sharding
 from .supervised_loss import add_supervised_head
 from .token_budget import TokenBudgetBatchSampler
 
@@ -75,13 +75,10 @@ class LlavaTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         model = self.model.get_base_model() if recipe.uses_lora else self.model
         add_supervised_head(model)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            check_divisible(recipe, fsdp=self.is_fsdp_enabled)
         if self.is_fsdp_enabled:
             prepare_sharding(model, self.accelerator.state.fsdp_plugin)
-        if recipe.muon_learning_rate is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                "got muon_learning_rate for a model that is divided between processes; expected a copy in each, since "
-                "Muon takes whole matrices: launch with torchrun alone"
-            )
         if self.aux_loss_enabled:
             raise ValueError(
                 f"got router_aux_loss_coef={self.router_aux_loss_coef} for a mixture of experts; expected 0, since "
@@ -114,15 +111,20 @@ class LlavaTrainer(SFTTrainer):
         state_dict = self.accelerator.get_state_dict(self.model_wrapped)
         if not self.is_world_process_zero():
             return
+        model = self.accelerator.unwrap_model(self.model)
         dtype = getattr(torch, self.recipe.output_dtype)
-        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         for name, value in state_dict.items():
             # What is frozen under a LoRA is not written, and may be larger than the memory that is left.
             if value.is_floating_point() and not (self.recipe.uses_lora and name in frozen):
-                state_dict[name] = value.to(dtype)
-        model = self.accelerator.unwrap_model(self.model)
-        model.save_pretrained(self.args.output_dir, state_dict=state_dict)
-        if not self.recipe.uses_lora:
+                state_dict[name] = value.to("cpu", dtype)
+        if self.recipe.uses_lora:
+            model.save_pretrained(self.args.output_dir, state_dict=state_dict)
+        else:
+            if model.config.tie_word_embeddings:
+                # A copy of the input embeddings by then, which would be written beside them.
+                state_dict.pop("lm_head.weight", None)
+            model.save_pretrained(self.args.output_dir, state_dict=state_dict)
             model.config.dtype = dtype
             model.config.save_pretrained(self.args.output_dir)
         self.processing_class.save_pretrained(self.args.output_dir)

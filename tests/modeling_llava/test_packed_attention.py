@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.attention.varlen
+from torch import nn
 
-from modeling_llava.packed_attention import NAME, use_packed_attention
+from modeling_llava import packed_attention
+from modeling_llava.packed_attention import NAME, packed_attention_forward, use_packed_attention
 from tests.tiny import IMAGE_TOKEN_ID, random_images, text_ids, tiny_model
 
 TILE_TOKENS = 16
@@ -119,6 +122,75 @@ def test_window_shorter_than_a_segment_is_refused():
         model(**pack(make_rows()), pixel_values=random_images(3))
 
 
+def test_language_models_with_an_attention_of_their_own_are_refused():
+    with pytest.raises(ValueError, match="got a MptModel for packed rows"):
+        use_packed_attention(tiny_model(text="mpt"))
+
+
+@pytest.mark.parametrize("special", [{"softcap": 50.0}, {"s_aux": torch.zeros(2)}])
+def test_attention_that_torch_does_not_compute_is_refused(special):
+    states = torch.randn(3, 1, 2, 6, 8)
+    with pytest.raises(ValueError, match="got a packed row for a Identity with"):
+        bounds = torch.tensor([0, 6], dtype=torch.int32)
+        packed_attention_forward(nn.Identity(), *states, None, cu_seq_lens_q=bounds, max_length_q=6, **special)
+
+
+def test_under_autocast_all_states_have_its_type(monkeypatch):
+    """A kernel for 16-bit floats takes no queries that float32 norms and positions have made float32 again."""
+    model, seen = tiny_model(text="qwen3"), set()
+    use_packed_attention(model)
+    attend = packed_attention._attend_one_by_one
+    monkeypatch.setattr(
+        packed_attention,
+        "_attend_one_by_one",
+        lambda *args: seen.add(tuple(state.dtype for state in args[:3])) or attend(*args),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**pack(make_rows()), pixel_values=random_images(3))
+    assert seen == {(torch.bfloat16,) * 3}
+
+
+def attend_slowly(query, key, value, bounds, *, scale):
+    """Causal attention by its definition, `[T, H, D]`."""
+    key, value = (state.repeat_interleave(query.shape[1] // state.shape[1], dim=1) for state in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    places = torch.arange(len(query))
+    segments = torch.bucketize(places, bounds[1:], right=True)
+    is_seen = (segments[:, None] == segments) & (places[:, None] >= places)
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~is_seen, -torch.inf).softmax(-1), value)
+
+
+def varlen_attn_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    assert is_causal and query.shape[1] == key.shape[1]
+    return attend_slowly(query, key, value, cu_seq_q, scale=None)
+
+
+def varlen_attn_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    assert window_size == (-1, 0) and query.shape[1] == key.shape[1]
+    return attend_slowly(query, key, value, cu_seq_q, scale=scale)
+
+
+def varlen_attn_2_13(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    assert window_size == (-1, 0) and enable_gqa
+    return attend_slowly(query, key, value, cu_seq_q, scale=scale)
+
+
+@pytest.mark.parametrize("varlen_attn", [varlen_attn_2_10, varlen_attn_2_11, varlen_attn_2_13])
+@pytest.mark.parametrize("scaling", [None, 0.1])
+def test_each_torch_is_told_what_to_compute(monkeypatch, varlen_attn, scaling):
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
+    packed_attention._kernel_parameters.cache_clear()
+    query, key, value = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    rest = torch.tensor([0, 4, 9], dtype=torch.int32), 5, 0.0, scaling
+    expected = packed_attention._attend_one_by_one(query, key, value, *rest)
+    torch.testing.assert_close(packed_attention._attend_with_kernel(query, key, value, *rest), expected)
+    packed_attention._kernel_parameters.cache_clear()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("text", ["llama", "mistral"])
 def test_kernel_on_gpu(text):
@@ -131,3 +203,32 @@ def test_kernel_on_gpu(text):
     found = model.bfloat16()(**batch, pixel_values=images.cuda().bfloat16()).logits
     error = (found.float() - expected).norm() / expected.norm()
     assert error < 0.03
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("text", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_loss_and_gradients_on_gpu_are_those_of_the_rows(monkeypatch, text, dtype, tolerance):
+    """float32 weights, computed with in float32 or, by the kernel, in bfloat16."""
+    calls = []
+    attend = packed_attention._attend_with_kernel
+    monkeypatch.setattr(packed_attention, "_attend_with_kernel", lambda *args: calls.append(1) or attend(*args))
+    rows, images = make_rows(), random_images(3).cuda()
+    model = tiny_model(text=text).cuda()
+    with torch.device("cuda"):
+        expected = sum_of_losses(model, rows, images)
+    expected.backward()
+    expected_gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+
+    use_packed_attention(model)
+    batch = {name: value.cuda() if torch.is_tensor(value) else value for name, value in pack(rows).items()}
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        loss = model(**batch, pixel_values=images).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    assert bool(calls) == (dtype == torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        error = (parameter.grad - expected_gradients[name]).norm() / expected_gradients[name].norm().clamp(min=1e-6)
+        # What is summed over many positions in 16 bits is further off.
+        assert error < 4 * tolerance, name
