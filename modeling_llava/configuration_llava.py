@@ -17,6 +17,16 @@ from .vision_towers import vision_tower_family
 FEATURE_SELECT_STRATEGIES = ("patch", "cls_patch")
 
 
+LOGIT_TRANSFORMS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
+"""Fields of language models of transformers whose logits are not just what the output layer gives."""
+
+
 class AnyLlavaConfig(PreTrainedConfig):
     """Configuration of a LLaVA: a vision tower, a projector and a causal language model.
 
@@ -112,6 +122,13 @@ class AnyLlavaConfig(PreTrainedConfig):
         return self.vision_config.image_size // self.vision_config.patch_size
 
     def _check(self) -> None:
+        text_fields = self.text_config.to_dict()
+        for name in LOGIT_TRANSFORMS:
+            if text_fields.get(name) not in (None, 1.0):
+                raise ValueError(
+                    f"got a language model with {name}={text_fields[name]}; expected one whose logits are what its "
+                    "output layer gives, as in Llama, Mistral, Qwen, Gemma, Gemma 3 and Phi: take another one"
+                )
         check_projector_type(
             self.projector_type, in_size=self.vision_feature_size, out_size=self.text_config.hidden_size
         )

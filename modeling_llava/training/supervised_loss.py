@@ -24,31 +24,13 @@ from processing_llava.collator import IGNORED_LABEL
 MAX_LOGITS = 2**25
 """How many logits exist at a time, 128 MiB in float32. A batch with more is scored in chunks, again in backward."""
 
-LOGIT_TRANSFORMS = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "output_multiplier",
-)
-"""Fields of language models of transformers whose logits are not just what the output layer gives."""
-
 
 def add_supervised_head(model: PreTrainedModel) -> None:
     """Let `model(..., labels=labels, fused_lm_head=True)` return what TRL's SFTTrainer computes its loss from.
 
     Other calls are those of the model. In the output, `log_probs`, `entropy` and `is_top1` are `[N]`, float32.
-
-    Raises:
-        ValueError: if the language model changes its logits in a way that this package does not.
     """
-    text_config = model.config.get_text_config().to_dict()
-    for name in LOGIT_TRANSFORMS:
-        if text_config.get(name) not in (None, 1.0):
-            raise ValueError(
-                f"got a language model with {name}={text_config[name]}; expected one whose logits are what its output "
-                "layer gives: this package trains no other"
-            )
+    vocab_size = model.config.get_text_config().vocab_size
     plain_forward = model.forward
 
     # The signature is that of the class: `generate` looks its arguments up there.
@@ -63,7 +45,7 @@ def add_supervised_head(model: PreTrainedModel) -> None:
             self.get_output_embeddings(),
             hidden_BLD[is_supervised_BL],
             labels_BL[is_supervised_BL],
-            chunk_size=max(1, MAX_LOGITS // text_config["vocab_size"]),
+            chunk_size=max(1, MAX_LOGITS // vocab_size),
         )
         return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=is_supervised_BL)
 

@@ -10,6 +10,7 @@ from transformers import (
 )
 
 from modeling_llava import AnyLlavaForConditionalGeneration
+from modeling_llava.configuration_llava import AnyLlavaConfig
 from processing_llava.image_layouts import plan_image
 from tests.tiny import (
     IMAGE_TOKEN_ID,
@@ -339,3 +340,8 @@ def test_layouts_of_model_and_processor_are_the_same_function():
         pinpoints=tuple(map(tuple, PINPOINTS)),
         patch_merge_type="spatial_unpad",
     )
+
+
+def test_language_models_that_change_their_logits_are_refused():
+    with pytest.raises(ValueError, match="got a language model with final_logit_softcapping=30.0"):
+        AnyLlavaConfig(text_config={"model_type": "gemma2"})

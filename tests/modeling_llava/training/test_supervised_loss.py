@@ -146,13 +146,6 @@ def test_options_of_trl_reach_the_loss(tmp_path):
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
-def test_models_that_change_their_logits_are_refused(tmp_path):
-    model = tiny_model()
-    model.config.text_config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="got a language model with final_logit_softcapping=30.0"):
-        build_trainer(model, tmp_path)
-
-
 def test_a_loss_on_a_router_is_refused(tmp_path):
     text = MixtralConfig(vocab_size=VOCAB_SIZE, **ONE_LAYER, num_key_value_heads=2, num_local_experts=2)
     model = AnyLlavaForConditionalGeneration(AnyLlavaConfig(VISION_CONFIGS["clip"](), text))
