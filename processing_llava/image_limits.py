@@ -17,7 +17,7 @@ class ImageLimits:
     max_bytes: int = 50_000_000
     """Size of the encoded file."""
     max_pixels: int = 64_000_000
-    """Height times width."""
+    """Height times width; decoding takes up to 12 bytes for each."""
     max_side: int = 20_000
     """Longer side in pixels."""
     max_aspect_ratio: float = 20

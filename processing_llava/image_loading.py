@@ -244,9 +244,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         # a level of 0..65535 that matches nothing any more
         image.info.pop("transparency", None)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        on_white = Image.new("RGB", image.size, (255, 255, 255))
+        on_white.paste(image, mask=image)
+        return on_white
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

@@ -112,9 +112,11 @@ class AnyLlavaImageProcessor(AnyLlavaImageProcessorPil):
             grids = [select_grid(*size, image_grid_pinpoints) for size in sizes]
         fill = tuple(int(level * 255) for level in image_mean)
         mean, std = (image_mean, image_std) if do_normalize else ((0.0,) * 3, (1.0,) * 3)
-        mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
+        mean, std = (torch.tensor(numbers, dtype=torch.float64)[:, None, None] for numbers in (mean, std))
         max_tiles = 1 + max(height * width for height, width in grids) // shape.tile_size**2
-        pixel_values = torch.empty(len(images), max_tiles, 3, shape.tile_size, shape.tile_size, device=device)
+        batch = (len(images), max_tiles, 3, shape.tile_size, shape.tile_size)
+        # numpy asks the system for large pages and torch does not; small ones take longer to get than to fill.
+        values = torch.from_numpy(np.empty(batch, np.float32)) if device is None else torch.empty(batch, device=device)
 
         def prepare(index: int) -> None:
             image_CHW, scale = images[index]
@@ -124,16 +126,16 @@ class AnyLlavaImageProcessor(AnyLlavaImageProcessorPil):
                 tiles = [_pad_to_tile(image_CHW, shape, fill)]
             else:
                 tiles = [_resize_to_tile(image_CHW, shape)]
-            factor, offset = (values.float().to(device) for values in (scale / std, -mean / std))
+            factor, offset = (numbers.float().to(device) for numbers in (scale / std, -mean / std))
             # One tile after the other, so that each stays in the cache of the processor.
-            for tile_CSS, values_3SS in zip(tiles, pixel_values[index]):
+            for tile_CSS, values_3SS in zip(tiles, values[index]):
                 values_3SS.copy_(tile_CSS[:3].to(device)).mul_(factor).add_(offset)
-            pixel_values[index, len(tiles) :] = 0
+            values[index, len(tiles) :] = 0
 
         self.map_images(prepare, range(len(images)))
-        data = {"pixel_values": pixel_values[:, 0]}
+        data = {"pixel_values": values[:, 0]}
         if image_aspect_ratio == "anyres":
-            data = {"pixel_values": pixel_values, "image_sizes": torch.tensor(sizes)}
+            data = {"pixel_values": values, "image_sizes": torch.tensor(sizes)}
         return BatchFeature(data, tensor_type=return_tensors)
 
 

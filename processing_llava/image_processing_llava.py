@@ -8,7 +8,7 @@ What may surprise:
 - Images stay 8-bit PIL images until their last step, a table of 256 float32 levels per channel. The table gives the
   floats of "rescale in float64, normalise in float32" exactly, in a fifth of the time.
 
-The file is copied into Hub repositories with its two siblings.
+The file is copied into Hub repositories with its siblings.
 """
 
 from collections.abc import Callable, Sequence

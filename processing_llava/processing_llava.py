@@ -279,8 +279,8 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         row = next((row for row, count in enumerate(placeholders) if count != placeholders[0]), None)
         if row is not None:
             raise ValueError(
-                f"got {num_images} images in one list, with {placeholders[0]} {self.image_token} placeholders in row 0 "
-                f"and {placeholders[row]} in row {row}; expected as many in each row, or a list of images for each "
+                f"got {num_images} images in one list, with {placeholders[0]} {self.image_token} placeholders in row "
+                f"0 and {placeholders[row]} in row {row}; expected as many in each row, or a list of images for each "
                 "prompt: a row could get the image of another"
             )
 

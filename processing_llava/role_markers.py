@@ -24,12 +24,10 @@ INVISIBLE = "\u200b"
 
 # A word with the signs around it: "USER:", "###Human:", "[INST]", "<<SYS>>", "<|im_start|>". A word alone is none.
 _MARKER = re.compile(r"[#\[<|/]*[A-Za-z]\w*[:\]>|]+")
-_LINE_BREAK = r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"
-# White space and invisible characters in front of a marker do not hide it.
-_BLANK = r"[\s\u200b-\u200f\u2060\ufeff]*"
-_LINE_BREAK = r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"
-# White space and invisible characters in front of a marker do not hide it.
-_BLANK = r"[\s\u200b-\u200f\u2060\ufeff]*"
+_LINE_BREAKS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"
+# White space and invisible characters in front of a marker do not hide it. They end with the line: otherwise a text of
+# line breaks alone would be read once for each of them.
+_BLANK = rf"(?:[^\S{_LINE_BREAKS}]|[\u200b-\u200f\u2060\ufeff])*"
 _SYSTEM, _USER, _ASSISTANT = ({"role": role, "content": "."} for role in ("system", "user", "assistant"))
 # Not every format knows system messages, or several turns.
 _PROBES = ([_SYSTEM, _USER, _ASSISTANT, _USER], [_USER, _ASSISTANT, _USER], [_USER])
@@ -75,7 +73,7 @@ def _find(
     markers = sorted({marker for piece in pieces for marker in _MARKER.findall(piece)}, key=len, reverse=True)
     if not markers:
         return None
-    return re.compile(f"(?:^|{_LINE_BREAK}){_BLANK}({'|'.join(map(re.escape, markers))})")
+    return re.compile(f"(?:^|[{_LINE_BREAKS}]){_BLANK}({'|'.join(map(re.escape, markers))})")
 
 
 def _list_template_texts(template: str, tokenizer: PreTrainedTokenizerFast) -> list[str]:

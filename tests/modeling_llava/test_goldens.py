@@ -154,7 +154,7 @@ def test_training_step(shared_goldens):
     rows = [
         {
             "id": image,
-            "images": [str(shared_goldens / "images" / image)],
+            "images": [shared_goldens / "images" / image],
             "messages": golden_messages(turns, num_images=1, is_open=False),
         }
         for turns, image in enumerate(facts["images"], start=1)

@@ -13,6 +13,7 @@ from PIL import ExifTags, Image
 
 from processing_llava.image_limits import ImageLimits, check_image_size
 from processing_llava.image_loading import load_image, read_image_size
+from tests.conftest import ROOT
 from tests.processing_llava.hostile_images import encode, png, png_chunk
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -322,3 +323,14 @@ def test_broken_data_uris_are_refused(uri):
 def test_other_types_are_refused(source):
     with pytest.raises(ValueError, match=f"got an image of type {type(source).__name__}"):
         load_image(source)
+
+
+def test_nothing_else_opens_images():
+    """The builders of the embedded model, which read what they made themselves, are no part of the product's door."""
+    opening = {
+        path.relative_to(ROOT).as_posix()
+        for package in ("modeling_llava", "processing_llava")
+        for path in (ROOT / package).rglob("*.py")
+        if "Image.open(" in path.read_text() and "tiny_llava" not in path.parts
+    }
+    assert opening == {"processing_llava/image_loading.py"}

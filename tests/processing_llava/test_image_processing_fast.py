@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoImageProcessor
 
+import modeling_llava  # noqa: F401 - registers the image processors
 from processing_llava import AnyLlavaImageProcessor, AnyLlavaImageProcessorPil, ImageLimits, image_processing_fast
 from processing_llava.image_arrays import view_pixels
-from processing_llava.image_processing_llava import MACHINE_FIELDS
 from tests.conftest import GOLDENS
 
 PICTURES = sorted((GOLDENS / "images").glob("*.png"))
@@ -179,7 +180,7 @@ def test_filters_that_torch_lacks_are_refused():
 def test_files_are_those_of_the_twin(tmp_path):
     exact, fast = twins("anyres", limits=ImageLimits(max_side=99), num_threads=3)
     assert fast.to_dict() == exact.to_dict()
-    assert not set(MACHINE_FIELDS) & set(fast.to_dict())
+    assert not {"limits", "urls", "num_threads"} & set(fast.to_dict())
     fast.save_pretrained(tmp_path)
     assert AnyLlavaImageProcessorPil.from_pretrained(tmp_path).to_dict() == exact.to_dict()
     assert (fast.backend, exact.backend) == ("torch", "pil")
@@ -196,3 +197,11 @@ def test_the_memory_of_an_image_is_seen_as_it_is(size):
     Image.new("RGB", size, "red")
     assert pixels.shape == (size[1], size[0], 3 if size[0] == 2100 else 4)
     assert np.array_equal(pixels[..., :3].numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("backend", "expected"), [("pil", AnyLlavaImageProcessorPil), ("torch", AnyLlavaImageProcessor)]
+)
+def test_auto_image_processor_takes_the_name_of_the_backend(backend, expected, tmp_path):
+    twins("anyres")[0].save_pretrained(tmp_path)
+    assert type(AutoImageProcessor.from_pretrained(tmp_path, backend=backend)) is expected

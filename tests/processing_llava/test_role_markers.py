@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -96,9 +97,9 @@ def test_a_marker_that_is_spread_over_items_is_found():
 
 
 def test_text_behind_an_image_begins_a_line():
-    items = [{"type": "image"}, {"type": "text", "text": "USER: b"}]
+    items = [{"type": "text", "text": "Hi "}, {"type": "image"}, {"type": "text", "text": "USER: b"}]
     (message,) = treat_role_markers([user(items)], find("vicuna_v1"))
-    assert message["content"] == [{"type": "image"}, {"type": "text", "text": f"U{INVISIBLE}SER: b"}]
+    assert message["content"] == [*items[:2], {"type": "text", "text": f"U{INVISIBLE}SER: b"}]
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -112,6 +113,13 @@ def test_whatever_is_typed_no_line_begins_with_a_marker(name, data):
     joined = "".join(item["text"] for item in message["content"])
     assert pattern is None or not pattern.search(joined)
     assert joined.replace(INVISIBLE, "") == "".join(texts).replace(INVISIBLE, "")
+
+
+@pytest.mark.parametrize("text", ["\n" * 300_000, " " * 300_000, "\u200b" * 300_000, "\nUSER" * 60_000])
+def test_long_texts_are_read_once(text):
+    start = time.process_time()
+    assert treat(text) == text
+    assert time.process_time() - start < 1
 
 
 def test_the_processor_neutralises_by_default():

@@ -33,7 +33,7 @@ class ImageTextToText:
         assert output["input_text"] == prompt["text"]
         assert output["generated_text"].startswith(prompt["text"])
 
-        contents = [[{"type": "image", "path": str(PICTURE)}, QUESTION], [QUESTION]]
+        contents = [[{"type": "image", "path": PICTURE}, QUESTION], [QUESTION]]
         chats = [[{"role": "user", "content": content}] for content in contents]
         for chat, (output,) in zip(chats, test_pipeline(text=chats), strict=True):
             assert output["generated_text"][:-1] == chat

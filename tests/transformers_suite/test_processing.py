@@ -4,7 +4,7 @@ import unittest
 
 import pytest
 
-from processing_llava import AnyLlavaImageProcessorPil, AnyLlavaProcessor
+from processing_llava import AnyLlavaImageProcessor, AnyLlavaImageProcessorPil, AnyLlavaProcessor
 from processing_llava.conversation_templates import load_template
 from tests.tiny import PATCH_SIZE, TILE_SIZE, tiny_processor, tiny_tokenizer
 from tests.transformers_suite.upstream import image_processing, processing
@@ -53,7 +53,7 @@ class OneTileImageProcessorTester(image_processing.ImageProcessingTester):
         super().__init__(parent, size={"shortest_edge": TILE_SIZE}, crop_size=crop_size, **kwargs)
 
     def _get_image_processing_classes(self) -> dict:
-        return {"pil": AnyLlavaImageProcessorPil}
+        return {"pil": AnyLlavaImageProcessorPil, "torch": AnyLlavaImageProcessor}
 
 
 class TiledImageProcessorTester(OneTileImageProcessorTester):

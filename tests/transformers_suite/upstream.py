@@ -4,6 +4,7 @@ The mixins import a few modules that the source distribution leaves out. Stand-i
 mixins among them, which therefore test nothing here, and a local picture for what would be downloaded.
 """
 
+import base64
 import os
 import sys
 import tempfile
@@ -36,7 +37,9 @@ sys.path.append(str(FOLDER))
 stand_in(f"{PACKAGE}.exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
 stand_in(f"{PACKAGE}.generation.test_utils", GenerationTesterMixin=type("GenerationTesterMixin", (), {}))
 stand_in(f"{PACKAGE}.utils.test_configuration_utils", config_common_kwargs={})
-stand_in("fetch_hub_objects_for_ci", url_to_local_path=lambda url: str(PICTURE))
+# No text opens a file in our processor, so that the picture is in its address.
+ADDRESS = "data:image/png;base64," + base64.b64encode(PICTURE.read_bytes()).decode()
+stand_in("fetch_hub_objects_for_ci", url_to_local_path=lambda url: ADDRESS)
 
 # The mixins would load transformers a second time, from a source tree that is not unpacked.
 with patch("transformers.utils.direct_transformers_import", lambda path: transformers):

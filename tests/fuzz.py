@@ -1,0 +1,202 @@
+"""Random image files and random records: `python -m tests.fuzz images|records [--seconds 60] [--seed 0]`.
+
+Whatever comes, an image is loaded or refused with a ValueError, and a record is used or refused: within 2 seconds and
+256 MB. The seed of a failure is printed with the smallest input that fails. Memory is capped by the system, so that
+asking for more is an error too.
+"""
+
+import argparse
+import os
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+from hypothesis import HealthCheck, Phase, given
+from hypothesis import strategies as st
+
+from processing_llava.data_check import RecordCheck
+from processing_llava.image_limits import ImageLimits
+from processing_llava.image_loading import load_image, read_image_size
+from tests.conftest import GOLDENS
+from tests.processing_llava.hostile_images import HANDLED, REFUSED, png_chunk
+from tests.processing_llava.test_image_containers import FILES
+from tests.tiny import tiny_processor
+
+MAX_SECONDS = 2.0
+MAX_BYTES = 256 * 2**20
+# Memory grows with pixels: up to four copies of four bytes each.
+LIMITS = ImageLimits(max_pixels=4_000_000)
+EXAMPLES = 100
+
+SEEDS = [build() for build in FILES.values()]
+SEEDS += [data for data in (build() for build in {**HANDLED, **REFUSED}.values()) if len(data) < 20_000]
+NUMBERS = [0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF]
+
+
+@st.composite
+def image_files(draw: st.DrawFn) -> bytes:
+    """A file of the tests with a few changes, or bytes of any kind."""
+    data = bytearray(draw(st.sampled_from(SEEDS) | st.binary(max_size=200)))
+    for _ in range(draw(st.integers(0, 4))):
+        start = draw(st.integers(0, len(data)))
+        stop = draw(st.integers(start, min(len(data), start + 200)))
+        change = draw(st.sampled_from(["number", "bytes", "remove", "repeat", "cut", "join"]))
+        if change == "number":
+            size, order = draw(st.sampled_from([(1, "big"), (2, "big"), (2, "little"), (4, "big"), (4, "little")]))
+            number = draw(st.sampled_from(NUMBERS)) & (256**size - 1)
+            data[start : start + size] = number.to_bytes(size, order)
+        elif change == "bytes":
+            data[start:stop] = draw(st.binary(max_size=20))
+        elif change == "remove":
+            del data[start:stop]
+        elif change == "repeat":
+            data[start:stop] = data[start:stop] * draw(st.sampled_from([2, 50, 2000]))
+        elif change == "cut":
+            del data[start:]
+        else:
+            data[start:start] = draw(st.sampled_from(SEEDS))
+    return repair_png(bytes(data)) if draw(st.booleans()) else bytes(data)
+
+
+def repair_png(data: bytes) -> bytes:
+    """With checksums that are right, so that more than the first chunk is read."""
+    if not data.startswith(b"\x89PNG"):
+        return data
+    pieces, position = [data[:8]], 8
+    while position + 12 <= len(data):
+        length = int.from_bytes(data[position : position + 4], "big")
+        content = data[position + 8 : position + 8 + length]
+        pieces.append(png_chunk(data[position + 4 : position + 8], content))
+        position += 12 + length
+    return b"".join(pieces)
+
+
+def check_image(data: bytes) -> None:
+    try:
+        image = load_image(data, limits=LIMITS)
+    except ValueError:
+        return
+    assert image.mode == "RGB" and not image.info
+    assert read_image_size(data, limits=LIMITS) == image.size[::-1]
+
+
+KEYS = [
+    "id",
+    "image",
+    "images",
+    "conversations",
+    "messages",
+    "from",
+    "value",
+    "role",
+    "content",
+    "type",
+    "text",
+    "path",
+]
+WORDS = [
+    "human",
+    "gpt",
+    "user",
+    "assistant",
+    "system",
+    "image",
+    "text",
+    "<image>",
+    "</s>",
+    "USER:",
+    "\ud800",
+    "/etc",
+    "..",
+]
+TEXTS = st.sampled_from(WORDS + KEYS) | st.text(max_size=8) | st.lists(st.sampled_from(WORDS)).map("\n".join)
+VALUES = st.recursive(
+    TEXTS | st.none() | st.booleans() | st.integers() | st.floats() | st.binary(max_size=8),
+    lambda values: st.lists(values, max_size=4) | st.dictionaries(st.sampled_from(KEYS), values, max_size=4),
+    max_leaves=12,
+)
+IMAGES = st.sampled_from([path.read_bytes() for path in (GOLDENS / "images").glob("[ct]*.png")]) | VALUES
+ITEMS = st.lists(
+    st.fixed_dictionaries({"type": st.sampled_from(["text", "image"])}, optional={"text": TEXTS}) | VALUES
+)
+TURNS = st.lists(
+    st.fixed_dictionaries({"from": st.sampled_from(WORDS), "value": TEXTS})
+    | st.fixed_dictionaries({"role": st.sampled_from(WORDS), "content": TEXTS | ITEMS})
+    | VALUES,
+    max_size=5,
+)
+RECORDS = VALUES | st.fixed_dictionaries(
+    {}, optional={"id": VALUES, "conversations": TURNS, "messages": TURNS, "image": IMAGES, "images": st.lists(IMAGES)}
+)
+
+
+def build_record_check() -> Callable[[object], None]:
+    check = RecordCheck(tiny_processor(), max_length=150, too_long="split")
+
+    def check_record(record: object) -> None:
+        rows, refused = check(record, 0, image_folder="/nowhere")
+        assert rows or refused
+        assert all(row.num_tokens <= 150 for row in rows)
+
+    return check_record
+
+
+TARGETS = {"images": (image_files(), lambda: check_image), "records": (RECORDS, build_record_check)}
+
+
+def limit_memory() -> None:
+    """Of this process from here on."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    used = pages * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + MAX_BYTES, used + MAX_BYTES))
+
+
+def run(target: str, *, seconds: float, seed: int) -> int:
+    """The number of inputs that were tried."""
+    inputs, build = TARGETS[target]
+    check = build()
+    num_inputs = 0
+
+    def check_cost(value: object) -> None:
+        nonlocal num_inputs
+        num_inputs += 1
+        start = time.thread_time()
+        check(value)
+        cost = time.thread_time() - start
+        assert cost < MAX_SECONDS, f"it took {cost:.1f} seconds"
+
+    check_cost(b"")
+    limit_memory()
+    settings = hypothesis.settings(
+        max_examples=EXAMPLES,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        sys.stderr.write(f"\r{target}: seed {seed}, {num_inputs} inputs")
+        hypothesis.seed(seed)(settings(given(inputs)(check_cost)))()
+        seed += 1
+    sys.stderr.write("\n")
+    return num_inputs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6, help="another one each time by default")
+    arguments = parser.parse_args()
+    # Pillow warns of much that it then refuses.
+    warnings.simplefilter("ignore")
+    run(arguments.target, seconds=arguments.seconds, seed=arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
