@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: help demo test test-transformers test-vllm fuzz check format tiny-llava
+.PHONY: help demo test test-slow test-transformers test-vllm fuzz check format tiny-llava
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -19,7 +19,10 @@ demo: $(READY)  ## talk to the embedded model about pictures, in the browser
 	$(BIN)/llava demo --open
 
 test: $(READY)  ## the tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not gpu'
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not gpu and not slow'
+
+test-slow: $(READY)  ## the tests that take long: several processes, a browser, a Hub
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not gpu and slow'
 
 test-transformers: $(READY)  ## transformers' own tests, on the classes of this package; downloads them once
 	$(BIN)/python -m tests.transformers_suite.fetch

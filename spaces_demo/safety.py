@@ -34,6 +34,7 @@ CONTENT_SECURITY_POLICY = "; ".join(
     )
 )
 
+JPEG_START = b"\xff\xd8"
 ESCAPED = re.compile(r"([!-/:-@\[-`{-~])")
 """ASCII punctuation: what Markdown may read as markup, and reads as itself after a backslash."""
 
@@ -51,11 +52,11 @@ def clean_picture(path: str) -> None:
     """
     try:
         image = load_image(path)
-        with Image.open(path) as stored:
-            is_jpeg = stored.format == "JPEG"
     except ValueError:
         Path(path).unlink()
         raise
+    with open(path, "rb") as file:
+        is_jpeg = file.read(2) == JPEG_START
     pixels = Image.new("RGB", image.size)
     pixels.paste(image)
     if is_jpeg:

@@ -107,7 +107,8 @@ class FeatureCache:
         for name, tensor in self.model.model.vision_tower.state_dict().items():
             key.update(name.encode())
             key.update(tensor.float().cpu().numpy().tobytes())
-        settings = [self.model.config.vision_config.to_dict(), self.processor.image_processor.to_dict()]
+        images = self.processor.image_processor
+        settings = [self.model.config.vision_config.to_dict(), type(images).__name__, images.to_dict()]
         settings += [self.model.config.vision_feature_layers, self.model.config.num_prefix_tokens, self.bf16]
         key.update(json.dumps(settings, sort_keys=True, default=str).encode())
         return key.hexdigest()[:16]

@@ -4,6 +4,8 @@ import pytest
 
 from tests.spaces_demo.conftest import EXAMPLES
 
+pytestmark = pytest.mark.slow
+
 PENGUIN = EXAMPLES / "twemoji-penguin.png"
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 

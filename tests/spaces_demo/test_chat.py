@@ -1,6 +1,10 @@
 """Talking with models on the page: a real browser, real checkpoints, a second process."""
 
+import pytest
+
 from tests.spaces_demo.conftest import EXAMPLES
+
+pytestmark = pytest.mark.slow
 
 PENGUIN, STRAWBERRY, GUITAR = (EXAMPLES / f"twemoji-{name}.png" for name in ("penguin", "strawberry", "guitar"))
 

@@ -16,6 +16,8 @@ from modeling_llava.cli import main
 from tests.conftest import ROOT
 from tests.spaces_demo.conftest import EXAMPLES, Visitor, start_demo
 
+pytestmark = pytest.mark.slow
+
 FOLDER = ROOT / "spaces_demo"
 
 

@@ -8,6 +8,8 @@ import pytest
 from modeling_llava.inference import ChatSession, load_for_inference
 from tests.spaces_demo.conftest import EXAMPLES
 
+pytestmark = pytest.mark.slow
+
 NUM_VISITORS = 10
 SECOND_QUESTION = "What color is it?"
 

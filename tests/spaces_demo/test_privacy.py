@@ -8,6 +8,8 @@ from PIL import ExifTags, Image
 
 from tests.spaces_demo.conftest import EXAMPLES, LEAKING_QUESTION, Visitor
 
+pytestmark = pytest.mark.slow
+
 PENGUIN = EXAMPLES / "twemoji-penguin.png"
 MARKUP = "<b>bold</b> *not* </s> <image> [a](http://b.example) `c`\n- 1 &lt; 2"
 

@@ -23,6 +23,8 @@ from tests.fake_hub import FakeHub
 from tests.modeling_llava.export.conftest import run_python
 from tests.tiny import save_tiny_checkpoint
 
+pytestmark = pytest.mark.slow
+
 FACTS = ["--license", "mit", "--base-model", "someone/vicuna"]
 PUSH = """
 import contextlib, io, json, os, sys, urllib.request

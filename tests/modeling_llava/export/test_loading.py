@@ -16,6 +16,8 @@ from tests.modeling_llava.export.conftest import run_python
 from tests.test_structure import HUB_FILES, SEAMS
 from tests.tiny import PINPOINTS, save_tiny_checkpoint, tiny_model, tiny_processor
 
+pytestmark = pytest.mark.slow
+
 FACTS = ["--license", "mit", "--base-model", "someone/vicuna"]
 LOAD = """
 import torch

@@ -23,6 +23,8 @@ from tests.conftest import ROOT
 from tests.modeling_llava.training.conftest import write_recipe
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.slow
+
 LAUNCH = ROOT / "modeling_llava" / "training" / "launch"
 LLAVA, LLAVA_AS_ON_GPUS = "modeling_llava.cli", "tests.modeling_llava.training.process_worker"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -92,7 +94,6 @@ def test_four_small_batches_a_step_are_one_large_one(workspace, tmp_path):
     assert_close(weights_of(run_recipe(workspace, tmp_path / "small", trainer=small)), weights_of(large))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("packing", [{}, {"tokens_per_batch": 300}])
 def test_two_processes_are_one_with_twice_the_batches(workspace, tmp_path, packing):
     # Two rows a batch: three would be the same three in every batch.
@@ -103,7 +104,6 @@ def test_two_processes_are_one_with_twice_the_batches(workspace, tmp_path, packi
     assert_close(weights_of(tmp_path / "two"), weights_of(expected))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["finetune", "lora"])
 def test_sharded_processes_are_one(workspace, tiled_start, tmp_path, stage):
     """Padded batches of a whole model, packed ones with adapters, tower and newline; and both go on where they end."""
@@ -126,7 +126,6 @@ def test_sharded_processes_are_one(workspace, tiled_start, tmp_path, stage):
 
 
 @needs_deepspeed
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["lora", "finetune"])
 def test_deepspeed_processes_are_one(workspace, tiled_start, tmp_path, stage):
     """ZeRO-2 with adapters, ZeRO-3 with a whole model."""
