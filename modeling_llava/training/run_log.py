@@ -53,7 +53,7 @@ class RunLog(TrainerCallback):
             "rows_per_second": round(self.rows * num_processes / seconds, 3),
             "tokens_per_second": round(self.tokens * num_processes / seconds, 1),
             "useful": round(self.tokens / max(self.places, 1), 4),
-            "seconds_left": round(seconds_per_step * (state.max_steps - state.global_step), 1),
+            "seconds_left": round(seconds_per_step * (state.max_steps - state.global_step), 3),
         }
         self._restart_counts(step=state.global_step)
         return rates

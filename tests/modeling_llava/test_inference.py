@@ -375,6 +375,8 @@ def test_ctrl_c_leaves_while_another_answer_is_running(watched):
     seen = watched("llama")
     session = ChatSession(seen.model, seen.processor)
     main = threading.main_thread().ident
+    # Shells start background jobs with the signal ignored, and Python leaves it so.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     threads = threading.active_count()
     started = time.perf_counter()
     session.cache.lock.acquire()
@@ -386,6 +388,7 @@ def test_ctrl_c_leaves_while_another_answer_is_running(watched):
         timer.start()
     with pytest.raises(KeyboardInterrupt):
         read(session.ask("What?", **SETTINGS))
+    signal.signal(signal.SIGINT, handler)
     assert time.perf_counter() - started < 5
     timers[1].cancel()
     for timer in timers:
