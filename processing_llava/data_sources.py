@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _JSON = (".json", ".jsonl")
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
+ROW_FILES = (*_JSON, *_BUILDERS)
+"""Endings of files that hold rows; pictures lie beside them."""
 
 
 @dataclass(frozen=True, kw_only=True)

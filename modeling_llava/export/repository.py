@@ -6,7 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from processing_llava.data_sources import DataSource
+from processing_llava.data_sources import ROW_FILES, DataSource
 from processing_llava.original_folder import is_original
 
 from .export_settings import Exported, ExportSettings
@@ -15,7 +15,6 @@ from .repository_check import check_repository
 
 KINDS = {"model": "model", "adapter": "model", "dataset": "dataset", "space": "space"}
 """What can be exported, and as which type of repository."""
-_DATA_FILES = (".json", ".jsonl", ".parquet", ".arrow")
 _NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.pyc", ".git", ".gradio", ".cache", ".env")
 
 
@@ -25,7 +24,7 @@ def find_kind(source: Path) -> str:
     Raises:
         ValueError: if it is none of them.
     """
-    if source.is_file() and source.suffix in _DATA_FILES:
+    if source.is_file() and source.suffix in ROW_FILES:
         return "dataset"
     if not source.is_dir():
         raise ValueError(f"got {str(source)!r}; expected a folder, or a file of rows: there is none at this path")
@@ -40,7 +39,7 @@ def find_kind(source: Path) -> str:
         return "model"
     if (source / "app.py").is_file():
         return "space"
-    if any(path.suffix in _DATA_FILES for path in source.rglob("*")):
+    if any(path.suffix in ROW_FILES for path in source.rglob("*")):
         return "dataset"
     raise ValueError(
         f"got {str(source)!r}; expected a model (config.json), an adapter (adapter_config.json), a Space (app.py) or "

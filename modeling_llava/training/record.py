@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from modeling_llava.export.data_manifest import read_manifest
 from modeling_llava.export.run_files import RECORD_FILE
-from processing_llava.data_sources import DataSource
+from processing_llava.data_sources import ROW_FILES, DataSource
 
 from .recipe import Recipe
 from .trainer import count_parameters
@@ -34,7 +34,6 @@ HYPERPARAMETERS = (
     "bf16", "fp16", "gradient_checkpointing", "seed",
 )  # fmt: skip
 """Settings of the Trainer that decide the result, as they were resolved."""
-_DATA_FILES = (".json", ".jsonl", ".parquet", ".arrow")
 
 
 class TrainingRecord(TrainerCallback):
@@ -100,7 +99,7 @@ def describe_source(source: DataSource) -> dict[str, Any]:
     if not path.exists():
         cached = try_to_load_from_cache(source.path, "README.md", repo_type="dataset")
         return {"path": source.path, "revision": Path(cached).parent.name if isinstance(cached, str) else None}
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in _DATA_FILES)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in ROW_FILES)
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as content:

@@ -47,19 +47,23 @@ def test_the_card_passes_the_offline_check(name, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_every_figure_stands_in_the_reference(name):
+@pytest.fixture
+def reference() -> str:
+    """What the original authors published."""
     if not REFERENCE.is_file():
         pytest.skip("needs ../shared/reference/original-llava.md, which is not on this machine")
-    section = REFERENCE.read_text().split("## 7. Headline results")[1].split("\n## ")[0]
+    return REFERENCE.read_text()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_figure_stands_in_the_reference(name, reference):
+    section = reference.split("## 7. Headline results")[1].split("\n## ")[0]
     found = {float(number) for number in re.findall(r"\d+(?:\.\d+)?", section)}
     for figures in PUBLISHED[name].published_figures:
         assert {float(value) for value in figures.values.values()} <= found
 
 
-def test_figures_of_one_model_are_those_of_its_row():
-    if not REFERENCE.is_file():
-        pytest.skip("needs ../shared/reference/original-llava.md, which is not on this machine")
+def test_figures_of_one_model_are_those_of_its_row(reference):
     rows = {
         "llava-v1.5-7b": "1.5-7B",
         "llava-v1.5-13b": "1.5-13B",
@@ -71,7 +75,7 @@ def test_figures_of_one_model_are_those_of_its_row():
         "llava-v1.6-34b": "1.6-34B",
     }
     for name, row in rows.items():
-        (line,) = re.findall(rf"^\| {re.escape(row)} \|(.*)$", REFERENCE.read_text(), flags=re.MULTILINE)
+        (line,) = re.findall(rf"^\| {re.escape(row)} \|(.*)$", reference, flags=re.MULTILINE)
         expected = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", line)]
         (figures,) = PUBLISHED[name].published_figures
         assert list(figures.values.values())[: len(expected)] == expected, name

@@ -14,28 +14,6 @@ from tests.tiny import TEXT_CONFIGS
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-@pytest.fixture
-def run(tmp_path):
-    """The three folders of a training run: base language model, tower, and the place of the result."""
-    tower = folders.make_tower("clip")
-    folders.save_tower(tower, tmp_path / "tower")
-    model = folders.make_model(tower)
-    base = tmp_path / "base"
-    save_base(model, base)
-    folders.write_config(tmp_path / "result", model, vision_tower="../tower", text="llama")
-    return tmp_path, model
-
-
-def save_base(model, folder) -> None:
-    config = TEXT_CONFIGS["llama"]()
-    config.vocab_size = model.config.text_config.vocab_size
-    base = LlamaForCausalLM(config)
-    base.model.load_state_dict(model.model.language_model.state_dict())
-    base.lm_head.load_state_dict(model.lm_head.state_dict())
-    base.save_pretrained(folder)
-    folders.write_sentencepiece(folder)
-
-
 def write_lora(folder, model, *, base: str = "../base", targets=LORA_TARGETS, **settings) -> dict[str, torch.Tensor]:
     """The files of a LoRA run; returns what the adapter adds to each weight of ours."""
     settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.05, "target_modules": targets, **settings}

@@ -67,15 +67,21 @@ def test_original_with_a_tower_that_was_trained(tmp_path):
     assert_equal_weights(dict(again.state_dict()), dict(loaded.state_dict()))
 
 
-def test_tiled_checkpoints_of_transformers_own_class(tmp_path):
-    donor = tiny_model(patch_merge_type="spatial_unpad", image_grid_pinpoints=PINPOINTS)
-    donor.save_pretrained(tmp_path / "donor", layout="transformers")
-    built_in = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "donor").eval()
-    built_in.save_pretrained(tmp_path / "published")
-    ours = AnyLlavaForConditionalGeneration.from_pretrained(tmp_path / "published")
+def check_published(donor, built_in_class, folder) -> AnyLlavaForConditionalGeneration:
+    """What transformers' own class saves, in our class: loaded with equal logits."""
+    built_in = built_in_class.from_pretrained(folder / "donor").eval()
+    built_in.save_pretrained(folder / "published")
+    ours = AnyLlavaForConditionalGeneration.from_pretrained(folder / "published")
     inputs = folders.example_inputs(donor)
     expected = folders.logits_of(built_in, inputs)
     torch.testing.assert_close(folders.logits_of(ours, inputs), expected, rtol=1e-5, atol=1e-5)
+    return ours
+
+
+def test_tiled_checkpoints_of_transformers_own_class(tmp_path):
+    donor = tiny_model(patch_merge_type="spatial_unpad", image_grid_pinpoints=PINPOINTS)
+    donor.save_pretrained(tmp_path / "donor", layout="transformers")
+    check_published(donor, LlavaNextForConditionalGeneration, tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["any_llava", "transformers"])
@@ -136,12 +142,7 @@ def test_checkpoints_of_transformers_own_classes(tmp_path, tied):
     """Loaded with equal logits, and saved as they were; under the Auto classes they stay transformers' own."""
     donor = tiny_model(text="qwen3" if tied else "llama")
     donor.save_pretrained(tmp_path / "donor", layout="transformers")
-    built_in = LlavaForConditionalGeneration.from_pretrained(tmp_path / "donor").eval()
-    built_in.save_pretrained(tmp_path / "published")
-    ours = AnyLlavaForConditionalGeneration.from_pretrained(tmp_path / "published")
-    inputs = folders.example_inputs(donor)
-    expected = folders.logits_of(built_in, inputs)
-    torch.testing.assert_close(folders.logits_of(ours, inputs), expected, rtol=1e-5, atol=1e-5)
+    check_published(donor, LlavaForConditionalGeneration, tmp_path)
     assert type(AutoModelForVision2Seq.from_pretrained(tmp_path / "published")) is LlavaForConditionalGeneration
 
 

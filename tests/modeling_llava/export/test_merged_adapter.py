@@ -14,7 +14,7 @@ from modeling_llava.export.merged_adapter import compare, merge_adapter
 from modeling_llava.training.lora import four_bit_config
 from tests import original_folders as folders
 from tests.modeling_llava.export.conftest import train_tiny
-from tests.modeling_llava.test_adapters import run, with_added, write_lora  # noqa: F401
+from tests.modeling_llava.test_adapters import with_added, write_lora
 from tests.tiny import VISION_CONFIGS, VOCAB_SIZE, save_tiny_checkpoint, tiny_processor
 
 
@@ -81,7 +81,7 @@ def test_a_4_bit_base_is_the_one_that_was_trained_on(workspace, tmp_path, capsys
     assert error < other_error / 3
 
 
-def test_a_lora_of_the_original(run, tmp_path, capsys):  # noqa: F811
+def test_a_lora_of_the_original(run, tmp_path, capsys):
     folder, model = run
     expected = with_added(model, write_lora(folder / "result", model))
     assert main(["merge", str(folder / "result"), "--out", str(folder / "merged")]) == 0
