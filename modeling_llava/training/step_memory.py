@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-import psutil
 import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset, IterableDataset
@@ -24,6 +23,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig
 
+from modeling_llava.doctor import count_free_bytes
 from processing_llava.collator import IGNORED_LABEL
 
 from .recipe import Recipe
@@ -131,8 +131,8 @@ def free_memory(model: nn.Module, arguments: SFTConfig) -> int:
     """Bytes of the device that a step of this process can use: those that are free, and those of the weights."""
     device = arguments.device
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return psutil.virtual_memory().available // arguments.world_size + count_weights(model)
+        return count_free_bytes(device) + torch.cuda.memory_reserved(device)
+    return count_free_bytes(device) // arguments.world_size + count_weights(model)
 
 
 def format_bytes(size: float) -> str:
