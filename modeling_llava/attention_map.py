@@ -8,7 +8,7 @@ What is surprising: the weights of a tile are divided by the area that its token
 detail tiles of one picture can be added; and padding gets attention too, which falls outside the picture and is lost.
 """
 
-# Letters: S layers, W words, N features of one image, P patches along the side of a tile
+# Letters: S layers, W words, N features of one image, K of them that the model saw, P patches along the side of a tile
 
 import math
 from collections.abc import Iterator, Sequence
@@ -20,11 +20,13 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from processing_llava.image_layouts import ImageLayout, fit_inside, plan_image, select_grid
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .configuration_llava import AnyLlavaConfig
+from .visual_tokens import choose_features
 
 QUERIES_PER_STEP = 32
 """Of the answer: bounds the memory that the weights of all layers and heads take."""
@@ -38,7 +40,8 @@ class AnswerAttention:
 
     words: list[str]
     weights: list[torch.Tensor]
-    """For each picture `[S, W, N]`; with all text before a word, the weights of a layer and word add up to 1."""
+    """For each picture `[S, W, N]`, 0 for features that `visual_tokens` left out; with all text before a word, the
+    weights of a layer and word add up to 1."""
 
     def select(self, word: int, layers: slice = slice(None)) -> list[torch.Tensor]:
         """For each picture the weights `[N]` of one word, mean over the layers."""
@@ -72,14 +75,19 @@ def read_attention(
     words, tokens_of_word = _split_words(inputs["input_ids"][0, start:end].tolist(), processor.tokenizer)
     if not words:
         raise ValueError("got an answer without words; expected at least one")
-    num_tokens = processor.count_image_tokens(inputs) if "pixel_values" in inputs else []
     inputs = inputs.to(model.device)
     input_ids = inputs["input_ids"]
     is_image = input_ids[0, : start - 1] == model.config.image_token_id
+    pictures = []
+    if "pixel_values" in inputs:
+        pictures = model.model.encode_images(inputs["pixel_values"], inputs.get("image_sizes")).pooler_output
+    kept = choose_features(pictures, model.config.visual_tokens)
+    model.model.check_image_tokens(is_image[None], [len(kept_K) for kept_K in kept])
+    seen = [features_ND[kept_K] for features_ND, kept_K in zip(pictures, kept)]
+    images = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=seen)}} if seen else {}
 
     # One cache for whole sequences: a sliding window would move the columns of the pictures.
     cache = DynamicCache()
-    images = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
     model(input_ids=input_ids[:, : start - 1], past_key_values=cache, logits_to_keep=1, **images)
     steps = []
     with _eager_attention(model.model.language_model):
@@ -90,7 +98,12 @@ def read_attention(
             steps.append(torch.stack(to_prompt)[..., is_image.cpu()])
     of_tokens = torch.cat(steps, dim=1)
     of_words = torch.stack([of_tokens[:, tokens].mean(1) for tokens in tokens_of_word], dim=1)
-    return AnswerAttention(words, list(of_words.split(num_tokens, dim=-1)))
+    of_pictures = of_words.split([len(kept_K) for kept_K in kept], dim=-1)
+    weights = [
+        weights_SWK.new_zeros(*weights_SWK.shape[:2], len(features_ND)).index_copy(2, kept_K.cpu(), weights_SWK)
+        for weights_SWK, features_ND, kept_K in zip(of_pictures, pictures, kept)
+    ]
+    return AnswerAttention(words, weights)
 
 
 def lay_on_picture(

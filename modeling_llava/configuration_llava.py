@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from processing_llava.image_layouts import check_merge_type
+from processing_llava.image_layouts import check_merge_type, check_visual_tokens
 
 from .projectors import check_projector_type
 from .vision_towers import vision_tower_family
@@ -42,6 +42,13 @@ class AnyLlavaConfig(PreTrainedConfig):
         patch_merge_type: How the features of several tiles become one sequence: "flat" (tile after tile), "spatial"
             (one grid in reading order) or "spatial_unpad" (the same without the padding, one learned newline per row).
         image_grid_pinpoints: Sizes in pixels as (height, width) that an image may be tiled to; None for one tile.
+        visual_tokens: Most tokens of an image, over all its tiles, that the language model sees; None for all. An
+            image with fewer keeps them. DivPrune (arXiv:2503.02175, see `visual_tokens.py`) chooses them without
+            training and without the question, at the cost of one product of all pairs of the image's features; prompt
+            and key/value cache are shorter by what is left out. Answers are worse: LLaVA-1.5-7B is reported to keep
+            98.0, 96.9 and 94.8 % of its mean score with 192, 128 and 64 of 576 tokens (arXiv:2508.18264, table 1).
+            Grounding, which asks where things are (RefCOCO), suffers most (arXiv:2602.02951), then reading; and
+            counting, since things that look alike are left out first. The processor needs the same number.
         scale_image_features: Multiply projected features by sqrt(hidden_size). LLaVAs on Gemma that were trained
             before transformers 5, where the language model scaled every input embedding, need it.
         lm_head_bias: Whether the output layer has a bias (Phi has one).
@@ -66,6 +73,7 @@ class AnyLlavaConfig(PreTrainedConfig):
         vision_feature_select_strategy: str = "patch",
         patch_merge_type: str = "flat",
         image_grid_pinpoints: list[list[int]] | None = None,
+        visual_tokens: int | None = None,
         scale_image_features: bool = False,
         lm_head_bias: bool = False,
         tie_word_embeddings: bool | None = None,
@@ -86,6 +94,7 @@ class AnyLlavaConfig(PreTrainedConfig):
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.patch_merge_type = patch_merge_type
         self.image_grid_pinpoints = image_grid_pinpoints
+        self.visual_tokens = visual_tokens
         self.scale_image_features = scale_image_features
         self.lm_head_bias = lm_head_bias
         if tie_word_embeddings is None:
@@ -139,6 +148,7 @@ class AnyLlavaConfig(PreTrainedConfig):
                 f"expected one of {', '.join(FEATURE_SELECT_STRATEGIES)}"
             )
         check_merge_type(self.patch_merge_type)
+        check_visual_tokens(self.visual_tokens)
         num_hidden_states = self.vision_config.num_hidden_layers + 1
         layers = self.vision_feature_layer
         for layer in layers if isinstance(layers, list) else [layers]:

@@ -2,7 +2,8 @@
 
 The forward pass:
 1. the pruned vision tower encodes tiles, and the projector maps their features to text embeddings;
-2. the features of an image's tiles are merged to one sequence (`merge_tiles`, planned by `image_layouts`);
+2. the features of an image's tiles are merged to one sequence (`merge_tiles`, planned by `image_layouts`), of which
+   some are kept where the config asks for fewer (`visual_tokens`);
 3. each position of `input_ids` that holds `image_token_id` is given one feature, in reading order;
 4. the language model runs on the embeddings.
 
@@ -11,9 +12,10 @@ embedding lookup; and `generate` runs steps 1 and 2 once, then passes the result
 """
 
 # Shape suffixes: B rows, L tokens, I images, T tiles, P features per tile, V vision width, D text width,
-#                 N features of one image
+#                 N features of one image, K of them that are kept
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -33,6 +35,7 @@ from .configuration_llava import AnyLlavaConfig
 from .generation import AnyLlavaGenerationMixin
 from .projectors import build_projector
 from .vision_towers import build_vision_tower
+from .visual_tokens import choose_features
 
 
 class AnyLlavaPreTrainedModel(CheckpointMixin, PreTrainedModel):
@@ -92,6 +95,7 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
             "patches_per_side": config.patches_per_side,
             "prefix_tokens": config.num_prefix_tokens,
             "patch_merge_type": config.patch_merge_type,
+            "visual_tokens": config.visual_tokens,
         }
         if pixel_values.ndim == 4:
             return [plan_image(1, 1, pinpoints=None, **tile)] * len(pixel_values)
@@ -125,11 +129,19 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
 
         Returns:
             The output of the vision tower over all tiles; `pooler_output` is a list with one `[N, D]` tensor for
-            each image: its features in the order of the text.
+            each image: its features in the order of the text, at most `visual_tokens` of them.
 
         Raises:
             ValueError: if `image_sizes` are missing or do not match the images.
         """
+        outputs = self.encode_images(pixel_values, image_sizes, **kwargs)
+        outputs.pooler_output = self.keep_features(outputs.pooler_output)
+        return outputs
+
+    def encode_images(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """As `get_image_features`, with all features of each image whatever `visual_tokens` says."""
         layouts = self.plan_images(pixel_values, image_sizes)
         if pixel_values.ndim == 5:
             pixel_values = torch.cat([tiles[: layout.num_tiles] for tiles, layout in zip(pixel_values, layouts)])
@@ -138,6 +150,13 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
         images = features_TPD.split([layout.num_tiles for layout in layouts])
         outputs.pooler_output = [self.merge_tiles(tiles, layout) for tiles, layout in zip(images, layouts)]
         return outputs
+
+    def keep_features(self, images: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Of all features of each image, `[N, D]`, those that the language model sees, in the same order."""
+        if self.config.visual_tokens is None:
+            return images
+        kept = choose_features(images, self.config.visual_tokens)
+        return [features_ND[kept_K] for features_ND, kept_K in zip(images, kept)]
 
     def encode_tiles(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """The tower's output over tiles `[T, 3, H, W]`, with the projected features `[T, P, D]` as pooler_output."""
@@ -223,9 +242,9 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
             self.check_image_tokens(image_mask_BL, [layout.num_tokens for layout in layouts])
             encoded = self.get_image_features(pixel_values, image_sizes, return_dict=True)
         elif encoded is not None and encoded.pooler_output is None:
-            features_IPV = encoded.last_hidden_state
-            self.check_image_tokens(image_mask_BL, [features_IPV.shape[1]] * len(features_IPV))
-            encoded = BaseModelOutputWithPooling(pooler_output=self.project_features(features_IPV))
+            images = self.keep_features(self.project_features(encoded.last_hidden_state))
+            self.check_image_tokens(image_mask_BL, [len(features_ND) for features_ND in images])
+            encoded = BaseModelOutputWithPooling(pooler_output=images)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(image_mask_BL, 0))
 
@@ -296,7 +315,8 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
             if num_features != num_tokens:
                 raise ValueError(
                     f"got {num_tokens} image tokens in row {row} and images with {num_features} features; expected "
-                    "equal numbers: let the processor expand the prompt, and do not cut it"
+                    "equal numbers: let the processor expand the prompt, do not cut it, and load the processor with "
+                    f"visual_tokens={self.config.visual_tokens}, as this model"
                 )
         if remaining:
             raise ValueError(

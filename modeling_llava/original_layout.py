@@ -137,6 +137,8 @@ def write_original_config(config: PreTrainedConfig) -> dict[str, Any]:
         ValueError: naming the field that the original layout cannot express.
     """
     text_config, vision_config = config.text_config, config.vision_config
+    if config.visual_tokens is not None:
+        refuse("visual_tokens", config.visual_tokens, "original", "None")
     if text_config.model_type not in CLASS_OF_TEXT_MODEL:
         refuse("text_config.model_type", text_config.model_type, "original", ", ".join(CLASS_OF_TEXT_MODEL))
     if vision_config.model_type not in ("clip_vision_model", "siglip_vision_model"):
@@ -217,6 +219,8 @@ def write_transformers_config(config: PreTrainedConfig) -> PreTrainedConfig:
     Raises:
         ValueError: naming the field that transformers' classes cannot express.
     """
+    if config.visual_tokens is not None:
+        refuse("visual_tokens", config.visual_tokens, "transformers", "None")
     if config.projector_type != "mlp2x_gelu":
         refuse("projector_type", config.projector_type, "transformers", "'mlp2x_gelu'")
     if config.vision_config.model_type not in ("clip_vision_model", "siglip_vision_model"):

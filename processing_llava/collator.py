@@ -111,7 +111,9 @@ class LlavaDataCollator:
         if self.read_features is not None:
             features_IPV = self.read_features(images)
             encoder_outputs = {"image": BaseModelOutputWithPooling(last_hidden_state=features_IPV)}
-            return {"mm_encoder_outputs": encoder_outputs}, [features_IPV.shape[1]] * len(images)
+            # One tile each: as many tokens as pictures would have.
+            num_image_tokens = self.processor.count_image_tokens({"pixel_values": images})
+            return {"mm_encoder_outputs": encoder_outputs}, num_image_tokens
         image_processor = self.processor.image_processor
         image_inputs = image_processor(image_processor.fetch_images(images), return_tensors="pt")
         return dict(image_inputs), self.processor.count_image_tokens(image_inputs)

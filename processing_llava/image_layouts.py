@@ -64,6 +64,19 @@ def check_merge_type(patch_merge_type: str) -> None:
         )
 
 
+def check_visual_tokens(visual_tokens: int | None) -> None:
+    """Refuses what is no number of tokens of an image.
+
+    Raises:
+        ValueError: `visual_tokens` is neither None nor a whole number of at least 1.
+    """
+    if visual_tokens is not None and (not isinstance(visual_tokens, int) or visual_tokens < 1):
+        raise ValueError(
+            f"got visual_tokens={visual_tokens!r}; expected a whole number of at least 1, or None for all tokens of "
+            "an image; give the same to model and processor"
+        )
+
+
 def check_pinpoints(pinpoints: Sequence[Sequence[int]], *, tile_size: int) -> None:
     """Refuses pinpoints that cannot be cut into whole tiles.
 
@@ -136,6 +149,7 @@ def plan_image(
     prefix_tokens: int = 0,
     pinpoints: tuple[tuple[int, int], ...] | None,
     patch_merge_type: str,
+    visual_tokens: int | None = None,
 ) -> ImageLayout:
     """Lays out one image: its tiles, the features kept of them, and the number of tokens.
 
@@ -148,20 +162,23 @@ def plan_image(
         pinpoints: (height, width) pairs in pixels; None for one tile per image
             ("pad" and "square"), where the merge type has nothing to merge.
         patch_merge_type: "flat", "spatial" or "spatial_unpad".
+        visual_tokens: most tokens of an image, chosen among its features once the tiles are merged; None for all.
 
     Returns:
         The layout. `num_tokens` counts newlines and prefix features, but no start or end token.
 
     Raises:
-        ValueError: an unknown merge type, an image without pixels, pinpoints that are no whole tiles, or a spatial
-            merge of features that include a prefix, which has no place in a grid.
+        ValueError: an unknown merge type, an image without pixels, pinpoints that are no whole tiles, a spatial
+            merge of features that include a prefix, which has no place in a grid, or a wrong `visual_tokens`.
     """
     check_merge_type(patch_merge_type)
+    check_visual_tokens(visual_tokens)
+    limit = math.inf if visual_tokens is None else visual_tokens
     if height < 1 or width < 1:
         raise ValueError(f"got an image of height {height} and width {width}; expected at least 1 pixel each")
     tokens_per_tile = patches_per_side**2 + prefix_tokens
     if pinpoints is None:
-        return ImageLayout(0, 0, 0, 0, 0, 0, num_tokens=tokens_per_tile)
+        return ImageLayout(0, 0, 0, 0, 0, 0, num_tokens=min(tokens_per_tile, limit))
     if prefix_tokens and patch_merge_type != "flat":
         raise ValueError(
             f"got {prefix_tokens} prefix features per tile with patch_merge_type={patch_merge_type!r}; expected none, "
@@ -174,13 +191,14 @@ def plan_image(
     map_height, map_width = rows * patches_per_side, columns * patches_per_side
     if patch_merge_type == "flat":
         num_tokens = (1 + rows * columns) * tokens_per_tile
-        return ImageLayout(rows, columns, 0, map_height, 0, map_width, num_tokens)
+        return ImageLayout(rows, columns, 0, map_height, 0, map_width, min(num_tokens, limit))
     if patch_merge_type == "spatial":
-        return ImageLayout(rows, columns, 0, map_height, 0, map_width, tokens_per_tile + map_height * map_width)
+        num_tokens = tokens_per_tile + map_height * map_width
+        return ImageLayout(rows, columns, 0, map_height, 0, map_width, min(num_tokens, limit))
     top, left = _find_padding(height, width, map_height, map_width)
     bottom, right = map_height - top, map_width - left
     num_tokens = tokens_per_tile + (bottom - top) * (right - left + 1)
-    return ImageLayout(rows, columns, top, bottom, left, right, num_tokens)
+    return ImageLayout(rows, columns, top, bottom, left, right, min(num_tokens, limit))
 
 
 def _find_padding(height: int, width: int, map_height: int, map_width: int) -> tuple[int, int]:

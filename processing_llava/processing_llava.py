@@ -12,7 +12,7 @@ import torch
 from transformers import AddedToken, BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import ImagesKwargs, MultiModalData, TextKwargs
 
-from .image_layouts import plan_image
+from .image_layouts import check_visual_tokens, plan_image
 from .image_processing_fast import AnyLlavaImageProcessor
 from .image_processing_llava import AnyLlavaImageProcessorPil
 from .original_processor import OriginalProcessorMixin
@@ -44,9 +44,10 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         image_token: The placeholder of one image in a prompt.
         role_markers: What becomes of a line of a user that begins with a role marker of the template, such as
             "ASSISTANT:": "neutralize" puts an invisible character into it, "refuse" raises, "keep" leaves it.
+        visual_tokens: As in AnyLlavaConfig: most tokens of an image; None for all.
 
     Raises:
-        ValueError: another `role_markers`.
+        ValueError: another `role_markers`, or a wrong `visual_tokens`.
     """
 
     def __init__(
@@ -59,13 +60,16 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         patch_merge_type: str = "flat",
         image_token: str = "<image>",
         role_markers: str = "neutralize",
+        visual_tokens: int | None = None,
     ) -> None:
         if role_markers not in TREATMENTS:
             raise ValueError(f"got role_markers={role_markers!r}; expected one of {', '.join(TREATMENTS)}")
+        check_visual_tokens(visual_tokens)
         self.role_markers = role_markers
         self.patch_size = patch_size
         self.num_prefix_tokens = num_prefix_tokens
         self.patch_merge_type = patch_merge_type
+        self.visual_tokens = visual_tokens
         self.image_token = image_token
         if image_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
@@ -82,14 +86,21 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
             pretrained_model_name_or_path: Folder or Hub id.
             backend: "pil" prepares images bit for bit as the original LLaVA; "torch" several times faster and within
                 a level or two of it, for training and servers.
-            **kwargs: Also `template` and `base_model`, for folders of the original LLaVA.
+            **kwargs: Also `visual_tokens`, instead of what is stored; and `template` and `base_model`, for folders of
+                the original LLaVA.
 
         Raises:
-            ValueError: there is no such backend; or the folder cannot be read.
+            ValueError: there is no such backend, `visual_tokens` is wrong, or the folder cannot be read.
         """
         if backend not in IMAGE_BACKENDS:
             raise ValueError(f"got backend={backend!r}; expected one of {', '.join(IMAGE_BACKENDS)}")
+        # Taken out: transformers would hand it to the tokenizer, too.
+        has_visual_tokens = "visual_tokens" in kwargs
+        visual_tokens = kwargs.pop("visual_tokens", None)
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if has_visual_tokens:
+            check_visual_tokens(visual_tokens)
+            processor.visual_tokens = visual_tokens
         if type(processor.image_processor) is not IMAGE_BACKENDS[backend]:
             processor.image_processor = IMAGE_BACKENDS[backend].from_dict(processor.image_processor.to_dict())
         return processor
@@ -248,6 +259,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
             "patches_per_side": tile_size // self.patch_size,
             "prefix_tokens": self.num_prefix_tokens,
             "patch_merge_type": self.patch_merge_type,
+            "visual_tokens": self.visual_tokens,
         }
         if "image_sizes" not in image_inputs:
             num_tokens = plan_image(1, 1, pinpoints=None, **tile).num_tokens

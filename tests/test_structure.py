@@ -21,7 +21,14 @@ HUB_FILES = {
         "role_markers",
         "text_encoder",
     ),
-    "modeling_llava": ("configuration_llava", "generation", "modeling_llava", "projectors", "vision_towers"),
+    "modeling_llava": (
+        "configuration_llava",
+        "generation",
+        "modeling_llava",
+        "projectors",
+        "vision_towers",
+        "visual_tokens",
+    ),
 }
 """Files that are copied into Hub repositories."""
 SEAMS = ("checkpoint_loading", "original_processor")

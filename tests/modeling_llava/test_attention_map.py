@@ -7,6 +7,7 @@ from PIL import Image
 
 from modeling_llava.attention_map import AnswerAttention, lay_on_picture, overlay, read_attention
 from modeling_llava.inference import load_for_inference
+from modeling_llava.visual_tokens import choose_features
 from processing_llava import AnyLlavaImageProcessorPil
 from tests.conftest import ROOT
 from tests.tiny import PATCH_SIZE, PINPOINTS, TILE_SIZE, tiny_model, tiny_processor
@@ -60,6 +61,31 @@ def test_the_weights_are_those_of_a_full_eager_forward(text):
     expected = weights[:, last, is_image].mean(1).split(SIDE**2, dim=-1)
     for picture, expected_picture in zip(attention.weights, expected):
         torch.testing.assert_close(picture[:, -1], expected_picture, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("aspect, merge", [("pad", "flat"), ("anyres", "spatial_unpad")])
+def test_features_that_were_left_out_have_no_weight(aspect, merge):
+    model, processor = build_pair(aspect=aspect, merge=merge, visual_tokens=7)
+    processor.visual_tokens = 7
+    pictures = [Image.open(path) for path in sorted(EXAMPLES.glob("*.png"))[:2]]
+    messages = talk(*pictures, answer="red " * 2)
+    attention = read_attention(model, processor, messages)
+
+    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    model.model.language_model.set_attn_implementation("eager")
+    weights = torch.stack(model(**inputs, output_attentions=True).attentions)[:, 0].mean(1)  # [S, L, L]
+    num_tokens = len(processor.tokenizer("red", add_special_tokens=False)["input_ids"])
+    end = inputs["input_ids"].shape[1] - 2  # of the words of the answer, before " </s>"
+    is_image = inputs["input_ids"][0] == processor.image_token_id
+    expected = weights[:, end - num_tokens - 1 : end - 1, is_image].mean(1).split(7, dim=-1)
+    features = model.model.encode_images(inputs["pixel_values"], inputs.get("image_sizes")).pooler_output
+    for picture, features_ND, weights_SWN, expected_SK in zip(pictures, features, attention.weights, expected):
+        (kept,) = choose_features([features_ND], 7)
+        assert weights_SWN.shape[-1] == len(features_ND)
+        assert weights_SWN[0, -1].count_nonzero() == 7
+        torch.testing.assert_close(weights_SWN[:, -1, kept], expected_SK, atol=1e-5, rtol=1e-4)
+        density = lay_on_picture(weights_SWN[0, -1], picture, model.config, processor)
+        assert density.shape == picture.size[::-1] and density.sum() > 0
 
 
 def test_selecting_layers_takes_their_mean():

@@ -153,6 +153,8 @@ def test_checkpoints_of_transformers_own_classes(tmp_path, tied):
         ({"vision": "dinov2"}, "transformers", "vision_config.model_type"),
         ({"patch_merge_type": "spatial", "image_grid_pinpoints": PINPOINTS}, "transformers", "patch_merge_type"),
         ({"scale_image_features": True}, "transformers", "scale_image_features"),
+        ({"visual_tokens": 5}, "transformers", "visual_tokens"),
+        ({"visual_tokens": 5}, "original", "visual_tokens"),
         ({"text": "phi"}, "transformers", "lm_head_bias"),
         ({"text": "phi"}, "original", "text_config.model_type"),
         ({"vision": "dinov2"}, "original", "vision_config.model_type"),

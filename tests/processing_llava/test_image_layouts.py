@@ -1,6 +1,7 @@
 """Layouts against the published token table, an independent brute force, and the sizes where transformers differs."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -40,7 +41,7 @@ TOKEN_TABLE = [
 COMPARED_SIZES = [(width, height) for width in range(40, 1400, 13) for height in range(40, 1400, 17)]
 
 
-def plan(height, width, *, patch_merge_type="spatial_unpad", prefix_tokens=0, pinpoints=PINPOINTS):
+def plan(height, width, *, patch_merge_type="spatial_unpad", prefix_tokens=0, pinpoints=PINPOINTS, **fields):
     return plan_image(
         height,
         width,
@@ -49,6 +50,7 @@ def plan(height, width, *, patch_merge_type="spatial_unpad", prefix_tokens=0, pi
         prefix_tokens=prefix_tokens,
         pinpoints=pinpoints,
         patch_merge_type=patch_merge_type,
+        **fields,
     )
 
 
@@ -164,6 +166,16 @@ def test_spatial_keeps_the_padding_and_adds_no_newline():
     layout = plan(480, 640, patch_merge_type="spatial")
     assert (layout.top, layout.bottom, layout.left, layout.right) == (0, 48, 0, 48)
     assert layout.num_tokens == 576 + 48 * 48
+
+
+@pytest.mark.parametrize("pinpoints", [None, PINPOINTS])
+@pytest.mark.parametrize("patch_merge_type", ["flat", "spatial", "spatial_unpad"])
+@pytest.mark.parametrize("visual_tokens", [1, 64, 100_000])
+def test_fewer_tokens_change_nothing_but_their_number(pinpoints, patch_merge_type, visual_tokens):
+    fields = {"pinpoints": pinpoints, "patch_merge_type": patch_merge_type}
+    full = plan(480, 640, **fields)
+    layout = plan(480, 640, visual_tokens=visual_tokens, **fields)
+    assert layout == replace(full, num_tokens=min(full.num_tokens, visual_tokens))
 
 
 @pytest.mark.parametrize("patch_merge_type", ["spatial", "spatial_unpad"])

@@ -97,6 +97,22 @@ print(type(model).__module__, type(processor).__name__, repr(answer))
     assert {path.name for path in (only_ours / "saved_again").glob("*.py")} == code_files
 
 
+def test_a_model_with_fewer_image_tokens_brings_the_code_that_chooses_them(tmp_path, capsys):
+    save_tiny_checkpoint(tmp_path / "model", visual_tokens=5)
+    tiny_processor(visual_tokens=5).save_pretrained(tmp_path / "model")
+    photo = write_photo(tmp_path)
+    export = ["export", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *FACTS]
+    assert main([*export, "--layout", "transformers"]) != 0
+    assert "got visual_tokens=5, which the layout 'transformers' cannot express" in capsys.readouterr().err
+    assert main(export) == 0
+    code = LOAD.format(trust={"trust_remote_code": True}, question=PLAIN_QUESTION)
+    run_python(code + 'torch.save(answer("out")[2], "found.pt")', tmp_path)
+    expected = expected_answer(tmp_path / "model", photo, "What is this?")
+    found = torch.load(tmp_path / "found.pt")
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+    assert torch.equal(found["logits"], expected["logits"])
+
+
 def test_the_code_is_flat_small_and_says_its_version(only_ours):
     files = sorted((only_ours / "out").glob("*.py"))
     assert {path.stem for path in files} <= {name for names in HUB_FILES.values() for name in names} | set(SEAMS)
