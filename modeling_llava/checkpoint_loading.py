@@ -1,7 +1,8 @@
 """`from_pretrained` and `save_pretrained` for every layout that a LLaVA was ever published in.
 
 Loading: config.json is translated, the weights of all parts are gathered under our names, transformers gets them as
-one state dict whose tensors are not read yet, and a LoRA adapter is attached and merged, or kept.
+one state dict whose tensors are not read yet, and a LoRA adapter is attached and merged, or kept. Where nobody chose
+floats, a slow processor gets float32 (`inference_dtype`); fewer bits have names (`quantization`).
 """
 
 import json
@@ -13,6 +14,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from processing_llava.original_folder import DOWNLOAD_KWARGS, OriginalFolder, find_file, select_download
 
 from .checkpoint_layouts import add_transformers_only_weights, check_layout, rename_from_ours, rename_to_ours
+from .inference_dtype import with_default_dtype
+from .int8_linear import Int8Linear
 from .original_layout import (
     find_layout,
     layout_of,
@@ -39,9 +42,13 @@ class CheckpointMixin:
         config: PreTrainedConfig | None = None,
         base_model: str | None = None,
         merge_adapter: bool = True,
+        quantization: str | None = None,
         **kwargs,
     ) -> PreTrainedModel:
         """As in transformers, for checkpoints in any layout.
+
+        Without `dtype`, `device_map` and quantization, a checkpoint in 16-bit floats is loaded as float32 on a machine
+        without GPU whose processor is slow with them; `dtype="auto"` gives its own floats everywhere.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id: a model of ours, of transformers' `llava` or `llava_next`,
@@ -49,10 +56,26 @@ class CheckpointMixin:
             base_model: Folder or Hub id of the language model, for an original folder that does not say its own. With
                 a complete model, that one is a delta to add to it.
             merge_adapter: Add an original LoRA to the weights; False keeps it as an adapter of PEFT.
+            quantization: "int4", "fp8" or "nf4" on a GPU, "int8" on a processor: bits of the language model, for
+                answering only. The rest is bfloat16 or float32.
 
         Raises:
             ValueError: naming file, weight, and expected and found shape, if something does not fit.
         """
+        if quantization is not None:
+            from .quantization import ON_PROCESSOR, quantize_to_int8, with_quantization
+
+            loaded = cls.from_pretrained(
+                pretrained_model_name_or_path,
+                *model_args,
+                config=config,
+                base_model=base_model,
+                merge_adapter=merge_adapter,
+                **with_quantization(kwargs, quantization),
+            )
+            if quantization == ON_PROCESSOR:
+                quantize_to_int8(loaded[0] if isinstance(loaded, tuple) else loaded)
+            return loaded
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         name = str(pretrained_model_name_or_path)
@@ -60,12 +83,14 @@ class CheckpointMixin:
         if not isinstance(config, cls.config_class):
             raw, _ = PreTrainedConfig.get_config_dict(name if config is None else config, **download)
             if find_layout(raw) == "any_llava":
+                kwargs = with_default_dtype(kwargs, stored=raw.get("dtype", raw.get("torch_dtype")))
                 return super().from_pretrained(name, *model_args, config=config, **kwargs)
             translated = translate_config(raw, name=name, base_model=base_model, **download)
             held = {key: kwargs.pop(key) for key in _NOT_FOR_CONFIG if key in kwargs}
             config, kwargs = cls.config_class.from_dict(translated, return_unused_kwargs=True, **kwargs)
             kwargs |= held
         elif layout_of(config) == "any_llava":
+            kwargs = with_default_dtype(kwargs, stored=config.dtype)
             return super().from_pretrained(name, *model_args, config=config, **kwargs)
 
         adapter = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
@@ -77,6 +102,7 @@ class CheckpointMixin:
         else:
             weights = {rename_to_ours(key, "transformers"): item for key, item in read_model(name, download).items()}
         config.dtype = config.dtype or find_base_dtype(weights)
+        kwargs = with_default_dtype(kwargs, stored=config.dtype)
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             None,
@@ -110,8 +136,12 @@ class CheckpointMixin:
                 `llava` and `llava_next`). Default: the layout that was loaded.
 
         Raises:
-            ValueError: naming the field that the layout cannot express.
+            ValueError: naming the field that the layout cannot express; and for int8 weights, which no layout has.
         """
+        if any(isinstance(module, Int8Linear) for module in self.modules()):
+            raise ValueError(
+                "got a model loaded with quantization='int8'; expected its own weights: load it without, and save that"
+            )
         layout = layout or layout_of(self.config)
         check_layout(layout)
         kwargs["save_original_format"] = False

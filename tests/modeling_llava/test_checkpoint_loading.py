@@ -197,11 +197,11 @@ def test_every_auto_class_finds_it(tmp_path):
         assert torch.equal(hidden, model.model(**inputs).last_hidden_state)
 
 
-def test_dtype_is_that_of_the_checkpoint_unless_asked(tmp_path):
+def test_dtype_is_that_of_the_checkpoint_if_asked(tmp_path):
     folders.write_v15(tmp_path)
     path = tmp_path / "checkpoint" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"torch_dtype": "float16"}))
-    assert AutoModelForVision2Seq.from_pretrained(tmp_path / "checkpoint").dtype == torch.float16
+    assert AutoModelForVision2Seq.from_pretrained(tmp_path / "checkpoint", dtype="auto").dtype == torch.float16
     assert AutoModelForVision2Seq.from_pretrained(tmp_path / "checkpoint", dtype=torch.float32).dtype == torch.float32
 
 

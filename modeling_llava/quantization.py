@@ -1,0 +1,107 @@
+"""`from_pretrained(..., quantization="int8")`: fewer bits for the language model, chosen by one name.
+
+Vision tower, projector and output layer stay as they are: they take a small part of the time, and their errors reach
+every answer. On a GPU the work is done by torchao and bitsandbytes, through transformers. On a processor torchao is
+slower than float32, so int8 is our own (`int8_linear`, `fused_projections`).
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .fused_projections import fuse_projections
+from .int8_linear import Int8Linear
+
+KEPT_MODULES = ["model.vision_tower", "model.mm_projector", "lm_head"]
+
+
+def _build_int4() -> QuantizationConfigMixin:
+    from torchao.quantization import Int4WeightOnlyConfig
+
+    # This layout is that of PyTorch's own kernel; torchao's default needs a further package.
+    weights = Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d")
+    return TorchAoConfig(weights, modules_to_not_convert=KEPT_MODULES)
+
+
+def _build_fp8() -> QuantizationConfigMixin:
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+
+    weights = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    return TorchAoConfig(weights, modules_to_not_convert=KEPT_MODULES)
+
+
+def _build_nf4() -> QuantizationConfigMixin:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=KEPT_MODULES,
+    )
+
+
+ON_PROCESSOR = "int8"
+"""Weights of 8 bits for each output channel, inputs of 8 bits for each row."""
+ON_GPU: dict[str, tuple[str, Callable[[], QuantizationConfigMixin]]] = {
+    "int4": ("torchao", _build_int4),
+    "fp8": ("torchao", _build_fp8),
+    "nf4": ("bitsandbytes", _build_nf4),
+}
+"""Name to package and settings: weights of 4 bits; weights and inputs of 8-bit floats, for which a GPU needs units
+(Ada, Hopper and later); QLoRA's weights of 4 bits."""
+
+
+def with_quantization(settings: dict[str, Any], quantization: str) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a name.
+
+    Raises:
+        ValueError: for another name, an argument that contradicts it, or a device that cannot run it.
+        ImportError: if a package is missing.
+    """
+    if quantization not in (ON_PROCESSOR, *ON_GPU):
+        names = ", ".join((ON_PROCESSOR, *ON_GPU))
+        raise ValueError(f"got quantization={quantization!r}; expected one of {names}")
+    for name in ("dtype", "torch_dtype", "quantization_config"):
+        if settings.get(name) is not None:
+            raise ValueError(f"got quantization={quantization!r} and {name}; expected no {name}: the name settles it")
+    if quantization == ON_PROCESSOR:
+        if settings.get("device_map") is not None:
+            raise ValueError(
+                "got quantization='int8' and a device_map; expected no device_map, as int8 runs on the processor: on "
+                f"a GPU choose one of {', '.join(ON_GPU)}"
+            )
+        # The weights are rounded from their own floats, so that there is never a copy in float32.
+        return settings | {"dtype": "auto"}
+    package, build_config = ON_GPU[quantization]
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"got quantization={quantization!r} on a machine without CUDA; expected a GPU: on a processor choose int8"
+        )
+    for needed in (package, "accelerate"):
+        if importlib.util.find_spec(needed) is None:
+            raise ImportError(f"{needed} is needed for quantization={quantization!r}; pip install {needed}")
+    return {"device_map": "cuda"} | settings | {"quantization_config": build_config(), "dtype": torch.bfloat16}
+
+
+def quantize_to_int8(model: PreTrainedModel) -> None:
+    """Give a language model fused projections with int8 weights, in place; everything else becomes float32.
+
+    Raises:
+        ValueError: if the model has an adapter, or PyTorch no kernels.
+    """
+    if torch.backends.quantized.engine == "none":
+        raise ValueError("got a PyTorch without int8 kernels; expected one with fbgemm or qnnpack: leave int8 out")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("got quantization='int8' and merge_adapter=False; expected a merged adapter")
+    language_model = model.base_model.language_model
+    fuse_projections(language_model)
+    for name, module in list(language_model.named_modules()):
+        if type(module) is nn.Linear:
+            language_model.set_submodule(name, Int8Linear(module))
+    model.float()
+    model.config.dtype = torch.float32
