@@ -1,0 +1,84 @@
+"""Key/value states with room to spare hold what transformers' own hold, and are not copied for every token."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from modeling_llava.generation import RoomyLayer, leave_room
+from tests.tiny import IMAGE_TOKEN_ID, batch, random_images, text_ids, tiny_model
+
+
+def states_pair() -> tuple[DynamicCache, DynamicCache]:
+    config = tiny_model().config.text_config
+    roomy = DynamicCache(config=config)
+    leave_room(roomy)
+    return roomy, DynamicCache(config=config)
+
+
+def append(caches: tuple[DynamicCache, DynamicCache], num_tokens: int, *, rows: int = 2) -> None:
+    for layer in range(2):
+        new_states = torch.randn(2, rows, 4, num_tokens, 8)
+        first, second = (cache.update(*new_states, layer) for cache in caches)
+        assert all(torch.equal(*pair) for pair in zip(first, second))
+
+
+@torch.no_grad()
+def test_every_way_of_changing_states():
+    caches = states_pair()
+    append(caches, 5)
+    for change in (
+        lambda cache: cache.crop(-2),
+        lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda cache: cache.crop(-1),
+        lambda cache: cache.batch_select_indices(torch.tensor([True, False])),
+    ):
+        for cache in caches:
+            change(cache)
+        rows = len(caches[1].layers[0].keys)
+        append(caches, 1, rows=rows)
+        append(caches, RoomyLayer.spare_length, rows=rows)
+    for cache in caches:
+        cache.batch_repeat_interleave(3)
+    append(caches, 2, rows=3)
+    for cache in caches:
+        cache.reset()
+    append(caches, 4)
+
+
+@torch.no_grad()
+def test_tokens_are_added_in_place():
+    caches = states_pair()
+    append(caches, 5)
+    start = caches[0].layers[0].keys.data_ptr()
+    for _ in range(RoomyLayer.spare_length):
+        append(caches, 1)
+    assert caches[0].layers[0].keys.data_ptr() == start
+    append(caches, 1)
+    assert caches[0].layers[0].keys.data_ptr() != start
+
+
+def test_gradients_pass_through_states():
+    roomy, plain = states_pair()
+    gradients = []
+    for cache in (roomy, plain):
+        torch.manual_seed(0)
+        states = torch.randn(3, 1, 4, 2, 8, requires_grad=True)
+        total = sum((cache.update(new_states, new_states, 0)[0] ** 2).sum() for new_states in states)
+        total.backward()
+        gradients.append(states.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 2}], ids=str)
+def test_generate_uses_them(settings):
+    model = tiny_model()
+    inputs = batch([[1, *[IMAGE_TOKEN_ID] * 16, *text_ids(4)]])
+    output = model.generate(
+        **inputs,
+        pixel_values=random_images(1),
+        do_sample=False,
+        max_new_tokens=4,
+        return_dict_in_generate=True,
+        **settings,
+    )
+    assert {type(layer) for layer in output.past_key_values.layers} == {RoomyLayer}
