@@ -2,7 +2,8 @@
 
 An image that reaches a server may be hostile: a PNG of a hundred bytes can announce a billion pixels, or be one pixel
 wide and cost gigabytes once its short side is resized. Every limit is therefore read from the header, before any
-pixel is decoded. What may surprise: EXIF orientation is applied (the original LLaVA never does), all other metadata
+pixel is decoded. What may surprise: no text opens a file, since it may be a stranger's and name any file of the
+machine; paths are `pathlib.Path`. EXIF orientation is applied (the original LLaVA never does), all other metadata
 goes, transparent pixels become white (a bare `convert("RGB")` shows the colour that hides below them), and 16-bit
 grey is scaled (Pillow clips it, so that nearly everything turns white).
 
@@ -59,18 +60,15 @@ def load_image(
     source: ImageSource,
     *,
     limits: ImageLimits = DEFAULT_LIMITS,
-    allow_text_paths: bool = True,
     urls: UrlReader | None = None,
 ) -> Image.Image:
     """Loads one image, upright and in RGB.
 
     Args:
-        source: Encoded bytes, a path, a "data:...;base64," URI, a URL, a binary file object, a PIL image, or an array
-            of levels or of floats of 0..1. Encoded images are JPEG, PNG, WebP, GIF or BMP, told by their content; of
-            an animation, the first picture is taken.
+        source: Encoded bytes, a `pathlib.Path`, a "data:...;base64," URI, a URL, a binary file object, a PIL image, or
+            an array of levels or of floats of 0..1. Encoded images are JPEG, PNG, WebP, GIF or BMP, told by their
+            content; of an animation, the first picture is taken. Any other text is refused.
         limits: What is refused.
-        allow_text_paths: Whether a `str` can be a path. Switch it off for texts of strangers: then only a
-            `pathlib.Path`, which no text turns into, opens a file.
         urls: Fetches URLs. Without it they are refused, since a server that fetches whatever address it is sent
             reaches hosts that the sender could not.
 
@@ -82,7 +80,7 @@ def load_image(
         FileNotFoundError: there is no file at the path.
         ValueError: the source is not allowed, of an unknown kind or format, damaged, or above a limit.
     """
-    image = load_pixels(source, limits=limits, allow_text_paths=allow_text_paths, urls=urls)
+    image = load_pixels(source, limits=limits, urls=urls)
     if type(image) is Image.Image and not image.info:
         return image
     # An image that was opened from a file keeps what the file said of camera and place, in several attributes.
@@ -95,11 +93,10 @@ def load_pixels(
     source: ImageSource,
     *,
     limits: ImageLimits = DEFAULT_LIMITS,
-    allow_text_paths: bool = True,
     urls: UrlReader | None = None,
 ) -> Image.Image:
     """As `load_image`, for callers that take the pixels and drop the image: it may hold metadata still."""
-    image, orientation = _open(source, limits=limits, allow_text_paths=allow_text_paths, urls=urls)
+    image, orientation = _open(source, limits=limits, urls=urls)
     try:
         image.load()
     except DAMAGE as error:
@@ -125,22 +122,20 @@ def read_image_size(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS
     return image.size if orientation >= 5 else image.size[::-1]
 
 
-def _open(
-    source: ImageSource, *, limits: ImageLimits, allow_text_paths: bool = True, urls: UrlReader | None = None
-) -> tuple[Image.Image, int]:
+def _open(source: ImageSource, *, limits: ImageLimits, urls: UrlReader | None = None) -> tuple[Image.Image, int]:
     """The image with its header read and its size checked, and its EXIF orientation."""
     if isinstance(source, Image.Image):
         image, orientation = source, read_orientation(source.info.get("exif", b""))
     elif isinstance(source, (np.ndarray, torch.Tensor)):
         image, orientation = image_from_levels(read_levels(source, limits=limits)[0]), 1
     else:
-        data = _read_bytes(source, limits=limits, allow_text_paths=allow_text_paths, urls=urls)
+        data = _read_bytes(source, limits=limits, urls=urls)
         image, orientation = _open_file(data, limits=limits)
     check_image_size(image.height, image.width, limits=limits)
     return image, orientation
 
 
-def _read_bytes(source: ImageSource, *, limits: ImageLimits, allow_text_paths: bool, urls: UrlReader | None) -> bytes:
+def _read_bytes(source: ImageSource, *, limits: ImageLimits, urls: UrlReader | None) -> bytes:
     """The encoded image, never reading more than one byte above the limit."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
@@ -148,12 +143,12 @@ def _read_bytes(source: ImageSource, *, limits: ImageLimits, allow_text_paths: b
         data = _decode_data_uri(source, limits=limits)
     elif isinstance(source, str) and _URL.match(source):
         data = _fetch(source, limits=limits, urls=urls)
-    elif isinstance(source, str) and not allow_text_paths:
+    elif isinstance(source, str):
         raise ValueError(
             f"got the text {_shorten(source)!r} for an image; expected bytes, a data URI or a PIL image, because no "
             "text opens a file here; if it is your own path, pass pathlib.Path(...)"
         )
-    elif isinstance(source, (str, os.PathLike)):
+    elif isinstance(source, os.PathLike):
         data = _read_file(os.fspath(source), limits=limits)
     else:
         data = _read_file_object(source, limits=limits)
@@ -164,8 +159,8 @@ def _read_bytes(source: ImageSource, *, limits: ImageLimits, allow_text_paths: b
 def _fetch(url: str, *, limits: ImageLimits, urls: UrlReader | None) -> bytes:
     if urls is None:
         raise ValueError(
-            f"got the URL {_shorten(url)}; expected bytes, a path or a data URI, because URLs are not fetched here; "
-            "download the image and pass its bytes, or allow hosts with urls=UrlPolicy(hosts=...)"
+            f"got the URL {_shorten(url)}; expected bytes, a pathlib.Path or a data URI, because URLs are not fetched "
+            "here; download the image and pass its bytes, or allow hosts with urls=UrlPolicy(hosts=...)"
         )
     return urls.fetch(url, max_bytes=limits.max_bytes)
 
@@ -194,8 +189,8 @@ def _read_file_object(source: BinaryIO, *, limits: ImageLimits) -> bytes:
         data = None
     if not isinstance(data, bytes):
         raise ValueError(
-            f"got an image of type {type(source).__name__}; expected bytes, a path, a data URI, a file object opened "
-            "as binary, an array or a PIL image; convert it"
+            f"got an image of type {type(source).__name__}; expected bytes, a pathlib.Path, a data URI, a file "
+            "object opened as binary, an array or a PIL image; convert it"
         )
     return data
 

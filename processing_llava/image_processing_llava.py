@@ -144,7 +144,7 @@ class AnyLlavaImageProcessorPil(PilBackend):
             return self.map_images(self.fetch_images, images)
         if isinstance(images, (Image.Image, np.ndarray, torch.Tensor)):
             return images
-        return load_pixels(images, limits=self.limits, allow_text_paths=False, urls=self.urls)
+        return load_pixels(images, limits=self.limits, urls=self.urls)
 
     def map_images(self, function: Callable[[Any], Any], images: Sequence[Any]) -> list[Any]:
         """The results of a function for each image, in their order; computed in threads if that can help."""

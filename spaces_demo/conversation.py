@@ -4,7 +4,10 @@ It lives on the server and is the only truth: a page tells which message it mean
 """
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from modeling_llava.inference import AnswerStatistics
 from processing_llava.image_loading import load_image
@@ -65,7 +68,7 @@ class Conversation:
         """
         messages = []
         for turn in self.turns:
-            content = [{"type": "image", "image": _open_picture(path)} for path in turn.pictures]
+            content = [{"type": "image", "image": open_picture(path)} for path in turn.pictures]
             messages.append({"role": "user", "content": [*content, {"type": "text", "text": turn.question}]})
             answer = turn.choose_answer(column)
             if answer is not None and (turn is not self.turns[-1] or with_last_answer):
@@ -91,8 +94,13 @@ class Conversation:
         return messages
 
 
-def _open_picture(path: str) -> Any:
+def open_picture(path: str) -> Image.Image:
+    """A picture of a turn.
+
+    Raises:
+        ValueError: if it is refused or was deleted.
+    """
     try:
-        return load_image(path)
+        return load_image(Path(path))
     except FileNotFoundError:
         raise ValueError("got a picture that was deleted an hour after its upload; start a new conversation") from None

@@ -512,6 +512,19 @@ def test_a_conversation_longer_than_the_model_can_read_is_refused(watched):
     assert len(session.messages) == 0
 
 
+def test_a_text_is_no_path_of_a_picture(tmp_path):
+    path = tmp_path / "cat.png"
+    CAT.save(path)
+    session = ChatSession(*load("llama"))
+    with pytest.raises(ValueError, match="no text opens a file"):
+        read(session.ask("What?", images=[str(path)], **SETTINGS))
+    answers = []
+    for image in (CAT, path, path.read_bytes()):
+        session.reset()
+        answers.append(read(session.ask("What?", images=[image], **SETTINGS)))
+    assert answers == answers[:1] * 3
+
+
 def test_the_system_text_counts_for_both_ways_to_ask(watched):
     seen = watched("llama")
     session = ChatSession(seen.model, seen.processor, system="Be brief.")

@@ -39,9 +39,12 @@ def sentencepiece_processor() -> AnyLlavaProcessor:
 
 @pytest.mark.parametrize("aspect_ratio", ["pad", "anyres"])
 @pytest.mark.parametrize("decode", [True, False])
-def test_a_row_is_as_long_as_its_training_batch(pictures, aspect_ratio, decode):
+@pytest.mark.parametrize("visual_tokens", [None, 12])
+def test_a_row_is_as_long_as_its_training_batch(pictures, aspect_ratio, decode, visual_tokens):
     pinpoints = PINPOINTS if aspect_ratio == "anyres" else None
-    processor = tiny_processor(image_aspect_ratio=aspect_ratio, image_grid_pinpoints=pinpoints)
+    processor = tiny_processor(
+        image_aspect_ratio=aspect_ratio, image_grid_pinpoints=pinpoints, visual_tokens=visual_tokens
+    )
     names = ("wide.jpg", "tall.jpg", "turned.jpg")
     row = make_row("<image><image><image>Same?", "No.", "Sure?", "Yes.", images=names, folder=pictures)
     sizes = read_image_sizes(row, decode=decode)
