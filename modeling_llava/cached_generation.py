@@ -1,7 +1,7 @@
 """CachedGeneration: `generate` that computes only what a ChatCache does not know.
 
 Key/value states are reused where they can be cut after any token: full attention, and sliding windows until a
-conversation outgrows them. Static, quantized and recurrent caches are not reused, nor are states whose positions
+conversation outgrows them. Quantized and recurrent caches are not reused, nor are states whose positions
 depend on the length of the conversation. Features of images always are.
 
 Telling images apart takes the number of tokens of each, so only `REUSING_MODEL_TYPES` reuse anything; other models
@@ -17,6 +17,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .chat_cache import ChatCache, TokenKey
+from .compiled_decoding import build_compile_config, build_static_states
+from .generation import leave_room
+from .int8_linear import Int8Linear
 
 REUSING_MODEL_TYPES = ("any_llava", "llava")
 """Ours, and transformers' own LLaVA 1.5."""
@@ -41,17 +44,22 @@ class CachedGeneration:
         model: In evaluation mode.
         inputs: What the processor returns for one conversation.
         cache: Of this model.
+        compile: Decode with compiled code; the model must pass `check_compiles`.
     """
 
-    def __init__(self, model: PreTrainedModel, inputs: BatchFeature, cache: ChatCache) -> None:
+    def __init__(
+        self, model: PreTrainedModel, inputs: BatchFeature, cache: ChatCache, *, compile: bool = False
+    ) -> None:
         self.model = model
         self.inputs = inputs
         self.cache = cache
+        self.compile = compile
         self.num_reused_tokens = 0
 
     @torch.no_grad()
-    def run(self, **settings) -> None:
+    def run(self, *, max_new_tokens: int, **settings) -> None:
         """As `model.generate(**inputs, **settings)`; the lock of the cache must be held."""
+        settings["max_new_tokens"] = max_new_tokens
         device = self.model.device
         if not self._can_reuse():
             self.model.generate(**self.inputs.to(device), **settings)
@@ -61,6 +69,9 @@ class CachedGeneration:
         for image in images:
             keys[image.start : image.start + image.num_tokens] = [image.digest] * image.num_tokens
         past = build_states(self.model)
+        if self.compile:
+            past = build_static_states(self.model, len(keys) + max_new_tokens)
+            settings["compile_config"] = build_compile_config(device)
         if past is not None:
             # The last token is always computed: the answer begins with its logits.
             self.num_reused_tokens, states = self.cache.find_states(keys[:-1])
@@ -72,12 +83,13 @@ class CachedGeneration:
             settings["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
         text = {name: self.inputs[name].to(device) for name in ("input_ids", "attention_mask")}
         output_ids = self.model.generate(**text, **settings)
+        length = 0 if past is None else int(past.get_seq_length())
         # A sliding window that is full has dropped the states of the first tokens.
-        if past is not None and all(layer.keys.shape[-2] == past.get_seq_length() for layer in past.layers):
+        if past is not None and all(layer.keys.shape[-2] >= length for layer in past.layers):
             keys += output_ids[0, len(keys) :].tolist()
-            states = [states for layer in past.layers for states in (layer.keys, layer.values)]
+            states = [states[..., :length, :] for layer in past.layers for states in (layer.keys, layer.values)]
             # The last token of an answer has never been an input.
-            self.cache.store_states(keys[: past.get_seq_length()], states)
+            self.cache.store_states(keys[:length], states)
 
     def _can_reuse(self) -> bool:
         model_type = self.model.config.model_type
@@ -124,7 +136,7 @@ def read_images(model: PreTrainedModel, inputs: BatchFeature) -> list[PromptImag
     images, num_before = [], 0
     for row, (image, count) in enumerate(zip(tiles, counts)):
         size = None if image_sizes is None else image_sizes[row].tolist()
-        digest = hashlib.sha256(f"{tuple(image.shape)} {size}".encode())
+        digest = hashlib.sha256(f"{tuple(image.shape)} {size} {count}".encode())
         digest.update(image.contiguous().view(torch.uint8).numpy())
         images.append(PromptImage(row, digest.digest(), positions[num_before], count))
         num_before += count
@@ -141,4 +153,29 @@ def build_states(model: PreTrainedModel) -> DynamicCache | None:
     states = DynamicCache(config=config)
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in states.layers):
         return None
+    leave_room(states)
     return states
+
+
+def check_compiles(model: PreTrainedModel) -> None:
+    """Refuse a model whose decoding cannot be compiled.
+
+    Raises:
+        ValueError: saying why.
+    """
+    if model.config.model_type != "any_llava" or build_states(model) is None:
+        raise ValueError(
+            f"got compile=True for a {type(model).__name__}; expected one of ours whose states can be reused: leave "
+            "compile out"
+        )
+    language_model = model.base_model.language_model
+    if not language_model._can_compile_fullgraph:
+        raise ValueError(
+            f"got compile=True for a {type(language_model).__name__}; expected a language model that runs on states "
+            "of fixed size: leave compile out"
+        )
+    if any(isinstance(module, Int8Linear) for module in language_model.modules()):
+        raise ValueError(
+            "got compile=True for a model with quantization='int8'; expected one of them: the compiler cannot read "
+            "int8 kernels"
+        )

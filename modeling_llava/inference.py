@@ -16,8 +16,10 @@ from processing_llava.image_loading import load_image
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .auto import AutoModelForVision2Seq
-from .cached_generation import CachedGeneration
+from .cached_generation import CachedGeneration, check_compiles
 from .chat_cache import ChatCache
+from .inference_dtype import is_slow_on_processor
+from .modeling_llava import AnyLlavaForConditionalGeneration
 from .token_stream import StreamedText, build_sampler, stream_tokens
 
 EMBEDDED_MODEL = str(Path(__file__).parent / "tiny_llava" / "checkpoint")
@@ -30,6 +32,7 @@ def load_for_inference(
     template: str | None = None,
     base_model: str | None = None,
     device: str | torch.device | None = None,
+    quantization: str | None = None,
 ) -> tuple[PreTrainedModel, AnyLlavaProcessor]:
     """Load a model and its processor.
 
@@ -38,24 +41,39 @@ def load_for_inference(
         template: Name of a conversation format to use instead of the one stored with the model.
         base_model: Folder or Hub id of the language model, for a LoRA, projector or delta that does not say its own.
         device: Where to; the first GPU by default, or the processor where there is none.
+        quantization: "int4", "fp8" or "nf4" on a GPU, "int8" on a processor: bits of the language model.
 
     Raises:
-        ValueError: if there is no such model or template.
+        ValueError: if there is no such model or template, or the device cannot run what was chosen.
     """
     base = {} if base_model is None else {"base_model": base_model}
     chosen = {} if template is None else {"template": template}
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    # Most processors compute 16-bit floats many times slower than 32-bit ones.
-    dtype = torch.float32 if device.type == "cpu" else "auto"
+    load = AutoModelForVision2Seq.from_pretrained
+    if quantization is not None:
+        from .quantization import ON_GPU, ON_PROCESSOR
+
+        expected = (ON_PROCESSOR,) if device.type == "cpu" else tuple(ON_GPU)
+        if quantization not in expected:
+            raise ValueError(f"got quantization={quantization!r} on {device}; expected {' or '.join(expected)}")
+        # Transformers' own classes do not know these names; ours reads their checkpoints.
+        load = partial(AnyLlavaForConditionalGeneration.from_pretrained, quantization=quantization)
+        if device.type != "cpu":
+            load = partial(load, device_map=device)
     try:
         processor = AutoProcessor.from_pretrained(name, **chosen, **base)
-        loaded = AutoModelForVision2Seq.from_pretrained(name, dtype=dtype, **base)
+        loaded = load(name, **base)
     except OSError as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"got model {name!r}; expected a folder or a Hub id of a LLaVA: {reason}") from error
     if template is not None and not isinstance(processor, AnyLlavaProcessor):
         processor.chat_template = load_template(template)
-    return loaded.to(device).eval(), processor
+    if quantization is None:
+        # Transformers' own classes keep 16 bits, and so do ours where there is a GPU.
+        if device.type == "cpu" and is_slow_on_processor(loaded.dtype):
+            loaded = loaded.float()
+        loaded = loaded.to(device)
+    return loaded.eval(), processor
 
 
 @dataclass(frozen=True)
@@ -85,6 +103,11 @@ class ChatSession:
         processor: Its processor.
         system: Replaces the system text of the template.
         cache: What answers can be continued from; the session's own by default.
+        compile: Decode with compiled code and states of fixed size, on a GPU as CUDA graphs. The first answer takes a
+            minute longer, and so does the first conversation beyond 1024 tokens, 2048, and so on.
+
+    Raises:
+        ValueError: if the cache belongs to another model, or the model cannot be compiled.
     """
 
     def __init__(
@@ -94,12 +117,16 @@ class ChatSession:
         *,
         system: str | None = None,
         cache: ChatCache | None = None,
+        compile: bool = False,
     ) -> None:
+        if compile:
+            check_compiles(model)
         self.model = model
         self.processor = processor
         self.system = system
         self.cache = ChatCache() if cache is None else cache
         self.cache.bind(model)
+        self.compile = compile
         self.messages: list[dict[str, Any]] = []
         self.statistics: AnswerStatistics | None = None
         """Of the last answer, also of one that was stopped."""
@@ -114,7 +141,7 @@ class ChatSession:
 
         Args:
             question: What the user says; never read as control tokens.
-            images: Pictures that come with it: PIL images, paths, bytes or data URIs.
+            images: Pictures that come with it: PIL images, `pathlib.Path`, bytes or data URIs.
             **settings: Those of `answer`.
 
         Raises:
@@ -171,7 +198,7 @@ class ChatSession:
                 "model was made: begin anew, or take pictures out"
             )
         sampler = build_sampler(temperature=temperature, top_p=top_p, seed=seed, device=self.model.device)
-        generation = CachedGeneration(self.model, inputs, self.cache)
+        generation = CachedGeneration(self.model, inputs, self.cache, compile=self.compile)
         generate = partial(
             generation.run, max_new_tokens=max_new_tokens, use_cache=True, do_sample=False, logits_processor=sampler
         )

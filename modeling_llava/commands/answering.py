@@ -36,6 +36,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--template", help="conversation format to use instead of the model's")
     parser.add_argument("--system", help="system text to use instead of the template's")
+    parser.add_argument("--quantization", help="fewer bits: int8 on a processor; int4, fp8 or nf4 on a GPU")
+    parser.add_argument("--compile", action="store_true", help="compile decoding: a minute at first, then faster")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 gives the likeliest answer")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
@@ -45,9 +47,12 @@ def _session(options: argparse.Namespace):
     from modeling_llava.inference import EMBEDDED_MODEL, ChatSession, load_for_inference
 
     model, processor = load_for_inference(
-        options.model or EMBEDDED_MODEL, template=options.template, base_model=options.base_model
+        options.model or EMBEDDED_MODEL,
+        template=options.template,
+        base_model=options.base_model,
+        quantization=options.quantization,
     )
-    return ChatSession(model, processor, system=options.system)
+    return ChatSession(model, processor, system=options.system, compile=options.compile)
 
 
 def _settings(options: argparse.Namespace) -> dict:
@@ -81,9 +86,13 @@ def run_ask(options: argparse.Namespace) -> None:
 
 
 def _open_image(source: str):
+    from processing_llava.conversations import ADDRESS
     from processing_llava.image_loading import load_image
 
-    return load_image(sys.stdin.buffer.read() if source == "-" else source)
+    if source == "-":
+        return load_image(sys.stdin.buffer.read())
+    # What the user of a terminal types may name any file of theirs.
+    return load_image(source if ADDRESS.match(source) else Path(source))
 
 
 def run_chat(options: argparse.Namespace) -> None:

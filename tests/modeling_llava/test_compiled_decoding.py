@@ -1,0 +1,90 @@
+"""Compiled decoding: the tokens of plain decoding, from one graph for all tokens and turns."""
+
+import PIL.Image
+import pytest
+import torch
+from transformers import CompileConfig
+
+import modeling_llava.cached_generation
+from modeling_llava.compiled_decoding import build_compile_config, build_static_states
+from modeling_llava.inference import ChatSession
+from modeling_llava.quantization import quantize_to_int8
+from tests.tiny import tiny_model, tiny_processor
+
+SETTINGS = {"max_new_tokens": 8}
+RED, BLUE = PIL.Image.new("RGB", (60, 40), "red"), PIL.Image.new("RGB", (30, 70), "blue")
+QUESTIONS = [("What is this?", [RED]), ("Is it big?", []), ("And this?", [BLUE])]
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that were compiled; each computes what it was traced from, without a C++ compiler."""
+    torch._dynamo.reset()
+    seen = []
+
+    def keep(graph, example_inputs):
+        seen.append(graph)
+        return graph.forward
+
+    def build(device: torch.device) -> CompileConfig:
+        config = build_compile_config(device)
+        config.backend, config.mode = keep, None
+        return config
+
+    monkeypatch.setattr(modeling_llava.cached_generation, "build_compile_config", build)
+    yield seen
+    torch._dynamo.reset()
+
+
+def talk(session: ChatSession) -> list[str]:
+    return ["".join(session.ask(question, images=images, **SETTINGS)) for question, images in QUESTIONS]
+
+
+def build(text: str = "llama"):
+    processor = tiny_processor()
+    return tiny_model(text, image_token_id=processor.image_token_id), processor
+
+
+@pytest.mark.parametrize("text", ["llama", "qwen3"])
+def test_one_graph_for_all_tokens_and_turns(graphs, text):
+    model, processor = build(text)
+    expected = talk(ChatSession(model, processor))
+    session = ChatSession(model, processor, compile=True)
+    assert talk(session) == expected
+    assert session.statistics.num_reused_tokens > 0
+    assert len(graphs) == 1
+
+
+def test_states_have_few_sizes():
+    model, _ = build()
+    sizes = [build_static_states(model, num_tokens).get_max_length() for num_tokens in (1, 1024, 1025, 2049)]
+    assert sizes == [1024, 1024, 2048, 4096]
+
+
+def test_what_cannot_be_compiled_is_refused():
+    model, processor = build("mpt")
+    with pytest.raises(ValueError, match="MptModel.*leave compile out"):
+        ChatSession(model, processor, compile=True)
+    model, processor = build()
+    quantize_to_int8(model)
+    with pytest.raises(ValueError, match="quantization='int8'"):
+        ChatSession(model, processor, compile=True)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_compiled_for_this_processor():
+    torch._dynamo.reset()
+    model, processor = build()
+    assert talk(ChatSession(model, processor, compile=True)) == talk(ChatSession(model, processor))
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_cuda_graphs_give_the_same_tokens():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model, processor = build()
+    model.to("cuda")
+    assert build_compile_config(model.device).mode == "reduce-overhead"
+    assert talk(ChatSession(model, processor, compile=True)) == talk(ChatSession(model, processor))
