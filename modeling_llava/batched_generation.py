@@ -1,0 +1,331 @@
+"""generate_answers: many requests at once, with pictures or without, each answered as `generate` would alone.
+
+Requests share every pass of the language model. One joins as soon as there is room, its prompt in the same pass as
+the next tokens of the others, and leaves with its last token (continuous batching, Orca, OSDI 2022). Nothing is
+padded; pictures of requests that join together are encoded together, and each picture once.
+
+transformers' own continuous batching takes text only: its passes have ids and no place for image features.
+
+    for answer in generate_answers(model, processor, [AnswerRequest(messages) for messages in conversations]):
+        print(answer.index, answer.text)
+"""
+
+import copy
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from transformers import BatchFeature, LogitsProcessorList, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from processing_llava.processing_llava import AnyLlavaProcessor
+
+from .batched_attention import RowStates, check_row_attention, use_row_attention
+from .cached_generation import REUSING_MODEL_TYPES, PromptImage, build_states, read_images
+from .chat_cache import ChatCache
+from .token_stream import build_sampler
+
+MAX_PASS_TOKENS = 2048
+"""Requests stop joining a pass that has this many tokens of prompts: bounds activations and the wait of the others."""
+
+
+@dataclass(frozen=True)
+class AnswerRequest:
+    """A conversation to answer, with the settings of `ChatSession.answer`."""
+
+    messages: list[dict[str, Any]]
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    """Of a generator of its own: what is drawn does not depend on the other requests."""
+
+
+@dataclass(frozen=True)
+class BatchedAnswer:
+    index: int
+    """Of the request."""
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    """Of the answer, with the token that ends it."""
+    error: ValueError | None = None
+    """Why there is no answer."""
+
+
+@dataclass(eq=False)
+class _Row:
+    index: int
+    request: AnswerRequest
+    prompt_ids: list[int]
+    processors: LogitsProcessorList
+    inputs: BatchFeature | None
+    """What the processor returned; None once the prompt was computed."""
+    images: list[PromptImage]
+    ids: list[int] = field(default_factory=list)
+
+    @property
+    def largest_length(self) -> int:
+        return len(self.prompt_ids) + self.request.max_new_tokens
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    processor: AnyLlavaProcessor,
+    requests: Iterable[AnswerRequest],
+    *,
+    max_rows: int = 16,
+    max_cache_tokens: int = 16384,
+    cache: ChatCache | None = None,
+) -> Iterator[BatchedAnswer]:
+    """Answer requests in the order in which they finish; one that fails is an answer with an error.
+
+    Requests are read as there is room for them. Closing the iterator frees the states.
+
+    Args:
+        The others: see `BatchedGeneration`.
+
+    Raises:
+        ValueError: at the first answer, if the model cannot be used so.
+    """
+    batch = BatchedGeneration(model, processor, max_rows=max_rows, max_cache_tokens=max_cache_tokens, cache=cache)
+    for index, request in enumerate(requests):
+        try:
+            batch.add(index, request)
+        except ValueError as error:
+            yield BatchedAnswer(index, error=error)
+        except OSError as error:
+            yield BatchedAnswer(index, error=ValueError(str(error)))
+        while batch.is_full:
+            yield from batch.step()
+    while batch.num_requests:
+        yield from batch.step()
+
+
+class BatchedGeneration:
+    """A batch that requests join and leave; for a server that calls `add` and `step` in turns.
+
+    Args:
+        model: Ours or transformers' LLaVA 1.5, in evaluation mode.
+        processor: Its processor.
+        max_rows: Requests that are answered at the same time.
+        max_cache_tokens: Bound of the memory for key/value states, in tokens: as many rows are answered at the same
+            time as this is a multiple of the longest one (prompt and `max_new_tokens`). One token of a 7B model takes
+            0.5 MB in 16 bits, so the default is 8 GB; it is taken as it is needed on a CPU and at once on a GPU. While
+            rows are made longer, those of one layer exist twice.
+        cache: For features of images, 256 MB by default. Its lock is held during a step, so that ChatSessions of the
+            same cache may run in other threads. Nothing else may use the model during a step.
+
+    Raises:
+        ValueError: for a model whose states cannot be kept row by row, or limits below 1.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: AnyLlavaProcessor,
+        *,
+        max_rows: int = 16,
+        max_cache_tokens: int = 16384,
+        cache: ChatCache | None = None,
+    ) -> None:
+        if min(max_rows, max_cache_tokens) < 1:
+            raise ValueError(
+                f"got max_rows={max_rows} and max_cache_tokens={max_cache_tokens}; expected at least 1 of each"
+            )
+        if model.config.model_type not in REUSING_MODEL_TYPES or build_states(model) is None:
+            raise ValueError(
+                f"got a {type(model).__name__}; expected {' or '.join(REUSING_MODEL_TYPES)}, and a language model "
+                "whose states do not depend on the rows beside them: answer one request at a time"
+            )
+        self._generation_config, _ = model._prepare_generation_config(None, do_sample=False)
+        mode = self._generation_config.get_generation_mode()
+        if mode != GenerationMode.GREEDY_SEARCH:
+            raise ValueError(
+                f"got a model whose generation_config asks for {mode.value}; expected one token at a time: set "
+                "model.generation_config.num_beams = 1"
+            )
+        check_row_attention(model.base_model.language_model)
+        self.model = model
+        self.processor = processor
+        self.cache = ChatCache(max_bytes=256 * 2**20) if cache is None else cache
+        self.cache.bind(model)
+        # On a CPU padding costs more than calls, on a GPU it is the other way round.
+        row_by_row = model.device.type == "cpu"
+        self._states = RowStates(
+            max_rows=max_rows, max_tokens=max_cache_tokens, row_by_row=row_by_row, device=model.device
+        )
+        ends = self._generation_config.eos_token_id
+        self._end_ids = frozenset(ends if isinstance(ends, list) else [ends])
+        self._rows: list[_Row] = []
+        self._waiting: deque[_Row] = deque()
+
+    @property
+    def num_requests(self) -> int:
+        """Those that have no answer yet."""
+        return len(self._rows) + len(self._waiting)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a request that is added would have to wait for longer than a step."""
+        return len(self._choose()) < len(self._waiting)
+
+    def add(self, index: int, request: AnswerRequest) -> None:
+        """Prepare a request for one of the next steps.
+
+        Args:
+            index: What its answer is known by.
+
+        Raises:
+            ValueError: if a picture or a setting is refused, or the request is too long for the model or the limits.
+            FileNotFoundError: if there is no picture at a path.
+        """
+        messages = request.messages
+        if not messages or messages[-1]["role"] != "user":
+            raise ValueError(f"got {len(messages)} messages; expected at least one, and the last from the user")
+        if request.max_new_tokens < 1:
+            raise ValueError(f"got max_new_tokens={request.max_new_tokens}; expected at least 1")
+        sampler = build_sampler(
+            temperature=request.temperature, top_p=request.top_p, seed=request.seed, device=self.model.device
+        )
+        inputs = self.processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        if self.model.config.model_type == "llava" and "image_sizes" in inputs:
+            raise ValueError(
+                "got pictures of different sizes for transformers' own class; expected pictures of one size: answer "
+                "one request at a time"
+            )
+        prompt_ids = inputs["input_ids"][0].tolist()
+        max_length = self.model.config.get_text_config(decoder=True).to_dict().get("max_position_embeddings")
+        if max_length is not None and len(prompt_ids) >= max_length:
+            raise ValueError(
+                f"got a conversation of {len(prompt_ids)} tokens; expected fewer than {max_length}, for which this "
+                "model was made: begin anew, or take pictures out"
+            )
+        processors = self._build_processors(inputs["input_ids"], request.max_new_tokens, sampler)
+        row = _Row(index, request, prompt_ids, processors, inputs, read_images(self.model, inputs))
+        if not self._states.takes(row.largest_length):
+            raise ValueError(
+                f"got a request of {len(prompt_ids)} tokens and max_new_tokens={request.max_new_tokens}; expected at "
+                f"most {self._states.max_tokens} together: raise max_cache_tokens"
+            )
+        self._waiting.append(row)
+
+    def step(self) -> list[BatchedAnswer]:
+        """Compute the next token of every request that there is room for; the answers that are complete by it."""
+        if not self.num_requests:
+            return []
+        new_rows = self._choose()
+        for _ in new_rows:
+            self._waiting.popleft()
+        with self.cache.lock:
+            logits = self._compute_logits(new_rows)
+        for row, token in zip(self._rows, self._draw(logits)):
+            row.ids.append(token)
+        answers = []
+        for place in reversed(range(len(self._rows))):
+            row = self._rows[place]
+            if row.ids[-1] in self._end_ids or len(row.ids) == row.request.max_new_tokens:
+                answers.append(BatchedAnswer(row.index, self._decode(row.ids), row.ids))
+                self._states.remove(place)
+                self._rows[place] = self._rows[-1]
+                self._rows.pop()
+        return answers[::-1]
+
+    def _choose(self) -> list[_Row]:
+        """The waiting rows that can join the next pass, in their order."""
+        chosen, num_tokens = [], 0
+        for row in self._waiting:
+            lengths = [chosen_row.largest_length for chosen_row in (*chosen, row)]
+            if num_tokens >= MAX_PASS_TOKENS or not self._states.has_room(lengths):
+                break
+            chosen.append(row)
+            num_tokens += len(row.prompt_ids)
+        return chosen
+
+    @torch.no_grad()
+    def _compute_logits(self, new_rows: list[_Row]) -> torch.Tensor:
+        """Logits `[N, vocabulary]` after the newest token of every row, the new ones last."""
+        device = self.model.device
+        features = self._load_features(new_rows)
+        prompt_lengths = [len(row.prompt_ids) for row in new_rows]
+        positions = self._states.begin_pass(prompt_lengths, [row.largest_length for row in new_rows])
+        ids = [row.ids[-1] for row in self._rows]
+        newest = list(range(len(ids)))
+        for row in new_rows:
+            ids += row.prompt_ids
+            newest.append(len(ids) - 1)
+            row.inputs = None
+        self._rows += new_rows
+        images = {}
+        if features:
+            images["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+        with use_row_attention(self.model.base_model.language_model):
+            outputs = self.model(
+                input_ids=torch.tensor([ids], device=device),
+                position_ids=positions,
+                logits_to_keep=torch.tensor(newest, device=device),
+                use_cache=False,
+                row_states=self._states,
+                **images,
+            )
+        # As `generate` does, before anything is compared or drawn.
+        return outputs.logits[0].float()
+
+    def _load_features(self, rows: list[_Row]) -> list[torch.Tensor]:
+        """Features of the images of rows, in reading order; the tower sees each unknown image once."""
+        features = {image.digest: self.cache.find_features(image.digest) for row in rows for image in row.images}
+        unknown = {
+            image.digest: {
+                name: row.inputs[name][image.row] for name in ("pixel_values", "image_sizes") if name in row.inputs
+            }
+            for row in rows
+            for image in row.images
+            if features[image.digest] is None
+        }
+        if unknown:
+            images = list(unknown.values())
+            pixels = [image["pixel_values"] for image in images]
+            batch = {}
+            if pixels[0].ndim == 4:
+                num_tiles = max(len(tiles) for tiles in pixels)
+                pixels = [pad(tiles, (0, 0) * 3 + (0, num_tiles - len(tiles))) for tiles in pixels]
+                batch["image_sizes"] = torch.stack([image["image_sizes"] for image in images])
+            batch["pixel_values"] = torch.stack(pixels).to(self.model.device)
+            encoded = self.model.get_image_features(**batch, return_dict=True).pooler_output
+            for digest, image_features in zip(unknown, encoded):
+                features[digest] = image_features
+                self.cache.store_features(digest, image_features)
+        return [features[image.digest] for row in rows for image in row.images]
+
+    def _draw(self, logits_NV: torch.Tensor) -> list[int]:
+        tokens_N = logits_NV.argmax(dim=-1)
+        for place, row in enumerate(self._rows):
+            if row.processors:
+                ids_1L = torch.tensor([row.prompt_ids + row.ids], device=logits_NV.device)
+                tokens_N[place] = row.processors(ids_1L, logits_NV[place : place + 1])[0].argmax()
+        return tokens_N.tolist()
+
+    def _decode(self, ids: list[int]) -> str:
+        # White space before an answer belongs to the template.
+        return self.processor.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+
+    def _build_processors(
+        self, input_ids: torch.Tensor, max_new_tokens: int, sampler: LogitsProcessorList
+    ) -> LogitsProcessorList:
+        """What `generate` does to the logits of a request: what the model's generation_config says, then drawing."""
+        config = copy.deepcopy(self._generation_config)
+        config.max_new_tokens, config.max_length = max_new_tokens, input_ids.shape[1] + max_new_tokens
+        self.model._prepare_special_tokens(config, device=self.model.device)
+        return self.model._get_logits_processor(
+            generation_config=config,
+            input_ids_seq_length=input_ids.shape[1],
+            encoder_input_ids=input_ids,
+            logits_processor=sampler,
+            device=self.model.device,
+            model_kwargs={},
+        )
