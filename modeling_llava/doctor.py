@@ -1,4 +1,7 @@
-"""What `llava doctor` prints: versions, device, memory, cached models, and what a model of some size needs."""
+"""What `llava doctor` prints: versions, device, memory, cached models, and what a model needs.
+
+Of a model that is named, it is what generating takes (`generation_memory.py`); of a number of parameters, the weights.
+"""
 
 import importlib.metadata
 import os
@@ -13,10 +16,31 @@ BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5
 GIB = 2**30
 
 
-def report(*, num_parameters: float) -> str:
-    """The whole report; `num_parameters` is the size of the model whose memory is computed."""
-    sections = [_versions(), _device(), _memory_needs(num_parameters), _cached_models()]
-    return "\n\n".join(sections)
+def report(
+    *,
+    num_parameters: float,
+    model: str | None = None,
+    num_images: int = 1,
+    num_new_tokens: int = 256,
+    num_rows: int = 1,
+) -> str:
+    """The whole report.
+
+    Args:
+        num_parameters: Size of a model, whose weights are computed if no model is named.
+        model: Folder or Hub id of the model that is to answer.
+        num_images: In each of its prompts.
+        num_new_tokens: Of each answer.
+        num_rows: Answers at a time.
+
+    Raises:
+        ValueError: if there is no such model, or a number is too small.
+    """
+    if model is None:
+        needs = _memory_needs(num_parameters)
+    else:
+        needs = _generation_needs(model, num_images=num_images, num_new_tokens=num_new_tokens, num_rows=num_rows)
+    return "\n\n".join([_versions(), _device(), needs, _cached_models()])
 
 
 def _versions() -> str:
@@ -51,6 +75,32 @@ def count_free_bytes(device: torch.device) -> int:
 def _memory_needs(num_parameters: float) -> str:
     lines = [f"weights of a model with {num_parameters:,.0f} parameters:"]
     lines += [f"  {dtype}: {num_parameters * size / GIB:.1f} GiB" for dtype, size in BYTES_PER_PARAMETER.items()]
+    return "\n".join(lines)
+
+
+def _generation_needs(model: str, *, num_images: int, num_new_tokens: int, num_rows: int) -> str:
+    from .generation_memory import choose_dtype, predict_generation, read_config
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = read_config(model)
+    dtype = choose_dtype(config, device)
+    needs = predict_generation(
+        config, dtype=dtype, num_images=num_images, num_new_tokens=num_new_tokens, num_rows=num_rows
+    )
+    free = count_free_bytes(device)
+    parts = {
+        f"weights in {str(dtype).removeprefix('torch.')}": needs.weights,
+        "keys and values of all tokens": needs.cache,
+        "activations": needs.activations,
+        "together": needs.total,
+        "free": free,
+    }
+    lines = [
+        f"{model}, {num_rows} x {needs.num_prompt_tokens} tokens with {num_images} images, answers of "
+        f"{num_new_tokens} tokens:"
+    ]
+    lines += [f"  {name}: {size / GIB:.2f} GiB" for name, size in parts.items()]
+    lines.append(f"  it {'fits' if needs.total <= free else 'does not fit'}")
     return "\n".join(lines)
 
 

@@ -23,8 +23,12 @@ def add_commands(commands) -> None:
     merge.add_argument("--base-bits", type=int, help="4 if it was trained on a 4-bit base (default: see its record)")
     merge.set_defaults(run=run_merge)
 
-    doctor = commands.add_parser("doctor", help="versions, device, memory, cached models")
+    doctor = commands.add_parser("doctor", help="versions, device, cached models, and the memory that a model needs")
     doctor.add_argument("--parameters", type=float, default=7e9, help="size of a model in parameters, e.g. 7e9")
+    doctor.add_argument("--model", help="folder or Hub id; nothing but its config.json is read")
+    doctor.add_argument("--images", type=int, default=1, help="in each prompt to the model")
+    doctor.add_argument("--new-tokens", type=int, default=256, help="of each answer of the model")
+    doctor.add_argument("--rows", type=int, default=1, help="answers of the model at a time")
     doctor.set_defaults(run=run_doctor)
 
 
@@ -57,4 +61,12 @@ def run_merge(options: argparse.Namespace) -> None:
 def run_doctor(options: argparse.Namespace) -> None:
     from modeling_llava.doctor import report
 
-    print(report(num_parameters=options.parameters))
+    print(
+        report(
+            num_parameters=options.parameters,
+            model=options.model,
+            num_images=options.images,
+            num_new_tokens=options.new_tokens,
+            num_rows=options.rows,
+        )
+    )

@@ -1,0 +1,206 @@
+"""How much memory generating takes, known before a weight is loaded.
+
+    weights      parameters and buffers
+    cache        keys and values of all tokens, at the end of the answer
+    activations  what lives beside them at the largest moment: while images are encoded, the prompt is read, or the
+                 last token is made. The cache is shorter in the first two, and its missing part counts as free.
+
+The model computes on tensors without content (PyTorch's FakeTensorMode), and those that live at once are added up. So
+nothing here knows how a tower or a language model is built, and no memory is needed. Not counted: what CUDA itself
+takes (about 0.5 GiB), what allocators lose between blocks, and the work space inside single operations.
+"""
+
+import copy
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import DynamicCache, PreTrainedConfig
+
+from .configuration_llava import AnyLlavaConfig
+from .generation import RoomyLayer
+from .inference_dtype import is_slow_on_processor
+from .modeling_llava import AnyLlavaForConditionalGeneration
+from .original_layout import translate_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationMemory:
+    """Bytes that generating takes on one device."""
+
+    weights: int
+    cache: int
+    activations: int
+    num_prompt_tokens: int
+    """Of one row, image tokens included."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.activations
+
+
+def read_config(name: str) -> AnyLlavaConfig:
+    """The configuration of a LLaVA in any layout.
+
+    Args:
+        name: Folder or Hub id.
+
+    Raises:
+        ValueError: if there is none, or it is another model.
+    """
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(name)
+        if not raw:
+            raise OSError(f"there is no config.json in {name}")
+        return AnyLlavaConfig.from_dict(translate_config(raw, name=name))
+    except OSError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"got model {name!r}; expected a folder or a Hub id of a LLaVA: {reason}") from error
+
+
+def choose_dtype(config: AnyLlavaConfig, device: torch.device) -> torch.dtype:
+    """The floats in which `load_for_inference` loads a model."""
+    if config.dtype is None or (device.type == "cpu" and is_slow_on_processor(config.dtype)):
+        return torch.float32
+    return config.dtype
+
+
+def predict_generation(
+    config: AnyLlavaConfig,
+    *,
+    dtype: torch.dtype,
+    num_images: int = 1,
+    num_text_tokens: int = 64,
+    num_new_tokens: int = 256,
+    num_rows: int = 1,
+) -> GenerationMemory:
+    """The memory of `generate` with a cache that grows, for rows of equal length.
+
+    Args:
+        config: Of the model.
+        dtype: Of its weights.
+        num_images: In each row. Where images are tiled, each fills the largest grid.
+        num_text_tokens: Of the prompt of each row, beside those of its images.
+        num_new_tokens: Of each answer.
+        num_rows: Generated together.
+
+    Raises:
+        ValueError: if a number is too small, or the language model decides by its data what it computes.
+    """
+    for name, number, smallest in (
+        ("num_images", num_images, 0),
+        ("num_text_tokens", num_text_tokens, 1),
+        ("num_new_tokens", num_new_tokens, 1),
+        ("num_rows", num_rows, 1),
+    ):
+        if number < smallest:
+            raise ValueError(f"got {name}={number}; expected at least {smallest}")
+    try:
+        with torch.device("meta"):
+            # A copy, since the dtype is written into it.
+            model = AnyLlavaForConditionalGeneration._from_config(copy.deepcopy(config), dtype=dtype).eval()
+        with FakeTensorMode(allow_non_fake_inputs=True), _LiveBytes() as live, torch.no_grad():
+            model.to_empty(device="cpu").tie_weights()
+            num_tiles, num_image_tokens = _plan_largest_image(model)
+            num_prompt_tokens = num_text_tokens + num_images * num_image_tokens
+            live.peak = start = live.current
+
+            images = _encode(model, num_tiles=num_rows * num_images * num_tiles)
+            cache = _read(model, num_rows=num_rows, num_tokens=num_prompt_tokens)
+            cached_token = _count_states(cache) // num_prompt_tokens
+            peaks = [live.peak + cached_token * RoomyLayer.spare_length]
+
+            # The last token of the answer is never read.
+            num_cached_tokens = num_prompt_tokens + num_new_tokens - 1
+            if num_new_tokens > 1:
+                cache = _read(model, num_rows=num_rows, num_tokens=num_cached_tokens - 1)
+                live.peak = live.current
+                _read(model, num_rows=num_rows, num_tokens=1, cache=cache)
+                room = RoomyLayer.spare_length - (num_new_tokens - 1) % (RoomyLayer.spare_length + 1)
+                peaks.append(live.peak + cached_token * room)
+            num_cached = _count_states(cache)
+            del images
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        model_type = config.text_config.model_type
+        raise ValueError(
+            f"got a language model of type {model_type!r}, which decides by its data what it computes ({error.func}); "
+            "expected one that does not: measure its memory instead"
+        ) from error
+    weights = sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+    activations = max(0, max(peaks) - start - num_cached)
+    return GenerationMemory(
+        weights=weights, cache=num_cached, activations=activations, num_prompt_tokens=num_prompt_tokens
+    )
+
+
+def _plan_largest_image(model: AnyLlavaForConditionalGeneration) -> tuple[int, int]:
+    """Tiles and tokens of an image that fills the grid with most tokens."""
+    side = model.config.vision_config.image_size
+    sizes = model.config.image_grid_pinpoints
+    tile = (3, side, side)
+    if sizes is None:
+        layouts = model.model.plan_images(torch.empty(1, *tile))
+    else:
+        layouts = model.model.plan_images(torch.empty(len(sizes), 1, *tile), sizes)
+    return max(layout.num_tiles for layout in layouts), max(layout.num_tokens for layout in layouts)
+
+
+def _count_states(cache: DynamicCache) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def _encode(model: AnyLlavaForConditionalGeneration, *, num_tiles: int) -> Any:
+    """Pixels and what the tower makes of them, both of which live until the answer ends."""
+    if num_tiles == 0:
+        return None
+    side = model.config.vision_config.image_size
+    pixel_values = torch.empty(num_tiles, 3, side, side, dtype=model.dtype)
+    return pixel_values, model.model.encode_tiles(pixel_values)
+
+
+def _read(
+    model: AnyLlavaForConditionalGeneration, *, num_rows: int, num_tokens: int, cache: DynamicCache | None = None
+) -> DynamicCache:
+    """Compute so many tokens, and logits of the last one; returns the cache with their states."""
+    cache = DynamicCache(config=model.config.text_config) if cache is None else cache
+    embeds_BLD = torch.empty(num_rows, num_tokens, model.config.text_config.hidden_size, dtype=model.dtype)
+    outputs = model.model.language_model(inputs_embeds=embeds_BLD, past_key_values=cache, use_cache=True)
+    model.lm_head(outputs.last_hidden_state[:, -1:]).float()
+    return cache
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of all tensors that live, each storage once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = 0
+        self.peak = 0
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._count, outputs)
+        return outputs
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return
+        num_bytes = storage.nbytes()
+        self._known[storage] = True
+        weakref.finalize(storage, self._free, num_bytes)
+        self.current += num_bytes
+        self.peak = max(self.peak, self.current)
+
+    def _free(self, num_bytes: int) -> None:
+        self.current -= num_bytes
