@@ -16,7 +16,7 @@ from spaces_demo.conversation import Conversation
 from spaces_demo.feedback import OPTIONS, FeedbackFile
 from spaces_demo.handlers import Handlers
 from spaces_demo.models import AS_TRAINED, ModelMenu
-from spaces_demo.safety import PrivateRoutes
+from spaces_demo.safety import PrivatePage, PrivateRoutes
 from spaces_demo.theme import build_theme
 
 try:
@@ -48,14 +48,14 @@ PRIVACY = (
 STORED = " If you rate an answer, your question, the answer and your rating are stored."
 
 
-def build_page(menu: ModelMenu, *, feedback: FeedbackFile | None = None) -> gr.Blocks:
+def build_page(menu: ModelMenu, *, feedback: FeedbackFile | None = None) -> PrivatePage:
     """The page, ready for `launch`."""
     examples = json.loads((EXAMPLES / "examples.json").read_text())
     examples = [example | {"image": str(EXAMPLES / example["image"])} for example in examples[:NUM_CARDS]]
     handlers = Handlers(menu, examples=examples, feedback=feedback, on_gpu=on_gpu)
     first = menu.labels[0]
 
-    with gr.Blocks(
+    with PrivatePage(
         title="AnyLLaVA", analytics_enabled=False, delete_cache=(HOUR // 6, HOUR), fill_height=True, fill_width=True
     ) as page:
         conversation = gr.State(Conversation(), time_to_live=HOUR)

@@ -5,9 +5,7 @@ streams, and `finish`, which runs whatever happened and gives a question without
 """
 
 import html
-import logging
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -15,14 +13,14 @@ from typing import Any
 
 import gradio as gr
 
-from processing_llava.image_loading import load_image
+from modeling_llava.attention_map import AnswerAttention
+from modeling_llava.inference import AnswerStatistics
 
 from .attention_view import Looked
-from .conversation import Answer, Conversation, Turn
+from .conversation import Answer, Conversation, Turn, open_picture
 from .feedback import FeedbackFile
 from .models import ModelMenu, Settings
-
-logger = logging.getLogger(__name__)
+from .safety import log_error
 
 MAX_PICTURES = 8
 MAX_CHARACTERS = 20_000
@@ -49,8 +47,8 @@ class Handlers:
         self.menu = menu
         self.examples = examples
         self.feedback = feedback
-        self.stream = on_gpu(menu.answer)
-        self.look_at = on_gpu(menu.look)
+        self.stream = on_gpu(self._stream)
+        self.look_at = on_gpu(self._look_at)
 
     def ask(self, message: dict[str, Any], conversation: Conversation) -> tuple:
         """Message of the text box -> conversation, both chats, text box."""
@@ -64,7 +62,7 @@ class Handlers:
                     f"and {MAX_PICTURES}"
                 )
             for path in pictures:
-                load_image(path)
+                open_picture(path)
         return self._wait(conversation.turns + [Turn(question, pictures)])
 
     def ask_example(self, conversation: Conversation, event: gr.SelectData) -> tuple:
@@ -150,12 +148,13 @@ class Handlers:
         progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008
     ) -> tuple:
         """-> both menus, the models that are chosen now, what they are, both chats."""
+        descriptions = []
         try:
-            descriptions = [
-                f"<b>{html.escape(label)}</b> {self.menu.load(label, beside=left).describe()}"
-                for label in (left, right)
-                if label
-            ]
+            for label in filter(None, (left, right)):
+                if label not in self.menu.loaded:
+                    progress(0, desc=f"Loading {label}")
+                loaded = self.menu.load(label, beside=left)
+                descriptions.append(f"<b>{html.escape(label)}</b> {loaded.describe()}")
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             gr.Warning(html.escape(f"Not loaded: {reason}"))
@@ -188,7 +187,7 @@ class Handlers:
         if looked is None:
             return ""
         with show_errors():
-            pictures = [load_image(path) for turn in conversation.turns for path in turn.pictures]
+            pictures = [open_picture(path) for turn in conversation.turns for path in turn.pictures]
             return looked.draw(pictures, word=word, layers=layers)
 
     def rate(self, conversation: Conversation, column: int, event: gr.LikeData) -> None:
@@ -196,6 +195,18 @@ class Handlers:
         with show_errors():
             self.feedback.write(conversation, turn=event.index // 2, column=column, opinion=opinion)
         gr.Info("Thank you. Question, answer and opinion were stored for the operator of this page.")
+
+    # ZeroGPU runs the next two in a process of its own. It prints errors that are not Gradio's, with what they quote,
+    # and tells the page no more than their type.
+    def _stream(
+        self, label: str, messages: list[dict[str, Any]], settings: Settings
+    ) -> Iterator[tuple[str, AnswerStatistics | None]]:
+        with show_errors():
+            yield from self.menu.answer(label, messages, settings)
+
+    def _look_at(self, label: str, messages: list[dict[str, Any]], settings: Settings) -> AnswerAttention:
+        with show_errors():
+            return self.menu.look(label, messages, settings)
 
     def _wait(self, turns: list[Turn]) -> tuple:
         conversation = Conversation(turns)
@@ -217,12 +228,13 @@ def show_errors() -> Iterator[None]:
     """Errors as one line on the page. The log says where one came from, and nothing of what was said."""
     try:
         yield
+    except gr.Error:
+        raise
     except ValueError as error:
         message = " ".join(str(error).split())
         raise gr.Error(html.escape(message), title="That did not work", print_exception=False) from None
     except Exception as error:
-        frames = "".join(traceback.format_tb(error.__traceback__))
-        logger.error("%s\n%s", type(error).__name__, frames)
+        log_error(error)
         raise gr.Error(
             f"The model failed ({type(error).__name__}). Try again, or with a smaller picture.",
             title="That did not work",

@@ -17,6 +17,7 @@ from modeling_llava.auto import AutoModelForVision2Seq
 from modeling_llava.chat_cache import ChatCache
 from modeling_llava.doctor import count_free_bytes
 from modeling_llava.inference import EMBEDDED_MODEL, AnswerStatistics, ChatSession, load_for_inference
+from modeling_llava.inference_dtype import is_slow_on_processor
 from processing_llava.conversation_templates import load_template
 from processing_llava.processing_llava import AnyLlavaProcessor
 
@@ -186,7 +187,9 @@ def estimate_bytes(name: str, device: torch.device) -> int:
         raise ValueError(f"got model {name!r}; expected a folder or a Hub id of a LLaVA") from error
     with torch.device("meta"):
         model = AutoModelForVision2Seq.from_config(config)
-    dtype = torch.float32 if device.type == "cpu" or config.dtype is None else config.dtype
+    dtype = config.dtype or torch.float32
+    if device.type == "cpu" and is_slow_on_processor(dtype):
+        dtype = torch.float32
     return sum(tensor.numel() for tensor in model.state_dict().values()) * dtype.itemsize
 
 

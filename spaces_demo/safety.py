@@ -1,13 +1,22 @@
-"""What keeps visitors private: no metadata in stored pictures, no request to other hosts, no text read as markup.
+"""What keeps visitors private: no metadata in stored pictures, no request to other hosts, no text read as markup, and
+nothing of what they send in the log.
 
 What is surprising: Gradio shows an uploaded picture before any handler sees it. Pictures are therefore cleaned between
-Gradio's own upload route and its answer, so that no address of a picture with metadata ever exists.
+Gradio's own upload route and its answer, so that no address of a picture with metadata ever exists. And Gradio fetches
+pictures that programs name by a URL, after a look at whether its host is public, for which it may ask a name server of
+Google's; and it decodes data URIs without any limit. Both are refused before that.
 """
 
 import json
+import logging
 import re
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import gradio as gr
+from gradio_client.utils import is_http_url_like
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
@@ -34,6 +43,12 @@ CONTENT_SECURITY_POLICY = "; ".join(
     )
 )
 
+logger = logging.getLogger(__name__)
+
+REFUSED_ADDRESS = "got a picture as URL or data URI; expected one that was uploaded, as nothing is fetched; upload it"
+FETCHED = re.compile(r"/file[=/]https?://")
+"""Gradio's routes for files, with a URL."""
+
 JPEG_START = b"\xff\xd8"
 ESCAPED = re.compile(r"([!-/:-@\[-`{-~])")
 """ASCII punctuation: what Markdown may read as markup, and reads as itself after a backslash."""
@@ -51,7 +66,7 @@ def clean_picture(path: str) -> None:
         ValueError: if it is no picture or a hostile one; the file is deleted.
     """
     try:
-        image = load_image(path)
+        image = load_image(Path(path))
     except ValueError:
         Path(path).unlink()
         raise
@@ -65,8 +80,48 @@ def clean_picture(path: str) -> None:
         pixels.save(path, format="PNG", compress_level=1)
 
 
+def log_error(error: Exception) -> None:
+    """What went wrong and where; not the message, which may hold what a visitor sent."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("%s\n%s", type(error).__name__, frames)
+
+
+class PrivatePage(gr.Blocks):
+    """A page that fetches nothing, and keeps what programs send to it out of the log.
+
+    Around its handlers, Gradio refuses arguments of the wrong kind or number with errors that quote them, and prints
+    these.
+    """
+
+    async def process_api(self, block_fn: Any, inputs: list[Any], *arguments: Any, **settings: Any) -> dict[str, Any]:
+        try:
+            for file in _find_dicts(inputs):
+                if is_http_url_like(file.get("path")) or str(file.get("url")).startswith("data:"):
+                    raise gr.Error(REFUSED_ADDRESS)
+            return await super().process_api(block_fn, inputs, *arguments, **settings)
+        except gr.Error as error:
+            error.print_exception = False
+            raise
+        except Exception as error:
+            log_error(error)
+            raise gr.Error(
+                f"got a call that cannot be answered ({type(error).__name__}); expected the arguments that view_api() "
+                "of gradio_client lists; correct it",
+                print_exception=False,
+            ) from None
+
+
+def _find_dicts(value: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(value, dict):
+        yield value
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _find_dicts(item)
+
+
 class PrivateRoutes:
-    """Middleware: the content security policy on every page, and only clean pictures after an upload."""
+    """Middleware: the content security policy on every page, only clean pictures after an upload, nothing fetched."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -85,6 +140,9 @@ class PrivateRoutes:
         async def hold(message: Message) -> None:
             held.append(message)
 
+        if FETCHED.search(scope["path"]):
+            await PlainTextResponse(REFUSED_ADDRESS, status_code=403)(scope, receive, send_with_policy)
+            return
         if scope["method"] != "POST" or not scope["path"].rstrip("/").endswith("/upload"):
             await self.app(scope, receive, send_with_policy)
             return

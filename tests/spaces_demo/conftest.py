@@ -39,6 +39,26 @@ FLAGS = (
     "--use-fake-ui-for-media-stream",
 )
 LEAKING_QUESTION = "Where is it?"
+# The demo in a process that notes every other host it looks up or connects to.
+WATCHED = """
+import sys
+
+def note(event, details):
+    if event in ("socket.getaddrinfo", "socket.gethostbyname"):
+        host = details[0]
+    elif event in ("socket.connect", "socket.sendto") and isinstance(details[1], tuple):
+        host = details[1][0]
+    else:
+        return
+    if host not in (None, "localhost", "127.0.0.1", "::1"):
+        with open(sys.argv[1], "a") as file:
+            file.write(f"{event} {host}\\n")
+
+sys.addaudithook(note)
+
+from modeling_llava.cli import main
+sys.exit(main(["demo", *sys.argv[2:]]))
+"""
 
 
 @dataclass
@@ -92,11 +112,15 @@ def checkpoints(tmp_path_factory, other_host) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def demo(checkpoints, tmp_path_factory):
-    """All checkpoints in the menu, the embedded one chosen."""
+    """All checkpoints in the menu, the embedded one chosen. At the end, it may have asked no other host."""
     folder = tmp_path_factory.mktemp("demo")
+    asked = folder / "asked.txt"
+    asked.touch()
     arguments = [argument for name in checkpoints.values() for argument in ("--model", name)]
-    with start_demo(folder, *arguments, "--feedback", str(folder / "feedback.jsonl")) as started:
+    command = ("-c", WATCHED, str(asked))
+    with start_demo(folder, *arguments, "--feedback", str(folder / "feedback.jsonl"), command=command) as started:
         yield started
+    assert asked.read_text() == ""
 
 
 class start_demo:

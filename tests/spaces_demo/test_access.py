@@ -20,7 +20,7 @@ def test_on_a_phone(visit):
     assert box["y"] + box["height"] <= 844, "the text box is below the fold"
     visitor.shoot("phone")
     visitor.choose("Compare with", "adapter")
-    visitor.page.locator("#status").get_by_text("adapter").wait_for()
+    visitor.page.locator("#status b").get_by_text("adapter").wait_for()
     assert visitor.page.evaluate("document.documentElement.scrollWidth") <= 390
     visitor.shoot("phone-comparison")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.spaces_demo.conftest import EXAMPLES
+from tests.spaces_demo.conftest import EXAMPLES, Visitor, start_demo
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +62,7 @@ def test_retry_asks_the_chosen_model_again_and_undo_gives_the_question_back(visi
     visitor.ask("What is this?", PENGUIN)
     visitor.wait_for_answer(1)
     visitor.choose("Model", "adapter")
-    visitor.page.locator("#status").get_by_text("adapter").wait_for()
+    visitor.page.locator("#status b").get_by_text("adapter").wait_for()
     visitor.page.get_by_role("button", name="Retry").click()
     visitor.captions().get_by_text("adapter · first token").wait_for()
     assert visitor.wait_for_answer(1) == "a penguin"
@@ -90,10 +90,31 @@ def test_another_model_answers_after_it_was_chosen(visit):
     visitor.ask("What is this?", GUITAR)
     assert visitor.wait_for_answer(1) == "a guitar"
     visitor.choose("Model", "adapter")
-    visitor.page.locator("#status").get_by_text("adapter").wait_for()
+    visitor.page.locator("#status b").get_by_text("adapter").wait_for()
     visitor.ask("What is this?")
     assert visitor.wait_for_answer(2) == "a guitar"
     assert [text.split(" · ")[0] for text in visitor.captions().all_inner_texts()] == ["embedded", "adapter"]
+
+
+WATCH_STATUS = """() => {
+  window.seen = [];
+  const note = () => window.seen.push(document.querySelector("#status").innerText);
+  new MutationObserver(note).observe(document.body, {childList: true, subtree: true, characterData: true});
+}"""
+
+
+def test_a_model_that_is_loaded_shows_how_far_it_is(browser, checkpoints, tmp_path):
+    """In a demo of its own, because nobody may have chosen the model before."""
+    arguments = [argument for label in ("embedded", "endless") for argument in ("--model", checkpoints[label])]
+    with start_demo(tmp_path, *arguments) as demo, browser.new_context() as context:
+        page = context.new_page()
+        page.goto(demo.url)
+        visitor = Visitor(page)
+        page.evaluate(WATCH_STATUS)
+        visitor.choose("Model", "endless")
+        page.locator("#status b").get_by_text("endless").wait_for()
+        seen = page.evaluate("window.seen")
+    assert any("Loading endless" in text for text in seen), seen
 
 
 def test_a_model_too_big_for_the_memory_is_refused_and_the_chosen_one_goes_on(visit):
@@ -113,7 +134,7 @@ def test_two_models_answer_the_same_turn_side_by_side(visit):
     visitor.ask("What is this?", PENGUIN)
     visitor.wait_for_answer(1)
     visitor.choose("Compare with", "adapter")
-    visitor.page.locator("#status").get_by_text("adapter").wait_for()
+    visitor.page.locator("#status b").get_by_text("adapter").wait_for()
     visitor.ask("Is it an animal or a vehicle?")
     answers = [visitor.wait_for_answer(2, column=column) for column in (0, 1)]
     assert answers == ["an animal", "an animal"]

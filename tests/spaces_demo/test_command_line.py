@@ -80,6 +80,9 @@ def test_the_folder_alone_is_a_space(tmp_path):
             policy = page.headers["Content-Security-Policy"]
         assert "img-src 'self' data: blob:;" in policy
         client = Client(demo.url, verbose=False)
+        assert client.config["run_history"] is False and client.config["analytics_enabled"] is False
+        # Nobody is asked for an opinion, because the operator named no file for it.
+        assert not any("like" in event for call in client.config["dependencies"] for _, event in call["targets"])
         client.predict({"text": "What is this?", "files": [handle_file(picture)]}, api_name="/ask")
         left, _ = client.predict("embedded", "", api_name="/answer")
         client.close()

@@ -1,6 +1,7 @@
 """The menu: labels, loading on demand within the memory there is, answers with a visitor's settings."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -42,13 +43,16 @@ def test_labels_tell_nothing_about_the_machine_and_are_unique(tmp_path):
     assert ModelMenu([]).labels == ["embedded"]
 
 
-def test_the_estimate_is_what_the_weights_take(folders, tmp_path):
+def test_the_estimate_is_what_the_weights_take(folders, tmp_path, monkeypatch):
     for name in (EMBEDDED_MODEL, folders[0]):
         model, _ = load_for_inference(name, device="cpu")
         assert estimate_bytes(name, CPU) == sum(tensor.nbytes for tensor in model.state_dict().values())
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": folders[0]}))
     assert estimate_bytes(str(tmp_path), CPU) == estimate_bytes(folders[0], CPU)
-    assert estimate_bytes(EMBEDDED_MODEL, torch.device("cuda")) == estimate_bytes(EMBEDDED_MODEL, CPU) / 2
+    for is_slow in (True, False):
+        monkeypatch.setattr(models, "is_slow_on_processor", Mock(return_value=is_slow))
+        stored = estimate_bytes(EMBEDDED_MODEL, torch.device("cuda"))
+        assert estimate_bytes(EMBEDDED_MODEL, CPU) == stored * (2 if is_slow else 1)
     with pytest.raises(ValueError, match="got model 'no/such-model'"):
         estimate_bytes("no/such-model", CPU)
 

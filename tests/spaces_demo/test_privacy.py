@@ -1,12 +1,15 @@
 """What becomes of what visitors type and upload, and what answers may do to them."""
 
+import base64
 import io
 import json
+import urllib.error
+import urllib.request
 
 import pytest
 from PIL import ExifTags, Image
 
-from tests.spaces_demo.conftest import EXAMPLES, LEAKING_QUESTION, Visitor
+from tests.spaces_demo.conftest import EXAMPLES, LEAKING_QUESTION, Visitor, start_demo
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +34,7 @@ def test_what_a_visitor_types_is_shown_as_typed_and_edited_as_typed(visit):
 def test_an_answer_cannot_load_a_remote_picture(visit, browser, demo, other_host):
     visitor = visit()
     visitor.choose("Model", "leaking")
-    visitor.page.locator("#status").get_by_text("leaking").wait_for()
+    visitor.page.locator("#status b").get_by_text("leaking").wait_for()
     visitor.ask(LEAKING_QUESTION)
     visitor.wait_for_answer(1)
     picture = visitor.answers().locator("img")
@@ -46,7 +49,7 @@ def test_an_answer_cannot_load_a_remote_picture(visit, browser, demo, other_host
         page.goto(demo.url, wait_until="domcontentloaded")
         careless = Visitor(page)
         careless.choose("Model", "leaking")
-        page.locator("#status").get_by_text("leaking").wait_for()
+        page.locator("#status b").get_by_text("leaking").wait_for()
         careless.ask(LEAKING_QUESTION)
         careless.wait_for_answer(1)
         page.wait_for_timeout(500)
@@ -125,3 +128,85 @@ def test_nothing_that_was_said_is_in_the_log(visit, demo):
     assert "Running on local URL" in log
     for said in ("xyzzy", "penguin", "What is", "Go on", "twemoji"):
         assert said not in log
+
+
+def post(url: str, data: list) -> str:
+    """What a program gets that calls without gradio_client, which would count arguments and open files."""
+    request = urllib.request.Request(url, json.dumps({"data": data}).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as response:
+        event = json.load(response)["event_id"]
+    with urllib.request.urlopen(f"{url}/{event}") as response:
+        return response.read().decode()
+
+
+def test_nothing_of_a_malformed_call_is_in_the_log(demo):
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
+    client = Client(demo.url, verbose=False)
+    for endpoint, *arguments in (
+        ("/ask", {"text": ["xyzzy"], "files": []}),
+        ("/ask", {"text": "What?", "files": "xyzzy"}),
+        ("/answer", "xyzzy", ""),
+        ("/answer", "embedded", "", "as trained", "as trained", "", "xyzzy"),
+    ):
+        with pytest.raises(AppError, match=r"got a call that cannot be answered|xyzzy"):
+            client.predict(*arguments, api_name=endpoint)
+    client.close()
+    stolen = {"text": "What?", "files": [{"path": "/etc/xyzzy", "meta": {"_type": "gradio.FileData"}}]}
+    for endpoint, arguments, reason in (("answer", ["xyzzy"], "ValueError"), ("ask", [stolen], "InvalidPathError")):
+        told = post(f"{demo.url}/gradio_api/call/{endpoint}", arguments)
+        assert f"got a call that cannot be answered ({reason})" in told
+    log = demo.log.read_text()
+    assert "ValidationError" in log and "InvalidPathError" in log, "the operator does not learn of it"
+    assert "xyzzy" not in log
+
+
+def test_a_picture_from_the_camera_is_uploaded_like_any_other(demo):
+    """Gradio would decode a data URI without the limits of uploads, and keep its metadata."""
+    with urllib.request.urlopen(f"{demo.url}/config") as response:
+        calls = json.load(response)["dependencies"]
+    camera = next(call["id"] for call in calls if "change" in [event for _, event in call["targets"]])
+    uri = f"data:image/png;base64,{base64.b64encode(PENGUIN.read_bytes()).decode()}"
+    body = {"fn_index": camera, "data": [{"path": None, "url": uri}, {"text": "", "files": []}], "session_hash": "a"}
+    request = urllib.request.Request(
+        f"{demo.url}/gradio_api/run/predict", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError, match="500") as refused:
+        urllib.request.urlopen(request)
+    assert b"got a picture as URL or data URI" in refused.value.read()
+
+
+# Gradio's own check of addresses trusts this machine here, as it does any public one.
+WITH_TRUST = """
+import sys
+import safehttpx
+from modeling_llava.cli import main
+
+async def trust(hostname):
+    return "127.0.0.1"
+
+safehttpx.async_validate_url = trust
+sys.exit(main(["demo", *sys.argv[1:]]))
+"""
+
+
+def test_no_address_is_fetched_for_a_stranger(other_host, tmp_path):
+    from gradio_client import Client, handle_file
+    from gradio_client.exceptions import AppError
+
+    address = f"http://127.0.0.1:{other_host.port}/picture.png"
+    with start_demo(tmp_path, command=("-c", WITH_TRUST)) as demo:
+        client = Client(demo.url, verbose=False)
+        with pytest.raises(AppError, match="got a picture as URL or data URI"):
+            client.predict({"text": "What?", "files": [handle_file(address)]}, api_name="/ask")
+        inside = {"path": "x", "files": [handle_file(address)]}
+        with pytest.raises(AppError, match="got a picture as URL or data URI"):
+            client.predict(inside, api_name="/ask")
+        client.close()
+        for route in ("file=", "file/"):
+            for path in (address, address.replace(":", "%3A").replace("/", "%2F")):
+                with pytest.raises(urllib.error.HTTPError, match="403") as refused:
+                    urllib.request.urlopen(f"{demo.url}/gradio_api/{route}{path}")
+                assert b"got a picture as URL" in refused.value.read()
+    assert other_host.requests == []
