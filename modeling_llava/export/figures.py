@@ -17,6 +17,7 @@ import hub_cards
 RESULTS_FOLDER = "results"
 """Where a model folder keeps the results of its evaluations, one JSON file each."""
 _RESULT_FIELDS = {"benchmark", "dataset", "split", "metric", "value", "n"}
+_OPTIONAL_FIELDS = {"task_id"}
 _RUN_FIELDS = {"seed", "commit", "command", "results"}
 _LOOSE_FIGURE = re.compile(r"\d+(?:[.,]\d+)?\s?%|(?<![\w.])0?\.\d+")
 
@@ -64,13 +65,16 @@ class Result:
     seed: SourcedInt
     commit: str
     command: str
+    task_id: str | None = None
+    """Of the benchmark, as eval.yaml of its dataset on the Hub calls it. With it the figure goes into the results file
+    that the Hub reads."""
 
 
 def read_results(folder: Path) -> list[Result]:
     """The results of a model folder.
 
     A file holds `seed`, `commit`, `command` and `results`, a list of `{"benchmark", "dataset", "split", "metric",
-    "value", "n"}`.
+    "value", "n"}`, and "task_id" where the dataset is registered on the Hub as a benchmark.
 
     Raises:
         ValueError: naming the file and what it lacks: a figure that cannot be repeated is not printed.
@@ -82,7 +86,7 @@ def read_results(folder: Path) -> list[Result]:
             raise ValueError(f"got {path}; expected one object with {', '.join(sorted(_RUN_FIELDS))}")
         run = {name: content[name] for name in _RUN_FIELDS - {"results"}}
         for item in content["results"]:
-            if set(item) != _RESULT_FIELDS:
+            if set(item) - _OPTIONAL_FIELDS != _RESULT_FIELDS:
                 raise ValueError(f"got a result in {path}; expected {', '.join(sorted(_RESULT_FIELDS))} in each")
             found.append(Result(**item, **run))
     return found

@@ -49,7 +49,8 @@ def find_conflicts(license_id: str, parts: list[Part]) -> list[str]:
         if part.license in NO_DERIVATIVES:
             conflicts.append(f"{named}, which allows no derivatives")
         if part.license in NON_COMMERCIAL and license_id not in NON_COMMERCIAL:
-            conflicts.append(f"{named}, which forbids commercial use; {license_id} does not")
+            own = "the terms of the model have to be read" if license_id == "other" else f"{license_id} does not"
+            conflicts.append(f"{named}, which forbids commercial use; {own}")
         if part.license in SHARE_ALIKE and part.license != license_id:
             conflicts.append(f"{named}, which asks derivatives to be shared alike; the model is under {license_id}")
         if part.kind == "base model" and part.license in PASSED_ON and part.license != license_id:

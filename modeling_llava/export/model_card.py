@@ -6,7 +6,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import (
+    CardData,
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
 
 from .card_facts import CardFacts
 from .data_manifest import DATA_KINDS, NOT_STATED, DataEntry
@@ -17,6 +25,8 @@ from .run_files import RunFiles
 PREPARED_MARK = "<!-- Prepared by anyllava"
 """How a card begins that `llava export` wrote: its folder is ready to go up."""
 PIPELINE_TAG = "image-text-to-text"
+HUB_RESULTS_FILE = Path(".eval_results") / "anyllava.yaml"
+"""Where the Hub looks for results: on the page of the model, and in the leaderboard of a benchmark."""
 MODALITY_RANGES = ((1_000_000, "less than 1 million"), (1_000_000_000, "1 million to 1 billion"))
 """Ranges of the number of pictures in the template of the EU AI Act, by their upper ends; beyond is the last one."""
 
@@ -100,6 +110,27 @@ def write_data_summary(model: ModelDescription) -> str:
     )
 
 
+def write_hub_results(model: ModelDescription) -> str:
+    """The text of `HUB_RESULTS_FILE`: figures of benchmarks that have a task on the Hub; empty without any."""
+    entries = [
+        EvalResultEntry(
+            dataset_id=result.dataset,
+            task_id=result.task_id,
+            value=float(result.value),
+            source_url=_link(model, result.value.source),
+            source_name=result.value.source,
+            notes=f"{result.metric} on {result.split}, n={result.n}, seed {result.seed}, commit {result.commit}",
+        )
+        for result in model.run.results
+        if result.task_id is not None
+    ]
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else ""
+
+
+def _link(model: ModelDescription, source: str) -> str:
+    return f"https://huggingface.co/{model.repo_id}/blob/main/{source}"
+
+
 def _metadata(model: ModelDescription) -> ModelCardData:
     facts, run = model.facts, model.run
     is_adapter = model.layout == "adapter"
@@ -142,7 +173,7 @@ def _eval_results(model: ModelDescription) -> list[EvalResult]:
             metric_type=result.metric,
             metric_value=float(result.value),
             source_name=result.value.source,
-            source_url=f"https://huggingface.co/{model.repo_id}/blob/main/{result.value.source}",
+            source_url=_link(model, result.value.source),
         )
         for result in model.run.results
     ]

@@ -20,7 +20,14 @@ from processing_llava import AnyLlavaProcessor
 
 from .export_settings import Exported, ExportSettings
 from .figures import add_source
-from .model_card import ModelDescription, keep_card, write_data_summary, write_model_card
+from .model_card import (
+    HUB_RESULTS_FILE,
+    ModelDescription,
+    keep_card,
+    write_data_summary,
+    write_hub_results,
+    write_model_card,
+)
 from .remote_code import write_remote_code
 from .repository_check import is_absolute_path
 from .run_files import list_carried_files, read_run_files
@@ -180,6 +187,10 @@ def _add_card(source: Path, out: Path, settings: ExportSettings, **details: Any)
     (out / "README.md").write_text(write_model_card(model), encoding="utf-8")
     if model.data:
         (out / "TRAINING_DATA_SUMMARY.md").write_text(write_data_summary(model), encoding="utf-8")
+    hub_results = write_hub_results(model)
+    if hub_results:
+        (out / HUB_RESULTS_FILE).parent.mkdir()
+        (out / HUB_RESULTS_FILE).write_text(hub_results, encoding="utf-8")
     if facts.license == "apache-2.0" and not any(out.glob("LICENSE*")):
         shutil.copyfile(APACHE_LICENSE, out / "LICENSE")
     if not any(out.glob("LICENSE*")):

@@ -81,6 +81,17 @@ def test_figures_of_one_model_are_those_of_its_row(reference):
         assert list(figures.values.values())[: len(expected)] == expected, name
 
 
+def test_figures_stand_at_an_address_that_does_not_change():
+    for name, facts in PUBLISHED.items():
+        for figures in facts.published_figures:
+            assert re.search(r"/blob/[0-9a-f]{7,40}/", figures.source), name
+
+
+def test_a_note_on_figures_ends_as_a_sentence_does():
+    text = write_model_card(describe("llava-med-7b-delta"))
+    assert "accuracy on closed ones. Read by eye from a picture:\n\n| benchmark |" in text
+
+
 def test_licences_that_do_not_fit_are_named():
     assert any(
         "LLaVA-Med instructions is under cc-by-nc-4.0" in line

@@ -14,6 +14,7 @@ def conflicts(license_id: str, part_license: str | None, *, kind: str = "data") 
     [
         ("apache-2.0", "cc-by-nc-4.0", "data", "which forbids commercial use; apache-2.0 does not"),
         ("llama2", "cc-by-nc-sa-4.0", "data", "which forbids commercial use; llama2 does not"),
+        ("other", "cc-by-nc-4.0", "data", "which forbids commercial use; the terms of the model have to be read"),
         ("apache-2.0", "cc-by-sa-4.0", "data", "which asks derivatives to be shared alike; the model is under apache"),
         ("mit", "cc-by-nd-4.0", "data", "which allows no derivatives"),
         ("apache-2.0", "llama2", "base model", "whose terms derivatives carry on; the model is under apache-2.0"),

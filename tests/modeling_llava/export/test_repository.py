@@ -9,9 +9,10 @@ import PIL.Image
 import pytest
 import yaml
 from datasets import load_dataset
-from huggingface_hub import DatasetCard, ModelCard, SpaceCard
+from huggingface_hub import DatasetCard, EvalResultEntry, ModelCard, SpaceCard, parse_eval_result_entries
 
 from modeling_llava.cli import main
+from modeling_llava.export.hub_upload import list_files
 from modeling_llava.export.repository import find_kind
 from modeling_llava.export.repository_check import find_problems
 from tests import original_folders as folders
@@ -135,6 +136,26 @@ def test_the_card_of_a_trained_model(finished, tmp_path, capsys):
     assert re.search(r"### Data made by models or programs\n+#### three coloured squares", summary)
     assert "Images: less than 1 million" in summary
     assert "### Data crawled from the web\n\nNone." in summary
+
+
+def test_results_of_a_benchmark_of_the_hub_are_where_it_reads_them(finished, tmp_path, capsys):
+    """After eval_results.yaml of huggingface/hub-docs; a benchmark that is not registered there has no task."""
+    (result,) = RESULTS["results"]
+    tasks = [result | {"dataset": "someone/pope", "task_id": "pope"}, result]
+    (finished / "results" / "pope.json").write_text(json.dumps(RESULTS | {"results": tasks}))
+    export(capsys, str(finished), "--out", str(tmp_path / "out"), "--repo-id", "someone/squares", *BASE)
+    (path,) = (tmp_path / "out" / ".eval_results").glob("*.yaml")
+    (entry,) = parse_eval_result_entries(yaml.safe_load(path.read_text()))
+    assert entry == EvalResultEntry(
+        dataset_id="someone/pope",
+        task_id="pope",
+        value=0.859,
+        source_url="https://huggingface.co/someone/squares/blob/main/results/pope.json",
+        source_name="results/pope.json",
+        notes="f1 on test, n=9000, seed 3, commit 0123abc",
+    )
+    assert ".eval_results/anyllava.yaml" in list_files(tmp_path / "out")
+    assert len(ModelCard.load(tmp_path / "out" / "README.md").data.eval_results) == 2
 
 
 def test_paths_of_this_machine_stay_here(trained, workspace, tmp_path, capsys):
