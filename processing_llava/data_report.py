@@ -93,5 +93,5 @@ class CheckReport:
         for reason, count in Counter(refusal.reason for refusal in self.refusals).most_common():
             same = [refusal for refusal in self.refusals if refusal.reason == reason]
             ids = ", ".join(refusal.id for refusal in same[:_NUM_IDS]) + (", ..." if count > _NUM_IDS else "")
-            lines += [f"  {reason:20}{count:,}: {ids}", f"    {same[0].message}"]
+            lines += [f"  {reason:19} {count:,}: {ids}", f"    {same[0].message}"]
         return "\n".join(lines)

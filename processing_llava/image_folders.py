@@ -35,6 +35,6 @@ class ImageFolder:
         if os.path.commonpath([root, found]) != root:
             raise ValueError(
                 f"got the image path {name[:80]!r}, which leads to {found[:200]}; expected a file in {root}; correct "
-                "it, choose another image_folder, or set follow_links for links that you made yourself"
+                "it, choose another image_folder, or allow links that you made yourself (follow_links, --follow-links)"
             )
         return Path(found)

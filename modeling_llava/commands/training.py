@@ -12,6 +12,9 @@ def add_commands(commands) -> None:
     check_data = commands.add_parser("check-data", help="check every record of training data")
     check_data.add_argument("sources", nargs="+", metavar="SOURCE", help="JSON, JSON Lines, folder or Hub dataset")
     check_data.add_argument("--image-folder", help="where image paths start")
+    check_data.add_argument(
+        "--follow-links", action="store_true", help="symbolic links in the image folder may lead out of it"
+    )
     check_data.add_argument("--name", help="configuration of a Hub dataset")
     check_data.add_argument("--split", default="train", help="of a dataset that has several")
     check_data.add_argument("--streaming", action="store_true", help="do not copy the dataset to the disk first")
@@ -47,7 +50,7 @@ def run_check_data(options: argparse.Namespace) -> int:
     from processing_llava.data_sources import DataSource
     from processing_llava.preview import make_printable
 
-    kept = {name: getattr(options, name) for name in ("image_folder", "name", "split", "streaming")}
+    kept = {name: getattr(options, name) for name in ("image_folder", "follow_links", "name", "split", "streaming")}
     sources = [DataSource(path=path, **kept) for path in options.sources]
     check = RecordCheck(
         _load_processor(options),

@@ -53,6 +53,9 @@ class Recipe:
     """Conversation format to train with and to store with the model. Default: the model's own."""
     image_aspect_ratio: str | None = None
     """"pad", "square" or "anyres", to train with and to store. Default: the model's own."""
+    image_backend: str | None = None
+    """"torch" prepares pictures several times faster than "pil", and within two levels of it. Default: "pil", whose
+    pixels are those of the original LLaVA. It is not stored with the model."""
     max_length: int | None = None
     """Longest row in tokens, image features counted."""
     too_long: str = "drop"

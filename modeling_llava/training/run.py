@@ -135,13 +135,19 @@ def load_processor(recipe: Recipe) -> AnyLlavaProcessor:
     """The processor of the model, with the conversation format and the image mode of the recipe.
 
     Raises:
-        ValueError: if there is no such model.
+        ValueError: if there is no such model, or its processor is transformers' own, which marks no answers.
     """
-    chosen = {} if recipe.template is None else {"template": recipe.template}
+    chosen = {"template": recipe.template, "backend": recipe.image_backend}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
     try:
         processor = AutoProcessor.from_pretrained(recipe.model, **chosen)
     except OSError as error:
         raise ValueError(f"got model {recipe.model!r}; expected a folder or a Hub id of a LLaVA: {error}") from error
+    if not isinstance(processor, AnyLlavaProcessor):
+        raise ValueError(
+            f"got model {recipe.model!r} with transformers' {type(processor).__name__}; expected one that trains: "
+            "take the original checkpoint, or one of this package"
+        )
     if recipe.image_aspect_ratio is not None:
         processor.image_processor.image_aspect_ratio = recipe.image_aspect_ratio
     return processor

@@ -14,9 +14,9 @@ from processing_llava.row_lengths import measure_row, read_image_sizes
 
 from .lora import LORA_DEFAULTS
 from .recipe import Recipe
-from .run import build_trainer, trainer_settings
-from .step_memory import StepMemory, estimate_step, format_bytes, free_memory
-from .trainer import LlavaTrainer, count_parameters, part_of
+from .run import build_trainer, is_sharded, trainer_settings
+from .step_memory import StepMemory, count_states, estimate_step, format_bytes, free_memory
+from .trainer import LlavaTrainer, count_numbers, count_parameters, part_of
 
 
 def preview(recipe: Recipe, *, color: bool) -> Iterator[str]:
@@ -33,17 +33,28 @@ def preview(recipe: Recipe, *, color: bool) -> Iterator[str]:
         trainer = build_trainer(dataclasses.replace(recipe, output_dir=folder, feature_cache=None))
         yield format_recipe(recipe, checkpointing=trainer.args.gradient_checkpointing)
         yield format_parameters(trainer)
-        arguments = trainer.args
-        memory = estimate_step(
-            trainer.model, trainer.data_collator, trainer.train_dataset, recipe=recipe, arguments=arguments
-        )
-        yield format_memory(
-            memory,
-            free=free_memory(trainer.model, arguments),
-            checkpointing=arguments.gradient_checkpointing,
-            device=str(arguments.device),
-        )
+        yield preview_memory(trainer, recipe)
         yield from format_batch(trainer, color=color)
+
+
+def preview_memory(trainer: LlavaTrainer, recipe: Recipe) -> str:
+    """What a step takes on this device; of a model that processes divide, what they divide.
+
+    The whole of such a model may be more than one device holds, so it is not computed with.
+    """
+    arguments = trainer.args
+    if is_sharded(arguments):
+        states = count_states(trainer.model, optim=arguments.optim, has_muon=False)
+        return format_states(states, num_processes=arguments.world_size)
+    memory = estimate_step(
+        trainer.model, trainer.data_collator, trainer.train_dataset, recipe=recipe, arguments=arguments
+    )
+    return format_memory(
+        memory,
+        free=free_memory(trainer.model, arguments),
+        checkpointing=arguments.gradient_checkpointing,
+        device=str(arguments.device),
+    )
 
 
 def format_recipe(recipe: Recipe, *, checkpointing: bool) -> str:
@@ -61,7 +72,7 @@ def format_parameters(trainer: LlavaTrainer) -> str:
     trained: Counter = Counter()
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
-            trained[part_of(name), rates[id(parameter)]] += parameter.numel()
+            trained[part_of(name), rates[id(parameter)]] += count_numbers(parameter)
     lines = [("part", "parameters", "train", "learning rate")]
     for part, (total, _) in count_parameters(trainer.model).items():
         groups = [(number, f"{rate:g}") for (name, rate), number in trained.items() if name == part] or [(0, "-")]
@@ -80,6 +91,20 @@ def format_memory(memory: StepMemory, *, free: int, checkpointing: bool, device:
     lines.append(("sum", *sums))
     state = "on" if checkpointing else "off"
     return f"{_align(lines)}{format_bytes(free)} free on {device}; gradient checkpointing is {state}\n"
+
+
+def format_states(states: dict[str, int], *, num_processes: int) -> str:
+    """A table of what a model holds before processes divide it between them.
+
+    Args:
+        states: As `step_memory.count_states` gives it.
+    """
+    lines = [("memory before it is divided", "whole model")]
+    lines += [(name, format_bytes(size)) for name, size in (states | {"sum": sum(states.values())}).items()]
+    return (
+        f"{_align(lines)}FSDP and ZeRO-3 divide all of it between {num_processes} processes, ZeRO-2 gradients and "
+        "optimizer; activations, and weights gathered while a layer computes, come on top and are not estimated\n"
+    )
 
 
 def format_batch(trainer: LlavaTrainer, *, color: bool) -> Iterator[str]:

@@ -28,7 +28,7 @@ from processing_llava.collator import IGNORED_LABEL
 
 from .recipe import Recipe
 from .supervised_loss import MAX_LOGITS
-from .trainer import split_for_muon
+from .trainer import count_numbers, split_for_muon
 
 MARGIN = 1.1
 SAMPLE = 64
@@ -149,18 +149,19 @@ def count_states(model: nn.Module, *, optim: str, has_muon: bool) -> dict[str, i
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = split_for_muon(model, [{"params": trained}], rate=0.0)[0] if has_muon else []
-    num_muon = sum(parameter.numel() for group in matrices for parameter in group["params"])
-    num_others = sum(parameter.numel() for parameter in trained) - num_muon
+    num_muon = sum(count_numbers(parameter) for group in matrices for parameter in group["params"])
+    num_others = sum(count_numbers(parameter) for parameter in trained) - num_muon
     return {
         "weights": count_weights(model),
-        "gradients": sum(parameter.nbytes for parameter in trained),
+        "gradients": sum(count_numbers(parameter) * parameter.element_size() for parameter in trained),
         "optimizer": num_muon * MUON_BYTES + num_others * OPTIMIZER_BYTES.get(optim, 8),
     }
 
 
 def count_weights(model: nn.Module) -> int:
     """Bytes of parameters and buffers."""
-    return sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+    parameters = sum(count_numbers(parameter) * parameter.element_size() for parameter in model.parameters())
+    return parameters + sum(buffer.nbytes for buffer in model.buffers())
 
 
 def measure_activations(

@@ -29,13 +29,19 @@ def freeze_all_but(model: nn.Module, trained_parts: tuple[str, ...]) -> None:
         parameter.requires_grad_(part_of(name) in trained_parts)
 
 
+def count_numbers(parameter: nn.Parameter) -> int:
+    """Numbers of a parameter; one that DeepSpeed ZeRO-3 has divided between processes only says how many it had."""
+    return parameter.numel() or parameter.ds_numel
+
+
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     """For each part, the number of its parameters and how many of them train."""
     counts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
         part = part_of(name)
         total, trained = counts.get(part, (0, 0))
-        counts[part] = (total + parameter.numel(), trained + parameter.numel() * parameter.requires_grad)
+        number = count_numbers(parameter)
+        counts[part] = (total + number, trained + number * parameter.requires_grad)
     return counts
 
 
@@ -102,6 +108,12 @@ class LlavaTrainer(SFTTrainer):
         if "loss" in logs:
             logs |= self.run_log.take_rates(self.state, num_processes=self.args.world_size)
         super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        # FSDP gathers tied embeddings under both of their names.
+        if state_dict is not None and self.model.config.tie_word_embeddings:
+            state_dict.pop("lm_head.weight", None)
+        super()._save(output_dir, state_dict)
 
     def save_trained(self) -> None:
         """Write the trained model (of a LoRA: the adapter) and its processor to the output folder, in `output_dtype`.

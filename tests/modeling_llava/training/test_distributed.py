@@ -21,7 +21,7 @@ from modeling_llava.training.sharding import check_divisible, prepare_sharding
 from tests import original_folders as folders
 from tests.conftest import ROOT
 from tests.modeling_llava.training.conftest import write_recipe
-from tests.tiny import tiny_model
+from tests.tiny import save_tiny_checkpoint, tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -68,8 +68,11 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 def assert_same_steps(found: Path, expected: Path) -> None:
+    records = [json.loads((folder / "training_record.json").read_text()) for folder in (found, expected)]
+    assert records[0]["parameters"] == records[1]["parameters"]
     assert losses_of(found) == pytest.approx(losses_of(expected), rel=1e-5)
     assert_close(weights_of(found), weights_of(expected))
+    assert weights_of(found / "checkpoint-2").keys() == weights_of(expected / "checkpoint-2").keys()
     half = AutoModelForVision2Seq.from_pretrained(found / "checkpoint-2")
     expected_half = AutoModelForVision2Seq.from_pretrained(expected / "checkpoint-2")
     inputs = folders.example_inputs(half)
@@ -104,11 +107,14 @@ def test_two_processes_are_one_with_twice_the_batches(workspace, tmp_path, packi
     assert_close(weights_of(tmp_path / "two"), weights_of(expected))
 
 
-@pytest.mark.parametrize("stage", ["finetune", "lora"])
+@pytest.mark.parametrize("stage", ["finetune", "tied", "lora"])
 def test_sharded_processes_are_one(workspace, tiled_start, tmp_path, stage):
-    """Padded batches of a whole model, packed ones with adapters, tower and newline; and both go on where they end."""
+    """Padded batches of a whole model, packed ones with adapters, tower and newline; and all go on where they end."""
     if stage == "finetune":
         fields, trainer = {}, STEPS | {"per_device_train_batch_size": 2}
+    elif stage == "tied":
+        fields = {"model": str(save_tiny_checkpoint(tmp_path / "tied", "qwen2"))}
+        trainer = STEPS | {"per_device_train_batch_size": 2}
     else:
         fields = {"stage": "lora", "lora": {"r": 4, "lora_dropout": 0.0}, "train_vision_tower": True}
         fields |= {"model": str(tiled_start), "tokens_per_batch": 500}

@@ -69,7 +69,10 @@ def test_tower_and_newline_train_beside_the_adapter(workspace, tiled_start, tmp_
     trainer = build_trainer(read_recipe(recipe))
     trainer.train()
     trainer.save_trained()
-    names = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    checkpoint = tmp_path / "checkpoint-2"
+    assert {path.name for path in checkpoint.iterdir()} >= {"optimizer.pt", "scheduler.pt", "trainer_state.json"}
+    assert AutoProcessor.from_pretrained(checkpoint).chat_template == trainer.processing_class.chat_template
+    names = load_file(checkpoint / "adapter_model.safetensors")
     assert {part_of(name) for name in names} == {"language_model", "mm_projector", "image_newline", "vision_tower"}
 
     start, trained = AutoModelForVision2Seq.from_pretrained(tiled_start), trainer.model.eval()

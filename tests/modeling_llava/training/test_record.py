@@ -61,7 +61,8 @@ def test_a_second_stage_holds_the_record_of_the_first(workspace):
 
 def test_a_wrong_manifest_stops_the_run_before_it_trains(workspace):
     (workspace / "wrong.yaml").write_text(yaml.safe_dump([{"name": "squares", "kind": "found"}]))
-    recipe = read_recipe(write_recipe(workspace, data_manifest=str(workspace / "wrong.yaml"), output_dir="never"))
+    fields = {"data_manifest": str(workspace / "wrong.yaml"), "output_dir": str(workspace / "never")}
+    recipe = read_recipe(write_recipe(workspace, **fields))
     with pytest.raises(ValueError, match="got kind='found' for data squares; expected one of public"):
         train(recipe)
 

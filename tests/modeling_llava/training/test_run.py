@@ -14,9 +14,9 @@ from modeling_llava import AutoModelForVision2Seq
 from modeling_llava.cli import main
 from modeling_llava.training import run
 from modeling_llava.training.recipe import Recipe, read_recipe
-from modeling_llava.training.run import build_trainer, train
+from modeling_llava.training.run import build_trainer, load_processor, train
 from modeling_llava.training.trainer import LlavaTrainer, count_parameters, freeze_all_but, part_of
-from processing_llava import row_lengths
+from processing_llava import AnyLlavaImageProcessor, AnyLlavaImageProcessorPil, row_lengths
 from processing_llava.collator import LlavaDataCollator
 from processing_llava.row_datasets import load_rows
 from processing_llava.row_lengths import measure_row
@@ -118,6 +118,27 @@ def test_recipes_that_cannot_work_are_refused(tmp_path, text, message):
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_the_recipe_chooses_who_prepares_pictures(workspace, tmp_path):
+    """And the choice is not stored, so that it cannot surprise anybody later."""
+    for backend, kind in ((None, AnyLlavaImageProcessorPil), ("torch", AnyLlavaImageProcessor)):
+        fields = {"image_backend": backend, "image_aspect_ratio": "square", "output_dir": str(tmp_path / str(backend))}
+        trainer = build_trainer(read_recipe(write_recipe(workspace, **fields)))
+        assert type(trainer.data_collator.processor.image_processor) is kind
+        assert trainer.data_collator.processor.image_processor.image_aspect_ratio == "square"
+        trainer.save_trained()
+        loaded = AutoProcessor.from_pretrained(tmp_path / str(backend))
+        assert type(loaded.image_processor) is AnyLlavaImageProcessorPil
+    with pytest.raises(ValueError, match="got backend='gpu'; expected one of pil, torch"):
+        load_processor(read_recipe(write_recipe(workspace, image_backend="gpu")))
+
+
+def test_a_model_with_the_processor_of_transformers_is_refused(workspace, tmp_path):
+    facts = ["--license", "mit", "--base-model", "someone/vicuna"]
+    assert main(["export", str(workspace / "start"), "--out", str(tmp_path / "theirs"), *facts]) == 0
+    with pytest.raises(ValueError, match="with transformers' LlavaProcessor; expected one that trains:"):
+        load_processor(read_recipe(write_recipe(workspace, model=str(tmp_path / "theirs"))))
 
 
 def weights_after(recipe: Path) -> dict[str, torch.Tensor]:

@@ -7,8 +7,10 @@ import pytest
 import yaml
 
 from modeling_llava.cli import main
+from modeling_llava.training import run_preview
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import trainer_settings
+from modeling_llava.training.step_memory import format_bytes
 from tests.modeling_llava.training.conftest import write_recipe
 
 TRAINER = {"learning_rate": 1e-3, "per_device_train_batch_size": 2, "disable_tqdm": True}
@@ -53,6 +55,20 @@ def test_parameters_memory_and_batch(workspace, tmp_path, capsys):
     assert re.fullmatch(r"[\d.]+ GiB free on cpu; gradient checkpointing is off", lines[6])
     assert len(rows) == 2
     assert "[image 40x30: 16 tokens]" in rows[0] and "ASSISTANT:<< Red.</s>>>" in rows[0]
+
+
+def test_what_processes_divide_is_shown_whole_and_not_computed_with(workspace, tmp_path, capsys, monkeypatch):
+    """18,624 frozen and 38,624 trained numbers in float32: AdamW holds two more of each that trains."""
+    monkeypatch.setattr(run_preview, "is_sharded", lambda arguments: True)
+    monkeypatch.delattr(run_preview, "estimate_step")
+    trainer = TRAINER | {"gradient_checkpointing": False}
+    path = write_recipe(workspace, trainer=trainer, output_dir=str(tmp_path / "out"))
+    memory = preview(capsys, path)[2].splitlines()
+    sizes = {"weights": 57_248, "gradients": 38_624, "optimizer": 2 * 38_624, "sum": 57_248 + 3 * 38_624}
+    assert [line.split() for line in memory[1:5]] == [
+        [name, *format_bytes(4 * number).split()] for name, number in sizes.items()
+    ]
+    assert memory[5].startswith("FSDP and ZeRO-3 divide all of it between 1 processes, ZeRO-2 gradients and optimizer")
 
 
 def test_packed_batch_is_the_first_of_the_run(workspace, tmp_path, capsys):

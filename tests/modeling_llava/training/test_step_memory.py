@@ -11,10 +11,17 @@ from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
 from modeling_llava.training import run
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import build_trainer
-from modeling_llava.training.step_memory import MARGIN, StepMemory, _find_costliest, estimate_step, format_bytes
-from modeling_llava.training.trainer import LlavaTrainer
+from modeling_llava.training.step_memory import (
+    MARGIN,
+    StepMemory,
+    _find_costliest,
+    count_states,
+    estimate_step,
+    format_bytes,
+)
+from modeling_llava.training.trainer import LlavaTrainer, count_parameters, freeze_all_but
 from tests.modeling_llava.training.conftest import write_recipe
-from tests.tiny import tiny_processor
+from tests.tiny import tiny_model, tiny_processor
 
 TRAINER = {"learning_rate": 1e-3, "max_steps": 1, "per_device_train_batch_size": 4, "disable_tqdm": True}
 
@@ -68,6 +75,17 @@ def test_states_are_those_of_a_step(workspace, tmp_path, fields):
     trainer.add_callback(held)
     trainer.train()
     assert {name: getattr(memory, name) for name in held.held} == held.held
+
+
+def test_what_deepspeed_has_divided_is_counted_whole():
+    model = tiny_model()
+    freeze_all_but(model, ("mm_projector",))
+    found = [(count_parameters(model), count_states(model, optim="adamw_torch", has_muon=False))]
+    for parameter in model.parameters():
+        parameter.ds_numel = parameter.numel()
+        parameter.data = torch.empty(0)
+    found.append((count_parameters(model), count_states(model, optim="adamw_torch", has_muon=False)))
+    assert found[0] == found[1]
 
 
 def save_wide_checkpoint(folder) -> None:
