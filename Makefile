@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: help demo test test-slow test-transformers test-vllm fuzz check format tiny-llava
+.PHONY: help demo test test-slow test-transformers test-vllm fuzz bench check format tiny-llava
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -38,6 +38,9 @@ test-vllm: $(READY)  ## vLLM reads an exported checkpoint; installs it into an e
 fuzz: $(READY)  ## random image files and records, a minute each
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz images --seconds 60
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz records --seconds 60
+
+bench: $(READY)  ## everything that is measured, beside transformers' own classes; BENCH="--device cuda --size 7b"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(BENCH)
 
 check: $(READY)  ## style
 	$(BIN)/ruff check .

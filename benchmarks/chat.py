@@ -1,34 +1,29 @@
 """Time to the first token of five turns about a picture: ChatSession, and transformers' own class with its `generate`.
 
-    python -m benchmarks.chat [--device cpu] [--rounds 3] [--new-tokens 32]
+    python -m benchmarks.chat [--device cpu] [--size mid] [--rounds 3] [--new-tokens 32]
 
 Same weights, processor and conversation; the picture has 576 tokens and comes with the first question. A time runs
-from the messages to the first token, preparing the picture included. The answers must be equal, or the benchmark
-fails. The two take turns, and every round starts with nothing. On a CPU, seconds are those of the processor on one
-thread, so that other work on the machine does not count. Random weights speak no language: their answers are split
-into other tokens when they are read again, so that ChatSession has to compute them once more. Those of a trained
-model are not.
+from the messages to the first token, preparing the picture included. The two take turns, and every round starts with
+nothing. In 32 bits the answers must be equal, or the benchmark fails; in 16 bits rounding decides between tokens that
+are nearly equal. Random weights speak no language: their answers are split into other tokens when they are read
+again, so that ChatSession has to compute them once more. Those of a trained model are not.
 """
 
 import argparse
-import statistics
-import sys
-import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import PreTrainedModel
 
-from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
 from modeling_llava.inference import ChatSession
-from processing_llava import AnyLlavaImageProcessorPil, AnyLlavaProcessor
-from processing_llava.conversation_templates import load_template
-from processing_llava.sentencepiece_tokenizer import load_sentencepiece_tokenizer
+from processing_llava import AnyLlavaProcessor
+
+from .models import SIZES, build_pair, build_processor
+from .report import render_table
+from .timing import Row, clock, compare, default_dtype, prepare
 
 QUESTIONS = [
     "What do you see in this picture? Describe it in one or two sentences.",
@@ -37,29 +32,6 @@ QUESTIONS = [
     "How would you explain this picture to somebody on the telephone?",
     "Give it a title of at most five words.",
 ]
-SIZES = {
-    # Of the language model; the tower is a ViT at 336 pixels in patches of 14, 576 tokens.
-    "mid": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2048},
-    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
-}
-
-
-def build_models(size: str, device: str) -> tuple[PreTrainedModel, PreTrainedModel, AnyLlavaProcessor]:
-    """Our class, transformers' class with the same weights, and a processor for both."""
-    torch.manual_seed(0)
-    tokenizer = load_sentencepiece_tokenizer(Path("tests/goldens"))
-    sides = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
-    processor = AnyLlavaProcessor(
-        AnyLlavaImageProcessorPil(**sides), tokenizer, chat_template=load_template("vicuna_v1"), patch_size=14
-    )
-    parts = SIZES[size]
-    vision = CLIPVisionConfig(image_size=336, patch_size=14, **parts)
-    text = LlamaConfig(vocab_size=32000, **parts)
-    ours = AnyLlavaForConditionalGeneration(AnyLlavaConfig(vision, text, image_token_id=processor.image_token_id))
-    with tempfile.TemporaryDirectory() as folder:
-        ours.save_pretrained(folder, layout="transformers")
-        peer = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    return ours.to(device).eval(), peer.to(device).eval(), processor
 
 
 def answer_with_generate(model: PreTrainedModel, processor: AnyLlavaProcessor, messages: list, num_tokens: int) -> str:
@@ -74,18 +46,50 @@ def answer_with_session(session: ChatSession, messages: list, num_tokens: int) -
     return "".join(session.answer(messages, max_new_tokens=num_tokens))
 
 
-def talk(answer: Callable[[list, int], str], image: Image.Image, *, num_tokens: int, clock: Callable[[], float]):
+def talk(
+    answer: Callable[[list, int], str], image: Image.Image, *, num_tokens: int, device: str
+) -> tuple[list[float], list[dict[str, Any]]]:
     """Ask every question; returns the seconds to each first token and the conversation."""
     messages: list[dict[str, Any]] = []
     seconds = []
     for question in QUESTIONS:
         pictures = [] if messages else [{"type": "image", "image": image}]
         messages.append({"role": "user", "content": [*pictures, {"type": "text", "text": question}]})
-        start = clock()
+        start = clock(device)
         answer(messages, 1)
-        seconds.append(clock() - start)
+        seconds.append(clock(device) - start)
         messages.append({"role": "assistant", "content": answer(messages, num_tokens)})
     return seconds, messages
+
+
+def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> list[Row]:
+    """A row of `benchmarks.timing` for each turn; a first round does not count.
+
+    Raises:
+        RuntimeError: if the answers differ.
+    """
+    prepare(device)
+    ours, peer = build_pair(size, device=device, dtype=default_dtype(device))
+    processor = build_processor()
+    noise = torch.randint(0, 256, (48, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = Image.fromarray(noise.numpy()).resize((640, 480))
+    times: dict[str, list[list[float]]] = {"peer": [], "ours": []}
+    for _ in range(rounds + 1):
+        answers = {
+            "peer": partial(answer_with_generate, peer, processor),
+            "ours": partial(answer_with_session, ChatSession(ours, processor)),
+        }
+        conversations = {}
+        for kind, answer in answers.items():
+            seconds, conversations[kind] = talk(answer, image, num_tokens=num_tokens, device=device)
+            times[kind].append(seconds)
+        if ours.dtype == torch.float32 and conversations["ours"] != conversations["peer"]:
+            raise RuntimeError("the answers differ")
+    turns = {kind: list(zip(*seconds[1:])) for kind, seconds in times.items()}
+    return [
+        compare(f"turn {turn + 1} to the first token", turns["ours"][turn], turns["peer"][turn])
+        for turn in range(len(QUESTIONS))
+    ]
 
 
 def main() -> None:
@@ -95,31 +99,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=32)
     arguments = parser.parse_args()
-    clock = time.process_time if arguments.device == "cpu" else time.perf_counter
-    if arguments.device == "cpu":
-        torch.set_num_threads(1)
-    ours, peer, processor = build_models(arguments.size, arguments.device)
-    noise = torch.randint(0, 256, (48, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    image = Image.fromarray(noise.numpy()).resize((640, 480))
-    times: dict[str, list[list[float]]] = {"generate": [], "session": []}
-    for _ in range(arguments.rounds):
-        answers = {
-            "generate": partial(answer_with_generate, peer, processor),
-            "session": partial(answer_with_session, ChatSession(ours, processor)),
-        }
-        conversations = {}
-        for kind, answer in answers.items():
-            seconds, conversations[kind] = talk(answer, image, num_tokens=arguments.new_tokens, clock=clock)
-            times[kind].append(seconds)
-        if conversations["session"] != conversations["generate"]:
-            sys.exit("the answers differ")
-    millions = ours.num_parameters() / 1e6
-    print(f"{millions:.0f} million parameters, {arguments.rounds} rounds, median seconds; equal answers\n")
-    print("| turn | transformers' generate | ChatSession | ratio |")
-    print("|---|---|---|---|")
-    medians = [[statistics.median(seconds) for seconds in zip(*rounds)] for rounds in times.values()]
-    for turn, (without, with_cache) in enumerate(zip(*medians), start=1):
-        print(f"| {turn} | {without:.2f} | {with_cache:.2f} | {without / with_cache:.1f} |")
+    print(render_table(measure(arguments.device, arguments.size, arguments.rounds, num_tokens=arguments.new_tokens)))
 
 
 if __name__ == "__main__":

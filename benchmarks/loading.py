@@ -1,25 +1,26 @@
 """Time and peak memory of loading one LLaVA: original layouts with AnyLLaVA, transformers' layout with transformers.
 
-    python -m benchmarks.loading [--layers 12] [--hidden-size 2048] [--rounds 5] [--dtype float32]
+    python -m benchmarks.loading [--size mid] [--rounds 5] [--dtype bfloat16] [--device cpu]
 
-One set of random weights is written in every layout. Each loading is a process of its own, the loaders take turns, and
-all files are read once before the first round, so that disks do not count. Weights may stay mapped files until they
-are used, so the time ends when every page of every weight was touched. Memory is the peak of what a process allocates
-itself (RssAnon), above what it had before; mapped files are not counted, for no loader.
+One set of random weights is written in every layout, in bfloat16; of 7 or 13 billion only in transformers'. "mid" has
+1.0 billion (CLIP-L/14-336, Llama 12x2048). Each loading is a process of its own, the loaders take turns, and all files
+are read once before the first round, so that disks do not count. Weights may stay mapped files until they are used, so
+the time ends when every page of every weight was touched. Memory is the peak of what a process allocates itself
+(RssAnon), above what it had before; mapped files are not counted, for no loader.
 """
 
 import argparse
 import json
 import shutil
-import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
 import torch
+
+from .report import render_table
+from .timing import Row, compare, default_dtype, run_apart
 
 LOADERS = {
     "transformers": ("transformers", "transformers' own class, its own layout"),
@@ -29,10 +30,20 @@ LOADERS = {
     "original-bin": ("original-bin", "AnyLLaVA, original layout, two .bin shards"),
 }
 """Name to folder and description."""
+PEER = "transformers"
+SMALL_FILES = (PEER, "transformers-ours")
+"""The loaders that need one folder of weights only."""
+SIZES = {
+    # Of the language model: layers and width; and the loaders.
+    "tiny": (2, 256, SMALL_FILES),
+    "mid": (12, 2048, tuple(LOADERS)),
+    "7b": (32, 4096, SMALL_FILES),
+    "13b": (40, 5120, SMALL_FILES),
+}
 
 
-def write_layouts(folder: Path, *, layers: int, hidden_size: int) -> int:
-    """Write the same model in every layout; returns the bytes of its weights."""
+def write_layouts(folder: Path, *, layers: int, hidden_size: int, loaders: tuple[str, ...]) -> None:
+    """Write the same model in every layout that the loaders read."""
     from transformers import CLIPVisionConfig, LlamaConfig
 
     from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
@@ -56,10 +67,11 @@ def write_layouts(folder: Path, *, layers: int, hidden_size: int) -> int:
     model = model.to(torch.bfloat16).to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.data.fill_(0.01)
-    for layout in ("any_llava", "original", "transformers"):
+    folders = {LOADERS[loader][0] for loader in loaders}
+    for layout in folders & {"any_llava", "original", "transformers"}:
         model.save_pretrained(folder / layout, layout=layout)
-    split_to_bin(folder / "original", folder / "original-bin")
-    return sum(parameter.nbytes for parameter in model.parameters())
+    if "original-bin" in folders:
+        split_to_bin(folder / "original", folder / "original-bin")
 
 
 def split_to_bin(source: Path, target: Path) -> None:
@@ -83,14 +95,17 @@ def own_memory() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def measure(loader: str, folder: Path, dtype: torch.dtype) -> None:
-    """Load once in this process and print seconds and peak bytes as JSON."""
+def load_once(loader: str, folder: Path, *, dtype: torch.dtype, device: str) -> dict[str, float]:
+    """Load in this process; returns seconds on the wall and peak bytes."""
     from transformers import LlavaForConditionalGeneration
 
     import modeling_llava
 
-    is_peer = loader == "transformers"
+    is_peer = loader == PEER
     model_class = LlavaForConditionalGeneration if is_peer else modeling_llava.AnyLlavaForConditionalGeneration
+    placement = {} if device == "cpu" else {"device_map": device}
+    # Makes a GPU ready, which takes longer than loading.
+    torch.zeros(1, device=device)
     before = peak = own_memory()
     is_done = threading.Event()
 
@@ -102,51 +117,55 @@ def measure(loader: str, folder: Path, dtype: torch.dtype) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     start = time.perf_counter()
-    model = model_class.from_pretrained(folder / LOADERS[loader][0], dtype=dtype)
+    model = model_class.from_pretrained(folder / LOADERS[loader][0], dtype=dtype, **placement)
     for parameter in model.parameters():
         parameter.data.view(-1)[::1024].sum()
+    if device != "cpu":
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     is_done.set()
     watcher.join()
     assert model.dtype == dtype
-    print(json.dumps({"seconds": seconds, "peak": max(peak, own_memory()) - before}))
+    return {"seconds": seconds, "peak": max(peak, own_memory()) - before}
+
+
+def measure(device: str, size: str, rounds: int, *, dtype: torch.dtype | None = None) -> list[Row]:
+    """Rows of `benchmarks.timing`: seconds and peak memory of each of our loaders."""
+    dtype = dtype or default_dtype(device)
+    layers, hidden_size, loaders = SIZES[size]
+    results: dict[str, list[dict[str, float]]] = {loader: [] for loader in loaders}
+    with tempfile.TemporaryDirectory() as name:
+        write_layouts(Path(name), layers=layers, hidden_size=hidden_size, loaders=loaders)
+        for path in Path(name).rglob("*.*"):
+            if path.is_file():
+                path.read_bytes()
+        arguments = ("--dtype", str(dtype).removeprefix("torch."), "--device", device)
+        for _ in range(rounds):
+            for loader in loaders:
+                results[loader].append(run_apart("benchmarks.loading", "--measure", loader, name, *arguments))
+    rows = []
+    for field, unit in (("seconds", "s"), ("peak", "MB")):
+        runs = {loader: [run[field] for run in results[loader]] for loader in loaders}
+        for loader in loaders[1:]:
+            title = f"{'loading' if unit == 's' else 'peak memory'}, {LOADERS[loader][1]}"
+            rows.append(compare(title, runs[loader], runs[PEER], unit=unit, peer_name=LOADERS[PEER][1]))
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden-size", type=int, default=2048)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--size", default="mid", choices=tuple(SIZES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="the files are bfloat16")
     parser.add_argument("--measure", nargs=2, metavar=("LOADER", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     if arguments.measure:
-        measure(arguments.measure[0], Path(arguments.measure[1]), dtype)
+        loader, folder = arguments.measure
+        print(json.dumps(load_once(loader, Path(folder), dtype=dtype, device=arguments.device)))
         return
-    with tempfile.TemporaryDirectory() as name:
-        num_bytes = write_layouts(Path(name), layers=arguments.layers, hidden_size=arguments.hidden_size)
-        for path in Path(name).rglob("*.*"):
-            if path.is_file():
-                path.read_bytes()
-        results: dict[str, list[dict[str, float]]] = {loader: [] for loader in LOADERS}
-        for _ in range(arguments.rounds):
-            for loader in LOADERS:
-                command = [sys.executable, "-m", "benchmarks.loading", "--measure", loader, name]
-                command += ["--dtype", arguments.dtype]
-                output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                results[loader].append(json.loads(output.splitlines()[-1]))
-    num_bytes = num_bytes * dtype.itemsize // 2
-    print(f"{num_bytes / 1e9:.2f} GB in {arguments.dtype}, {arguments.rounds} rounds, median (smallest to largest)\n")
-    print("| loader | seconds | ratio | peak memory / weights |")
-    print("|---|---|---|---|")
-    peer = statistics.median(run["seconds"] for run in results["transformers"])
-    for loader, runs in results.items():
-        seconds = sorted(run["seconds"] for run in runs)
-        median = statistics.median(seconds)
-        peak = max(run["peak"] for run in runs) / num_bytes
-        spread = f"{median:.2f} ({seconds[0]:.2f} to {seconds[-1]:.2f})"
-        print(f"| {LOADERS[loader][1]} | {spread} | {peer / median:.2f} | {peak:.2f} |")
+    print(render_table(measure(arguments.device, arguments.size, arguments.rounds, dtype=dtype)))
 
 
 if __name__ == "__main__":

@@ -2,22 +2,19 @@
 
     python -m benchmarks.preprocessing [--images 8] [--rounds 5] [--threads 2]
 
-The pictures are the photographs of the tests, enlarged to common sizes. Seconds are those of the processor on one
-thread, so that other work on the machine does not count; the backends take turns, and each round prepares the same
-batch. Differences are those of 8-bit levels against our Pillow backend, which the tests compare with the original
-LLaVA bit for bit. Transformers picks other tiles for some sizes; those pictures are left out of its differences.
-The torchvision backend is measured where torchvision is installed.
+The pictures are the photographs of the tests, enlarged to common sizes, as tiles of 336 pixels. Seconds are those of
+the processor on one thread, whatever the device; the backends take turns, and each round prepares the same batch.
+Differences are those of 8-bit levels against our Pillow backend, which the tests compare with the original LLaVA bit
+for bit. Transformers picks other tiles for some sizes; those pictures are left out of its differences. The torchvision
+backend is measured where torchvision is installed. From JPEG files, most of the time goes into decoding, which is
+Pillow's for all. Of a prompt with one image, transformers tokenises a text of placeholders; AnyLLaVA writes ids.
 """
 
 import argparse
 import io
-import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -28,14 +25,20 @@ from processing_llava.conversation_templates import load_template
 from processing_llava.prompts import encode_prompt, render_prompt
 from processing_llava.sentencepiece_tokenizer import load_sentencepiece_tokenizer
 
-GOLDENS = Path(__file__).parents[1] / "tests" / "goldens"
+from .models import GOLDENS
+from .report import render_table
+from .timing import Row, compare, interleave, prepare
+
 SIZES = [(1024, 768), (768, 1024), (640, 480), (480, 640), (1280, 720), (500, 375), (800, 800), (1600, 1200)]
 """(width, height) in pixels."""
+NUM_IMAGES = {"tiny": 2, "mid": len(SIZES), "7b": len(SIZES), "13b": len(SIZES)}
 TILE = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 MODES = ("square", "pad", "anyres")
 PEER = "transformers, PIL"
+TORCHVISION = "transformers, torchvision"
 EXACT = "AnyLLaVA, pil"
+FAST = "AnyLLaVA, torch"
 
 
 def build_backends(mode: str) -> dict[str, Any]:
@@ -47,9 +50,9 @@ def build_backends(mode: str) -> dict[str, Any]:
         from transformers import LlavaImageProcessor, LlavaNextImageProcessor
 
         torchvision_class = LlavaNextImageProcessor if mode == "anyres" else LlavaImageProcessor
-        backends["transformers, torchvision"] = torchvision_class(**TILE, **theirs)
+        backends[TORCHVISION] = torchvision_class(**TILE, **theirs)
     backends[EXACT] = AnyLlavaImageProcessorPil(**TILE, **ours)
-    backends["AnyLLaVA, torch"] = AnyLlavaImageProcessor(**TILE, **ours)
+    backends[FAST] = AnyLlavaImageProcessor(**TILE, **ours)
     return backends
 
 
@@ -68,16 +71,9 @@ def encode_jpeg(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def measure(jobs: dict[str, Callable[[], Any]], *, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of each job in each round; the first round does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for number in range(rounds + 1):
-        for name, job in jobs.items():
-            start = clock()
-            job()
-            if number:
-                seconds[name].append(clock() - start)
-    return seconds
+def processor_seconds(device: str) -> float:
+    """Pictures are prepared by the processor, on this thread, wherever the model is."""
+    return time.thread_time()
 
 
 def find_difference(mode: str, backend: Any, exact: Any, pictures: list[Image.Image]) -> tuple[int, float]:
@@ -94,64 +90,83 @@ def find_difference(mode: str, backend: Any, exact: Any, pictures: list[Image.Im
     return largest, num_different / num_levels
 
 
-def print_table(title: str, seconds: dict[str, list[float]], *, num_images: int, notes: dict[str, str]) -> None:
-    last = "levels that differ: largest (share)" if notes else ""
-    print(f"\n| {title} | images/s | ratio | {last} |\n|---|---|---|---|")
-    peer = statistics.median(seconds[PEER])
-    for name, runs in seconds.items():
-        median = statistics.median(runs)
-        spread = f"{num_images / median:.0f} ({num_images / max(runs):.0f} to {num_images / min(runs):.0f})"
-        print(f"| {name} | {spread} | {peer / median:.2f} | {notes.get(name, '')} |")
-
-
-def compare_images(pictures: list[Image.Image], *, rounds: int, threads: int) -> None:
-    files = [encode_jpeg(picture) for picture in pictures]
+def compare_images(pictures: list[Image.Image], *, rounds: int) -> list[Row]:
+    """Each of our backends beside each of transformers', from pictures in memory."""
+    rows = []
     for mode in MODES:
         backends = build_backends(mode)
         jobs = {
             name: lambda backend=backend: backend(pictures, return_tensors="pt") for name, backend in backends.items()
         }
-        differences = {
-            name: find_difference(mode, backend, backends[EXACT], pictures) for name, backend in backends.items()
-        }
-        notes = {name: f"{largest} ({share:.2%})" for name, (largest, share) in differences.items()}
-        print_table(mode, measure(jobs, rounds=rounds, clock=time.thread_time), num_images=len(pictures), notes=notes)
+        seconds = interleave(jobs, rounds=rounds, device="cpu", clock=processor_seconds)
+        for ours in (EXACT, FAST):
+            for peer in (name for name in (PEER, TORCHVISION) if name in backends):
+                largest, share = find_difference(mode, backends[ours], backends[EXACT], pictures)
+                rows.append(
+                    compare(
+                        f"{mode}, {ours}",
+                        seconds[ours],
+                        seconds[peer],
+                        unit="images/s",
+                        amount=len(pictures),
+                        peer_name=peer,
+                        note=f"largest difference {largest} levels, in {share:.2%}",
+                    )
+                )
+    return rows
 
-    backends = build_backends("pad")
-    fast = backends["AnyLLaVA, torch"]
+
+def compare_files(pictures: list[Image.Image], *, rounds: int, threads: int) -> list[Row]:
+    """From JPEG files; several threads are timed by the clock on the wall."""
+    files = [encode_jpeg(picture) for picture in pictures]
+    backends, threaded = build_backends("pad"), build_backends("pad")[FAST]
+    threaded.num_threads = threads
 
     def open_and_prepare() -> None:
         backends[PEER]([Image.open(io.BytesIO(file)) for file in files], return_tensors="pt")
 
-    jobs = {PEER: open_and_prepare, "AnyLLaVA, torch": lambda: fast(files, return_tensors="pt")}
-    seconds = measure(jobs, rounds=rounds, clock=time.thread_time)
-    print_table("pad, from JPEG files", seconds, num_images=len(files), notes={})
+    jobs = {"ours": lambda: backends[FAST](files, return_tensors="pt"), "peer": open_and_prepare}
+    names = {"unit": "images/s", "amount": len(files), "peer_name": PEER}
+    seconds = interleave(jobs, rounds=rounds, device="cpu", clock=processor_seconds)
+    rows = [compare(f"pad, from JPEG files, {FAST}", seconds["ours"], seconds["peer"], **names)]
     if threads > 1:
-        threaded = build_backends("pad")["AnyLLaVA, torch"]
-        threaded.num_threads = threads
-        jobs[f"AnyLLaVA, torch, {threads} threads"] = lambda: threaded(files, return_tensors="pt")
-        seconds = measure(jobs, rounds=rounds, clock=time.perf_counter)
-        print_table("pad, from JPEG files, by the clock on the wall", seconds, num_images=len(files), notes={})
+        jobs["ours"] = lambda: threaded(files, return_tensors="pt")
+        seconds = interleave(jobs, rounds=rounds, device="cpu", clock=lambda device: time.perf_counter())
+        title = f"pad, from JPEG files, {FAST}, {threads} threads, on the wall"
+        rows.append(compare(title, seconds["ours"], seconds["peer"], **names))
+    return rows
 
 
-def compare_prompts(*, rounds: int) -> None:
+def compare_prompts(*, rounds: int) -> list[Row]:
     """Ids of a prompt with one image: the expanded text tokenised, as transformers does, and image ids written."""
     tokenizer = load_sentencepiece_tokenizer(GOLDENS)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     image_id = tokenizer.convert_tokens_to_ids("<image>")
     content = [{"type": "image"}, {"type": "text", "text": "What is unusual about this image?"}]
     prompt = render_prompt([{"role": "user", "content": content}], load_template("vicuna_v1"))
-    print("\n| tokens of an image | expanded text, ms | ids, ms | ratio |\n|---|---|---|---|")
+    rows = []
     for num_tokens in (576, 2880):
         image = {"image_token": "<image>", "image_token_id": image_id, "num_image_tokens": [num_tokens]}
         expanded = prompt.replace("<image>", "<image>" * num_tokens)
         jobs = {
-            "text": lambda expanded=expanded: [tokenizer(expanded) for _ in range(20)],
-            "ids": lambda image=image: [encode_prompt(prompt, tokenizer, **image) for _ in range(20)],
+            "ours": lambda image=image: [encode_prompt(prompt, tokenizer, **image) for _ in range(20)],
+            "peer": lambda expanded=expanded: [tokenizer(expanded) for _ in range(20)],
         }
-        seconds = measure(jobs, rounds=rounds, clock=time.thread_time)
-        text, ids = (statistics.median(seconds[name]) / 20 * 1000 for name in jobs)
-        print(f"| {num_tokens} | {text:.2f} | {ids:.2f} | {text / ids:.1f} |")
+        seconds = interleave(jobs, rounds=rounds, device="cpu", clock=processor_seconds)
+        title = f"prompts with an image of {num_tokens} tokens"
+        rows.append(compare(title, seconds["ours"], seconds["peer"], unit="prompts/s", amount=20))
+    return rows
+
+
+def measure(device: str, size: str, rounds: int, *, num_images: int | None = None, threads: int = 1) -> list[Row]:
+    """Rows of `benchmarks.timing` for images and prompts."""
+    prepare("cpu")
+    pictures = make_pictures(num_images or NUM_IMAGES[size])
+    return [
+        *compare_images(pictures, rounds=rounds),
+        *compare_files(pictures, rounds=rounds, threads=threads),
+        *compare_prompts(rounds=rounds),
+    ]
 
 
 def main() -> None:
@@ -160,9 +175,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="also measure so many, by the clock on the wall")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    compare_images(make_pictures(arguments.images), rounds=arguments.rounds, threads=arguments.threads)
-    compare_prompts(rounds=arguments.rounds)
+    rows = measure("cpu", "mid", arguments.rounds, num_images=arguments.images, threads=arguments.threads)
+    print(render_table(rows))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,117 @@
+"""Everything that the benchmarks measure, in one run.
+
+    python -m benchmarks [--device cpu] [--size mid] [--only NAME,...] [--rounds 3] [--out runs/benchmarks]
+
+Each part of `PARTS` is a file with `measure(device, size, rounds)`, which returns rows as `timing.Row` describes them,
+and a command of its own. Ours and the peer take turns within a part. Results are written after every part to
+results.json, for `python -m benchmarks.report`, with the limits of the device and plots. A part that fails is named
+there and does not stop the others; the command then ends with status 1.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+import traceback
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .models import SIZES
+from .report import draw, render_table
+from .roofline import measure_limits
+from .timing import prepare, release_memory
+
+PARTS = ("loading", "preprocessing", "decoding", "chat", "captioning", "memory", "training")
+PACKAGES = ("anyllava", "torch", "torchvision", "transformers", "trl", "pillow", "llama_cpp_python")
+
+
+def describe_run(device: str, *, size: str, rounds: int) -> dict[str, Any]:
+    """When, where and with what; nothing measured yet."""
+    installed = {}
+    for package in PACKAGES:
+        try:
+            installed[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": f"python -m benchmarks {shlex.join(sys.argv[1:])}".strip(),
+        "device": device,
+        "size": size,
+        "rounds": rounds,
+        "threads": torch.get_num_threads(),
+        "hardware": describe_hardware(device),
+        "versions": {"python": platform.python_version(), **installed},
+        "limits": {},
+        "parts": {},
+        "failed": {},
+    }
+
+
+def describe_hardware(device: str) -> str:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    processor = f"{os.cpu_count()} cores ({torch.backends.cpu.get_cpu_capability()}), {memory:.0f} GiB"
+    if device == "cpu":
+        return processor
+    return f"{torch.cuda.get_device_name()}, {torch.cuda.mem_get_info()[1] / 2**30:.0f} GiB, beside {processor}"
+
+
+def choose_parts(text: str | None) -> tuple[str, ...]:
+    """The parts that a list of names, separated by commas, means.
+
+    Raises:
+        ValueError: naming those that there are.
+    """
+    if text is None:
+        return PARTS
+    names = tuple(text.split(","))
+    unknown = [name for name in names if name not in PARTS]
+    if unknown:
+        raise ValueError(f"got --only {text}; expected some of {','.join(PARTS)}")
+    return names
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--size", default="mid", choices=tuple(SIZES))
+    parser.add_argument("--only", metavar="NAME,...", help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
+    arguments = parser.parse_args()
+    try:
+        parts = choose_parts(arguments.only)
+    except ValueError as error:
+        parser.error(str(error))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    device, size, rounds = arguments.device, arguments.size, arguments.rounds
+    prepare(device)
+    results = describe_run(device, size=size, rounds=rounds)
+    results["limits"] = measure_limits(device)
+    for part in parts:
+        try:
+            rows = import_module(f"benchmarks.{part}").measure(device, size, rounds)
+        except Exception as error:
+            traceback.print_exc()
+            results["failed"][part] = f"{type(error).__name__}: {error}".split("\n")[0]
+        else:
+            results["parts"][part] = rows
+            print(render_table(rows, limits=results["limits"], device=device), end="\n\n", flush=True)
+        release_memory()
+        (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    draw(results, arguments.out)
+    print(f"{arguments.out}/results.json; failed: {', '.join(results['failed']) or 'none'}")
+    sys.exit(1 if results["failed"] else 0)
+
+
+if __name__ == "__main__":
+    main()

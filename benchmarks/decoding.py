@@ -1,0 +1,227 @@
+"""Encoding an image, reading a prompt, and decoding: ours plain, compiled and in int8, beside transformers' class.
+
+    python -m benchmarks.decoding [--device cpu] [--size mid] [--rounds 3] [--new-tokens 32]
+
+Same weights and prompt for both: an image of 576 tokens (or five, the tiles of a large one), whose features are given,
+and 64 tokens of text. Decoding is timed from the first new token to the last; `generate` runs for both. The limit of
+decoding counts the weights once for a step, and the states of every row; that of int8 is not computed. Compiled peers
+are compared with compiled ours, so every row names its peer. On a CPU only batch 1 is compiled: compiling takes a
+minute for each model and batch.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from modeling_llava.compiled_decoding import SMALLEST_LENGTH, build_compile_config
+from modeling_llava.quantization import quantize_to_int8
+
+from .models import IMAGE_TOKEN_ID, SIZES, TILE_SIZE, build_pair
+from .roofline import count_operations, count_weights
+from .timing import PEER, Row, clock, compare, default_dtype, prepare
+
+NUM_TEXT_TOKENS = 64
+BATCHES = {"cpu": (1, 8), "cuda": (1, 8, 32)}
+PREFILLED_IMAGES = (1, 5)
+"""Five are the tiles of one large picture."""
+COMPILED_PEER = f"{PEER}, compiled"
+
+
+class TokenClock(StoppingCriteria):
+    """Remembers when each token came."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs) -> torch.BoolTensor:
+        self.times.append(clock(self.device))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def build_prompt(batch: int, features: list[torch.Tensor], device: str) -> dict[str, Any]:
+    """Rows of images and a text, with the features of the images, `[N, D]` each."""
+    text = torch.randint(3, IMAGE_TOKEN_ID, (NUM_TEXT_TOKENS - 1,), generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[1, *[IMAGE_TOKEN_ID] * sum(map(len, features)), *text.tolist()]], device=device).expand(
+        batch, -1
+    )
+    encoded = BaseModelOutputWithPooling(pooler_output=features * batch)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_encoder_outputs": {"image": encoded}}
+
+
+def settings_for(*, is_compiled: bool, device: str) -> dict[str, Any]:
+    """Arguments of `generate` for dynamic states, or for compiled steps on static ones."""
+    if not is_compiled:
+        return {}
+    return {
+        "cache_implementation": "static",
+        "max_cache_len": SMALLEST_LENGTH,
+        "compile_config": build_compile_config(torch.device(device)),
+    }
+
+
+def generate(
+    model: PreTrainedModel, prompt: dict, num_tokens: int, device: str, **settings
+) -> tuple[list[float], list]:
+    """The time of each new token, and the tokens."""
+    token_clock = TokenClock(device)
+    ids = model.generate(
+        **prompt,
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
+        do_sample=False,
+        eos_token_id=2,
+        pad_token_id=0,
+        stopping_criteria=StoppingCriteriaList([token_clock]),
+        **settings,
+    )
+    return token_clock.times, ids[:, prompt["input_ids"].shape[1] :].tolist()
+
+
+def time_encoding(model: PreTrainedModel, pixels: torch.Tensor, device: str) -> float:
+    start = clock(device)
+    with torch.no_grad():
+        model.get_image_features(pixels, return_dict=True)
+    return clock(device) - start
+
+
+def time_prefill(model: PreTrainedModel, prompt: dict, device: str) -> float:
+    start = clock(device)
+    generate(model, prompt, 1, device)
+    return clock(device) - start
+
+
+def time_decoding(model: PreTrainedModel, prompt: dict, num_tokens: int, device: str, **settings) -> float:
+    times, _ = generate(model, prompt, num_tokens, device, **settings)
+    return times[-1] - times[0]
+
+
+def complete_tower(peer: PreTrainedModel) -> None:
+    """Put back the last layer, which published checkpoints have and ours drop: nothing reads what it computes."""
+    layers = peer.model.vision_tower.encoder.layers
+    layers.append(copy.deepcopy(layers[-1]))
+    peer.config.vision_config.num_hidden_layers += 1
+    peer.config.vision_feature_layer = -2
+
+
+def take_turns(jobs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each job returns in each round; a first round does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for number in range(rounds + 1):
+        for name, job in jobs.items():
+            value = job()
+            if number:
+                seconds[name].append(value)
+    return seconds
+
+
+def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> list[Row]:
+    """Rows of encoding, prefill and decoding.
+
+    Raises:
+        ValueError: if the two classes do not give the same tokens.
+    """
+    prepare(device)
+    dtype = default_dtype(device)
+    ours, peer = build_pair(size, device=device, dtype=dtype)
+    complete_tower(peer)
+    models = {"peer": peer, "ours": ours}
+    if device == "cpu":
+        models["int8"] = copy.deepcopy(ours)
+        quantize_to_int8(models["int8"])
+    shape = (1, 3, TILE_SIZE, TILE_SIZE)
+    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    with torch.no_grad():
+        features = list(ours.get_image_features(pixels, return_dict=True).pooler_output)
+    prompt = build_prompt(1, features, device)
+    # In 16 bits, which of two almost equal tokens is larger depends on the kernel.
+    num_compared = num_tokens if dtype == torch.float32 else 1
+    if generate(ours, prompt, num_compared, device)[1] != generate(peer, prompt, num_compared, device)[1]:
+        raise ValueError(
+            "got other tokens from ours than from transformers' class; expected the same: nothing measured"
+        )
+
+    pair = {name: models[name] for name in ("peer", "ours")}
+    seconds = take_turns({name: partial(time_encoding, model, pixels, device) for name, model in pair.items()}, rounds)
+    work = {
+        "bytes": count_weights(ours.model.vision_tower, ours.model.mm_projector),
+        "operations": count_operations(partial(time_encoding, ours, pixels, device)),
+    }
+    rows = [compare("encode, 1 image", seconds["ours"], seconds["peer"], unit="ms", **work)]
+    num_weight_bytes = count_weights(ours.model.language_model.layers, ours.lm_head)
+    for num_images in PREFILLED_IMAGES:
+        prompt = build_prompt(1, features * num_images, device)
+        jobs = {name: partial(time_prefill, model, prompt, device) for name, model in models.items()}
+        work = {
+            "bytes": num_weight_bytes,
+            "operations": count_operations(partial(generate, ours, prompt, 1, device)),
+        }
+        name = f"prefill, {prompt['input_ids'].shape[1]} tokens"
+        rows += _rows(name, take_turns(jobs, rounds), work=work, unit="ms")
+    for batch in BATCHES[device]:
+        prompt = build_prompt(batch, features, device)
+        decode = partial(time_decoding, prompt=prompt, num_tokens=num_tokens, device=device)
+        jobs = {name: partial(decode, model) for name, model in models.items()}
+        if device != "cpu" or batch == 1:
+            settings = settings_for(is_compiled=True, device=device)
+            jobs |= {f"{name}, compiled": partial(decode, model, **settings) for name, model in pair.items()}
+        amount = batch * (num_tokens - 1)
+        # Of one token: its part of the weights, the states of its row, and what is computed after the prefill.
+        first, all_tokens = (
+            count_operations(partial(generate, ours, prompt, count, device)) for count in (1, num_tokens)
+        )
+        text = ours.config.text_config
+        state_bytes = 2 * text.num_hidden_layers * text.hidden_size * dtype.itemsize
+        work = {
+            "bytes": num_weight_bytes / batch + state_bytes * (prompt["input_ids"].shape[1] + num_tokens / 2),
+            "operations": (all_tokens - first) / amount,
+        }
+        seconds = take_turns(jobs, rounds)
+        rows += _rows(f"decode, batch {batch}", seconds, work=work, unit="tokens/s", amount=amount)
+    return rows
+
+
+def _rows(name: str, seconds: dict[str, list[float]], *, work: dict[str, float], **settings) -> list[Row]:
+    """Everything of ours beside the eager peer, and the compiled beside the compiled one.
+
+    `work` is that of weights in floats; the limits say nothing of int8.
+    """
+    rows = []
+    for ours, values in seconds.items():
+        if ours.startswith("peer"):
+            continue
+        extras = settings if ours == "int8" else settings | work
+        label = name if ours == "ours" else f"{name}, {ours.removeprefix('ours, ')}"
+        rows.append(compare(label, values, seconds["peer"], **extras))
+        if ours == "ours, compiled":
+            rows.append(compare(label, values, seconds["peer, compiled"], peer_name=COMPILED_PEER, **extras))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--size", default="mid", choices=tuple(SIZES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    arguments = parser.parse_args()
+    rows = measure(arguments.device, arguments.size, arguments.rounds, num_tokens=arguments.new_tokens)
+    print(f"{arguments.size} on {arguments.device}, {arguments.rounds} rounds, medians\n")
+    print("| work | ours | peer | unit | ratio | smallest to largest | peer is |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        lowest, highest = row["spread"]
+        print(
+            f"| {row['name']} | {row['ours']:.1f} | {row['peer']:.1f} | {row['unit']} | {row['ratio']:.2f} "
+            f"| {lowest:.2f} to {highest:.2f} | {row['peer_name']} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The models that the benchmarks run on: random weights in real shapes, ours and transformers' with the same tensors.
+
+What is surprising: weights are made where they are used, so that the host never holds a copy of a model on a GPU; and
+the model of transformers' own class holds the very tensors of ours. What it has beyond ours is added: a final norm of
+the tower and rows of the vocabulary for the image token.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration, PreTrainedModel
+
+from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
+from modeling_llava.checkpoint_layouts import add_transformers_only_weights, rename_from_ours
+from modeling_llava.original_layout import write_transformers_config
+from processing_llava import AnyLlavaImageProcessorPil, AnyLlavaProcessor
+from processing_llava.conversation_templates import load_template
+from processing_llava.sentencepiece_tokenizer import load_sentencepiece_tokenizer
+
+GOLDENS = Path(__file__).parents[1] / "tests" / "goldens"
+TILE_SIZE = 336
+PATCH_SIZE = 14
+NUM_IMAGE_TOKENS = (TILE_SIZE // PATCH_SIZE) ** 2
+IMAGE_TOKEN_ID = 32000
+"""Outside the vocabulary, as the tokenizer of the tests gives it."""
+
+
+def _shape(hidden_size: int, layers: int, heads: int, intermediate_size: int) -> dict[str, int]:
+    return {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": intermediate_size,
+    }
+
+
+_CLIP_LARGE = _shape(1024, 24, 16, 4096)
+SIZES = {
+    # The vision tower, and the language model.
+    "tiny": (_shape(64, 2, 2, 128), _shape(64, 2, 2, 128)),
+    "mid": (_shape(768, 12, 12, 2048), _shape(768, 12, 12, 2048)),
+    "7b": (_CLIP_LARGE, _shape(4096, 32, 32, 11008)),
+    "13b": (_CLIP_LARGE, _shape(5120, 40, 40, 13824)),
+}
+"""An image has 576 tokens in all of them; 7b and 13b are those of LLaVA-1.5."""
+
+
+def build_config(size: str, **overrides: Any) -> AnyLlavaConfig:
+    vision, text = SIZES[size]
+    return AnyLlavaConfig(
+        CLIPVisionConfig(image_size=TILE_SIZE, patch_size=PATCH_SIZE, **vision),
+        LlamaConfig(vocab_size=32000, max_position_embeddings=4096, **text),
+        image_token_id=IMAGE_TOKEN_ID,
+        **overrides,
+    )
+
+
+def build_model(config: AnyLlavaConfig, *, device: str, dtype: torch.dtype) -> AnyLlavaForConditionalGeneration:
+    """Our class with random weights, made on the device."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AnyLlavaForConditionalGeneration._from_config(config, dtype=dtype).eval()
+
+
+def build_peer(ours: AnyLlavaForConditionalGeneration) -> PreTrainedModel:
+    """Transformers' own class on the tensors of ours."""
+    config = write_transformers_config(ours.config)
+    weights = dict(ours.state_dict())
+    add_transformers_only_weights(
+        weights, vocab_size=config.text_config.vocab_size, vision_size=config.vision_config.hidden_size
+    )
+    return LlavaForConditionalGeneration.from_pretrained(
+        None,
+        config=config,
+        state_dict={rename_from_ours(name, "transformers"): weight for name, weight in weights.items()},
+        dtype=ours.dtype,
+        device_map=ours.device.type if ours.device.type != "cpu" else None,
+    ).eval()
+
+
+def build_pair(size: str, *, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Our model and that of transformers' own class."""
+    ours = build_model(build_config(size), device=device, dtype=dtype)
+    return ours, build_peer(ours)
+
+
+def build_processor() -> AnyLlavaProcessor:
+    """One that fits all sizes."""
+    sides = {"size": {"shortest_edge": TILE_SIZE}, "crop_size": {"height": TILE_SIZE, "width": TILE_SIZE}}
+    return AnyLlavaProcessor(
+        AnyLlavaImageProcessorPil(**sides),
+        load_sentencepiece_tokenizer(GOLDENS),
+        chat_template=load_template("vicuna_v1"),
+        patch_size=PATCH_SIZE,
+    )

@@ -1,0 +1,65 @@
+"""What the device can do at most, measured in the same run, and the share of it that a row of results reaches.
+
+The least time for some work is that of moving its bytes at the bandwidth of a large copy, or that of its operations
+at the rate of a large product of matrices, whichever is longer. What is surprising: a share can be above 1. A copy
+reads and writes, which is slower than only reading; and what fits into a processor's cache is not read from memory.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .timing import TIME_UNITS, Row, default_dtype, interleave
+
+DTYPES = (torch.float32, torch.bfloat16)
+COPIED_BYTES = {"cpu": 2**28, "cuda": 2**31}
+MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
+
+Limits = dict[str, dict[str, float]]
+"""`{"float32": {"bytes_per_second": ..., "operations_per_second": ...}, "bfloat16": ...}`; a multiplication and the
+addition after it are two operations."""
+
+
+def measure_limits(device: str, *, rounds: int = 3) -> Limits:
+    """The best of some rounds: other work on the machine can only slow the device down."""
+    limits = {}
+    for dtype in DTYPES:
+        source = torch.ones(COPIED_BYTES[device] // dtype.itemsize, dtype=dtype, device=device)
+        target = torch.empty_like(source)
+        size = MATRIX_SIZE[device]
+        matrix = torch.ones(size, size, dtype=dtype, device=device)
+        jobs = {"copy": partial(target.copy_, source), "multiply": partial(torch.mm, matrix, matrix)}
+        seconds = {name: min(times) for name, times in interleave(jobs, rounds=rounds, device=device).items()}
+        limits[str(dtype).removeprefix("torch.")] = {
+            "bytes_per_second": 2 * source.nbytes / seconds["copy"],
+            "operations_per_second": 2 * size**3 / seconds["multiply"],
+        }
+    return limits
+
+
+def count_operations(job: Callable[[], Any]) -> int:
+    """Multiplications and additions of matrices and attention in a job, which is run."""
+    with FlopCounterMode(display=False) as counter:
+        job()
+    return counter.get_total_flops()
+
+
+def count_weights(*modules: nn.Module) -> int:
+    """Bytes of the weights of modules, which a job reads at least once."""
+    return sum(parameter.nbytes for module in modules for parameter in module.parameters())
+
+
+def find_share(row: Row, limits: Limits, *, device: str) -> float | None:
+    """Least time by time taken; None for a row that names neither bytes nor operations."""
+    if "bytes" not in row and "operations" not in row:
+        return None
+    limit = limits[row.get("dtype", str(default_dtype(device)).removeprefix("torch."))]
+    least = max(
+        row.get("bytes", 0) / limit["bytes_per_second"], row.get("operations", 0) / limit["operations_per_second"]
+    )
+    taken = row["ours"] * TIME_UNITS[row["unit"]] if row["unit"] in TIME_UNITS else 1 / row["ours"]
+    return least / taken

@@ -1,0 +1,129 @@
+"""How every benchmark measures: jobs that take turns, their seconds, and the rows that results are made of.
+
+On a CPU, seconds are those of the processor on one thread, so that other work on the machine does not count. On a GPU
+they are those on the wall, from an idle device to an idle device: what the host takes to start kernels counts too.
+"""
+
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+PEER = "transformers"
+TIME_UNITS = {"s": 1.0, "ms": 1e-3}
+"""Seconds of one; any other unit is one of so much a second, and larger is better."""
+
+Row = dict[str, Any]
+"""One figure of ours beside one of a peer.
+
+    name        of the work, e.g. "decode, batch 8"
+    ours, peer  medians in `unit`
+    unit        "s", "ms", "MB" (smaller is better), or an amount a second, "tokens/s" (larger is better)
+    ratio       how many times better ours is
+    spread      smallest and largest ratio of the rounds
+    peer_name   who the peer is
+    bytes, operations
+                optional: what the work must move and compute at least. Of the whole work where `unit` is a time, of
+                one token, image or row where it is an amount a second.
+    dtype       optional: of the arithmetic, e.g. "float32"
+    note        optional: what else there is to say
+"""
+
+
+def prepare(device: str) -> None:
+    """Once before anything is measured."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """What both sides compute in: most processors take many times longer in 16 bits."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def clock(device: str) -> float:
+    """Seconds at this moment, when the device has done all its work."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def interleave(
+    jobs: dict[str, Callable[[], Any]], *, rounds: int, device: str, clock: Callable[[str], float] = clock
+) -> dict[str, list[float]]:
+    """Seconds of each job in each round. All jobs run in every round; a first round does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for number in range(rounds + 1):
+        for name, job in jobs.items():
+            start = clock(device)
+            job()
+            if number:
+                seconds[name].append(clock(device) - start)
+    return seconds
+
+
+def compare(
+    name: str,
+    ours: list[float],
+    peer: list[float],
+    *,
+    unit: str = "s",
+    amount: float | None = None,
+    peer_name: str = PEER,
+    **extras: Any,
+) -> Row:
+    """The row of two lists of seconds, or of bytes, one of each round.
+
+    Args:
+        name: Of the work.
+        ours: Of our side.
+        peer: Of the other one.
+        unit: Of the figures that are printed.
+        amount: What one job does, where the unit is an amount a second: tokens, images, rows.
+        peer_name: Of the other side.
+        **extras: Further fields of the row: bytes, operations, dtype, note.
+    """
+    ratios = sorted(theirs / own for own, theirs in zip(ours, peer, strict=True))
+
+    def convert(values: list[float]) -> float:
+        median = statistics.median(values)
+        if amount is not None:
+            return amount / median
+        return median / 1e6 if unit == "MB" else median / TIME_UNITS[unit]
+
+    return {
+        "name": name,
+        "ours": convert(ours),
+        "peer": convert(peer),
+        "ratio": statistics.median(peer) / statistics.median(ours),
+        "spread": [ratios[0], ratios[-1]],
+        "unit": unit,
+        "peer_name": peer_name,
+        **extras,
+    }
+
+
+def run_apart(module: str, *arguments: str) -> dict[str, Any]:
+    """Run a module in a process of its own; returns the JSON object that it prints last.
+
+    Raises:
+        RuntimeError: with what it wrote, if it fails.
+    """
+    run = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"{module} {' '.join(arguments)} failed:\n{run.stderr}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def release_memory() -> None:
+    """Give back what models that are gone have held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
