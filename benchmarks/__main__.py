@@ -2,10 +2,10 @@
 
     python -m benchmarks [--device cpu] [--size mid] [--only NAME,...] [--rounds 3] [--out runs/benchmarks]
 
-Each part of `PARTS` is a file with `measure(device, size, rounds)`, which returns rows as `timing.Row` describes them,
-and a command of its own. Ours and the peer take turns within a part. Results are written after every part to
-results.json, for `python -m benchmarks.report`, with the limits of the device and plots. A part that fails is named
-there and does not stop the others; the command then ends with status 1.
+Each part of `PARTS` is a file with `measure(device, size, rounds)`, which returns rows as `timing.Row` describes them
+(none where its peer is not installed), and a command of its own. Ours and the peer take turns within a part. Results
+are written after every part to results.json, for `python -m benchmarks.report`, with the limits of the device and
+plots. A part that fails is named there and does not stop the others; the command then ends with status 1.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from .report import draw, render_table
 from .roofline import measure_limits
 from .timing import prepare, release_memory
 
-PARTS = ("loading", "preprocessing", "decoding", "chat", "captioning", "memory", "training")
+PARTS = ("loading", "preprocessing", "decoding", "llama_cpp", "chat", "captioning", "memory", "training")
 PACKAGES = ("anyllava", "torch", "torchvision", "transformers", "trl", "pillow", "llama_cpp_python")
 
 
@@ -104,8 +104,9 @@ def main() -> None:
             traceback.print_exc()
             results["failed"][part] = f"{type(error).__name__}: {error}".split("\n")[0]
         else:
-            results["parts"][part] = rows
-            print(render_table(rows, limits=results["limits"], device=device), end="\n\n", flush=True)
+            if rows:
+                results["parts"][part] = rows
+                print(render_table(rows, limits=results["limits"], device=device), end="\n\n", flush=True)
         release_memory()
         (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     draw(results, arguments.out)
