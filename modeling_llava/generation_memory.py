@@ -27,7 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import DynamicCache, PreTrainedConfig
 
 from .configuration_llava import AnyLlavaConfig
-from .generation import RoomyLayer
+from .generation import count_spare_tokens
 from .inference_dtype import is_slow_on_processor
 from .modeling_llava import AnyLlavaForConditionalGeneration
 from .original_layout import translate_config
@@ -117,7 +117,8 @@ def predict_generation(
             images = _encode(model, num_tiles=num_rows * num_images * num_tiles)
             cache = _read(model, num_rows=num_rows, num_tokens=num_prompt_tokens)
             cached_token = _count_states(cache) // num_prompt_tokens
-            peaks = [live.peak + cached_token * RoomyLayer.spare_length]
+            num_spare_tokens = count_spare_tokens(num_rows)
+            peaks = [live.peak + cached_token * num_spare_tokens]
 
             # The last token of the answer is never read.
             num_cached_tokens = num_prompt_tokens + num_new_tokens - 1
@@ -125,7 +126,7 @@ def predict_generation(
                 cache = _read(model, num_rows=num_rows, num_tokens=num_cached_tokens - 1)
                 live.peak = live.current
                 _read(model, num_rows=num_rows, num_tokens=1, cache=cache)
-                room = RoomyLayer.spare_length - (num_new_tokens - 1) % (RoomyLayer.spare_length + 1)
+                room = num_spare_tokens - (num_new_tokens - 1) % (num_spare_tokens + 1)
                 peaks.append(live.peak + cached_token * room)
             num_cached = _count_states(cache)
             del images

@@ -254,7 +254,7 @@ def test_compiles_to_one_graph(with_image):
 def test_image_tokens_without_images_are_refused():
     model = tiny_model()
     ids = torch.tensor([[1, *IMAGE, 5]])
-    with pytest.raises(ValueError, match="got 16 image tokens and 0 image features.*pass pixel_values"):
+    with pytest.raises(ValueError, match="got 16 image tokens in row 0 and no image features.*pass pixel_values"):
         model(ids)
 
 
@@ -274,6 +274,48 @@ def test_rows_and_images_must_agree(tokens, message):
         model(**inputs, pixel_values=random_images(2))
     with pytest.raises(ValueError, match=message):
         model.generate(**inputs, pixel_values=random_images(2), max_new_tokens=2)
+
+
+def test_rows_and_encoded_images_must_agree():
+    """One total is not enough: a row would get features of another row's image."""
+    model = tiny_model(patch_merge_type="spatial_unpad", image_grid_pinpoints=PINPOINTS)
+    sizes = torch.tensor([[40, 60], [60, 30]])
+    encoded = model.get_image_features(random_images(2, num_tiles=5), sizes, return_dict=True)
+    small, large = sorted(len(features_ND) for features_ND in encoded.pooler_output)
+    assert small < large
+    counts = [len(features_ND) for features_ND in encoded.pooler_output]
+    rows = batch([[1, *[IMAGE_TOKEN_ID] * count, 5] for count in counts])
+    model(**rows, mm_encoder_outputs={"image": encoded})
+    swapped = batch([[1, *[IMAGE_TOKEN_ID] * count, 5] for count in reversed(counts)])
+    with pytest.raises(ValueError, match=f"got {counts[1]} image tokens in row 0 and images with"):
+        model(**swapped, mm_encoder_outputs={"image": encoded})
+
+
+def test_features_are_spliced_without_copying_the_embeddings():
+    model = tiny_model()
+    ids = torch.tensor([[1, *IMAGE, 5, 6]])
+    embedded, read = [], []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: embedded.append(output))
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    pixel_values = random_images(1)
+    expected = model(ids, pixel_values=pixel_values).logits
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, pixel_values=pixel_values).logits, expected)
+    assert read[1].data_ptr() == embedded[1].data_ptr()
+    assert read[0].data_ptr() != embedded[0].data_ptr()
+
+
+def test_a_frozen_tower_has_no_gradient_but_its_pictures_may():
+    model = tiny_model()
+    model.model.vision_tower.requires_grad_(False)
+    model.enable_input_require_grads()
+    pixel_values = random_images(1)
+    assert not model.model.run_tower(pixel_values).last_hidden_state.requires_grad
+    pixel_values.requires_grad_()
+    model.model.run_tower(pixel_values).last_hidden_state.sum().backward()
+    assert pixel_values.grad.abs().sum() > 0
 
 
 def test_tiled_images_need_their_sizes():

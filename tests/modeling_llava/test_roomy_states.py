@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from modeling_llava.generation import RoomyLayer, leave_room
+from modeling_llava.generation import RoomyLayer, count_spare_tokens, leave_room
 from tests.tiny import IMAGE_TOKEN_ID, batch, random_images, text_ids, tiny_model
 
 
@@ -36,7 +36,7 @@ def test_every_way_of_changing_states():
             change(cache)
         rows = len(caches[1].layers[0].keys)
         append(caches, 1, rows=rows)
-        append(caches, RoomyLayer.spare_length, rows=rows)
+        append(caches, count_spare_tokens(rows), rows=rows)
     for cache in caches:
         cache.batch_repeat_interleave(3)
     append(caches, 2, rows=3)
@@ -50,7 +50,7 @@ def test_tokens_are_added_in_place():
     caches = states_pair()
     append(caches, 5)
     start = caches[0].layers[0].keys.data_ptr()
-    for _ in range(RoomyLayer.spare_length):
+    for _ in range(count_spare_tokens(2)):
         append(caches, 1)
     assert caches[0].layers[0].keys.data_ptr() == start
     append(caches, 1)
@@ -82,3 +82,35 @@ def test_generate_uses_them(settings):
         **settings,
     )
     assert {type(layer) for layer in output.past_key_values.layers} == {RoomyLayer}
+
+
+def test_states_of_inference_mode_can_grow_outside_it():
+    caches = states_pair()
+    with torch.inference_mode():
+        append(caches, 5)
+    with torch.no_grad():
+        append(caches, 1)
+
+
+@torch.no_grad()
+def test_a_cache_without_a_config_leaves_room():
+    model = tiny_model()
+    inputs = batch([[1, *text_ids(5)]])
+    states = model.generate(
+        **inputs, past_key_values=DynamicCache(), return_dict_in_generate=True, max_new_tokens=2
+    ).past_key_values
+    assert {type(layer) for layer in states.layers} == {RoomyLayer}
+
+
+@torch.no_grad()
+def test_a_graph_holds_the_states():
+    model = tiny_model()
+    states = DynamicCache(config=model.config.text_config)
+    leave_room(states)
+    inputs = batch([[1, *text_ids(5)]])
+    expected = model(**inputs, past_key_values=DynamicCache(config=model.config.text_config)).logits
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**inputs, past_key_values=states).logits, expected)
+    token = {"input_ids": torch.tensor([[7]])}
+    expected = model(input_ids=torch.cat([inputs["input_ids"], token["input_ids"]], dim=1)).logits[:, -1:]
+    torch.testing.assert_close(compiled(**token, past_key_values=states).logits, expected, rtol=1e-4, atol=1e-5)
