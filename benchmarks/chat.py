@@ -4,9 +4,9 @@
 
 Same weights, processor and conversation; the picture has 576 tokens and comes with the first question. A time runs
 from the messages to the first token, preparing the picture included. The two take turns, and every round starts with
-nothing. In 32 bits the answers must be equal, or the benchmark fails; in 16 bits rounding decides between tokens that
-are nearly equal. Random weights speak no language: their answers are split into other tokens when they are read
-again, so that ChatSession has to compute them once more. Those of a trained model are not.
+nothing. In 32 bits the tokens of the answers must be equal, or the benchmark fails; in 16 bits rounding decides
+between tokens that are nearly equal. Random weights speak no language: their answers are split into other tokens when
+they are read again, so that ChatSession has to compute them once more. Those of a trained model are not.
 """
 
 import argparse
@@ -34,6 +34,19 @@ QUESTIONS = [
 ]
 
 
+def record_answers(model: PreTrainedModel) -> list[list[int]]:
+    """The ids of every answer that `model.generate` gives from now on."""
+    answers, generate = [], model.generate
+
+    def record(**settings) -> torch.Tensor:
+        output_ids = generate(**settings)
+        answers.append(output_ids[0, settings["input_ids"].shape[1] :].tolist())
+        return output_ids
+
+    model.generate = record
+    return answers
+
+
 def answer_with_generate(model: PreTrainedModel, processor: AnyLlavaProcessor, messages: list, num_tokens: int) -> str:
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -46,10 +59,8 @@ def answer_with_session(session: ChatSession, messages: list, num_tokens: int) -
     return "".join(session.answer(messages, max_new_tokens=num_tokens))
 
 
-def talk(
-    answer: Callable[[list, int], str], image: Image.Image, *, num_tokens: int, device: str
-) -> tuple[list[float], list[dict[str, Any]]]:
-    """Ask every question; returns the seconds to each first token and the conversation."""
+def talk(answer: Callable[[list, int], str], image: Image.Image, *, num_tokens: int, device: str) -> list[float]:
+    """Ask every question; returns the seconds to each first token."""
     messages: list[dict[str, Any]] = []
     seconds = []
     for question in QUESTIONS:
@@ -59,7 +70,7 @@ def talk(
         answer(messages, 1)
         seconds.append(clock(device) - start)
         messages.append({"role": "assistant", "content": answer(messages, num_tokens)})
-    return seconds, messages
+    return seconds
 
 
 def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> list[Row]:
@@ -74,16 +85,15 @@ def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> lis
     noise = torch.randint(0, 256, (48, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     image = Image.fromarray(noise.numpy()).resize((640, 480))
     times: dict[str, list[list[float]]] = {"peer": [], "ours": []}
+    ids = {"peer": record_answers(peer), "ours": record_answers(ours)}
     for _ in range(rounds + 1):
         answers = {
             "peer": partial(answer_with_generate, peer, processor),
             "ours": partial(answer_with_session, ChatSession(ours, processor)),
         }
-        conversations = {}
         for kind, answer in answers.items():
-            seconds, conversations[kind] = talk(answer, image, num_tokens=num_tokens, device=device)
-            times[kind].append(seconds)
-        if ours.dtype == torch.float32 and conversations["ours"] != conversations["peer"]:
+            times[kind].append(talk(answer, image, num_tokens=num_tokens, device=device))
+        if ours.dtype == torch.float32 and ids["ours"] != ids["peer"]:
             raise RuntimeError("the answers differ")
     turns = {kind: list(zip(*seconds[1:])) for kind, seconds in times.items()}
     return [

@@ -2,11 +2,11 @@
 
     python -m benchmarks.decoding [--device cpu] [--size mid] [--rounds 3] [--new-tokens 32]
 
-Same weights and prompt for both: an image of 576 tokens (or five, the tiles of a large one), whose features are given,
-and 64 tokens of text. Decoding is timed from the first new token to the last; `generate` runs for both. The limit of
-decoding counts the weights once for a step, and the states of every row; that of int8 is not computed. Compiled peers
-are compared with compiled ours, so every row names its peer. On a CPU only batch 1 is compiled: compiling takes a
-minute for each model and batch.
+Same weights and prompt for both: an image of 576 tokens (or 2928, those of a large one in tiles) and 64 tokens of
+text. Prefill is timed with the features given, decoding from the first new token to the last; `generate` runs for
+both. The limit of decoding counts the weights once for a step, and the states of every row; that of int8 is not
+computed. Compiled peers are compared with compiled ours, so every row names its peer. On a CPU only batch 1 is
+compiled: compiling takes a minute for each model and batch.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from .roofline import count_operations, count_weights
 from .timing import PEER, Row, clock, compare, default_dtype, prepare
 
 NUM_TEXT_TOKENS = 64
-BATCHES = {"cpu": (1, 8), "cuda": (1, 8, 32)}
-PREFILLED_IMAGES = (1, 5)
-"""Five are the tiles of one large picture."""
+BATCHES = (1, 8, 32)
+PREFILLED_TOKENS = (576, 2928)
+"""Of an image: one tile, and what LLaVA-NeXT keeps at most of five, newlines included."""
 COMPILED_PEER = f"{PEER}, compiled"
 
 
@@ -155,16 +155,17 @@ def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> lis
     }
     rows = [compare("encode, 1 image", seconds["ours"], seconds["peer"], unit="ms", **work)]
     num_weight_bytes = count_weights(ours.model.language_model.layers, ours.lm_head)
-    for num_images in PREFILLED_IMAGES:
-        prompt = build_prompt(1, features * num_images, device)
+    for num_image_tokens in PREFILLED_TOKENS:
+        repeated = features[0].repeat(-(-num_image_tokens // len(features[0])), 1)
+        prompt = build_prompt(1, [repeated[:num_image_tokens]], device)
         jobs = {name: partial(time_prefill, model, prompt, device) for name, model in models.items()}
         work = {
             "bytes": num_weight_bytes,
             "operations": count_operations(partial(generate, ours, prompt, 1, device)),
         }
-        name = f"prefill, {prompt['input_ids'].shape[1]} tokens"
+        name = f"prefill, {num_image_tokens} + {NUM_TEXT_TOKENS} tokens"
         rows += _rows(name, take_turns(jobs, rounds), work=work, unit="ms")
-    for batch in BATCHES[device]:
+    for batch in BATCHES:
         prompt = build_prompt(batch, features, device)
         decode = partial(time_decoding, prompt=prompt, num_tokens=num_tokens, device=device)
         jobs = {name: partial(decode, model) for name, model in models.items()}

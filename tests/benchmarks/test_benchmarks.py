@@ -2,13 +2,16 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 
 import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import __main__ as command
 from benchmarks.llama_cpp import is_installed
 from benchmarks.report import read_results, render, render_table
-from benchmarks.roofline import find_share
+from benchmarks.roofline import count_operations, find_share
 from benchmarks.timing import compare, interleave
 from tests.conftest import ROOT
 
@@ -55,6 +58,14 @@ def test_jobs_take_turns_and_a_first_round_does_not_count():
 )
 def test_the_share_of_the_limit(work, expected):
     assert find_share(work, LIMITS, device="cpu") == (None if expected is None else pytest.approx(expected))
+
+
+@pytest.mark.parametrize("is_causal, expected", [(False, 2 * 2 * 2 * 3 * 8 * 8 * 16), (True, 2 * 2 * 3 * 8 * 8 * 16)])
+def test_attention_is_counted_on_a_cpu(is_causal, expected):
+    states = torch.randn(2, 3, 8, 16)
+    with torch.no_grad():
+        job = partial(scaled_dot_product_attention, states, states, states, is_causal=is_causal)
+        assert count_operations(job) == expected
 
 
 def test_a_table_prints_figure_ratio_spread_and_share():
