@@ -1,6 +1,6 @@
 """A Hugging Face Hub in this process, for tests: what huggingface_hub needs to create, fill and read repositories.
 
-It keeps everything in memory, knows one token, and can be told to break off an upload. Files above `LFS_BYTES` go
+It keeps everything in memory, knows two tokens, and can be told to break off an upload. Files above `LFS_BYTES` go
 through the large-file protocol. Endpoints are those of huggingface_hub 2.4 without xet.
 
     with FakeHub() as hub:
@@ -21,6 +21,7 @@ import yaml
 
 LFS_BYTES = 20_000
 TOKEN = "hf_test_token"
+READ_TOKEN = "hf_read_token"
 USER = "alice"
 _REPO = r"(?P<kind>models|datasets|spaces)/(?P<name>[^/]+/[^/]+)"
 _FILE = r"(?:(?P<kind>datasets|spaces)/)?(?P<name>[^/]+/[^/]+)"
@@ -50,6 +51,8 @@ class FakeHub:
         repositories: By (kind, name), e.g. ("models", "alice/tiny").
         uploads: Hashes of the large files that arrived, in order; a file that is sent twice is in it twice.
         uploads_until_break: After so many large files each further one is refused; None for never.
+        max_file_bytes: Larger files are refused; None for no limit.
+        card_refusal: Status with which every card is refused; None for none.
     """
 
     def __init__(self) -> None:
@@ -58,6 +61,7 @@ class FakeHub:
         self.uploads: list[str] = []
         self.uploads_until_break: int | None = None
         self.max_file_bytes: int | None = None
+        self.card_refusal: int | None = None
         self.lock = threading.Lock()
 
     def __enter__(self) -> "FakeHub":
@@ -141,12 +145,12 @@ class _Handler(BaseHTTPRequestHandler):
     # --- who may do what
 
     def _check_token(self) -> None:
-        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+        if self.headers.get("Authorization") not in (f"Bearer {TOKEN}", f"Bearer {READ_TOKEN}"):
             raise _Refused(401, "Invalid credentials in Authorization header")
 
     def _check_owner(self, name: str) -> None:
         self._check_token()
-        if not name.startswith(f"{USER}/"):
+        if not name.startswith(f"{USER}/") or self.headers.get("Authorization") == f"Bearer {READ_TOKEN}":
             raise _Refused(403, f"Forbidden: you don't have the rights to write to {name}")
 
     def _repository(self, kind: str | None, name: str) -> Repository:
@@ -186,6 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
             limit = settings.get("uploads_until_break")
             self.hub.uploads_until_break = None if limit is None else len(self.hub.uploads) + limit
             self.hub.max_file_bytes = settings.get("max_file_bytes")
+            self.hub.card_refusal = settings.get("card_refusal")
         return 200, {"uploads": self.hub.uploads}
 
     def preupload(self, kind: str, name: str, revision: str) -> tuple:
@@ -294,9 +299,10 @@ class _Handler(BaseHTTPRequestHandler):
     def validate_yaml(self) -> tuple:
         content = json.loads(self.body)["content"]
         metadata = yaml.safe_load(content.split("---")[1])
-        if "license" not in metadata:
-            raise _Refused(400, "license is required")
-        return 200, {"errors": [], "warnings": []}
+        if self.hub.card_refusal is None and "license" in metadata:
+            return 200, {"errors": [], "warnings": []}
+        errors = [{"message": "license is required"}]
+        return self.hub.card_refusal or 400, {"errors": errors, "warnings": []}
 
 
 def _describe_file(path: str, data: bytes) -> dict:

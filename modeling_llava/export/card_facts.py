@@ -21,7 +21,7 @@ class PublishedFigures:
     """Figures that somebody else measured.
 
     Raises:
-        ValueError: without an address where they stand.
+        ValueError: without an address where they stand, or with figures in the note.
     """
 
     source: str
@@ -33,6 +33,7 @@ class PublishedFigures:
     def __post_init__(self) -> None:
         if not self.source.startswith("https://"):
             raise ValueError(f"got source={self.source!r} of published figures; expected the address where they stand")
+        refuse_loose_figures(self.note or "", "the note of published figures")
 
     @property
     def sourced_values(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 import hub_cards
 
 from .card_vocabulary import LICENSES
-from .figures import add_source
+from .figures import add_source, refuse_loose_figures
 
 DATA_KINDS = {
     "public": "Publicly available datasets",
@@ -40,7 +40,8 @@ class DataEntry:
     """One source of training data.
 
     Raises:
-        ValueError: an unknown kind or licence, synthetic data without its maker, or crawled data without its domains.
+        ValueError: an unknown kind or licence, synthetic data without its maker, crawled data without its domains, or
+            figures of a measurement in a text.
     """
 
     name: str
@@ -78,6 +79,8 @@ class DataEntry:
             raise ValueError(f"got synthetic data {self.name} without made_by; expected the models that made it")
         if self.kind == "crawled" and not self.domains:
             raise ValueError(f"got crawled data {self.name} without domains; expected the main ones")
+        for text in (self.used_for, self.personal_data, self.made_by, self.note):
+            refuse_loose_figures(text or "", f"data {self.name}")
 
 
 def read_manifest(path: str | Path) -> list[DataEntry]:

@@ -1,6 +1,7 @@
 """Rows of training data as a dataset repository: Parquet files with the pictures inside, and a card."""
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import DatasetCardData
 
@@ -58,21 +59,23 @@ def write_dataset_repository(
         tags=["llava", *facts.tags],
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],
     )
-    (out / "README.md").write_text(assemble_card(metadata, body, layout="dataset"), encoding="utf-8")
+    (out / "README.md").write_text(assemble_card(metadata, body, layout="dataset", repo_id=repo_id), encoding="utf-8")
     return conflicts
 
 
 def write_parquet(source: DataSource, folder: Path) -> dict[str, int]:
-    """Write the rows with their pictures' bytes; returns how many rows and pictures there are."""
+    """Write the rows with their pictures' bytes, without metadata; returns how many rows and pictures there are.
+
+    Raises:
+        ValueError: if a record or picture cannot be read.
+    """
     from datasets import Features, Image, List
-    from datasets.table import embed_table_storage
 
     from processing_llava.row_datasets import ROW_FEATURES, load_rows
 
     rows, _ = load_rows([source])
     features = Features(ROW_FEATURES | {"images": List(Image())})
-    # Paths in, bytes out: what leaves this machine holds its pictures.
-    table = rows.with_format("arrow").cast(features).map(embed_table_storage, batched=True, batch_size=100)
+    table = rows.map(_clean_images, batched=True, batch_size=100, features=features).with_format("arrow")
     num_shards = 1 + table.data.nbytes // SHARD_BYTES
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(num_shards):
@@ -80,3 +83,18 @@ def write_parquet(source: DataSource, folder: Path) -> dict[str, int]:
         shard.to_parquet(folder / f"train-{index:05}-of-{num_shards:05}.parquet")
     num_images = sum(len(images) for images in rows.with_format(None)["images"])
     return add_source({"rows": len(rows), "images": num_images}, "data")
+
+
+def _clean_images(batch: dict[str, list]) -> dict[str, list]:
+    """Paths in, bytes out: what leaves this machine holds its pictures, and nothing of where they were taken."""
+    rows = zip(batch["id"], batch["images"])
+    return {**batch, "images": [[_clean_image(image, row_id) for image in images] for row_id, images in rows]}
+
+
+def _clean_image(source: str | bytes | Path, row_id: str) -> dict[str, Any]:
+    from processing_llava.image_loading import clean_image
+
+    try:
+        return {"bytes": clean_image(source), "path": None}
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error} (a picture of record {row_id!r})") from error

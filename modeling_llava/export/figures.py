@@ -19,7 +19,14 @@ RESULTS_FOLDER = "results"
 _RESULT_FIELDS = {"benchmark", "dataset", "split", "metric", "value", "n"}
 _OPTIONAL_FIELDS = {"task_id"}
 _RUN_FIELDS = {"seed", "commit", "command", "results"}
-_LOOSE_FIGURE = re.compile(r"\d+(?:[.,]\d+)?\s?%|(?<![\w.])0?\.\d+")
+_LOOSE_FIGURE = re.compile(
+    r"""\d[\d.,]*\s?(?:%|per\ ?cent\b)
+    | (?<![\w.])0?\.\d+
+    | (?<![\w.])\d{2,}\.\d{1,3}(?![\w.]*\w)(?!\ (?:thousand|million|billion)\b)
+    | \b\d[\d,]*\ (?:out\ )?of\ (?:the\ )?\d[\d,]*""",
+    flags=re.VERBOSE,
+)
+"""A share, or a number with a point that is none of a version (v1.5, CC BY 4.0) and no size (10.5 million)."""
 
 
 class SourcedInt(int):
@@ -93,7 +100,7 @@ def read_results(folder: Path) -> list[Result]:
 
 
 def refuse_loose_figures(text: str, where: str) -> None:
-    """Refuse a share or percentage in a text that somebody wrote.
+    """Refuse the figure of a measurement in a text that somebody wrote.
 
     Raises:
         ValueError: quoting it.

@@ -5,24 +5,37 @@ has, so the same command again sends the rest; a pull request is the exception, 
 """
 
 from pathlib import Path
+from typing import Any
 
 import httpx
 import yaml
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import BadRequestError, HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from .model_card import HUB_RESULTS_FILE
+from .remote_code import collect_modules
 from .repository import KINDS
 from .repository_check import check_repository
+from .run_files import CARRIED_FILES
 
 IGNORED_FOLDERS = ("__pycache__", ".cache", ".git")
+_MODEL_FILES = (
+    "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", "adapter_config.json",
+    "adapter_model.safetensors", "config.json", "generation_config.json", "preprocessor_config.json",
+    "tokenizer.model", "TRAINING_DATA_SUMMARY.md", "results/*.json", HUB_RESULTS_FILE.as_posix(), *CARRIED_FILES,
+)  # fmt: skip
+"""What one export of a model or adapter holds and another one may lack."""
+_CARD_REFUSED = "the Hub refuses this, most often for the card: correct the metadata at the top of README.md"
 _MEANINGS = {
+    400: _CARD_REFUSED,
     401: "the Hub does not know this token; get one that may write at https://huggingface.co/settings/tokens and run "
     "`hf auth login`, or set HF_TOKEN",
-    403: "this token may not write there: the name belongs to somebody else, or the token may only read",
+    403: "this token may not write there; get one with the right to, at https://huggingface.co/settings/tokens",
     404: "there is no such repository, or this token may not see it",
     409: "the name is taken by something else, or somebody else is writing; choose another --repo-id or try again",
     413: "a file is larger than the Hub takes; save the model in smaller shards",
+    422: _CARD_REFUSED,
     429: "too many requests; try again later",
 }
 """What an answer of the Hub means for a person who pushes."""
@@ -56,8 +69,10 @@ def push_repository(folder: Path, repo_id: str, kind: str, *, private: bool = Tr
     check_repository(folder, kind)
     api = HfApi()
     try:
-        api.whoami()
-        return _push(api, folder, repo_id, KINDS[kind], private=private, pull_request=pull_request)
+        user = api.whoami()
+        if not pull_request:
+            _check_owner(user, repo_id)
+        return _push(api, folder, repo_id, kind, private=private, pull_request=pull_request)
     except LocalTokenNotFoundError as error:
         raise ValueError(f"got no token of the Hub; expected one: {_MEANINGS[401]}") from error
     except OfflineModeIsEnabled as error:
@@ -74,7 +89,28 @@ def push_repository(folder: Path, repo_id: str, kind: str, *, private: bool = Tr
         ) from error
 
 
-def _push(api: HfApi, folder: Path, repo_id: str, repo_type: str, *, private: bool, pull_request: bool) -> str:
+def list_replaced(kind: str) -> list[str]:
+    """Patterns of files that an earlier push may have left, and that would be read beside those that go up."""
+    if kind == "space":
+        return []
+    if kind == "dataset":
+        return ["data/train-*"]
+    return [*_MODEL_FILES, *(f"{name}.py" for name in collect_modules())]
+
+
+def _check_owner(user: dict[str, Any], repo_id: str) -> None:
+    """Refuse a name of somebody else: huggingface_hub takes their public repository for one that it created."""
+    owner = repo_id.split("/")[0]
+    own = [user["name"], *(organization["name"] for organization in user.get("orgs", []))]
+    if "/" in repo_id and owner not in own:
+        raise ValueError(
+            f"got {repo_id}, which belongs to {owner}; expected a repository of {', '.join(own)}: choose another "
+            "--repo-id, or propose the files with --pull-request"
+        )
+
+
+def _push(api: HfApi, folder: Path, repo_id: str, kind: str, *, private: bool, pull_request: bool) -> str:
+    repo_type = KINDS[kind]
     if not pull_request:
         sdk = _read_sdk(folder) if repo_type == "space" else None
         api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk)
@@ -86,12 +122,16 @@ def _push(api: HfApi, folder: Path, repo_id: str, repo_type: str, *, private: bo
             repo_type=repo_type,
             folder_path=folder,
             create_pr=pull_request,
+            delete_patterns=list_replaced(kind),
             ignore_patterns=[f"{start}{name}/**" for name in IGNORED_FOLDERS for start in ("", "**/")],
             commit_message="Upload with llava push",
         )
     except ValueError as error:
         if isinstance(error, HfHubHTTPError):
             raise
+        if isinstance(error.__cause__, BadRequestError):
+            reason = " ".join(str(error).split())
+            raise ValueError(f"got 400 from the Hub for {repo_id} ({reason}): {_CARD_REFUSED}") from error
         raise ValueError(f"got files that the Hub refuses for {repo_id}: {error}; expected smaller ones") from error
     return commit.pr_url if pull_request else commit.commit_url
 

@@ -14,10 +14,13 @@ from PIL import Image
 from transformers import AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 
 from modeling_llava.auto import AutoModelForVision2Seq
-from processing_llava.original_folder import OriginalFolder
+from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
+from processing_llava.original_folder import OriginalFolder, read_json
 
 from .run_files import RECORD_FILE
 
+PROJECTOR = "mm_projector"
+"""How adapters that were trained with this package call the projector that they bring."""
 MAX_RELATIVE_DIFFERENCE = 0.1
 """Of the largest logit. Rounding to 16 bits stays far below; an adapter of another base does not."""
 
@@ -55,12 +58,12 @@ def merge_adapter(
     Raises:
         ValueError: if the adapter cannot be used, or the merged model computes something else.
     """
-    record = _read_record(Path(adapter))
-    if base_bits is None:
-        base_bits = 4 if record.get("recipe", {}).get("stage") == "qlora" else 16
-    if base_bits not in (4, 16):
+    if base_bits not in (None, 4, 16):
         raise ValueError(f"got {base_bits} bits; expected 4 or 16")
     try:
+        record = read_json(adapter, RECORD_FILE, {}) or {}
+        if base_bits is None:
+            base_bits = 4 if record.get("recipe", {}).get("stage") == "qlora" else 16
         before, merged, processor = _merge(adapter, base_model=base_model, base_bits=base_bits)
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split("\n")[:2])
@@ -77,11 +80,6 @@ def merge_adapter(
     return report
 
 
-def _read_record(adapter: Path) -> dict:
-    path = adapter / RECORD_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def _merge(
     adapter: str, *, base_model: str | None, base_bits: int
 ) -> tuple[torch.Tensor, PreTrainedModel, ProcessorMixin]:
@@ -96,22 +94,28 @@ def _merge(
     from peft import PeftConfig, PeftModel
 
     processor = AutoProcessor.from_pretrained(adapter)
-    base_model = base_model or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    config = PeftConfig.from_pretrained(adapter)
+    base_model = base_model or config.base_model_name_or_path
+    # transformers' own class, which "auto" takes for its layout, has another name for our projector; PEFT would leave
+    # the trained one out with a warning.
+    is_ours = PROJECTOR in (config.to_dict().get("modules_to_save") or ())
+    model_class = AnyLlavaForConditionalGeneration if is_ours else AutoModelForVision2Seq
     if base_bits == 16:
-        model = PeftModel.from_pretrained(AutoModelForVision2Seq.from_pretrained(base_model, dtype="auto"), adapter)
+        model = PeftModel.from_pretrained(model_class.from_pretrained(base_model, dtype="auto"), adapter)
         before = _compute_logits(model, processor)
     else:
-        before = _compute_logits(PeftModel.from_pretrained(_load_4_bits(base_model), adapter), processor)
-        model = PeftModel.from_pretrained(_load_4_bits(base_model).dequantize(), adapter)
-    return before, model.merge_and_unload(safe_merge=True), processor
+        before = _compute_logits(PeftModel.from_pretrained(_load_4_bits(model_class, base_model), adapter), processor)
+        model = PeftModel.from_pretrained(_load_4_bits(model_class, base_model).dequantize(), adapter)
+    merged = model.merge_and_unload(safe_merge=True)
+    if is_ours:
+        merged.config.source_config = None  # the layout that fits the processor, whatever the base had
+    return before, merged, processor
 
 
-def _load_4_bits(base_model: str) -> PreTrainedModel:
+def _load_4_bits(model_class: type, base_model: str) -> PreTrainedModel:
     from modeling_llava.training.lora import four_bit_config
 
-    return AutoModelForVision2Seq.from_pretrained(
-        base_model, dtype=torch.bfloat16, quantization_config=four_bit_config()
-    )
+    return model_class.from_pretrained(base_model, dtype=torch.bfloat16, quantization_config=four_bit_config())
 
 
 def _compute_logits(model: torch.nn.Module, processor: ProcessorMixin) -> torch.Tensor:

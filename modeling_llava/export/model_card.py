@@ -27,6 +27,11 @@ PREPARED_MARK = "<!-- Prepared by anyllava"
 PIPELINE_TAG = "image-text-to-text"
 HUB_RESULTS_FILE = Path(".eval_results") / "anyllava.yaml"
 """Where the Hub looks for results: on the page of the model, and in the leaderboard of a benchmark."""
+RECIPE_SETTINGS = (
+    "template", "image_aspect_ratio", "tokens_per_batch", "images_per_batch", "projector_learning_rate",
+    "vision_tower_learning_rate", "muon_learning_rate",
+)  # fmt: skip
+"""What of a recipe decides the result beside the Trainer's settings; paths stay out."""
 MODALITY_RANGES = ((1_000_000, "less than 1 million"), (1_000_000_000, "1 million to 1 billion"))
 """Ranges of the number of pictures in the template of the EU AI Act, by their upper ends; beyond is the last one."""
 
@@ -75,25 +80,30 @@ class ModelDescription:
 def write_model_card(model: ModelDescription) -> str:
     """The text of README.md."""
     template = build_environment().get_template("adapter.md.jinja" if model.layout == "adapter" else "model.md.jinja")
-    body = template.render(model=model, facts=model.facts, run=model.run, not_stated=NOT_STATED)
-    return assemble_card(_metadata(model), body, layout=model.layout)
+    body = template.render(
+        model=model, facts=model.facts, run=model.run, not_stated=NOT_STATED, recipe_settings=RECIPE_SETTINGS
+    )
+    return assemble_card(_metadata(model), body, layout=model.layout, repo_id=model.repo_id)
 
 
-def assemble_card(metadata: CardData, body: str, *, layout: str) -> str:
-    """Metadata, the mark of a prepared folder, and the text."""
-    return f"---\n{metadata.to_yaml()}\n---\n\n{PREPARED_MARK} {version('anyllava')}, layout {layout} -->\n{body}"
+def assemble_card(metadata: CardData, body: str, *, layout: str, repo_id: str) -> str:
+    """Metadata, the mark of a prepared folder with the repository that it is for, and the text."""
+    mark = f"{PREPARED_MARK} {version('anyllava')}, layout {layout}, for {repo_id} -->"
+    return f"---\n{metadata.to_yaml()}\n---\n\n{mark}\n{body}"
 
 
-def keep_card(card: Path, out: Path, *, layout: str) -> None:
-    """Take a card as somebody wrote it.
+def read_kept_card(path: Path) -> ModelCard:
+    """A card as somebody wrote it.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or its metadata lack what the folder is checked against.
     """
-    if not card.is_file():
-        raise ValueError(f"got no {card} to keep; expected one, or a card to be written: leave out --keep-card")
-    own = ModelCard.load(card)
-    (out / card.name).write_text(assemble_card(own.data, own.text, layout=layout), encoding="utf-8")
+    if not path.is_file():
+        raise ValueError(f"got no {path} to keep; expected one, or a card to be written: leave out --keep-card")
+    card = ModelCard.load(path)
+    if not card.data.license or not card.data.base_model:
+        raise ValueError(f"got {path} without license or base_model; expected both in its metadata: add them")
+    return card
 
 
 def write_data_summary(model: ModelDescription) -> str:
@@ -169,6 +179,8 @@ def _eval_results(model: ModelDescription) -> list[EvalResult]:
             task_type=PIPELINE_TAG,
             dataset_type=result.dataset,
             dataset_name=result.benchmark,
+            # huggingface_hub merges figures of one dataset, split and configuration under the first one's source.
+            dataset_config=f"{result.benchmark}, {result.value.source}",
             dataset_split=result.split,
             metric_type=result.metric,
             metric_value=float(result.value),

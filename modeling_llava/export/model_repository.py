@@ -15,26 +15,31 @@ from transformers import AutoProcessor, PreTrainedConfig, ProcessorMixin
 
 import hub_cards
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
-from modeling_llava.original_layout import write_transformers_config
+from modeling_llava.original_layout import TRANSFORMERS_CONFIGS, write_transformers_config
 from processing_llava import AnyLlavaProcessor
+from processing_llava.original_folder import is_original, read_json
 
 from .export_settings import Exported, ExportSettings
 from .figures import add_source
+from .merged_adapter import PROJECTOR
 from .model_card import (
     HUB_RESULTS_FILE,
     ModelDescription,
-    keep_card,
+    assemble_card,
+    read_kept_card,
     write_data_summary,
     write_hub_results,
     write_model_card,
 )
 from .remote_code import write_remote_code
-from .repository_check import is_absolute_path
-from .run_files import list_carried_files, read_run_files
+from .repository_check import cut_paths
+from .run_files import carry_files, read_run_files
 from .transformers_processor import build_transformers_processor, changes_ids, save_transformers_processor
 
 APACHE_LICENSE = Path(hub_cards.__file__).parent / "LICENSE-apache-2.0"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+SENTENCEPIECE_FILE = "tokenizer.model"
+"""llama.cpp's converter reads no other file of a SentencePiece tokenizer, and transformers does not write it."""
 SHARD_SIZE = "5GB"
 OTHER_IDS = (
     "transformers' processor gives the text after a picture other ids than the model was trained on, as in all "
@@ -56,6 +61,8 @@ def export_model(source: Path, out: Path, settings: ExportSettings) -> Exported:
         raise ValueError(f"got code for the layout {layout!r}; expected the layout 'any_llava', which needs it")
     model.save_pretrained(out, layout=layout, max_shard_size=SHARD_SIZE)
     has_other_ids = save_processor(processor, out, layout=layout, config=model.config)
+    if (source / SENTENCEPIECE_FILE).is_file():
+        shutil.copyfile(source / SENTENCEPIECE_FILE, out / SENTENCEPIECE_FILE)
     if has_code:
         write_remote_code(out)
     notices = _add_card(
@@ -125,7 +132,7 @@ def export_adapter(source: Path, out: Path, settings: ExportSettings) -> Exporte
     """Copy an adapter of PEFT, whose base model is one on the Hub.
 
     Raises:
-        ValueError: if a file, the base model, or something for the card is missing.
+        ValueError: if a file, the base model, or something for the card is missing, or the base has other names.
     """
     for name in ADAPTER_FILES:
         if not (source / name).is_file():
@@ -135,6 +142,7 @@ def export_adapter(source: Path, out: Path, settings: ExportSettings) -> Exporte
     processor.save_pretrained(out)
     config = json.loads((out / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
     base = _find_base(source, config, settings)
+    _refuse_other_names(config, base)
     config["base_model_name_or_path"] = base
     (out / ADAPTER_FILES[0]).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     notices = _add_card(
@@ -146,6 +154,7 @@ def export_adapter(source: Path, out: Path, settings: ExportSettings) -> Exporte
         features={
             "rank": add_source(config["r"], ADAPTER_FILES[0]),
             "alpha": add_source(config["lora_alpha"], ADAPTER_FILES[0]),
+            "dropout": add_source(config["lora_dropout"], ADAPTER_FILES[0]),
             "trained as a whole": ", ".join(f"`{name}`" for name in config["modules_to_save"] or ()) or "nothing",
         },
     )
@@ -166,16 +175,35 @@ def _find_base(source: Path, config: dict[str, Any], settings: ExportSettings) -
     return base
 
 
+def _refuse_other_names(config: dict[str, Any], base: str) -> None:
+    """Refuse a base in transformers' layout, which calls the projector otherwise: PEFT would leave the trained one out
+    with a warning. A base that cannot be read from here is taken as it is.
+
+    Raises:
+        ValueError: naming the base.
+    """
+    try:
+        found = read_json(base, "config.json", {})
+    except OSError:
+        return
+    is_built_in = found is not None and found.get("model_type") in TRANSFORMERS_CONFIGS and not is_original(found)
+    if is_built_in and PROJECTOR in (config["modules_to_save"] or ()):
+        raise ValueError(
+            f"got an adapter with a projector for {base}, whose layout 'transformers' has another name for it; "
+            "expected a base in our layout: push the base with --layout any_llava, or push what `llava merge` makes"
+        )
+
+
 def _add_card(source: Path, out: Path, settings: ExportSettings, **details: Any) -> list[str]:
     """Put the files of the training, card, summary of the data and licence into the folder; returns notices."""
-    for path in list_carried_files(source):
-        (out / path).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / path, out / path)
+    carry_files(source, out)
     _cut_paths(out)
-    if settings.keep_card:
-        keep_card(source / "README.md", out, layout=details["layout"])
-        return []
     run, facts = read_run_files(out), settings.facts
+    card = read_kept_card(source / "README.md") if settings.keep_card else None
+    if card is not None:
+        bases = card.data.base_model
+        bases = [bases] if isinstance(bases, str) else bases
+        facts = replace(facts, license=card.data.license, base_model=bases)
     model = ModelDescription(
         repo_id=settings.repo_id,
         facts=facts,
@@ -184,7 +212,10 @@ def _add_card(source: Path, out: Path, settings: ExportSettings, **details: Any)
         data=settings.data or facts.data_entries or run.data_entries,
         **details,
     )
-    (out / "README.md").write_text(write_model_card(model), encoding="utf-8")
+    text = write_model_card(model)
+    if card is not None:
+        text = assemble_card(card.data, card.text, layout=model.layout, repo_id=model.repo_id)
+    (out / "README.md").write_text(text, encoding="utf-8")
     if model.data:
         (out / "TRAINING_DATA_SUMMARY.md").write_text(write_data_summary(model), encoding="utf-8")
     hub_results = write_hub_results(model)
@@ -203,6 +234,8 @@ def _add_card(source: Path, out: Path, settings: ExportSettings, **details: Any)
 
 def _cut_paths(folder: Path) -> None:
     for path in folder.rglob("*.json"):
+        if path.name == "tokenizer.json":  # its pieces can look like paths
+            continue
         content = json.loads(path.read_text(encoding="utf-8"))
         cut = _cut(content)
         if cut != content:
@@ -214,4 +247,4 @@ def _cut(value: Any) -> Any:
         return {name: _cut(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_cut(item) for item in value]
-    return Path(value).name if isinstance(value, str) and is_absolute_path(value) else value
+    return cut_paths(value) if isinstance(value, str) else value

@@ -15,6 +15,7 @@ from .repository_check import check_repository
 
 KINDS = {"model": "model", "adapter": "model", "dataset": "dataset", "space": "space"}
 """What can be exported, and as which type of repository."""
+_PREPARED = re.compile(rf"{re.escape(PREPARED_MARK)} .* for (\S+) -->")
 _NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.pyc", ".git", ".gradio", ".cache", ".env")
 
 
@@ -47,23 +48,32 @@ def find_kind(source: Path) -> str:
     )
 
 
-def is_prepared(source: Path) -> bool:
-    """Whether a folder was written by `llava export`."""
+def find_prepared_id(source: Path) -> str | None:
+    """The repository that `llava export` wrote a folder for; None for any other folder or file."""
     card = source / "README.md"
-    return card.is_file() and PREPARED_MARK in card.read_text(encoding="utf-8")
+    mark = _PREPARED.search(card.read_text(encoding="utf-8")) if card.is_file() else None
+    return mark.group(1) if mark else None
 
 
 def prepare_repository(source: Path, out: Path, settings: ExportSettings) -> Exported:
-    """A prepared folder as it is; of anything else an export to `out`.
+    """A prepared folder as it is, once it is checked; of anything else an export to `out`.
 
     Raises:
-        ValueError: as `export_repository`.
+        ValueError: as `export_repository`, or if the folder was prepared for another repository.
     """
-    if not is_prepared(source):
+    prepared_id = find_prepared_id(source)
+    if prepared_id is None:
         return export_repository(source, out, settings)
     if settings != ExportSettings(repo_id=settings.repo_id):
         raise ValueError(f"got {source}, which is exported already, and settings of an export; expected one of them")
-    return Exported(folder=source, kind=find_kind(source))
+    if prepared_id != settings.repo_id:
+        raise ValueError(
+            f"got {source}, whose card was written for {prepared_id!r}; expected {settings.repo_id!r}: export it "
+            f"again with --repo-id {settings.repo_id}"
+        )
+    kind = find_kind(source)
+    check_repository(source, kind)
+    return Exported(folder=source, kind=kind)
 
 
 def export_repository(source: Path, out: Path, settings: ExportSettings) -> Exported:

@@ -12,12 +12,20 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .card_vocabulary import BASE_MODEL_RELATIONS, LICENSES, PIPELINE_TAGS, SPACE_COLORS, SPACE_SDKS
 
-MAX_FILE_BYTES = 50_000_000_000
-"""Beyond it the Hub refuses a file."""
+MAX_FILE_BYTES = 500_000_000_000
+"""Beyond it the Hub refuses a file: https://huggingface.co/docs/hub/storage-limits."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _TEXT_FILES = (".md", ".json", ".txt", ".py", ".yaml", ".yml", ".csv", ".jinja", ".cfg", ".toml")
-_TEMPLATE_MARKS = ("{{", "{%", "[More Information Needed]", "[optional]", "TODO")
-_PATH_IN_TEXT = re.compile(r"(?<![\w/.:~<])(?:~?/|[A-Za-z]:\\)[\w.@+-]+[/\\][\w.@+/\\-]*")
+# BibTeX has {{ after =, where it keeps capitals.
+_TEMPLATE_MARK = re.compile(r"\{\{(?=\s)|(?<![={\"])(?<!= )\{\{|\{%|\[More Information Needed\]|\[optional\]|TODO")
+# Addresses of the web are matched first, so that no path is found inside them.
+_PATH_IN_TEXT = re.compile(
+    r"""(?!file:)\b[A-Za-z][\w+.-]*://\S+
+    | (?P<path> (?<![\w/.:~<])(?:~?/|[A-Za-z]:[/\\])[\w.@+-]+[/\\][\w.@+/\\-]*
+    | \bfile://[\w.@+:/\\-]+
+    | (?<!\\)\\\\[\w.-]+\\[\w.$@+\\-]+ )""",
+    flags=re.VERBOSE,
+)
 _RELATIVE_LINK = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(?:-[A-Za-z]{2,4})?|multilingual|code")
@@ -68,13 +76,32 @@ def is_absolute_path(value: str) -> bool:
     return "\n" not in value and any(path.is_absolute() and len(path.parts) > 2 for path in paths)
 
 
+def find_paths(text: str) -> list[str]:
+    """Paths of somebody's machine: the text itself, or what stands in it."""
+    if is_absolute_path(text):
+        return [text]
+    return [match["path"] for match in _PATH_IN_TEXT.finditer(text) if match["path"]]
+
+
+def cut_paths(text: str) -> str:
+    """The text with the last part alone of every path that `find_paths` finds."""
+    if is_absolute_path(text):
+        return _last_part(text)
+    return _PATH_IN_TEXT.sub(lambda match: _last_part(match["path"]) if match["path"] else match.group(), text)
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+
+
 def _find_file_problems(folder: Path) -> Iterator[str]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if not path.is_file():
             continue
         if path.stat().st_size > MAX_FILE_BYTES:
-            yield f"{name} has {path.stat().st_size:,} bytes, and the Hub takes at most {MAX_FILE_BYTES:,} in one file"
+            size, limit = f"{path.stat().st_size:,}", f"{MAX_FILE_BYTES:,}"
+            yield f"{name} has {size} bytes, and the Hub takes at most {limit} in one file: split it"
         if path.suffix in _PICKLES:
             yield f"{name} can hold code that runs when it is loaded; save it as safetensors"
         if path.name == ".env":
@@ -85,25 +112,24 @@ def _find_file_problems(folder: Path) -> Iterator[str]:
                 yield f"{name} holds an access token"
             if path.suffix == ".json":
                 yield from (
-                    f"{name} holds the path {found} of this machine" for found in _find_paths(json.loads(text))
+                    f"{name} holds the path {found} of this machine" for found in _find_json_paths(json.loads(text))
                 )
 
 
-def _find_paths(value: Any) -> Iterator[str]:
+def _find_json_paths(value: Any) -> Iterator[str]:
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
         for item in value:
-            yield from _find_paths(item)
-    elif isinstance(value, str) and is_absolute_path(value):
-        yield value
+            yield from _find_json_paths(item)
+    elif isinstance(value, str):
+        yield from find_paths(value)
 
 
 def _find_text_problems(folder: Path, text: str) -> Iterator[str]:
-    for mark in _TEMPLATE_MARKS:
-        if mark in text:
-            yield f"README.md holds {mark!r}, which a template left behind"
-    for path in _PATH_IN_TEXT.findall(text):
+    for mark in dict.fromkeys(_TEMPLATE_MARK.findall(text)):
+        yield f"README.md holds {mark!r}, which a template left behind"
+    for path in find_paths(text):
         yield f"README.md holds the path {path} of this machine"
     for link in _RELATIVE_LINK.findall(text):
         if not (folder / link).exists():

@@ -1,6 +1,8 @@
 """What a trained folder says of its training: record, results, plot, emissions."""
 
 import csv
+import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,11 @@ from .figures import RESULTS_FOLDER, Result, add_source, read_results, read_sour
 RECORD_FILE = "training_record.json"
 PLOT_FILE = "progress.png"
 EMISSIONS_FILE = "emissions.csv"
-"""Written by codecarbon (`report_to: codecarbon` in a recipe)."""
+"""Written by codecarbon (`report_to: codecarbon` in a recipe), a line for each run."""
+EMISSIONS_NUMBERS = ("emissions", "energy_consumed")
+"""In kg of CO2 equivalent and in kWh."""
+EMISSIONS_NAMES = ("country_name", "gpu_model", "cpu_model")
+"""With the numbers, all that leaves this machine: codecarbon also writes where it stands."""
 CARRIED_FILES = (RECORD_FILE, PLOT_FILE, "progress.csv", EMISSIONS_FILE)
 """What goes along with the weights; so do `results/*.json`."""
 
@@ -25,7 +31,7 @@ class RunFiles:
     results: list[Result]
     plot: str | None
     emissions: dict[str, Any] | None
-    """The last line of emissions.csv: `emissions` in kg, `energy_consumed` in kWh, and names."""
+    """`EMISSIONS_NUMBERS` of all runs together, and `EMISSIONS_NAMES`."""
 
     @property
     def data_entries(self) -> list[DataEntry]:
@@ -54,22 +60,38 @@ def read_run_files(folder: Path) -> RunFiles:
         while record is not None:
             stages.insert(0, record)
             record = record["previous"]
-    emissions = None
-    if (folder / EMISSIONS_FILE).is_file():
-        with (folder / EMISSIONS_FILE).open(newline="") as file:
-            *_, line = csv.DictReader(file)
-        numbers = {name: float(line[name]) for name in ("emissions", "energy_consumed")}
-        emissions = line | add_source(numbers, EMISSIONS_FILE)
     return RunFiles(
         stages=stages,
         results=read_results(folder),
         plot=PLOT_FILE if (folder / PLOT_FILE).is_file() else None,
-        emissions=emissions,
+        emissions=_sum_emissions(folder / EMISSIONS_FILE) if (folder / EMISSIONS_FILE).is_file() else None,
     )
 
 
-def list_carried_files(folder: Path) -> list[Path]:
-    """The files of a training that belong into its repository, as paths from the folder."""
-    found = [folder / name for name in CARRIED_FILES] + sorted((folder / RESULTS_FOLDER).glob("*.json"))
-    found += sorted(folder.glob("LICENSE*"))
-    return [path.relative_to(folder) for path in found if path.is_file()]
+def _read_lines(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _sum_emissions(path: Path) -> dict[str, Any]:
+    """A run that was resumed wrote several lines."""
+    lines = _read_lines(path)
+    numbers = {name: math.fsum(float(line[name]) for line in lines) for name in EMISSIONS_NUMBERS}
+    names = {name: ", ".join(dict.fromkeys(filter(None, (line[name] for line in lines)))) for name in EMISSIONS_NAMES}
+    return names | add_source(numbers, EMISSIONS_FILE)
+
+
+def carry_files(source: Path, out: Path) -> None:
+    """Copy the files of a training that belong into its repository; of the emissions only what a card says."""
+    found = [source / name for name in CARRIED_FILES] + sorted((source / RESULTS_FOLDER).glob("*.json"))
+    found += sorted(source.glob("LICENSE*"))
+    for path in filter(Path.is_file, found):
+        copy = out / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+    if (out / EMISSIONS_FILE).is_file():
+        lines = _read_lines(out / EMISSIONS_FILE)
+        with (out / EMISSIONS_FILE).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [*EMISSIONS_NUMBERS, *EMISSIONS_NAMES], extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(lines)

@@ -38,4 +38,4 @@ def write_space_card(folder: Path, *, facts: CardFacts, repo_id: str) -> None:
         tags=["llava", *facts.tags],
     )
     body = build_environment().get_template("space.md.jinja").render(title=title, facts=facts)
-    (folder / "README.md").write_text(assemble_card(metadata, body, layout="space"), encoding="utf-8")
+    (folder / "README.md").write_text(assemble_card(metadata, body, layout="space", repo_id=repo_id), encoding="utf-8")

@@ -63,6 +63,56 @@ def test_every_figure_stands_in_the_reference(name, reference):
         assert {float(value) for value in figures.values.values()} <= found
 
 
+def test_figures_of_the_models_without_a_row(reference):
+    """Which benchmark has which figure, as the sentences of the reference say."""
+    expected = {
+        "llava-13b-v0-science_qa": (
+            "LLaVA NAT 90.36 SOC 95.95 LAN 88.00 TXT 89.49 IMG 88.00 NO 90.66 G1-6 90.93 G7-12 90.90 **AVG 90.92**",
+            {"NAT": 90.36, "SOC": 95.95, "LAN": 88.0, "TXT": 89.49, "IMG": 88.0, "NO": 90.66, "G1-6": 90.93}
+            | {"G7-12": 90.9, "": 90.92, "with GPT-4 judge": 92.53},
+        ),
+        "llava-lcs558k-scienceqa-vicuna-13b-v1.3": ("(v1.3, LCS-558K) 91.09", {"": 91.09}),
+        "llava-v1-0719-336px-lora-merge-vicuna-13b-v1.3": (
+            "64.3/55.9/81.7/70.1 (beam 5: 73.5)",
+            {"conversation": 64.3, "detail": 55.9, "complex": 81.7, "": 70.1, "with five beams": 73.5},
+        ),
+        "llava-med-7b-delta": (
+            "61.52/84.19, 83.08/85.34, 37.95/91.21",
+            {"VQA-RAD open": 61.52, "VQA-RAD closed": 84.19, "SLAKE open": 83.08, "SLAKE closed": 85.34}
+            | {"PathVQA open": 37.95, "PathVQA closed": 91.21},
+        ),
+    }
+    for name, (sentence, figures) in expected.items():
+        assert sentence in reference, name
+        published = {}
+        for part in PUBLISHED[name].published_figures:
+            published |= part.values
+        benchmark = re.compile(r"^(?:ScienceQA|LLaVA-Bench-Wild) ?")
+        assert {benchmark.sub("", key): value for key, value in published.items()} == figures, name
+
+
+def test_every_card_says_how_it_was_trained():
+    for name, facts in PUBLISHED.items():
+        assert facts.training, name
+
+
+COLUMNS = {
+    "VQAv2": ["VQAv2"],
+    "GQA": ["GQA"],
+    "VizWiz": ["VizWiz"],
+    "SQA-I": ["ScienceQA (pictures)"],
+    "TextVQA": ["TextVQA"],
+    "POPE": ["POPE"],
+    "MME": ["MME", "MME perception", "MME cognition"],
+    "MMB": ["MMBench"],
+    "MMB-CN": ["MMBench-CN"],
+    "SEED": ["SEED-Bench", "SEED-Bench (pictures)"],
+    "LLaVA-W": ["LLaVA-Bench-Wild"],
+    "MM-Vet": ["MM-Vet"],
+}
+"""What the columns of the reference's table are called in the cards."""
+
+
 def test_figures_of_one_model_are_those_of_its_row(reference):
     rows = {
         "llava-v1.5-7b": "1.5-7B",
@@ -74,11 +124,16 @@ def test_figures_of_one_model_are_those_of_its_row(reference):
         "llava-v1.6-mistral-7b": "1.6-mistral-7B",
         "llava-v1.6-34b": "1.6-34B",
     }
+    (header,) = re.findall(r"^\| model \| VQAv2 \|.*$", reference, flags=re.MULTILINE)
+    columns = [column.strip() for column in header.strip("|").split("|")][1:]
+    assert columns == list(COLUMNS)
     for name, row in rows.items():
-        (line,) = re.findall(rf"^\| {re.escape(row)} \|(.*)$", reference, flags=re.MULTILINE)
-        expected = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", line)]
+        (line,) = re.findall(rf"^\| {re.escape(row)} \|(.*)\|$", reference, flags=re.MULTILINE)
         (figures,) = PUBLISHED[name].published_figures
-        assert list(figures.values.values())[: len(expected)] == expected, name
+        for column, cell in zip(columns, line.split("|")):
+            expected = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", cell)]
+            found = [figures.values[benchmark] for benchmark in COLUMNS[column] if benchmark in figures.values]
+            assert found == expected, (name, column)
 
 
 def test_figures_stand_at_an_address_that_does_not_change():

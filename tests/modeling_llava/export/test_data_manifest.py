@@ -33,6 +33,7 @@ def test_datasets_of_published_models_are_known_by_name(tmp_path):
         ([SQUARES | {"license": "CC-BY"}], "got license='CC-BY' for data squares; expected an identifier"),
         ([SQUARES | {"kind": "synthetic"}], "got synthetic data squares without made_by"),
         ([SQUARES | {"kind": "crawled"}], "got crawled data squares without domains"),
+        ([SQUARES | {"note": "94% are red"}], "got the figure '94%' in data squares; expected figures in files"),
         ([SQUARES | {"size": 3}], "unexpected keyword argument 'size'"),
         ([SQUARES | {"rows": "many"}], "rows"),
         ([{"kind": "public"}], "name"),
@@ -72,6 +73,12 @@ def test_facts_of_a_card(tmp_path):
 def test_wrong_facts(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         read_facts(write(tmp_path, content))
+
+
+def test_a_note_on_published_figures_holds_none():
+    facts = CardFacts(figures=[{"source": "https://example.org", "note": "POPE is 85.9", "values": {}}])
+    with pytest.raises(ValueError, match="got the figure '85.9' in the note of published figures"):
+        facts.published_figures
 
 
 def test_published_figures_need_an_address():

@@ -55,14 +55,40 @@ def test_a_result_without_n_is_refused(tmp_path):
         read_results(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["right in 94% of cases", "an accuracy of 0.94", "about 94,5 %", "F1 is .86"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "right in 94% of cases",
+        "an accuracy of 0.94",
+        "about 94,5 %",
+        "F1 is .86",
+        "POPE 85.9 and MME 1510",
+        "It scores 1510.7.",
+        "94 of 100 answers",
+        "94 out of the 100",
+        "94 percent are right",
+        "right in 94 per cent",
+    ],
+)
 def test_figures_in_texts_are_refused(text):
     with pytest.raises(ValueError, match="got the figure .* in summary; expected figures in files of results/"):
         refuse_loose_figures(text, "summary")
 
 
 @pytest.mark.parametrize(
-    "text", ["LLaVA v1.5 7B", "558000 pairs", "CC BY-NC 4.0", "two layers", "v0.1.0", "10.5 million"]
+    "text",
+    [
+        "LLaVA v1.5 7B",
+        "558000 pairs",
+        "CC BY-NC 4.0",
+        "two layers",
+        "v0.1.0",
+        "10.5 million",
+        "torch 2.13.0",
+        "arXiv 2310.03744",
+        "a model of 13.5B",
+        "2014 to 2015",
+    ],
 )
 def test_other_numbers_in_texts_stay(text):
     refuse_loose_figures(text, "summary")

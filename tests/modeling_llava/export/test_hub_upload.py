@@ -16,11 +16,13 @@ import yaml
 
 from modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.cli import main
+from modeling_llava.export import dataset_repository, model_repository
 from modeling_llava.export.hub_upload import list_files
 from tests import original_folders as folders
 from tests.conftest import ROOT
-from tests.fake_hub import FakeHub
-from tests.modeling_llava.export.conftest import run_python
+from tests.fake_hub import READ_TOKEN, FakeHub, Repository
+from tests.modeling_llava.export.conftest import run_python, train_tiny
+from tests.modeling_llava.export.test_merged_adapter import save_wide_checkpoint
 from tests.tiny import save_tiny_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -41,6 +43,8 @@ for name, arguments, settings in json.loads(sys.argv[1]):
     state = json.loads(urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/control").read())
     print(json.dumps({"name": name, "code": code, "out": out.getvalue(), "err": err.getvalue(), **state}))
 """
+OWN_FILES = {"notes.md": b"mine", "onnx/model.safetensors": b"mine", "convert.py": b"mine"}
+"""What somebody put into a repository by hand."""
 LOAD = """
 import json
 import torch
@@ -69,6 +73,9 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def hub():
     with FakeHub() as hub:
+        hub.repositories["models", "bob/model"] = Repository(private=False)
+        hub.repositories["models", "alice/to-one"] = Repository(private=True)
+        hub.files("alice/to-one").update(OWN_FILES)
         yield hub
 
 
@@ -83,13 +90,22 @@ def shelf(tmp_path_factory, workspace, trained, adapter) -> Path:
     (space / "README.md").write_text(f"---\n{yaml.safe_dump(metadata)}---\n\n# Demo\n")
     save_tiny_checkpoint(folder / "dinov2", vision="dinov2", projector_type="linear")
     save_tiny_checkpoint(folder / "public", seed=3)
-    for source, name, facts in (
-        (trained, "model", FACTS),
-        (workspace / "rows.json", "rows", ["--license", "mit", "--image-folder", str(workspace)]),
-        (folder / "dinov2", "ours", FACTS),
-        (folder / "public", "open", FACTS),
-    ):
-        assert main(["export", str(source), "--out", str(folder / name), *facts]) == 0
+    rows = ["--license", "mit", "--image-folder", str(workspace)]
+
+    def export(source: Path, name: str, facts: list[str]) -> None:
+        arguments = ["--out", str(folder / name), "--repo-id", f"alice/{name}"]
+        assert main(["export", str(source), *arguments, *facts]) == 0
+
+    export(trained, "model", FACTS)
+    export(workspace / "rows.json", "rows", rows)
+    export(folder / "dinov2", "ours", FACTS)
+    export(folder / "public", "open", FACTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_repository, "SHARD_SIZE", "30KB")
+        export(workspace / "start", "to-shards", FACTS)
+        export(workspace / "start", "to-one", FACTS)
+        patch.setattr(dataset_repository, "SHARD_BYTES", 500)
+        export(workspace / "rows.json", "fewer-rows", rows)
     return folder
 
 
@@ -99,35 +115,57 @@ def pushes(hub, shelf, adapter, workspace, tmp_path_factory) -> dict[str, dict]:
     # A base that this package's adapters fit: in our own layout.
     base = ["--license", "mit", "--base-model", "someone/vicuna", "--layout", "any_llava"]
     over_base = ["--license", "mit", "--base-model", "alice/base"]
-    model = str(shelf / "model")
+    start, model, public = str(workspace / "start"), str(shelf / "model"), str(shelf / "open")
+    rows = [str(workspace / "rows.json"), "--image-folder", str(workspace), "--license", "mit"]
     commands = [
-        ("dry run", [model, "--repo-id", "alice/never", "--dry-run"], {}),
+        ("dry run", [start, "--repo-id", "alice/never", "--dry-run", *FACTS], {}),
+        ("no token", [model, "--repo-id", "alice/model"], {"token": ""}),
         ("wrong token", [model, "--repo-id", "alice/model"], {"token": "hf_wrong"}),
-        ("somebody else's", [model, "--repo-id", "bob/model"], {}),
+        ("read token", [model, "--repo-id", "alice/model"], {"token": READ_TOKEN}),
+        ("taken name", [start, "--repo-id", "bob/model", *FACTS], {}),
         ("too large", [model, "--repo-id", "alice/model"], {"max_file_bytes": 30_000}),
         ("broken", [model, "--repo-id", "alice/model"], {"uploads_until_break": 1}),
         ("resumed", [model, "--repo-id", "alice/model"], {}),
         ("again", [model, "--repo-id", "alice/model"], {}),
-        ("proposed", [str(shelf / "open"), "--repo-id", "alice/model", "--pull-request"], {}),
-        ("public", [str(shelf / "open"), "--repo-id", "alice/open", "--public"], {}),
-        ("private to public", [model, "--repo-id", "alice/open"], {}),
-        ("base", [str(workspace / "start"), "--repo-id", "alice/base", *base], {}),
+        ("bad card", [model, "--repo-id", "alice/model"], {"card_refusal": 400}),
+        ("unprocessable card", [model, "--repo-id", "alice/model"], {"card_refusal": 422}),
+        ("proposed", [str(shelf / "public"), "--repo-id", "alice/model", "--pull-request", *FACTS], {}),
+        ("public", [public, "--repo-id", "alice/open", "--public"], {}),
+        ("private to public", [public, "--repo-id", "alice/open"], {}),
+        ("base", [start, "--repo-id", "alice/base", *base], {}),
         ("adapter", [str(adapter), "--repo-id", "alice/adapter", *over_base], {}),
+        ("base of transformers", [start, "--repo-id", "alice/theirs", *FACTS], {}),
+        ("adapter over it", [str(adapter), "--repo-id", "alice/no", *over_base[:3], "alice/theirs"], {}),
+        ("one file with code", [start, "--repo-id", "alice/to-shards", *base], {}),
+        ("then shards", [str(shelf / "to-shards"), "--repo-id", "alice/to-shards"], {}),
+        ("shards", [str(shelf / "to-one"), "--repo-id", "alice/to-one"], {}),
+        ("then one file", [start, "--repo-id", "alice/to-one", *FACTS], {}),
+        ("files of rows", [str(shelf / "fewer-rows"), "--repo-id", "alice/fewer-rows"], {}),
+        ("then one of rows", [*rows, "--repo-id", "alice/fewer-rows"], {}),
         ("dataset", [str(shelf / "rows"), "--repo-id", "alice/rows"], {}),
         ("space", [str(shelf / "demo"), "--repo-id", "alice/space"], {}),
         ("code", [str(shelf / "ours"), "--repo-id", "alice/ours"], {}),
     ]
-    cache = tmp_path_factory.mktemp("pushing")
+    return push(hub, tmp_path_factory.mktemp("pushing"), commands)
+
+
+def push(hub: FakeHub, cache: Path, commands: list[tuple[str, list[str], dict]]) -> dict[str, dict]:
+    result = run_online(hub, cache, PUSH, json.dumps(commands))
+    lines = [json.loads(line) for line in result.splitlines() if line.startswith("{")]
+    return {line["name"]: line for line in lines}
+
+
+def run_online(hub: FakeHub, cache: Path, code: str, *arguments: str, **environment: str) -> str:
+    """The output of Python code for which the fake Hub is the Hub."""
     result = subprocess.run(
-        [sys.executable, "-c", PUSH, json.dumps(commands)],
+        [sys.executable, "-c", code, *arguments],
         capture_output=True,
         text=True,
-        env=os.environ | hub.environment(cache),
+        env=os.environ | hub.environment(cache) | environment,
         cwd=ROOT,
     )
     assert result.returncode == 0, result.stderr
-    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    return {line["name"]: line for line in lines}
+    return result.stdout
 
 
 def test_a_dry_run_shows_what_would_go_up_and_sends_nothing(pushes, hub):
@@ -140,8 +178,19 @@ def test_a_dry_run_shows_what_would_go_up_and_sends_nothing(pushes, hub):
 @pytest.mark.parametrize(
     "name, message",
     [
+        ("no token", "got no token of the Hub; expected one"),
         ("wrong token", "the Hub does not know this token; get one that may write"),
-        ("somebody else's", "got 403 from the Hub for bob/model"),
+        ("read token", "got 403 from the Hub for alice/model"),
+        (
+            "taken name",
+            "got bob/model, which belongs to bob; expected a repository of alice: choose another --repo-id",
+        ),
+        ("bad card", "- license is required): the Hub refuses this, most often for the card"),
+        ("unprocessable card", "the Hub refuses this, most often for the card: correct the metadata at the top"),
+        (
+            "adapter over it",
+            "got an adapter with a projector for alice/theirs, whose layout 'transformers' has another",
+        ),
         ("too large", "The file is larger than the limit"),
         ("broken", "run the same command again, which sends what is missing"),
         ("private to public", "got alice/open, which exists and is public; expected a private one: give --public"),
@@ -151,6 +200,49 @@ def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(pushes, name, mes
     assert pushes[name]["code"] == 2
     assert message in pushes[name]["err"]
     assert "Traceback" not in pushes[name]["err"]
+
+
+def test_offline_is_said(hub, shelf, tmp_path):
+    arguments = json.dumps([str(shelf / "model"), "--repo-id", "alice/model"])
+    code = "import json, sys; from modeling_llava.cli import main; print(main(['push', *json.loads(sys.argv[1])]))"
+    code = f"import contextlib, sys\nwith contextlib.redirect_stderr(sys.stdout):\n    {code}"
+    printed = run_online(hub, tmp_path, code, arguments, HF_HUB_OFFLINE="1")
+    assert "got HF_HUB_OFFLINE=1; expected to be online to push" in printed
+    assert printed.endswith("2\n")
+
+
+def test_an_update_takes_out_what_an_earlier_push_left(pushes, hub):
+    updates = ("one file with code", "then shards", "shards", "then one file", "files of rows", "then one of rows")
+    assert {name: pushes[name]["code"] for name in updates} == dict.fromkeys(updates, 0)
+    weights = {
+        name: sorted(path for path in hub.files(name) if "safetensors" in path and "/" not in path)
+        for name in ("alice/to-shards", "alice/to-one")
+    }
+    assert weights["alice/to-one"] == ["model.safetensors"]
+    assert "model.safetensors.index.json" in weights["alice/to-shards"]
+    assert "model.safetensors" not in weights["alice/to-shards"]
+    assert not [path for path in hub.files("alice/to-shards") if path.endswith(".py")]
+    rows = [path for path in hub.files("alice/fewer-rows", kind="datasets") if path.startswith("data/")]
+    assert rows == ["data/train-00000-of-00001.parquet"]
+
+
+def test_an_update_leaves_what_somebody_put_there(pushes, hub):
+    assert OWN_FILES.items() <= hub.files("alice/to-one").items()
+
+
+def test_an_adapter_on_the_hub_is_merged_into_the_bits_of_its_record(hub, workspace, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    start = save_wide_checkpoint(tmp_path / "start")
+    adapter = train_tiny(workspace, "qlora", model=str(start), lora={"r": 4, "lora_alpha": 8})
+    base = [str(start), "--repo-id", "alice/wide", *FACTS, "--layout", "any_llava"]
+    facts = ["--license", "mit", "--base-model", "alice/wide"]
+    commands = [("base", base, {}), ("adapter", [str(adapter), "--repo-id", "alice/qlora", *facts], {})]
+    assert [line["code"] for line in push(hub, tmp_path / "cache", commands).values()] == [0, 0]
+    code = "import sys; from modeling_llava.cli import main; sys.exit(main(['merge', 'alice/qlora', *sys.argv[1:]]))"
+    printed = run_online(hub, tmp_path / "cache", code, "--out", str(tmp_path / "merged"))
+    assert "4-bit base; logits before and after differ" in printed
+    record = json.loads((tmp_path / "merged" / "training_record.json").read_text())
+    assert (record["recipe"]["stage"], record["merged"]["base_bits"]) == ("qlora", 4)
 
 
 def test_an_interrupted_upload_goes_on_where_it_was(pushes, hub, shelf):
@@ -167,16 +259,8 @@ def test_an_interrupted_upload_goes_on_where_it_was(pushes, hub, shelf):
 
 def test_new_repositories_are_private_unless_asked(pushes, hub):
     assert pushes["public"]["code"] == 0
-    private = {name: repository.private for (_, name), repository in hub.repositories.items()}
-    assert private == {
-        "alice/model": True,
-        "alice/open": False,
-        "alice/base": True,
-        "alice/adapter": True,
-        "alice/rows": True,
-        "alice/space": True,
-        "alice/ours": True,
-    }
+    public = {name for (_, name), repository in hub.repositories.items() if not repository.private}
+    assert public == {"alice/open", "bob/model"}
 
 
 def test_a_pull_request_leaves_the_repository_as_it_is(pushes, hub):
@@ -196,15 +280,7 @@ def test_each_kind_is_a_repository_of_its_type(pushes, hub):
 
 
 def test_everything_loads_back(pushes, hub, tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-c", LOAD],
-        capture_output=True,
-        text=True,
-        env=os.environ | hub.environment(tmp_path),
-        cwd=ROOT,
-    )
-    assert result.returncode == 0, result.stderr
-    loaded = json.loads(result.stdout.splitlines()[-1])
+    loaded = json.loads(run_online(hub, tmp_path, LOAD).splitlines()[-1])
     assert loaded["model"] == "LlavaForConditionalGeneration"
     assert loaded["processor"] == "AnyLlavaProcessor"
     assert loaded["adapter"]

@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.cli import main
@@ -82,13 +82,19 @@ model.save_pretrained("saved_again")
 processor.save_pretrained("saved_again")
 torch.save(answer("saved_again")[2], "found_again.pt")
 pipe = pipeline("image-text-to-text", model="out", trust_remote_code=True)
-answer = pipe(text=question, max_new_tokens=3, return_full_text=False)[0]["generated_text"]
-print(type(model).__module__, type(processor).__name__, repr(answer))
+print(type(model).__module__)
+print(ascii(pipe(text=question, max_new_tokens=8, return_full_text=False)[0]["generated_text"]))
 """
     )
-    printed = run_python(code, only_ours)
-    assert printed.startswith("transformers_modules.out.")
-    expected = expected_answer(only_ours / "model", only_ours / "photo.png", "What is <image> in </s> this?")
+    module, answer = run_python(code, only_ours).splitlines()
+    assert module.startswith("transformers_modules.out.")
+    text = "What is <image> in </s> this?"
+    content = [{"type": "image", "image": PIL.Image.open(only_ours / "photo.png")}, {"type": "text", "text": text}]
+    pipe = pipeline("image-text-to-text", model=str(only_ours / "model"))
+    (expected,) = pipe(text=[{"role": "user", "content": content}], max_new_tokens=8, return_full_text=False)
+    assert len(expected["generated_text"]) > 3
+    assert answer == ascii(expected["generated_text"])
+    expected = expected_answer(only_ours / "model", only_ours / "photo.png", text)
     for name in ("found.pt", "found_again.pt"):
         found = torch.load(only_ours / name)
         assert torch.equal(found["input_ids"], expected["input_ids"])
@@ -125,9 +131,21 @@ def test_the_code_is_flat_small_and_says_its_version(only_ours):
         assert "def " not in (only_ours / "out" / f"{seam}.py").read_text()
 
 
-def test_with_this_package_no_code_of_the_repository_runs(only_ours):
-    loaded = AutoModelForImageTextToText.from_pretrained(only_ours / "out")
-    assert type(loaded) is AnyLlavaForConditionalGeneration
+def test_with_this_package(only_ours):
+    """No code of the repository runs, which would be another module."""
+    code = LOAD.format(trust={}, question=PLAIN_QUESTION) + (
+        """
+model, processor, found = answer("out")
+torch.save(found, "found_by_package.pt")
+print(type(model).__module__)
+"""
+    )
+    printed = run_python("import modeling_llava\n" + code, only_ours, blocked=False)
+    assert printed == "modeling_llava.modeling_llava\n"
+    expected = expected_answer(only_ours / "model", only_ours / "photo.png", "What is this?")
+    found = torch.load(only_ours / "found_by_package.pt")
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+    assert torch.equal(found["logits"], expected["logits"])
 
 
 def test_without_code_only_this_package_loads_it(only_ours, tmp_path):
@@ -225,10 +243,31 @@ PUBLISHED_KEYS = [
     ),
 ]
 """Of llava-hf/llava-1.5-7b-hf, for a model of two text and four vision layers, of which three are used."""
+PUBLISHED_NEXT_KEYS = [*PUBLISHED_KEYS, "image_newline"]
+"""Of llava-hf/llava-v1.6-vicuna-7b-hf."""
+PUBLISHED_SIGLIP_KEYS = [
+    key for key in PUBLISHED_KEYS if "class_embedding" not in key and "pre_layrnorm" not in key
+] + ["vision_tower.vision_model.embeddings.patch_embedding.bias"]
+"""Of llava-hf/llava-interleave-qwen-0.5b-hf, but for its language model."""
 
 
-def test_the_names_of_weights_are_those_of_published_checkpoints(tmp_path):
+@pytest.mark.parametrize(
+    "model_settings, processor_settings, keys",
+    [
+        ({}, {}, PUBLISHED_KEYS),
+        (
+            {"patch_merge_type": "spatial_unpad", "image_grid_pinpoints": PINPOINTS},
+            {"patch_merge_type": "spatial_unpad", "image_aspect_ratio": "anyres", "image_grid_pinpoints": PINPOINTS},
+            PUBLISHED_NEXT_KEYS,
+        ),
+        ({"vision": "siglip"}, {}, PUBLISHED_SIGLIP_KEYS),
+    ],
+    ids=["llava", "llava_next", "siglip"],
+)
+def test_the_names_of_weights_are_those_of_published_checkpoints(tmp_path, model_settings, processor_settings, keys):
     """vLLM, SGLang and MLX look for these; transformers 5 holds others in memory."""
-    save_tiny_checkpoint(tmp_path / "model")
+    processor = tiny_processor(**processor_settings)
+    tiny_model(image_token_id=processor.image_token_id, **model_settings).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
     assert main(["export", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *FACTS]) == 0
-    assert sorted(load_file(tmp_path / "out" / "model.safetensors")) == sorted(PUBLISHED_KEYS)
+    assert sorted(load_file(tmp_path / "out" / "model.safetensors")) == sorted(keys)

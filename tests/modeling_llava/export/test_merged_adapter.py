@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoProcessor, LlamaConfig
 
 from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration, AutoModelForVision2Seq
@@ -58,6 +59,19 @@ def test_a_16_bit_base(adapter, workspace, tmp_path, capsys):
     record = json.loads((tmp_path / "merged" / "training_record.json").read_text())
     assert record["recipe"]["stage"] == "lora"
     assert record["merged"]["base_bits"] == 16
+
+
+def test_a_base_in_the_layout_of_transformers(adapter, workspace, tmp_path):
+    """Their class calls the projector otherwise; the trained one has to arrive all the same."""
+    start = AnyLlavaForConditionalGeneration.from_pretrained(workspace / "start")
+    start.save_pretrained(tmp_path / "base", layout="transformers")
+    merge_adapter(str(adapter), tmp_path / "expected")
+    merge_adapter(str(adapter), tmp_path / "merged", base_model=str(tmp_path / "base"))
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "expected"))
+    trained = [name for name in expected if "mm_projector" in name]
+    assert trained
+    for name in trained:
+        assert torch.equal(found[name], expected[name])
 
 
 def test_a_4_bit_base_is_the_one_that_was_trained_on(workspace, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import PIL.Image
@@ -10,12 +11,16 @@ import pytest
 import yaml
 from datasets import load_dataset
 from huggingface_hub import DatasetCard, EvalResultEntry, ModelCard, SpaceCard, parse_eval_result_entries
+from transformers import AutoTokenizer
 
 from modeling_llava.cli import main
+from modeling_llava.export import model_repository
 from modeling_llava.export.hub_upload import list_files
 from modeling_llava.export.repository import find_kind
 from modeling_llava.export.repository_check import find_problems
+from modeling_llava.export.run_files import read_run_files
 from tests import original_folders as folders
+from tests.conftest import GOLDENS, ROOT
 from tests.modeling_llava.export.conftest import MANIFEST
 from tests.tiny import save_tiny_checkpoint
 
@@ -46,12 +51,18 @@ def finished(trained):
         "country_name": "Norway",
         "gpu_model": "",
         "cpu_model": "a small one",
+        "longitude": 10.7,
+        "latitude": 59.9,
     }
-    with (trained / "emissions.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, line)
-        writer.writeheader()
-        writer.writerow(line)
+    write_emissions(trained, [line])
     return trained
+
+
+def write_emissions(folder: Path, lines: list[dict]) -> None:
+    with (folder / "emissions.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, lines[0])
+        writer.writeheader()
+        writer.writerows(lines)
 
 
 def test_a_trained_model(finished, tmp_path, capsys):
@@ -105,7 +116,12 @@ def test_the_card_of_a_trained_model(finished, tmp_path, capsys):
                 "results": [
                     {
                         "task": {"type": "image-text-to-text"},
-                        "dataset": {"name": "POPE", "type": "lmms-lab/POPE", "split": "test"},
+                        "dataset": {
+                            "name": "POPE",
+                            "type": "lmms-lab/POPE",
+                            "config": "POPE, results/pope.json",
+                            "split": "test",
+                        },
                         "metrics": [{"type": "f1", "value": 0.859}],
                         "source": {
                             "name": "results/pope.json",
@@ -123,6 +139,8 @@ def test_the_card_of_a_trained_model(finished, tmp_path, capsys):
         "| three coloured squares | synthetic | 6 | 3 | cc-by-nc-4.0 | not stated | none | nobody@example.org |",
         "| `learning_rate` | 0.003 |",
         "| `seed` | 42 |",
+        "| longest row | 400 tokens; what is longer: `drop` |",
+        "| `projector_learning_rate` | 0.0001 |",
         "| steps | 2 |",
         "rows of `rows.json`: sha256 `" + record["data"][0]["sha256"],
         "![Loss and throughput over the steps](progress.png)",
@@ -136,6 +154,40 @@ def test_the_card_of_a_trained_model(finished, tmp_path, capsys):
     assert re.search(r"### Data made by models or programs\n+#### three coloured squares", summary)
     assert "Images: less than 1 million" in summary
     assert "### Data crawled from the web\n\nNone." in summary
+
+
+def test_figures_of_two_files_keep_their_sources(finished, tmp_path, capsys):
+    """Of one dataset and split, by name and by seed."""
+    (result,) = RESULTS["results"]
+    results = finished / "results"
+    (results / "easy.json").write_text(json.dumps(RESULTS | {"results": [result | {"benchmark": "POPE, easy"}]}))
+    (results / "again.json").write_text(json.dumps(RESULTS | {"seed": 4}))
+    try:
+        export(capsys, str(finished), "--out", str(tmp_path / "out"), *BASE)
+    finally:
+        (results / "easy.json").unlink()
+        (results / "again.json").unlink()
+    found = ModelCard.load(tmp_path / "out" / "README.md").data.eval_results
+    assert sorted((figure.dataset_name, figure.source_name) for figure in found) == [
+        ("POPE", "results/again.json"),
+        ("POPE", "results/pope.json"),
+        ("POPE, easy", "results/easy.json"),
+    ]
+
+
+def test_of_the_emissions_only_what_the_card_says_goes_up(finished, tmp_path, capsys):
+    export(capsys, str(finished), "--out", str(tmp_path / "out"), *BASE)
+    header = (tmp_path / "out" / "emissions.csv").read_text().splitlines()[0]
+    assert header == "emissions,energy_consumed,country_name,gpu_model,cpu_model"
+
+
+def test_emissions_of_a_run_that_was_resumed_are_summed(tmp_path):
+    line = {"emissions": 0.25, "energy_consumed": 0.5, "country_name": "Norway", "gpu_model": "", "cpu_model": "x"}
+    write_emissions(tmp_path, [line, line | {"emissions": 0.5, "cpu_model": "y"}])
+    emissions = read_run_files(tmp_path).emissions
+    assert (emissions["emissions"], emissions["energy_consumed"]) == (0.75, 1.0)
+    assert (emissions["country_name"], emissions["cpu_model"]) == ("Norway", "x, y")
+    assert emissions["emissions"].source == "emissions.csv"
 
 
 def test_results_of_a_benchmark_of_the_hub_are_where_it_reads_them(finished, tmp_path, capsys):
@@ -158,8 +210,12 @@ def test_results_of_a_benchmark_of_the_hub_are_where_it_reads_them(finished, tmp
     assert len(ModelCard.load(tmp_path / "out" / "README.md").data.eval_results) == 2
 
 
-def test_paths_of_this_machine_stay_here(trained, workspace, tmp_path, capsys):
-    export(capsys, str(trained), "--out", str(tmp_path / "out"), *BASE)
+def test_paths_of_this_machine_stay_here(finished, workspace, tmp_path, capsys):
+    command = {"command": f"llava eval pope --model {finished}"}
+    (finished / "results" / "pope.json").write_text(json.dumps(RESULTS | command))
+    export(capsys, str(finished), "--out", str(tmp_path / "out"), *BASE)
+    kept = json.loads((tmp_path / "out" / "results" / "pope.json").read_text())
+    assert kept["command"] == "llava eval pope --model finetune"
     for path in filter(Path.is_file, (tmp_path / "out").rglob("*")):
         assert str(workspace).encode() not in path.read_bytes(), path.name
 
@@ -176,6 +232,8 @@ def test_an_adapter(adapter, tmp_path, capsys):
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "someone/vicuna"
     assert "| rank | 4 |" in card.text
+    assert "| dropout | 0.05 |" in card.text
+    assert "| LoRA `lora_alpha` | 8 |" in card.text
     assert "| trained as a whole | `mm_projector` |" in card.text
     assert not list(find_problems(tmp_path / "out", "adapter"))
 
@@ -221,6 +279,40 @@ def test_a_space_keeps_its_card_or_gets_one(tmp_path, capsys):
     assert (tmp_path / "kept" / "README.md").read_text() == (space / "README.md").read_text()
 
 
+def test_the_demo_is_a_space(tmp_path, capsys):
+    printed = export(capsys, str(ROOT / "spaces_demo"), "--out", str(tmp_path / "out"))
+    assert "space: " in printed
+    assert (tmp_path / "out" / "README.md").read_text() == (ROOT / "spaces_demo" / "README.md").read_text()
+    assert not list((tmp_path / "out").rglob("__pycache__"))
+
+
+def test_weights_that_do_not_fit_one_file(workspace, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(model_repository, "SHARD_SIZE", "30KB")
+    export(capsys, str(workspace / "start"), "--out", str(tmp_path / "out"), *BASE)
+    shards = list((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert not list(find_problems(tmp_path / "out", "model"))
+    shards[0].unlink()
+    assert list(find_problems(tmp_path / "out", "model")) == [f"{shards[0].name} is missing"]
+
+
+def test_a_prepared_folder_goes_where_its_card_says(workspace, tmp_path, capsys):
+    out = str(tmp_path / "model")
+    export(capsys, str(workspace / "start"), "--out", out, *BASE)
+    assert main(["push", out, "--repo-id", "alice/model", "--dry-run"]) == 2
+    assert "whose card was written for 'model'; expected 'alice/model': export it again" in capsys.readouterr().err
+
+
+def test_a_dry_run_checks_a_prepared_folder(workspace, tmp_path, capsys):
+    out = tmp_path / "model"
+    export(capsys, str(workspace / "start"), "--out", str(out), "--repo-id", "alice/model", *BASE)
+    push = ["push", str(out), "--repo-id", "alice/model", "--dry-run"]
+    assert main(push) == 0
+    (out / "weights.bin").write_bytes(b"")
+    assert main(push) == 2
+    assert "weights.bin can hold code that runs when it is loaded" in capsys.readouterr().err
+
+
 def test_an_original_folder_goes_up_in_the_layout_of_transformers(tmp_path, capsys):
     folders.write_v15(tmp_path)
     printed = export(capsys, str(tmp_path / "checkpoint"), "--out", str(tmp_path / "out"), "--card", "llava-v1.5-7b")
@@ -232,20 +324,48 @@ def test_an_original_folder_goes_up_in_the_layout_of_transformers(tmp_path, caps
     assert "| POPE | 85.9 |" in card.text
 
 
-def test_a_card_that_somebody_wrote_is_kept(tmp_path, capsys):
-    save_tiny_checkpoint(tmp_path / "model")
+def test_the_sentencepiece_file_goes_along(tmp_path, capsys):
+    """llama.cpp's converter reads it; transformers goes on reading tokenizer.json, which has the image token."""
+    folders.write_v15(tmp_path)
+    export(capsys, str(tmp_path / "checkpoint"), "--out", str(tmp_path / "out"), "--card", "llava-v1.5-7b")
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (GOLDENS / "tokenizer.model").read_bytes()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()["<image>"] == folders.SPM_VOCAB_SIZE
+
+
+def test_pieces_of_a_tokenizer_are_no_paths(workspace, tmp_path, capsys):
+    pieces = json.loads((workspace / "start" / "tokenizer.json").read_text())
+    source = tmp_path / "start"
+    shutil.copytree(workspace / "start", source)
+    pieces["added_tokens"].append(pieces["added_tokens"][-1] | {"id": 301, "content": "/usr/local/lib"})
+    (source / "tokenizer.json").write_text(json.dumps(pieces))
+    export(capsys, str(source), "--out", str(tmp_path / "out"), *BASE)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()["/usr/local/lib"] == 301
+
+
+def test_a_card_that_somebody_wrote_is_kept(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "model")
     metadata = {
-        "license": "mit",
+        "license": "apache-2.0",
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
         "base_model": "someone/vicuna",
         "base_model_relation": "finetune",
     }
     (tmp_path / "model" / "README.md").write_text(f"---\n{yaml.safe_dump(metadata)}---\n\n# By hand\n")
-    export(capsys, str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--keep-card")
+    printed = export(capsys, str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--keep-card")
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.text.rstrip().endswith("# By hand")
     assert card.data.base_model == "someone/vicuna"
+    assert "note: data three coloured squares is under cc-by-nc-4.0, which forbids commercial use" in printed
+    assert "three coloured squares" in (tmp_path / "out" / "TRAINING_DATA_SUMMARY.md").read_text()
+    assert "Apache License" in (tmp_path / "out" / "LICENSE").read_text()
+
+
+def test_a_card_to_keep_says_licence_and_base(tmp_path, capsys):
+    save_tiny_checkpoint(tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: mit\n---\n\n# By hand\n")
+    assert main(["export", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--keep-card"]) == 2
+    assert "README.md without license or base_model; expected both" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from modeling_llava.export import repository_check
-from modeling_llava.export.repository_check import check_repository, find_problems, is_absolute_path
+from modeling_llava.export.repository_check import check_repository, cut_paths, find_problems, is_absolute_path
 from tests.tiny import save_tiny_checkpoint
 
 METADATA = {
@@ -84,6 +84,10 @@ def test_metadata(good, metadata, problem):
     [
         ("Weights from /home/somebody/runs/7b.", "README.md holds the path /home/somebody/runs/7b. of this machine"),
         ("`C:\\Users\\me\\model`", "README.md holds the path C:\\Users\\me\\model of this machine"),
+        ("Weights: C:/Users/me/x", "README.md holds the path C:/Users/me/x of this machine"),
+        ("See file:///home/me/x.", "README.md holds the path file:///home/me/x. of this machine"),
+        (r"On \\server\share.", r"README.md holds the path \\server\share. of this machine"),
+        ('revision="{{ sha }}"', "README.md holds '{{', which a template left behind"),
         ("Trained on {{ data }}.", "README.md holds '{{', which a template left behind"),
         ("{% if licence %}", "README.md holds '{%', which a template left behind"),
         ("[More Information Needed]", "README.md holds '[More Information Needed]'"),
@@ -106,6 +110,8 @@ def test_text(good, text, problem):
         "1/2/3",
         "a `</s>` token",
         "<https://example.org/a/b>",
+        "https://example.org/-/a/b?next=/c/d",
+        "@misc{a,\n  title={{Visual} Instruction},\n  author = {{The LLaVA team}},\n}",
         "[x](config.json)",
     ],
 )
@@ -122,6 +128,7 @@ def test_what_is_no_path(good, text):
         ("sub/.env", b"A=1", "sub/.env usually holds secrets"),
         ("notes.txt", b"hf_" + b"a" * 34, "notes.txt holds an access token"),
         ("extra.json", json.dumps({"a": [{"b": "/work/data/x.json"}]}).encode(), "the path /work/data/x.json of this"),
+        ("run.json", b'{"command": "llava eval --model /home/me/x"}', "run.json holds the path /home/me/x of this"),
         ("big.txt", b"0" * 2000, "big.txt has 2,000 bytes, and the Hub takes at most 1,999 in one file"),
     ],
 )
@@ -184,6 +191,26 @@ def test_datasets(tmp_path):
     files = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}]
     (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump({'license': 'mit', 'configs': files})}---\n")
     assert problems_of(tmp_path, "dataset") == "configs names data/train-*, and there is no such file"
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("/home/me/x", "x"),
+        ("/tmp/a b/c", "c"),
+        ("C:\\models\\llava", "llava"),
+        ("llava eval --model /home/me/x --data=/home/me/x/y/", "llava eval --model x --data=y"),
+        ("see https://example.org/-/a/b", "see https://example.org/-/a/b"),
+        ("a `</s>` token", "a `</s>` token"),
+    ],
+)
+def test_paths_are_cut_to_their_last_part(text, expected):
+    assert cut_paths(text) == expected
+
+
+def test_the_limit_is_that_of_the_hub():
+    """https://huggingface.co/docs/hub/storage-limits"""
+    assert repository_check.MAX_FILE_BYTES == 500_000_000_000
 
 
 @pytest.mark.parametrize("value", ["/home/me/x", "C:\\models\\llava", "/tmp/a b/c"])
