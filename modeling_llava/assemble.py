@@ -4,6 +4,9 @@ Weights are copied, nothing is resized: the image token gets the first id after 
 positions never reach the embedding table.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -40,21 +43,25 @@ def assemble(
         The others: see AnyLlavaConfig.
 
     Raises:
-        ValueError: if a part cannot be used in a LLaVA.
+        ValueError: if there is no such part, or it cannot be used in a LLaVA.
     """
     chat_template = load_template(template)
-    vision_config = read_vision_config(vision_tower)
-    vision_tower_family(vision_config)
-    tower = AutoModel.from_pretrained(vision_tower, config=vision_config, dtype=torch.float32)
-    text_model = AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32)
-    processor = AnyLlavaProcessor(
-        read_image_processor(
+    with _explain_missing("vision_tower", vision_tower):
+        vision_config = read_vision_config(vision_tower)
+        vision_tower_family(vision_config)
+        tower = AutoModel.from_pretrained(vision_tower, config=vision_config, dtype=torch.float32)
+        image_processor = read_image_processor(
             vision_tower,
             vision_config,
             image_aspect_ratio=image_aspect_ratio,
             image_grid_pinpoints=image_grid_pinpoints,
-        ),
-        read_tokenizer(language_model),
+        )
+    with _explain_missing("language_model", language_model):
+        text_model = AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32)
+        tokenizer = read_tokenizer(language_model)
+    processor = AnyLlavaProcessor(
+        image_processor,
+        tokenizer,
         chat_template=chat_template,
         patch_size=tower.config.patch_size,
         patch_merge_type=patch_merge_type,
@@ -78,6 +85,14 @@ def assemble(
     model.generation_config = text_model.generation_config
     model.generation_config.eos_token_id = _end_token_ids(processor.tokenizer, text_model)
     return model.eval(), processor
+
+
+@contextlib.contextmanager
+def _explain_missing(part: str, name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"got {part} {name!r}; expected a folder or a Hub id: {error}") from error
 
 
 def _copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:

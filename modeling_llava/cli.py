@@ -11,7 +11,7 @@ from spaces_demo.__main__ import add_options as add_demo_options
 from spaces_demo.__main__ import run as run_demo
 
 from .commands import answering, hub, models, training
-from .commands.errors import PATH_ERRORS, missing_extra, one_line
+from .commands.errors import USER_ERRORS, missing_extra, one_line
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,10 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
         options.settings += others
     try:
         return options.run(options) or 0
-    except (ValueError, *PATH_ERRORS) as error:
+    except USER_ERRORS as error:
         print(f"llava: {one_line(error)}", file=sys.stderr)
         return 2
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         print(f"llava: {missing_extra(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -5,7 +5,9 @@ of the segments as `cu_seq_lens_q` (`[S + 1]`, int32, from 0 to T) with `max_len
 transformers passes them through a language model to its attention function.
 
 What is surprising: transformers recognises packed rows by their positions too, and builds a block mask of T x T, with
-which packing is as slow as padding. Here no mask is made, and a token never meets one of another segment.
+which packing is as slow as padding. Here no mask is made, and a token never meets one of another segment. Where the
+installed torch, before 2.10, has no kernel for segments, each is computed on its own, on GPUs too: flex attention
+would build its block mask from T x T for every batch, and be compiled anew for other lengths.
 """
 
 import importlib.util

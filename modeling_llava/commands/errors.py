@@ -1,27 +1,46 @@
 """What a user can get wrong, as one line."""
 
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+
 PATH_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 """What a path that a user gave can cause."""
 
+USER_ERRORS = (ValueError, TemplateError, SafetensorError, *PATH_ERRORS)
+
 EXTRAS = {
-    "trl": "train",
-    "peft": "train",
-    "datasets": "train",
-    "accelerate": "train",
-    "yaml": "train",
-    "gradio": "demo",
+    "trl": "'anyllava[train]'",
+    "peft": "'anyllava[train]'",
+    "datasets": "'anyllava[train]'",
+    "accelerate": "'anyllava[train]'",
+    "matplotlib": "'anyllava[train]'",
+    "yaml": "'anyllava[train]'",
+    "gradio": "'anyllava[demo]'",
+    "bitsandbytes": "bitsandbytes",
+    "torchao": "torchao",
 }
+"""Packages that a command may need, and what pip is to install for them."""
 
 
-def missing_extra(error: ModuleNotFoundError) -> str:
+def missing_extra(error: ImportError) -> str:
+    """Which package is missing; one that no command may need is an error of ours.
+
+    Raises:
+        ImportError: as it was given.
+    """
+    if not isinstance(error, ModuleNotFoundError):
+        # transformers and this package name the package, and how to install it, in a plain ImportError.
+        return one_line(error)
     package = (error.name or "").split(".")[0]
     if package not in EXTRAS:
         raise error
-    return f"{package} is not installed; this command needs it: pip install 'anyllava[{EXTRAS[package]}]'"
+    return f"{package} is not installed; this command needs it: pip install {EXTRAS[package]}"
 
 
 def one_line(error: Exception) -> str:
     text = str(error)
+    if isinstance(error, SafetensorError):
+        text = f"got weights that cannot be read ({text}); expected whole files: copy or download the model again"
     if "Original Traceback" in text:
         # A worker of a data loader sends its whole traceback; the last line has the error.
         text = text.strip().splitlines()[-1].split(": ", 1)[-1]

@@ -31,6 +31,20 @@ def find_checkpoint(output_dir: str | Path) -> str | None:
     return complete[max(complete)] if complete else None
 
 
+def check_resumable(checkpoint: str | Path) -> None:
+    """Refuse a checkpoint of weights alone, from which the Trainer would go on with a fresh optimizer.
+
+    Raises:
+        ValueError: if there is no more in it.
+    """
+    # What the Trainer writes with optimizer and schedule, however many processes and shards there are.
+    if not any(Path(checkpoint).glob("rng_state*.pth")):
+        raise ValueError(
+            f"got {checkpoint}, which holds weights alone (save_only_model); expected its optimizer too: start again "
+            "without --resume in another output_dir, with this checkpoint as model"
+        )
+
+
 def refuse_checkpoints(output_dir: str | Path) -> None:
     """Keep a new run away from the checkpoints of another one, which it would mix with its own.
 

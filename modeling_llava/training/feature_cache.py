@@ -7,6 +7,7 @@ Nothing stale can be served: other weights, feature layers, preprocessing or ari
 picture that changed has another digest. What is kept is what the projector takes, so that it still trains.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -54,33 +56,42 @@ class FeatureCache:
         self.bf16 = bf16
         self.folder = Path(folder) / self._make_key()
         self.folder.mkdir(parents=True, exist_ok=True)
-        positions = self.folder / "positions.json"
-        self.positions: dict[str, int] = json.loads(positions.read_text()) if positions.exists() else {}
+        self.positions: dict[str, int] = {}
         self.digests: dict[Path, str] = {}
         num_features = model.config.patches_per_side**2 + model.config.num_prefix_tokens
         self.shape = (num_features, model.config.vision_feature_size)
 
     def add(self, images: Iterable[Path | str | bytes]) -> None:
-        """Encode the pictures, as rows hold them, that are not cached yet; the processes of a run share the work."""
+        """Encode the pictures, as rows hold them, that are not cached yet; the processes of a run share the work.
+
+        Another run with the same folder waits until this one is done.
+        """
+        rank, num_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        with FileLock(self.folder / "lock") if rank == 0 else contextlib.nullcontext():
+            _wait_for_all()
+            self._add(images, rank=rank, num_processes=num_processes)
+            _wait_for_all()
+
+    def _add(self, images: Iterable[Path | str | bytes], *, rank: int, num_processes: int) -> None:
+        path = self.folder / "positions.json"
+        self.positions = json.loads(path.read_text()) if path.exists() else {}
         digests = {self._digest(image): image for image in images}
         missing = {digest: image for digest, image in digests.items() if digest not in self.positions}
         logger.warning(f"{len(digests):,} pictures, {len(missing):,} of them not yet in {self.folder}")
         first = len(self.positions)
-        rank, num_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        path = self.folder / "features.f16"
-        path.touch()
+        blocks = self.folder / "features.f16"
+        blocks.touch()
         new_images = list(missing.values())
         # Blocks that an interrupted run wrote have no position and are written over.
-        with path.open("r+b") as file:
+        with blocks.open("r+b") as file:
             for start in range(rank * BATCH_SIZE, len(missing), num_processes * BATCH_SIZE):
                 features = self._encode(new_images[start : start + BATCH_SIZE])
                 file.seek((first + start) * math.prod(self.shape) * 2)
                 file.write(features.cpu().numpy().tobytes())
-        if dist.is_initialized():
-            dist.barrier()
+        _wait_for_all()
         self.positions |= {digest: first + number for number, digest in enumerate(missing)}
         if rank == 0:
-            write_whole(self.folder / "positions.json", json.dumps(self.positions))
+            write_whole(path, json.dumps(self.positions))
 
     def read(self, images: list[Path | str | bytes]) -> torch.Tensor:
         """Features of pictures that were added, `[I, P, V]` in float32."""
@@ -112,3 +123,9 @@ class FeatureCache:
         settings += [self.model.config.vision_feature_layers, self.model.config.num_prefix_tokens, self.bf16]
         key.update(json.dumps(settings, sort_keys=True, default=str).encode())
         return key.hexdigest()[:16]
+
+
+def _wait_for_all() -> None:
+    """Until all processes of the run have come here."""
+    if dist.is_initialized():
+        dist.barrier()

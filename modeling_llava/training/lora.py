@@ -1,7 +1,8 @@
 """LoRA on the language model, with the projector fully trained beside it: what LLaVA calls its LoRA recipe.
 
 What is surprising: layers are chosen by their full path. By their last word alone ("q_proj"), as the original and
-PEFT's shortcuts choose them, the layers of a CLIP tower would get adapters too.
+PEFT's shortcuts choose them, the layers of a CLIP tower would get adapters too. A list of words, and "all-linear",
+therefore leave the tower out; a pattern of full paths reaches it.
 """
 
 import re
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -45,19 +47,36 @@ class LlavaPeftModel(PeftModel):
             save_file(load_file(path) | {name: newline}, path, metadata={"format": "pt"})
 
 
+def refuse_adapter(model: PreTrainedModel, name: str) -> None:
+    """Keep a run away from a model that is an adapter over another one, whose adapters it would train anew or cover.
+
+    Args:
+        name: Where the model comes from.
+
+    Raises:
+        ValueError: if there are adapters.
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            f"got model {name!r}, which is an adapter; expected a whole model: make one with `llava merge {name} "
+            "--out FOLDER`"
+        )
+
+
 def add_lora(model: PreTrainedModel, settings: dict[str, Any], *, trained_parts: tuple[str, ...]) -> PeftModel:
     """Wrap a LLaVA so that adapters in its language model train, and whole parts beside them.
 
     Args:
         model: Its weights are frozen.
-        settings: Fields of PEFT's LoraConfig.
+        settings: Fields of PEFT's LoraConfig. `target_modules` as a list, or "all-linear", never names layers of the
+            tower: it is frozen, or trains as a whole.
         trained_parts: What trains fully and is saved with the adapter: "mm_projector", "vision_tower", and
             "image_newline", which a model may be without.
     """
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     modules = [part for part in trained_parts if part != NEWLINE]
-    config = {"target_modules": find_targets(model)} | LORA_DEFAULTS | settings
+    config = keep_off_tower({"target_modules": None} | LORA_DEFAULTS | settings, model)
     config["modules_to_save"] = modules + list(settings.get("modules_to_save") or ())
     wrapped = LlavaPeftModel(model, LoraConfig(**config))
     newline = model.base_model.image_newline
@@ -68,6 +87,18 @@ def add_lora(model: PreTrainedModel, settings: dict[str, Any], *, trained_parts:
             # Updates are smaller than what 16-bit weights can take up.
             parameter.data = parameter.data.float()
     return wrapped
+
+
+def keep_off_tower(config: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """Fields of LoraConfig whose `target_modules`, unless they are a pattern, have no layer of the vision tower."""
+    if config["target_modules"] in (None, "all-linear"):
+        return config | {"target_modules": find_targets(model)}
+    if isinstance(config["target_modules"], str):
+        return config
+    excluded = config.get("exclude_modules") or ()
+    if not isinstance(excluded, str):
+        excluded = "|".join(rf"(.*\.)?{re.escape(name)}" for name in excluded)
+    return config | {"exclude_modules": "|".join(filter(None, (r"model\.vision_tower\..*", excluded)))}
 
 
 def find_targets(model: PreTrainedModel) -> str:

@@ -17,7 +17,7 @@ from peft import LoraConfig
 from trl import SFTConfig
 
 from processing_llava.data_sources import DataSource
-from processing_llava.row_lengths import check_length_options
+from processing_llava.row_lengths import ON_BAD_ROW, check_length_options
 
 STAGES = {
     "align": ("mm_projector", "image_newline"),
@@ -27,6 +27,33 @@ STAGES = {
 }
 """The parts of the model that each stage trains as a whole; the last two train adapters beside them."""
 OUTPUT_DTYPES = ("float32", "bfloat16", "float16")
+NO_EFFECT = {
+    "assistant_only_loss": "what the template marks as written by the assistant is learned, and nothing else",
+    "completion_only_loss": "what the template marks as written by the assistant is learned, and nothing else",
+    "dataset_kwargs": "rows are read as the recipe's data says",
+    "dataset_num_proc": "rows are counted by all processors",
+    "dataset_text_field": "rows are conversations",
+    "eval_packing": "nothing is evaluated during a run",
+    "model_init_kwargs": "the model is loaded as stage and attn_implementation say",
+    "packing": "tokens_per_batch packs, pictures too",
+    "packing_strategy": "tokens_per_batch packs, pictures too",
+    "pad_to_multiple_of": "batches are as long as their longest row",
+    "pad_token": "it is that of the model's tokenizer",
+    "padding_free": "tokens_per_batch packs, pictures too",
+    "resume_from_checkpoint": "`llava train --resume` goes on with a run",
+    "shuffle_dataset": "the sampler shuffles, unless train_sampling_strategy says otherwise",
+    "truncation_mode": "no row is ever cut: see too_long",
+    "trust_remote_code": "the models of this package need no code of a repository",
+}
+"""Fields of SFTConfig that would change nothing, and what decides instead."""
+NO_EFFECT_PACKED = {
+    "data_seed": "seed decides the order of the rows",
+    "dataloader_drop_last": "every row is used once in each epoch",
+    "length_column_name": "tokens_per_batch decides which rows are a batch",
+    "per_device_train_batch_size": "tokens_per_batch decides which rows are a batch",
+    "train_sampling_strategy": "tokens_per_batch decides which rows are a batch",
+}
+"""Those that change nothing in a recipe with tokens_per_batch."""
 
 
 @dataclass(kw_only=True)
@@ -60,6 +87,8 @@ class Recipe:
     """Longest row in tokens, image features counted."""
     too_long: str = "drop"
     """What becomes of a longer row: "keep" it, "drop" it, or "split" it between turns. It is never cut."""
+    bad_rows: str = "raise"
+    """What becomes of a record that cannot be used: "raise" stops the run, "skip" goes on without it and logs it."""
     tokens_per_batch: int | None = None
     """Pack rows end to end, without padding, to batches of at most that many tokens on each device. None pads batches
     of `per_device_train_batch_size` rows."""
@@ -90,6 +119,8 @@ class Recipe:
         if self.output_dtype not in OUTPUT_DTYPES:
             raise ValueError(f"got output_dtype={self.output_dtype!r}; expected one of {', '.join(OUTPUT_DTYPES)}")
         check_length_options(self.max_length, self.too_long)
+        if self.bad_rows not in ON_BAD_ROW:
+            raise ValueError(f"got bad_rows={self.bad_rows!r}; expected one of {', '.join(ON_BAD_ROW)}")
         if not self.data:
             raise ValueError("got no data; expected at least one {path: ..., image_folder: ...}")
         if self.vision_tower_learning_rate is not None and not self.train_vision_tower:
@@ -103,8 +134,9 @@ class Recipe:
                 f"got attn_implementation={self.attn_implementation!r} with tokens_per_batch; expected none: packed "
                 "rows have an attention of their own"
             )
-        if self.tokens_per_batch is not None and "per_device_train_batch_size" in self.trainer:
-            raise ValueError("got per_device_train_batch_size and tokens_per_batch; expected one of them")
+        for name in ("tokens_per_batch", "images_per_batch"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"got {name}={getattr(self, name)}; expected at least 1; leave it out for padding")
         if self.feature_cache is not None and self.train_vision_tower:
             raise ValueError("got feature_cache for a tower that trains; expected a frozen one: take one of them out")
         if self.muon_learning_rate is not None and self.projector_learning_rate is not None:
@@ -121,6 +153,9 @@ class Recipe:
             raise ValueError("got trainer.output_dir; expected output_dir at the top of the recipe")
         if self.trainer.get("max_length") is not None:
             raise ValueError("got trainer.max_length, which cuts; expected max_length at the top of the recipe")
+        for name, reason in (NO_EFFECT | (NO_EFFECT_PACKED if self.tokens_per_batch is not None else {})).items():
+            if name in self.trainer:
+                raise ValueError(f"got trainer.{name}, which has no effect here; expected none: {reason}")
 
     @property
     def uses_lora(self) -> bool:
@@ -161,7 +196,18 @@ def read_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Reads 1e-4 as the number that it is for everybody else."""
+    """Reads 1e-4 as the number that it is for everybody else, and refuses a key that stands there twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in names:
+                raise yaml.MarkedYAMLError(
+                    problem=f"got {key.value!r} twice; expected it once: take one of them out",
+                    problem_mark=key.start_mark,
+                )
+            names.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 RecipeLoader.add_implicit_resolver(

@@ -21,11 +21,12 @@ from processing_llava.collator import LlavaDataCollator
 from processing_llava.row_datasets import load_rows
 from processing_llava.row_lengths import read_image_sizes
 
-from .checkpoints import explain_full_disk, find_checkpoint, refuse_checkpoints
+from .checkpoints import check_resumable, explain_full_disk, find_checkpoint, refuse_checkpoints
 from .feature_cache import FeatureCache
-from .lora import add_lora, four_bit_config
+from .lora import add_lora, four_bit_config, refuse_adapter
 from .recipe import Recipe
 from .record import TrainingRecord
+from .run_log import StreamReport
 from .step_memory import estimate_step, format_bytes, free_memory
 from .token_budget import TokenBudgetBatchSampler
 from .trainer import LlavaTrainer, count_parameters, freeze_all_but
@@ -73,7 +74,10 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     with explain_full_disk(recipe.output_dir):
         trainer = build_trainer(recipe)
         trainer.add_callback(TrainingRecord(recipe, trainer.train_dataset))
-        trainer.train(resume_from_checkpoint=find_checkpoint(recipe.output_dir) if resume else None)
+        checkpoint = find_checkpoint(recipe.output_dir) if resume else None
+        if checkpoint is not None:
+            check_resumable(checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_trained()
     return Path(recipe.output_dir)
 
@@ -93,17 +97,21 @@ def build_trainer(recipe: Recipe) -> LlavaTrainer:
     for part, (total, trained) in count_parameters(model).items():
         logger.warning(f"{part}: {trained:,} of {total:,} parameters train")
 
-    is_measured = recipe.max_length is not None or recipe.tokens_per_batch is not None
+    is_measured = recipe.max_length is not None or recipe.tokens_per_batch is not None or recipe.bad_rows == "skip"
     dataset, fates = load_rows(
         recipe.data,
         seed=arguments.seed,
         processor=processor if is_measured else None,
         max_length=recipe.max_length,
         too_long=recipe.too_long,
+        on_bad_row=recipe.bad_rows,
         num_proc=os.cpu_count(),
     )
     for fate, number in fates.items():
         logger.warning(f"{number:,} rows: {fate}")
+    if next(iter(dataset), None) is None:
+        found = ", ".join(f"{number:,} {fate}" for fate, number in fates.items()) or "none at all"
+        raise ValueError(f"got no row to train on ({found}); expected at least one: raise max_length, or correct data")
 
     read_features = None
     if recipe.feature_cache is not None:
@@ -115,7 +123,9 @@ def build_trainer(recipe: Recipe) -> LlavaTrainer:
     if isinstance(dataset, IterableDataset):
         dataset = repeat_stream(dataset, arguments)
     batch_sampler = plan_batches(dataset, recipe, arguments) if recipe.tokens_per_batch is not None else None
-    collator = LlavaDataCollator(processor, packed=batch_sampler is not None, read_features=read_features)
+    collator = LlavaDataCollator(
+        processor, packed=batch_sampler is not None, read_features=read_features, on_bad_row=recipe.bad_rows
+    )
     if not {"gradient_checkpointing", "activation_checkpointing"} & recipe.trainer.keys():
         decide_checkpointing(model, collator, dataset, recipe, arguments)
     if recipe.compile_blocks:
@@ -128,6 +138,7 @@ def build_trainer(recipe: Recipe) -> LlavaTrainer:
         batch_sampler=batch_sampler,
         data_collator=collator,
         processing_class=processor,
+        callbacks=[StreamReport(fates)] if isinstance(dataset, IterableDataset) else None,
     )
 
 
@@ -157,6 +168,9 @@ def load_model(recipe: Recipe, *, bf16: bool) -> PreTrainedModel:
     """The model that a recipe starts from, with the parts that it trains ready to train.
 
     What trains is float32, also where `bf16` computes in bfloat16; what is frozen under a LoRA is then bfloat16 too.
+
+    Raises:
+        ValueError: if the model is an adapter.
     """
     keeps_bfloat16 = recipe.uses_lora and bf16
     model = AutoModelForVision2Seq.from_pretrained(
@@ -165,6 +179,7 @@ def load_model(recipe: Recipe, *, bf16: bool) -> PreTrainedModel:
         attn_implementation=recipe.attn_implementation,
         quantization_config=four_bit_config() if recipe.stage == "qlora" else None,
     )
+    refuse_adapter(model, recipe.model)
     # Whatever was loaded, checkpoints are in our layout, so that a run can be resumed from them.
     model.config.source_config = None
     if recipe.tokens_per_batch is not None:
@@ -217,6 +232,8 @@ def plan_batches(dataset: Dataset | IterableDataset, recipe: Recipe, arguments: 
         seed=arguments.seed,
         rank=arguments.process_index,
         num_ranks=arguments.world_size,
+        batches_per_step=arguments.world_size * arguments.gradient_accumulation_steps,
+        row_ids=lengths["id"],
     )
     share = sum(num_tokens) / (sampler.num_batches * recipe.tokens_per_batch)
     logger.warning(f"{sampler.num_batches:,} packed batches an epoch, {share:.1%} full")

@@ -6,14 +6,19 @@ written again, so they are dropped first.
 
 import csv
 import io
+import math
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from .checkpoints import write_whole
+
+logger = logging.get_logger(__name__)
 
 RATES = ("rows_per_second", "tokens_per_second", "useful", "seconds_left")
 """`useful` is the share of tokens that are not padding."""
@@ -21,7 +26,7 @@ COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm", *RATES)
 
 
 class RunLog(TrainerCallback):
-    """Counts rows and tokens, writes a line whenever the Trainer logs, and draws both curves at the end.
+    """Counts rows and tokens, writes a line whenever the Trainer logs, and draws both curves when it is asked to.
 
     Args:
         folder: Where the files go.
@@ -75,10 +80,9 @@ class RunLog(TrainerCallback):
         self.lines.append({name: logs[name] for name in COLUMNS if name in logs} | place)
         self._write()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero and self.lines:
+    def draw(self) -> None:
+        """Draw what was logged, if anything was."""
+        if self.lines:
             draw(self.lines, self.path.with_suffix(".png"))
 
     def _write(self) -> None:
@@ -117,6 +121,29 @@ class ProgressLine(ProgressCallback):
             )
 
 
+class StreamReport(TrainerCallback):
+    """Logs at the end what became of streaming rows, which no count knows before they are read.
+
+    Args:
+        fates: Is counted up while rows are read. With `dataloader_num_workers`, other processes read and count.
+    """
+
+    def __init__(self, fates: Counter) -> None:
+        self.fates = fates
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Some were read to estimate the memory of a step.
+        self.fates.clear()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for fate, number in self.fates.items():
+            logger.warning(f"{number:,} streaming rows read: {fate}")
+
+
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
     """Loss and throughput over the steps, as a picture."""
     # Not pyplot: it keeps figures, and looks for a screen.
@@ -138,8 +165,21 @@ def check_loss(loss: torch.Tensor, *, step: int) -> None:
     Raises:
         ValueError: naming the step.
     """
-    if not torch.isfinite(loss):
+    _check_number("a loss", loss.item(), step=step)
+
+
+def check_gradient(norm: torch.Tensor | float, *, step: int) -> None:
+    """Stop a run whose gradient is no number, which can be under a loss that is one, before the optimizer's step.
+
+    Raises:
+        ValueError: naming the step.
+    """
+    _check_number("a gradient with a norm", float(norm), step=step)
+
+
+def _check_number(what: str, value: float, *, step: int) -> None:
+    if not math.isfinite(value):
         raise ValueError(
-            f"got a loss of {loss.item()} at step {step}; expected a number: lower the learning rate, or look for a "
-            "broken row with `llava check-data`; the last checkpoint is unharmed"
+            f"got {what} of {value} at step {step}; expected a number: lower the learning rate, or look for a broken "
+            "row with `llava check-data`; the last checkpoint is unharmed"
         )

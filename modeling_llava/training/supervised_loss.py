@@ -12,6 +12,7 @@ must take part in the same number of gatherings.
 import functools
 import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,10 +26,15 @@ MAX_LOGITS = 2**25
 """How many logits exist at a time, 128 MiB in float32. A batch with more is scored in chunks, again in backward."""
 
 
-def add_supervised_head(model: PreTrainedModel) -> None:
+def add_supervised_head(model: PreTrainedModel, *, blank: str | None = None) -> None:
     """Let `model(..., labels=labels, fused_lm_head=True)` return what TRL's SFTTrainer computes its loss from.
 
     Other calls are those of the model. In the output, `log_probs`, `entropy` and `is_top1` are `[N]`, float32.
+
+    Args:
+        blank: What stands in for the pictures of a batch without any: a "picture", which runs tower and projector,
+            "features", which run the projector, or nothing. Processes that have divided a model wait for each other
+            at every layer, so all of them must come to the same layers.
     """
     vocab_size = model.config.get_text_config().vocab_size
     plain_forward = model.forward
@@ -39,7 +45,11 @@ def add_supervised_head(model: PreTrainedModel) -> None:
         if not fused_lm_head:
             return plain_forward(*args, **inputs)
         labels_BL = inputs.pop("labels")[:, 1:]
+        # Before the language model, as with pictures.
+        nothing = None if blank is None else compute_nothing(self.base_model, inputs, blank=blank)
         hidden_BLD = self.base_model(*args, **inputs).last_hidden_state[:, :-1]
+        if nothing is not None:
+            hidden_BLD = hidden_BLD + nothing
         is_supervised_BL = labels_BL != IGNORED_LABEL
         log_probs, entropy, is_top1 = score(
             self.get_output_embeddings(),
@@ -50,6 +60,29 @@ def add_supervised_head(model: PreTrainedModel) -> None:
         return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=is_supervised_BL)
 
     model.forward = types.MethodType(forward, model)
+
+
+def compute_nothing(model: nn.Module, inputs: dict[str, Any], *, blank: str) -> torch.Tensor:
+    """Zero, with a gradient of zero for all that pictures come through and those of this batch may not.
+
+    Args:
+        blank: "picture" or "features"; see `add_supervised_head`.
+    """
+    config, device = model.config, inputs["input_ids"].device
+    nothing = torch.zeros((), device=device)
+    if model.image_newline is not None:
+        nothing = nothing + 0 * model.image_newline.mean()
+    if "pixel_values" in inputs or "mm_encoder_outputs" in inputs:
+        return nothing
+    if blank == "picture":
+        side = config.vision_config.image_size
+        features = model.encode_tiles(torch.zeros(1, 3, side, side, device=device)).pooler_output
+    else:
+        # FSDP casts what a model is given, which this was not.
+        dtype = next((parameter.dtype for parameter in model.mm_projector.parameters()), torch.float32)
+        shape = 1, config.patches_per_side**2 + config.num_prefix_tokens, config.vision_feature_size
+        features = model.project_features(torch.zeros(shape, device=device, dtype=dtype))
+    return nothing + 0 * features.mean()
 
 
 def score(

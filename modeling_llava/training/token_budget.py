@@ -3,7 +3,8 @@
 What is surprising: rows are put into batches in random order and never sorted, which would fill batches a little
 better. A batch stays a random sample this way; batches of one length nearly stop a small model from learning. And
 every epoch has equally many batches, since transformers' Trainer takes the number of the first one for all: the rows
-of a batch too many would be lost.
+of a batch too many would be lost. Batches that are computed beside each other, one by each process, are alike in
+images and tokens: the slowest of them decides how long a step takes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,9 @@ class TokenBudgetBatchSampler(BatchRebalanceSampler):
         seed: Of the shuffling.
         rank: Which process asks; process r takes every `num_ranks`-th batch, from the r-th on.
         num_ranks: Number of processes.
+        batches_per_step: Batches that the optimizer takes together, of all processes; a multiple of `num_ranks`. One
+            process that gathers as many takes the same steps as several.
+        row_ids: Of each row, for messages; None names rows by their positions.
 
     Raises:
         ValueError: if a row alone is larger than a batch may be.
@@ -56,11 +60,14 @@ class TokenBudgetBatchSampler(BatchRebalanceSampler):
         seed: int = 0,
         rank: int = 0,
         num_ranks: int = 1,
+        batches_per_step: int = 1,
+        row_ids: Sequence[str] | None = None,
     ) -> None:
         longest = max(range(len(lengths)), key=lengths.__getitem__, default=None)
         if longest is not None and lengths[longest] > max_tokens:
+            name = longest if row_ids is None else repr(row_ids[longest])
             raise ValueError(
-                f"got row {longest} with {lengths[longest]} tokens for batches of at most {max_tokens}; expected "
+                f"got row {name} with {lengths[longest]} tokens for batches of at most {max_tokens}; expected "
                 "shorter rows: raise tokens_per_batch, or lower max_length"
             )
         if max_images is not None and max(num_images, default=0) > max_images:
@@ -75,6 +82,7 @@ class TokenBudgetBatchSampler(BatchRebalanceSampler):
         self.seed = seed
         self.rank = rank
         self.num_ranks = num_ranks
+        self.batches_per_step = max(batches_per_step, num_ranks)
         self.epoch = 0
         most = max(len(self._fill(epoch)) for epoch in range(num_epochs))
         self.num_batches = -(-most // num_ranks) * num_ranks
@@ -93,9 +101,19 @@ class TokenBudgetBatchSampler(BatchRebalanceSampler):
         while len(batches) < self.num_batches:
             longest = max(batches, key=len)
             batches.append([longest.pop() for _ in range(len(longest) // 2)])
+        size = self.batches_per_step
+        if size > 1:
+            batches.sort(key=self._measure)
+        num_steps = len(batches) // size
         generator = torch.Generator().manual_seed(self.seed + epoch)
         # The emptiest come last, and a schedule should not end on them.
-        return [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
+        order = torch.randperm(num_steps, generator=generator).tolist()
+        steps = [batches[step * size : (step + 1) * size] for step in order]
+        # An epoch ends on a step that is not whole.
+        return [batch for step in steps for batch in step] + batches[num_steps * size :]
+
+    def _measure(self, rows: list[int]) -> tuple[int, int]:
+        return sum(self.num_images[row] for row in rows), sum(self.lengths[row] for row in rows)
 
     def _fill(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + epoch)

@@ -12,7 +12,7 @@ from trl import SFTTrainer
 
 from .muon import MuonWithAdamW
 from .recipe import Recipe
-from .run_log import ProgressLine, RunLog, check_loss
+from .run_log import ProgressLine, RunLog, check_gradient, check_loss
 from .sharding import check_divisible, prepare_sharding
 from .supervised_loss import add_supervised_head
 from .token_budget import TokenBudgetBatchSampler
@@ -38,6 +38,9 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     """For each part, the number of its parameters and how many of them train."""
     counts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
+        # PEFT keeps the parameters that a part started from beside those that train.
+        if "original_module" in name.split("."):
+            continue
         part = part_of(name)
         total, trained = counts.get(part, (0, 0))
         number = count_numbers(parameter)
@@ -66,6 +69,17 @@ def split_for_muon(model: nn.Module, groups: list[dict], *, rate: float) -> tupl
     return matrices, others
 
 
+def keep_float32(model: nn.Module) -> None:
+    """Train the parts beside the adapters of a 4-bit model in float32.
+
+    TRL makes bfloat16 of all that trains there, as QLoRA's paper does with adapters. The steps of a projector that was
+    trained before are smaller than what its bfloat16 weights can take up.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_" not in name:
+            parameter.data = parameter.data.float()
+
+
 class LlavaTrainer(SFTTrainer):
     """SFTTrainer whose optimizer has one group for each part and kind of weight decay.
 
@@ -80,11 +94,15 @@ class LlavaTrainer(SFTTrainer):
         self.batch_sampler = batch_sampler
         super().__init__(*args, **kwargs)
         model = self.model.get_base_model() if recipe.uses_lora else self.model
-        add_supervised_head(model)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        is_divided = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        blank = "picture" if recipe.feature_cache is None else "features"
+        add_supervised_head(model, blank=blank if is_divided else None)
+        if is_divided:
             check_divisible(recipe, fsdp=self.is_fsdp_enabled)
         if self.is_fsdp_enabled:
             prepare_sharding(model, self.accelerator.state.fsdp_plugin)
+        if recipe.stage == "qlora":
+            keep_float32(self.model)
         if self.aux_loss_enabled:
             raise ValueError(
                 f"got router_aux_loss_coef={self.router_aux_loss_coef} for a mixture of experts; expected 0, since "
@@ -104,6 +122,14 @@ class LlavaTrainer(SFTTrainer):
         check_loss(loss, step=self.state.global_step + 1)
         return loss
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> torch.Tensor | float:
+        """The Trainer asks for it between backward and the optimizer's step."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # In float16 some steps overflow, and their scaler leaves them out.
+        if not self.args.fp16:
+            check_gradient(grad_norm, step=self.state.global_step + 1)
+        return grad_norm
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= self.run_log.take_rates(self.state, num_processes=self.args.world_size)
@@ -117,6 +143,8 @@ class LlavaTrainer(SFTTrainer):
 
     def save_trained(self) -> None:
         """Write the trained model (of a LoRA: the adapter) and its processor to the output folder, in `output_dtype`.
+
+        The curves are drawn after it, so that nothing in their way costs the model.
 
         Every process has to call it: each may hold a share of the weights.
         """
@@ -140,6 +168,7 @@ class LlavaTrainer(SFTTrainer):
             model.config.dtype = dtype
             model.config.save_pretrained(self.args.output_dir)
         self.processing_class.save_pretrained(self.args.output_dir)
+        self.run_log.draw()
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:

@@ -104,3 +104,11 @@ def test_a_new_run_keeps_away_from_the_checkpoints_of_another(workspace, tmp_pat
     with pytest.raises(ValueError, match="with checkpoint-1 of an earlier run; expected none: add --resume"):
         train(recipe)
     train(recipe, resume=True)
+
+
+def test_a_checkpoint_without_its_optimizer_is_not_gone_on_from(workspace, tmp_path):
+    trainer = TRAINER | {"max_steps": 1, "save_only_model": True}
+    recipe = read_recipe(write_recipe(workspace, trainer=trainer, output_dir=str(tmp_path)))
+    train(recipe)
+    with pytest.raises(ValueError, match="checkpoint-1, which holds weights alone .* expected its optimizer too"):
+        train(recipe, resume=True)

@@ -31,7 +31,9 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 WITH_FSDP = ["accelerate.commands.launch", "--config_file", str(LAUNCH / "fsdp2.yaml"), "--num_processes", "2"]
 ON_CPU = {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 TRAINER = {"learning_rate": 3e-3, "logging_steps": 1, "disable_tqdm": True, "bf16": False}
-TRAINER |= {"train_sampling_strategy": "sequential", "gradient_checkpointing": False}
+TRAINER |= {"gradient_checkpointing": False}
+PADDED = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 2}
+"""Two rows a batch: three would be the same three in every batch."""
 STEPS = TRAINER | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 ONE, TWO = {"use_cpu": True, "gradient_accumulation_steps": 2}, {"use_cpu": False}
 """What one process, and two, are told so that they take the same steps."""
@@ -91,7 +93,7 @@ def forget_second_half(folder: Path) -> tuple[list[float], dict[str, torch.Tenso
 
 def test_four_small_batches_a_step_are_one_large_one(workspace, tmp_path):
     """12 rows: 3 at a time and four batches a step, or all at once. Only the mean over all tokens makes them equal."""
-    trainer = TRAINER | {"num_train_epochs": 2}
+    trainer = TRAINER | PADDED | {"num_train_epochs": 2}
     large = run_recipe(workspace, tmp_path / "large", trainer=trainer | {"per_device_train_batch_size": 12})
     small = trainer | {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
     assert_close(weights_of(run_recipe(workspace, tmp_path / "small", trainer=small)), weights_of(large))
@@ -99,22 +101,26 @@ def test_four_small_batches_a_step_are_one_large_one(workspace, tmp_path):
 
 @pytest.mark.parametrize("packing", [{}, {"tokens_per_batch": 300}])
 def test_two_processes_are_one_with_twice_the_batches(workspace, tmp_path, packing):
-    # Two rows a batch: three would be the same three in every batch.
-    trainer = TRAINER | {"num_train_epochs": 2} | ({} if packing else {"per_device_train_batch_size": 2})
+    trainer = TRAINER | {"num_train_epochs": 2} | ({} if packing else PADDED)
     expected = run_recipe(workspace, tmp_path / "one", trainer=trainer | ONE, **packing)
     trainer |= {"use_cpu": True}
     launch(TORCHRUN, LLAVA, write_recipe(workspace, output_dir=str(tmp_path / "two"), trainer=trainer, **packing))
     assert_close(weights_of(tmp_path / "two"), weights_of(expected))
+    losses = [
+        [entry["loss"] for entry in json.loads((folder / "training_record.json").read_text())["losses"]]
+        for folder in (tmp_path / "two", expected)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["finetune", "tied", "lora"])
 def test_sharded_processes_are_one(workspace, tiled_start, tmp_path, stage):
     """Padded batches of a whole model, packed ones with adapters, tower and newline; and all go on where they end."""
     if stage == "finetune":
-        fields, trainer = {}, STEPS | {"per_device_train_batch_size": 2}
+        fields, trainer = {}, STEPS | PADDED
     elif stage == "tied":
         fields = {"model": str(save_tiny_checkpoint(tmp_path / "tied", "qwen2"))}
-        trainer = STEPS | {"per_device_train_batch_size": 2}
+        trainer = STEPS | PADDED
     else:
         fields = {"stage": "lora", "lora": {"r": 4, "lora_dropout": 0.0}, "train_vision_tower": True}
         fields |= {"model": str(tiled_start), "tokens_per_batch": 500}
@@ -131,6 +137,24 @@ def test_sharded_processes_are_one(workspace, tiled_start, tmp_path, stage):
     assert all(torch.equal(value, weights[name]) for name, value in weights_of(two).items())
 
 
+@pytest.mark.parametrize("fields", [{}, {"train_vision_tower": True}, {"feature_cache": "cache"}], ids=str)
+def test_sharded_processes_take_batches_without_pictures(workspace, tmp_path, fields):
+    """Two rows with pictures for one process, two without for the other, which must come to the same layers."""
+    records = json.loads((workspace / "rows.json").read_text())
+    question = {"from": "human", "value": "Color?"}
+    for index, record in enumerate(records):
+        if index // 2 % 2:
+            records[index] = {"id": f"text {index}", "conversations": [question, record["conversations"][1]]}
+    (tmp_path / "rows.json").write_text(json.dumps(records))
+    data = [{"path": str(tmp_path / "rows.json"), "image_folder": str(workspace)}]
+    fields = {"data": data} | {name: str(tmp_path) if name == "feature_cache" else True for name in fields}
+    one = run_recipe(workspace, tmp_path / "one", trainer=STEPS | PADDED | ONE, **fields)
+    two = tmp_path / "two"
+    recipe = write_recipe(workspace, output_dir=str(two), trainer=STEPS | PADDED | TWO, **fields)
+    launch(WITH_FSDP, LLAVA_AS_ON_GPUS, recipe)
+    assert_same_steps(two, one)
+
+
 @needs_deepspeed
 @pytest.mark.parametrize("stage", ["lora", "finetune"])
 def test_deepspeed_processes_are_one(workspace, tiled_start, tmp_path, stage):
@@ -140,7 +164,7 @@ def test_deepspeed_processes_are_one(workspace, tiled_start, tmp_path, stage):
         fields |= {"model": str(tiled_start)}
     else:
         name, fields = "deepspeed_zero3.json", {"train_vision_tower": True}
-    trainer = STEPS | {"per_device_train_batch_size": 2}
+    trainer = STEPS | PADDED
     one = run_recipe(workspace, tmp_path / "one", trainer=trainer | ONE, **fields)
     two = tmp_path / "two"
     trainer |= TWO | {"deepspeed": str(LAUNCH / name)}

@@ -1,6 +1,7 @@
 """The feature cache: what it serves trains like the pictures themselves, and nothing stale is ever served."""
 
 import json
+import threading
 from pathlib import Path
 
 import PIL.Image
@@ -105,6 +106,30 @@ def test_a_changed_picture_is_encoded_again(workspace, parts, tmp_path):
         cache.add([picture])
         features.append(cache.read([picture]))
     assert not torch.equal(*features)
+
+
+def test_runs_with_one_folder_do_not_write_over_each_other(workspace, parts, tmp_path):
+    """Both look at the folder before either writes into it."""
+    first, second = FeatureCache(*parts, tmp_path), FeatureCache(*parts, tmp_path)
+    encode, started, ended = first._encode, threading.Event(), threading.Event()
+
+    def encode_slowly(images):
+        started.set()
+        assert not ended.wait(0.5)
+        return encode(images)
+
+    first._encode = encode_slowly
+    thread = threading.Thread(target=first.add, args=[[workspace / "red.png"]])
+    thread.start()
+    started.wait()
+    second.add([workspace / "blue.png"])
+    ended.set()
+    thread.join()
+    assert sorted(second.positions.values()) == [0, 1]
+    alone = FeatureCache(*parts, tmp_path / "alone")
+    for cache, color in ((first, "red"), (second, "blue")):
+        alone.add([workspace / f"{color}.png"])
+        torch.testing.assert_close(cache.read([workspace / f"{color}.png"]), alone.read([workspace / f"{color}.png"]))
 
 
 @pytest.mark.parametrize("change", ["tower", "layer", "processor", "bf16"])

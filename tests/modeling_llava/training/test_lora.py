@@ -1,5 +1,6 @@
 """LoRA runs: what trains, what is saved, and that it loads to the same logits."""
 
+import importlib.util
 import json
 
 import pytest
@@ -12,11 +13,14 @@ from modeling_llava import AutoModelForVision2Seq
 from modeling_llava.training.lora import add_lora, find_targets
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import build_trainer, train
-from modeling_llava.training.trainer import LlavaTrainer, part_of
+from modeling_llava.training.trainer import LlavaTrainer, count_parameters, part_of
 from tests import original_folders as folders
 from tests.modeling_llava.training.conftest import write_recipe
 from tests.tiny import PINPOINTS, tiny_model
 
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes, which has no wheel for every machine"
+)
 TRAINER = {"learning_rate": 5e-3, "per_device_train_batch_size": 6, "max_steps": 3, "disable_tqdm": True}
 
 
@@ -70,6 +74,7 @@ def test_tower_and_newline_train_beside_the_adapter(workspace, tiled_start, tmp_
     trainer.train()
     trainer.save_trained()
     checkpoint = tmp_path / "checkpoint-2"
+    assert AutoModelForVision2Seq.from_pretrained(checkpoint).peft_config
     assert {path.name for path in checkpoint.iterdir()} >= {"optimizer.pt", "scheduler.pt", "trainer_state.json"}
     assert AutoProcessor.from_pretrained(checkpoint).chat_template == trainer.processing_class.chat_template
     names = load_file(checkpoint / "adapter_model.safetensors")
@@ -103,12 +108,47 @@ def test_each_part_has_its_own_rate(workspace):
     assert found == {"language_model": 1.0, "mm_projector": 2.0, "image_newline": 2.0, "vision_tower": 3.0}
 
 
+def adapted_layers(**settings) -> set[str]:
+    wrapped = add_lora(tiny_model(), {"r": 2, **settings}, trained_parts=("mm_projector",))
+    adapted = {name for name, _ in wrapped.named_parameters() if "lora_A" in name}
+    return {name.removeprefix("base_model.model.model.").split(".lora_A")[0] for name in adapted}
+
+
 def test_any_field_of_peft_can_be_set():
     settings = {"r": 2, "target_modules": "all-linear", "modules_to_save": ["lm_head"], "use_rslora": True}
     wrapped = add_lora(tiny_model(), settings, trained_parts=("mm_projector",))
     assert wrapped.peft_config["default"].use_rslora
     trained = {part_of(name) for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
-    assert trained == {"language_model", "mm_projector", "vision_tower", "lm_head"}
+    assert trained == {"language_model", "mm_projector", "lm_head"}
+
+
+def test_words_that_the_tower_has_too_mean_the_language_model():
+    expected = {
+        f"language_model.layers.{layer}.self_attn.{name}" for layer in range(2) for name in ("q_proj", "v_proj")
+    }
+    assert adapted_layers(target_modules=["q_proj", "v_proj"]) == expected
+    of_first = {name for name in expected if "layers.0" in name}
+    assert adapted_layers(target_modules=["q_proj", "v_proj"], layers_to_transform=[0]) == of_first
+    without_v = {name for name in expected if name.endswith("q_proj")}
+    assert adapted_layers(target_modules=["q_proj", "v_proj"], exclude_modules=["v_proj"]) == without_v
+    assert adapted_layers(target_modules=r".*vision_tower.*\.layers\.0\..*\.q_proj") == {
+        "vision_tower.encoder.layers.0.self_attn.q_proj"
+    }
+
+
+def test_the_projector_is_counted_once(workspace):
+    wrapped = add_lora(tiny_model(), {"r": 2}, trained_parts=("mm_projector",))
+    number = sum(parameter.numel() for parameter in tiny_model().model.mm_projector.parameters())
+    assert count_parameters(wrapped)["mm_projector"] == (number, number)
+
+
+@pytest.mark.parametrize("stage", ["lora", "finetune"])
+def test_an_adapter_as_model_is_refused(workspace, tmp_path, stage):
+    fields = {"stage": "lora", "lora": {"r": 2}, "trainer": TRAINER | {"max_steps": 1}}
+    adapter = train(read_recipe(write_recipe(workspace, **fields, output_dir=str(tmp_path / "adapter"))))
+    recipe = write_recipe(workspace, stage=stage, model=str(adapter), output_dir=str(tmp_path / "again"))
+    with pytest.raises(ValueError, match="adapter', which is an adapter; .* `llava merge .*adapter --out FOLDER`"):
+        train(read_recipe(recipe))
 
 
 def test_over_an_original_checkpoint(workspace, tmp_path):
@@ -126,12 +166,28 @@ def test_over_an_original_checkpoint(workspace, tmp_path):
     assert not torch.equal(folders.logits_of(loaded, inputs), folders.logits_of(base, inputs))
 
 
-def test_four_bits(workspace, tmp_path):
-    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, which has no wheel for every machine")
-    fields = {"stage": "qlora", "model": str(workspace / "start"), "output_dir": str(tmp_path / "out")}
-    out = train(read_recipe(write_recipe(workspace, **fields, lora={"r": 2}, trainer=TRAINER)))
-    names = load_file(out / "adapter_model.safetensors")
-    assert {part_of(name) for name in names} == {"language_model", "mm_projector"}
+@needs_bitsandbytes
+@pytest.mark.parametrize("train_vision_tower", [False, True])
+def test_four_bits(workspace, tmp_path, train_vision_tower):
+    """What trains beside the adapters is float32: bfloat16 weights would take up no step of this rate."""
+    fields = {"stage": "qlora", "train_vision_tower": train_vision_tower, "output_dir": str(tmp_path / "out")}
+    settings = TRAINER | {"learning_rate": 1e-6, "max_steps": 1, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    trainer = build_trainer(read_recipe(write_recipe(workspace, **fields, lora={"r": 2}, trainer=settings)))
+    beside = {
+        name: parameter
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.requires_grad and "lora_" not in name
+    }
+    parts = {"mm_projector", "vision_tower"} if train_vision_tower else {"mm_projector"}
+    assert {part_of(name) for name in beside} == parts
+    assert {parameter.dtype for parameter in beside.values()} == {torch.float32}
+    before = {name: parameter.clone() for name, parameter in beside.items()}
+    trainer.train()
+    trainer.save_trained()
+    changed = {part_of(name) for name, parameter in beside.items() if not torch.equal(parameter, before[name])}
+    assert changed == parts
+    names = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {part_of(name) for name in names} == {"language_model", *parts}
 
 
 @pytest.mark.parametrize(
@@ -141,7 +197,10 @@ def test_four_bits(workspace, tmp_path):
         ({"stage": "lora", "muon_learning_rate": 1e-3}, "got muon_learning_rate with stage 'lora'"),
         ({"images_per_batch": 3}, "got images_per_batch without tokens_per_batch"),
         ({"tokens_per_batch": 100, "attn_implementation": "eager"}, "got attn_implementation='eager' with tokens"),
-        ({"tokens_per_batch": 100}, "got per_device_train_batch_size and tokens_per_batch"),
+        (
+            {"tokens_per_batch": 100},
+            "got trainer.per_device_train_batch_size, which has no effect here; expected none",
+        ),
     ],
 )
 def test_recipes_that_cannot_work(workspace, fields, message):

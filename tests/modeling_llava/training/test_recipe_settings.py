@@ -1,9 +1,12 @@
 """What is set beside the file, and the names and types that are refused in both."""
 
+import dataclasses
+
 import pytest
 import yaml
+from trl import SFTConfig
 
-from modeling_llava.training.recipe import Recipe, read_recipe
+from modeling_llava.training.recipe import NO_EFFECT, NO_EFFECT_PACKED, Recipe, read_recipe
 
 FIELDS = {
     "stage": "lora",
@@ -72,6 +75,10 @@ def test_a_setting_without_a_value_takes_the_key_out(tmp_path):
         ("data.0.weight=much", "got weight='much' in data"),
         ("data=3", "got data=3 in"),
         ("trainer=3", "got 3 as trainer of .*; expected a mapping"),
+        ("tokens_per_batch=0", "got tokens_per_batch=0; expected at least 1"),
+        ("bad_rows=ignore", "got bad_rows='ignore'; expected one of raise, skip"),
+        ("trainer.assistant_only_loss=false", "got trainer.assistant_only_loss, which has no effect here; expected n"),
+        ("trainer.resume_from_checkpoint=a", "got trainer.resume_from_checkpoint, .* `llava train --resume`"),
         ("tokens_per_batch=many", "got tokens_per_batch='many' in .*; expected int"),
         ("data.2.path=c", "got 'data.2.path=c'; expected a key"),
         ("data.first.path=c", "got 'data.first.path=c'; expected a key"),
@@ -99,6 +106,27 @@ def test_mistakes_are_named(tmp_path, setting, message):
 def test_a_file_is_checked_like_settings(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, **fields)
+
+
+def test_what_packing_decides_is_refused_beside_it(tmp_path):
+    settings = {"train_sampling_strategy": "sequential"}
+    assert read(tmp_path, trainer=settings).trainer == settings
+    with pytest.raises(ValueError, match="got trainer.train_sampling_strategy, .*: tokens_per_batch decides"):
+        read(tmp_path, "tokens_per_batch=100", trainer=settings)
+
+
+def test_every_refused_setting_is_one_of_trl():
+    known = {item.name for item in dataclasses.fields(SFTConfig)}
+    assert NO_EFFECT.keys() | NO_EFFECT_PACKED.keys() <= known
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "line"), [("stage: align\nmodel: a\nstage: lora", "stage", 3), ("trainer: {a: 1, a: 1}", "a", 1)]
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path, text, key, line):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"got '{key}' twice; expected it once(.|\n)* line {line},"):
+        read_recipe(tmp_path / "recipe.yaml")
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.e-4", "+.1e-3", "1.0e-4"])

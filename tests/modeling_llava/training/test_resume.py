@@ -25,23 +25,87 @@ TRAINER = {
     "logging_steps": 1,
     "disable_tqdm": True,
 }
-RUN_AND_STOP_WRITING = f"""
+RUN_AND_STOP = """
 import sys, time
-from transformers import Trainer
+
+def stop():
+    print("stopped", flush=True)
+    time.sleep(600)
+
+{moment}
+
 from modeling_llava.cli import main
+main(["train", sys.argv[1]])
+"""
+"""`llava train` that stands still at one moment, until it is killed."""
+MOMENTS = {
+    "weights": f"""
+from transformers import Trainer
 
 write_weights = Trainer.save_model
 
-def write_weights_and_wait(self, output_dir=None, _internal_call=False):
+def write_weights_and_stop(self, output_dir=None, _internal_call=False):
     write_weights(self, output_dir, _internal_call)
     if output_dir.endswith("checkpoint-{KILLED_AT}"):
-        print("weights are written", flush=True)
-        time.sleep(600)
+        stop()
 
-Trainer.save_model = write_weights_and_wait
-main(["train", sys.argv[1]])
-"""
-"""`llava train` that stands still in the middle of writing a checkpoint, until it is killed."""
+Trainer.save_model = write_weights_and_stop
+""",
+    "optimizer": f"""
+import torch
+
+write = torch.save
+
+def stop_before_the_schedule(value, path, *args, **kwargs):
+    if str(path).endswith("checkpoint-{KILLED_AT}/scheduler.pt"):
+        stop()
+    write(value, path, *args, **kwargs)
+
+torch.save = stop_before_the_schedule
+""",
+    "rotation": f"""
+import pathlib, shutil
+
+remove = shutil.rmtree
+
+def remove_half(path, *args, **kwargs):
+    if str(path).endswith("checkpoint-{KILLED_AT - 1}"):
+        (pathlib.Path(path) / "model.safetensors").unlink()
+        stop()
+    remove(path, *args, **kwargs)
+
+shutil.rmtree = remove_half
+""",
+    "end": """
+from transformers import PreTrainedConfig
+
+write = PreTrainedConfig.save_pretrained
+
+def stop_before_the_weights(self, folder, *args, **kwargs):
+    write(self, folder, *args, **kwargs)
+    if str(folder).endswith("killed"):
+        stop()
+
+PreTrainedConfig.save_pretrained = stop_before_the_weights
+""",
+}
+"""In the middle of writing a checkpoint, of removing an old one, and of writing the trained model."""
+
+
+def run_and_kill(recipe: Path, moment: str) -> None:
+    command = [sys.executable, "-c", RUN_AND_STOP.format(moment=MOMENTS[moment]), str(recipe)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert any("stopped" in line for line in process.stdout)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+def assert_same_run(found: Path, expected: Path, weights: str) -> None:
+    assert losses_of(found) == losses_of(expected)
+    expected_weights, found_weights = load_file(expected / weights), load_file(found / weights)
+    assert expected_weights.keys() == found_weights.keys()
+    assert all(expected_weights[name].equal(found_weights[name]) for name in expected_weights)
 
 
 def losses_of(folder: Path) -> list[float]:
@@ -68,22 +132,27 @@ def test_killed_run_ends_as_an_uninterrupted_one(workspace, tmp_path, fields):
     train(read_recipe(write_recipe(workspace, **fields, output_dir=str(straight))))
 
     recipe = write_recipe(workspace, **fields, output_dir=str(killed))
-    command = [sys.executable, "-c", RUN_AND_STOP_WRITING, str(recipe)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert any("weights are written" in line for line in process.stdout)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    run_and_kill(recipe, "weights")
     assert (killed / f"checkpoint-{KILLED_AT}" / weights).exists()
     assert not (killed / f"checkpoint-{KILLED_AT}" / "trainer_state.json").exists()
     written = (killed / f"checkpoint-{KILLED_AT - 1}" / weights).stat().st_mtime_ns
 
     train(read_recipe(recipe), resume=True)
     assert (killed / f"checkpoint-{KILLED_AT - 1}" / weights).stat().st_mtime_ns == written
-    assert losses_of(killed) == losses_of(straight)
-    expected, found = load_file(straight / weights), load_file(killed / weights)
-    assert expected.keys() == found.keys()
-    assert all(expected[name].equal(found[name]) for name in expected)
+    assert_same_run(killed, straight, weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["optimizer", "rotation", "end"])
+def test_every_moment_is_one_to_be_killed_at(workspace, tmp_path, moment):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    fields = {"tokens_per_batch": 300, "trainer": TRAINER | ({"save_total_limit": 1} if moment == "rotation" else {})}
+    train(read_recipe(write_recipe(workspace, **fields, output_dir=str(straight))))
+    recipe = write_recipe(workspace, **fields, output_dir=str(killed))
+    run_and_kill(recipe, moment)
+    assert not (killed / "model.safetensors").exists()
+    train(read_recipe(recipe), resume=True)
+    assert_same_run(killed, straight, "model.safetensors")
 
 
 def test_streaming_without_a_number_of_steps_is_refused(workspace, tmp_path):

@@ -33,6 +33,7 @@ def changed_parts(folder: Path, out: Path) -> set[str]:
     "fields, expected",
     [
         ({"stage": "align"}, {"mm_projector"}),
+        ({"stage": "align", "train_vision_tower": True}, {"mm_projector", "vision_tower"}),
         ({"stage": "finetune"}, {"mm_projector", "language_model", "lm_head"}),
         (
             {"stage": "finetune", "train_vision_tower": True, "vision_tower_learning_rate": 1e-3},
@@ -199,6 +200,44 @@ def test_packed_batches_hold_every_row_once_in_each_epoch(workspace, monkeypatch
     half = len(seen) // 2
     assert sorted(row for batch in seen[:half] for row in batch) == sorted(record["id"] for record in records)
     assert seen[:half] != seen[half:]
+
+
+@pytest.mark.parametrize("fields", [{}, {"tokens_per_batch": 300}], ids=["padded", "packed"])
+def test_data_of_which_no_row_is_left_is_refused(workspace, tmp_path, fields):
+    trainer = {} if fields else {"per_device_train_batch_size": 2}
+    recipe = write_recipe(workspace, **fields, max_length=2, trainer=trainer, output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"got no row to train on \(12 too long, dropped\); expected at least one"):
+        build_trainer(read_recipe(recipe))
+
+
+def test_streaming_data_of_which_no_row_is_left_is_refused(workspace, tmp_path):
+    data = [{"path": str(workspace / "rows.json"), "image_folder": str(workspace), "streaming": True}]
+    with pytest.raises(ValueError, match=r"got no row to train on \(12 too long, dropped\)"):
+        build_trainer(read_recipe(write_recipe(workspace, max_length=2, data=data, output_dir=str(tmp_path))))
+
+
+@pytest.mark.parametrize("is_streaming", [False, True])
+def test_bad_rows_are_skipped_by_id_where_the_recipe_says_so(workspace, tmp_path, caplog, is_streaming):
+    records = json.loads((workspace / "rows.json").read_text())[:3]
+    question = {"from": "human", "value": "Color?"}
+    records.append({"id": "silent", "conversations": [question, {"from": "gpt", "value": ""}]})
+    records.append(records[0] | {"id": "blind", "image": "nowhere.png"})
+    (tmp_path / "rows.json").write_text(json.dumps(records))
+    data = [{"path": str(tmp_path / "rows.json"), "image_folder": str(workspace), "streaming": is_streaming}]
+    # One epoch and a little: the Trainer reads no further.
+    trainer = {"per_device_train_batch_size": 1, "max_steps": 3, "disable_tqdm": True, "gradient_checkpointing": False}
+    fields = {"data": data, "trainer": trainer, "output_dir": str(tmp_path / "out")}
+    with pytest.raises(ValueError, match="in record 'silent'"):
+        list(build_trainer(read_recipe(write_recipe(workspace, **fields))).train_dataset)
+    caplog.clear()
+    train(read_recipe(write_recipe(workspace, **fields, bad_rows="skip")))
+    skipped = [message for message in caplog.messages if message.startswith("skipped: ")]
+    assert any("in record 'silent'" in message for message in skipped)
+    assert any("in record 'blind'" in message and "nowhere.png" in message for message in skipped)
+    counts = [message for message in caplog.messages if "cannot be used, skipped" in message]
+    assert counts == [
+        "2 streaming rows read: cannot be used, skipped" if is_streaming else "2 rows: cannot be used, skipped"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import csv
 import re
 import shutil
+import sys
 
 import PIL.Image
 import pytest
@@ -98,3 +99,23 @@ def test_loss_that_is_no_number_stops_the_run(workspace, tmp_path):
         train(read_recipe(write_recipe(workspace, **fields)))
     assert not (tmp_path / "out" / "model.safetensors").exists()
     check_loss(torch.tensor(1.0), step=1)
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_gradient_that_is_no_number_stops_the_run_before_its_step(workspace, tmp_path, max_grad_norm):
+    trainer = TRAINER | {"per_device_train_batch_size": 4, "max_grad_norm": max_grad_norm}
+    trainer = build_trainer(read_recipe(write_recipe(workspace, trainer=trainer, output_dir=str(tmp_path))))
+    weight = trainer.model.lm_head.weight
+    before = weight.detach().clone()
+    weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(ValueError, match="got a gradient with a norm of nan at step 1; expected a number"):
+        trainer.train()
+    assert torch.equal(weight, before)
+
+
+def test_the_model_is_saved_where_curves_cannot_be_drawn(workspace, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    recipe = read_recipe(write_recipe(workspace, trainer=TRAINER, output_dir=str(tmp_path)))
+    with pytest.raises(ModuleNotFoundError, match="matplotlib"):
+        train(recipe)
+    assert AutoModelForVision2Seq.from_pretrained(tmp_path).num_parameters()

@@ -200,6 +200,21 @@ def test_pictures_cost_where_the_tower_trains(workspace, tmp_path, packing, trai
     assert num_tokens == built.data_collator([row])["input_ids"].shape[1]
 
 
+@pytest.mark.parametrize(("train_vision_tower", "expected"), [(False, False), (True, True)])
+def test_a_frozen_tower_has_no_gradient_with_checkpointing(workspace, tmp_path, train_vision_tower, expected):
+    fields = {"stage": "lora", "lora": {"r": 2}, "train_vision_tower": train_vision_tower}
+    trainer = TRAINER | {"gradient_checkpointing": True}
+    trainer = build_trainer(read_recipe(write_recipe(workspace, **fields, trainer=trainer, output_dir=str(tmp_path))))
+    has_gradient = []
+    tower = trainer.model.get_base_model().model.vision_tower
+    tower.register_forward_hook(
+        lambda module, inputs, output: has_gradient.append(output.last_hidden_state.requires_grad)
+    )
+    trainer.train()
+    assert trainer.model.is_activation_checkpointing
+    assert has_gradient == [expected]
+
+
 def test_sizes_are_written_for_people():
     assert format_bytes(3 * 2**30) == "3.0 GiB"
     assert format_bytes(1.5 * 2**20) == "1.5 MiB"

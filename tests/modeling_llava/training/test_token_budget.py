@@ -1,6 +1,7 @@
 """Every row once, no batch too large, few holes, the same order for the same seed."""
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,6 +60,8 @@ def test_order_depends_on_seed_and_epoch_alone():
 def test_rows_that_cannot_fit():
     with pytest.raises(ValueError, match="got row 1 with 300 tokens for batches of at most 128"):
         TokenBudgetBatchSampler([100, 300], [0, 0], max_tokens=128)
+    with pytest.raises(ValueError, match="got row 'b' with 300 tokens"):
+        TokenBudgetBatchSampler([100, 300], [0, 0], max_tokens=128, row_ids=["a", "b"])
     with pytest.raises(ValueError, match="got a row with 5 images for batches of at most 4"):
         TokenBudgetBatchSampler([100, 30], [0, 5], max_tokens=128, max_images=4)
 
@@ -81,6 +84,37 @@ def test_every_epoch_has_as_many_batches_on_every_process(lengths, num_ranks):
             assert all(0 < sum(lengths[row] for row in batch) <= 200 for batch in batches)
             seen += [row for batch in batches for row in batch]
         assert sorted(seen) == list(range(len(lengths)))
+
+
+@pytest.mark.parametrize("num_ranks", [4, 8])
+def test_processes_have_like_batches_at_the_same_time(num_ranks):
+    lengths, images = mixture(20000)
+    samplers = [
+        TokenBudgetBatchSampler(lengths, images, max_tokens=8192, rank=rank, num_ranks=num_ranks)
+        for rank in range(num_ranks)
+    ]
+    for counts, limit in ((images, 1.03), (lengths, 1.03)):
+        work = torch.tensor([[sum(counts[row] for row in batch) for batch in sampler] for sampler in samplers]).float()
+        assert (work.max(dim=0).values / work.mean(dim=0)).mean() < limit
+
+
+def test_steps_come_in_random_order():
+    """Not first those without pictures, and last those that are full of them."""
+    lengths, images = mixture(20000)
+    batches = TokenBudgetBatchSampler(lengths, images, max_tokens=8192, num_ranks=4).plan(0)
+    work = torch.tensor([sum(images[row] for row in batch) for batch in batches]).float()
+    places = torch.arange(len(work)).float()
+    assert torch.corrcoef(torch.stack([work, places]))[0, 1].abs() < 0.1
+
+
+def test_one_process_that_gathers_batches_takes_the_steps_of_several():
+    lengths, images = mixture(970)
+    settings = {"max_tokens": 4096, "batches_per_step": 4}
+    ranks = [list(TokenBudgetBatchSampler(lengths, images, **settings, rank=rank, num_ranks=2)) for rank in range(2)]
+    alone = list(TokenBudgetBatchSampler(lengths, images, **settings))
+    # An odd number of them would be made even for two processes.
+    assert len(alone) % 2 == 0
+    assert alone == [batch for step in zip(*ranks) for batch in step]
 
 
 def test_too_few_rows_for_the_processes():
