@@ -76,7 +76,7 @@ def processor_seconds(device: str) -> float:
     return time.thread_time()
 
 
-def find_difference(mode: str, backend: Any, exact: Any, pictures: list[Image.Image]) -> tuple[int, float]:
+def describe_difference(backend: Any, exact: Any, pictures: list[Image.Image]) -> str:
     """The largest difference in levels, and the share of levels that differ at all."""
     largest, num_different, num_levels = 0, 0, 0
     options = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
@@ -87,7 +87,9 @@ def find_difference(mode: str, backend: Any, exact: Any, pictures: list[Image.Im
             largest = max(largest, int(difference.max()))
             num_different += int((difference > 0).sum())
             num_levels += difference.numel()
-    return largest, num_different / num_levels
+    if not num_levels:
+        return "other tiles for every picture"
+    return f"largest difference {largest} levels, in {num_different / num_levels:.2%}"
 
 
 def compare_images(pictures: list[Image.Image], *, rounds: int) -> list[Row]:
@@ -99,9 +101,9 @@ def compare_images(pictures: list[Image.Image], *, rounds: int) -> list[Row]:
             name: lambda backend=backend: backend(pictures, return_tensors="pt") for name, backend in backends.items()
         }
         seconds = interleave(jobs, rounds=rounds, device="cpu", clock=processor_seconds)
+        notes = {name: describe_difference(backend, backends[EXACT], pictures) for name, backend in backends.items()}
         for ours in (EXACT, FAST):
             for peer in (name for name in (PEER, TORCHVISION) if name in backends):
-                largest, share = find_difference(mode, backends[ours], backends[EXACT], pictures)
                 rows.append(
                     compare(
                         f"{mode}, {ours}",
@@ -110,7 +112,7 @@ def compare_images(pictures: list[Image.Image], *, rounds: int) -> list[Row]:
                         unit="images/s",
                         amount=len(pictures),
                         peer_name=peer,
-                        note=f"largest difference {largest} levels, in {share:.2%}",
+                        note=f"{notes[ours]}; {peer}: {notes[peer]}",
                     )
                 )
     return rows

@@ -17,15 +17,12 @@ from transformers.utils import logging
 
 from .processing_llava import AnyLlavaProcessor
 from .prompts import count_images, encode_prompt
-from .row_lengths import read_image_sizes
+from .row_lengths import ON_BAD_ROW, read_image_sizes
 
 logger = logging.get_logger(__name__)
 
 IGNORED_LABEL = -100
 """The label that cross entropy skips."""
-
-ON_BAD_ROW = ("raise", "skip")
-"""What can become of a row that cannot be trained on."""
 
 
 class LlavaDataCollator:
@@ -114,8 +111,7 @@ class LlavaDataCollator:
             # One tile each: as many tokens as pictures would have.
             num_image_tokens = self.processor.count_image_tokens({"pixel_values": images})
             return {"mm_encoder_outputs": encoder_outputs}, num_image_tokens
-        image_processor = self.processor.image_processor
-        image_inputs = image_processor(image_processor.fetch_images(images), return_tensors="pt")
+        image_inputs = self.processor.image_processor(images, return_tensors="pt")
         return dict(image_inputs), self.processor.count_image_tokens(image_inputs)
 
     def _encode_row(self, row: dict[str, Any], num_image_tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

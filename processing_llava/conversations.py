@@ -8,6 +8,7 @@ Turns with images are normalised as the original LLaVA trains on them: a single 
 turn, and the white space around the turn goes. What is surprising:
 - Several `<image>` in one turn stay where they are, as in LLaVA-NeXT; the original makes one of them.
 - A first turn of the assistant is dropped, as both do: ShareGPT holds conversations cut in the middle.
+- `system` beside the turns, as ShareGPT has it, becomes the system message.
 - `<image>` is a placeholder in what the user says. Elsewhere it is text.
 - Content is a list of items even where it is one text: columnar data sets cannot mix texts and lists.
 """
@@ -55,9 +56,9 @@ def convert_record(record: Any, index: int, *, image_folder: ImageFolder | str |
     """One record -> one row.
 
     Args:
-        record: A dict with `conversations` or `messages`. `image` or `images` may be missing, one, or a list, each a
-            path, bytes, PIL image, or the `{"bytes", "path"}` of `datasets`; items of `messages` can hold theirs
-            instead. A `RefusedRecord` is raised.
+        record: A dict with `conversations` or `messages`, and perhaps `system`. `image` or `images` may be missing,
+            one, or a list, each a path, data URI, bytes, PIL image, or the `{"bytes", "path"}` of `datasets`; items
+            of `messages` can hold theirs instead. A `RefusedRecord` is raised.
         index: Position in the data; the id of a record that has none.
         image_folder: Where image paths start and have to stay. Without it only bytes, PIL images and `pathlib.Path`
             objects are images: a text could name any file of the machine.
@@ -68,7 +69,8 @@ def convert_record(record: Any, index: int, *, image_folder: ImageFolder | str |
 
     Raises:
         RefusedRecord: for a missing key, a value of the wrong kind, an unknown role, wrong order, an empty answer,
-            another number of `<image>` than of images, or a path that leads out of the image folder.
+            another number of `<image>` than of images, two system messages, a URL, or a path that leads out of the
+            image folder.
     """
     if isinstance(record, RefusedRecord):
         raise record
@@ -78,6 +80,8 @@ def convert_record(record: Any, index: int, *, image_folder: ImageFolder | str |
     messages = [_convert_turn(turn, row_id) for turn in _read_turns(record, row_id)]
     system = messages[:1] if messages and messages[0]["role"] == "system" else []
     turns = messages[len(system) :]
+    if record.get("system"):
+        system = _add_system(record["system"], system, row_id)
     if turns and turns[0]["role"] == "assistant":
         turns = turns[1:]
     _check_turns(turns, row_id)
@@ -92,6 +96,23 @@ def convert_record(record: Any, index: int, *, image_folder: ImageFolder | str |
         )
     images = [_read_image(image, image_folder, row_id) for image in images]
     return {"id": row_id, "images": images, "messages": system + turns}
+
+
+def drops_first_turn(record: dict[str, Any]) -> bool:
+    """Whether `convert_record`, which took this record, leaves out a first turn of the assistant."""
+    roles = [ROLES[turn["role"] if "role" in turn else turn["from"]] for turn in _read_turns(record, row_id="")]
+    return roles[1 if roles[0] == "system" else 0] == "assistant"
+
+
+def _add_system(text: Any, system: list[dict[str, Any]], row_id: str) -> list[dict[str, Any]]:
+    if system:
+        raise RefusedRecord(
+            row_id,
+            "two system messages",
+            f"a system message beside the turns ({_shorten(text)}) and one among them",
+            "expected one; take the other out",
+        )
+    return [_convert_turn({"role": "system", "content": text}, row_id)]
 
 
 def _read_turns(record: dict[str, Any], row_id: str) -> list[Any]:
@@ -211,7 +232,15 @@ def _read_images(record: dict[str, Any]) -> list[Any]:
 def _read_image(image: Any, folder: ImageFolder | str | Path | None, row_id: str) -> str | bytes | Path | Image.Image:
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
-    if isinstance(image, str) and not ADDRESS.match(image):
+    if isinstance(image, str) and image[:5].lower() != "data:":
+        if ADDRESS.match(image):
+            # Whoever opens it later, such as `datasets`, may read any file of the machine, or a host of its network.
+            raise RefusedRecord(
+                row_id,
+                "image address",
+                f"the image address {_shorten(image)}",
+                "expected a path or bytes; download it",
+            )
         if folder is None:
             raise RefusedRecord(
                 row_id, "image path without a folder", f"the image path {_shorten(image)}", "set image_folder"

@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .conversations import convert_record
+from .conversations import convert_record, drops_first_turn
 from .data_report import CheckReport
 from .data_sources import DataSource, open_records
 from .image_folders import ImageFolder
@@ -145,6 +145,7 @@ def _check_chunk(chunk: Chunk, check: RecordCheck) -> CheckReport:
     for source, index, record in chunk:
         rows, refused = check(record, index, image_folder=source.images)
         report.count(rows, refused, source=source.path)
+        report.num_cut += bool(rows) and drops_first_turn(record)
     return report
 
 

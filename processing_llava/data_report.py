@@ -31,6 +31,8 @@ class CheckReport:
     """What is known of records so far; of usable ones only numbers."""
 
     num_records: int = 0
+    num_cut: int = 0
+    """Usable records whose first turn is one of the assistant, which is left out."""
     num_supervised: int = 0
     """Tokens that are learned."""
     lengths: array = field(default_factory=lambda: array("L"))
@@ -51,6 +53,7 @@ class CheckReport:
     def add(self, other: "CheckReport") -> None:
         """Counts in what is known of other records."""
         self.num_records += other.num_records
+        self.num_cut += other.num_cut
         self.num_supervised += other.num_supervised
         self.lengths += other.lengths
         self.fates += other.fates
@@ -68,6 +71,7 @@ class CheckReport:
         return {
             "records": self.num_records,
             "usable_rows": len(self.lengths),
+            "first_turns_left_out": self.num_cut,
             "fates": dict(self.fates),
             "tokens": sum(self.lengths),
             "supervised_tokens": self.num_supervised,
@@ -84,6 +88,7 @@ class CheckReport:
             "records": f"{self.num_records:,}",
             "usable rows": f"{len(self.lengths):,}",
             **{f"  {fate}": f"{count:,}" for fate, count in self.fates.items() if fate != FITS},
+            **({"  first turn left out": f"{self.num_cut:,}"} if self.num_cut else {}),
             "tokens": f"{num_tokens:,}",
             "supervised tokens": f"{self.num_supervised:,}{share}",
             "tokens a row, up to": spread or "-",

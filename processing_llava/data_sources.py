@@ -7,7 +7,7 @@ numbers and texts in `id`, and one and many in `image`.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +79,7 @@ def open_dataset(source: DataSource) -> "Dataset | IterableDataset":
     Raises:
         ValueError: there is no such dataset, split or configuration, or it cannot be read.
     """
-    from datasets import DatasetDict, Image, List, load_dataset, load_from_disk
+    from datasets import DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
     path = Path(source.path)
@@ -96,11 +96,23 @@ def open_dataset(source: DataSource) -> "Dataset | IterableDataset":
     except (OSError, ValueError, KeyError, DatasetsError) as error:
         raise _unreadable(source, error) from error
     for name, feature in (dataset.features or {}).items():
-        if isinstance(feature, Image):
-            dataset = dataset.cast_column(name, Image(decode=False))
-        elif isinstance(feature, List) and isinstance(feature.feature, Image):
-            dataset = dataset.cast_column(name, List(Image(decode=False)))
+        encoded = _leave_encoded(feature)
+        if encoded != feature:
+            dataset = dataset.cast_column(name, encoded)
     return dataset
+
+
+def _leave_encoded(feature: Any) -> Any:
+    """The type of a column, with pictures undecoded however deep they lie."""
+    from datasets import Image, LargeList, List
+
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, dict):
+        return {name: _leave_encoded(part) for name, part in feature.items()}
+    if isinstance(feature, (List, LargeList)):
+        return replace(feature, feature=_leave_encoded(feature.feature))
+    return feature
 
 
 def _iterate(dataset: "Dataset | IterableDataset", source: DataSource) -> Iterator[Any]:

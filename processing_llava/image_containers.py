@@ -22,6 +22,8 @@ _START, _OTHER = b"start", b""
 _PNG_KEPT = {_START, b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 # JFIF and Adobe segments say how colours are meant; those of other applications and comments do not count.
 _JPEG_DROPPED = {_OTHER, b"\xfe", *(bytes([marker]) for marker in (*range(0xE1, 0xEE), 0xEF))}
+_JPEG_COLOURS, _JPEG_COLOURS_SIZE = (b"\xe0", b"\xee"), 18
+"""JFIF and Adobe, and the size of the former without a preview."""
 # What Pillow takes for markers without content: reserved ones, restarts, start and end
 _LONE_MARKERS = {bytes([marker]) for marker in (0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE))}
 _APP1, _START_OF_SCAN, _END_OF_IMAGE = b"\xe1", b"\xda", b"\xd9"
@@ -72,6 +74,32 @@ def strip_metadata(data: bytes, *, max_pieces: int, max_frames: int) -> tuple[by
             "with ImageLimits(max_frames=...)"
         )
     return b"".join(data[start:stop] for _, start, stop in kept), read_orientation(next(exif, b""))
+
+
+def cut_to_pixels(data: bytes, *, max_pieces: int) -> bytes | None:
+    """A JPEG or PNG without anything but its pixels; None if it has to be encoded again for that.
+
+    What `strip_metadata` leaves may still hold what no decoder reads: the film behind a phone's photograph, or a
+    preview of the whole picture beside the part that was cut out.
+
+    Args:
+        data: From `strip_metadata`.
+        max_pieces: As there.
+
+    Raises:
+        ValueError: too many pieces.
+    """
+    if data.startswith(b"\x89PNG"):
+        return data
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    segments = list(_limit(_walk_scans(data), max_pieces))
+    end = _MARKER.search(data, segments[-1][2]) if segments else None
+    has_more = any(
+        kind in _JPEG_DROPPED or (kind in _JPEG_COLOURS and stop - start > _JPEG_COLOURS_SIZE)
+        for kind, start, stop in segments
+    )
+    return None if end is None or has_more else data[: end.end()]
 
 
 def read_orientation(exif: bytes) -> int:

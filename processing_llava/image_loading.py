@@ -17,21 +17,22 @@ import os
 import re
 import stat
 import struct
-from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from .image_arrays import image_from_levels, read_levels
-from .image_containers import read_orientation, strip_metadata
+from .image_containers import cut_to_pixels, read_orientation, strip_metadata
 from .image_limits import DEFAULT_LIMITS, ImageLimits, check_image_size, check_num_bytes
 
 Pixels = Image.Image | np.ndarray | torch.Tensor
 ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Pixels
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_PHONE_FORMAT = "MPO"
+"""What Pillow calls a JPEG with a second one behind it, where it is asked for any format."""
 
 # EXIF orientation -> what brings the stored pixels upright; 1 means "leave as it is"
 UPRIGHT = {
@@ -47,6 +48,8 @@ UPRIGHT = {
 # what Pillow lets escape on damaged files: its own errors, and those of parsing a chunk that is too short
 DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error)
 
+# Opening a pipe would wait for somebody who writes; Windows has none, and would change line ends.
+_OPEN_FLAGS = os.O_RDONLY | (os.O_NONBLOCK if os.name == "posix" else os.O_BINARY)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -110,6 +113,26 @@ def load_pixels(
     return _to_rgb(image)
 
 
+def clean_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
+    """An image, encoded before, that holds nothing but the pixels of `load_image`, for files that leave the machine.
+
+    JPEG and PNG stay as they were encoded, but for their metadata; all else becomes PNG, which changes no pixel.
+
+    Raises:
+        FileNotFoundError: there is no file at the path.
+        ValueError: as `load_image`.
+    """
+    data = _read_bytes(source, limits=limits, urls=None)
+    image = load_image(data, limits=limits)
+    stripped, orientation = strip_metadata(data, max_pieces=limits.max_pieces, max_frames=limits.max_frames)
+    kept = cut_to_pixels(stripped, max_pieces=limits.max_pieces) if orientation == 1 else None
+    if kept is not None:
+        return kept
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
 def read_image_size(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
     """(height, width) that `load_image` would give, from the header: damaged pixels go unseen.
 
@@ -124,6 +147,11 @@ def read_image_size(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS
 
 def _open(source: ImageSource, *, limits: ImageLimits, urls: UrlReader | None = None) -> tuple[Image.Image, int]:
     """The image with its header read and its size checked, and its EXIF orientation."""
+    if isinstance(source, ImageFile.ImageFile) and source.format not in (*FORMATS, _PHONE_FORMAT):
+        raise ValueError(
+            f"got an image that is read from a {source.format} file; expected one of {', '.join(FORMATS)}; if it is "
+            'your own, pass image.convert("RGB")'
+        )
     if isinstance(source, Image.Image):
         image, orientation = source, read_orientation(source.info.get("exif", b""))
     elif isinstance(source, (np.ndarray, torch.Tensor)):
@@ -167,19 +195,30 @@ def _fetch(url: str, *, limits: ImageLimits, urls: UrlReader | None) -> bytes:
 
 def _read_file(path: str, *, limits: ImageLimits) -> bytes:
     try:
-        status = os.stat(path)
+        descriptor = os.open(path, _OPEN_FLAGS)
     except FileNotFoundError:
         raise FileNotFoundError(f"got the path {_shorten(path)}; expected an image file there; correct it") from None
     except (OSError, ValueError) as error:
         raise ValueError(
             f"got the path {_shorten(path)} ({_shorten(error)}); expected an image file; correct the path"
         ) from None
-    # Told before opening: opening a pipe waits, and a device never ends.
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"got {_shorten(path)}, which is no regular file; expected an image file; correct the path")
-    check_num_bytes(status.st_size, limits=limits)
-    with Path(path).open("rb") as file:
-        return file.read(limits.max_bytes + 1)
+    try:
+        # Of what is open, since a path may lead elsewhere a moment later.
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(
+                f"got {_shorten(path)}, which is no regular file; expected an image file; correct the path"
+            )
+        check_num_bytes(status.st_size, limits=limits)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(limits.max_bytes + 1)
+    except OSError as error:
+        raise ValueError(
+            f"got the path {_shorten(path)}, which cannot be read ({_shorten(error)}); expected an image file; check "
+            "the path"
+        ) from None
+    finally:
+        os.close(descriptor)
 
 
 def _read_file_object(source: BinaryIO, *, limits: ImageLimits) -> bytes:
@@ -202,7 +241,7 @@ def _decode_data_uri(uri: str, *, limits: ImageLimits) -> bytes:
     # four characters carry three bytes; half leaves room for line breaks, and the exact check follows
     check_num_bytes(len(payload) // 2, limits=limits)
     try:
-        return base64.b64decode("".join(payload.split()), validate=True)
+        return base64.b64decode(payload.encode("ascii").translate(None, b" \t\r\n"), validate=True)
     except (binascii.Error, ValueError) as error:
         raise ValueError(
             f"got the data URI {_shorten(uri)} ({error}); expected base64 after the comma; encode it again"
@@ -213,7 +252,7 @@ def _open_file(data: bytes, *, limits: ImageLimits) -> tuple[Image.Image, int]:
     """Reads the header only."""
     stripped, orientation = strip_metadata(data, max_pieces=limits.max_pieces, max_frames=limits.max_frames)
     try:
-        return Image.open(io.BytesIO(stripped), formats=FORMATS), orientation
+        image = Image.open(io.BytesIO(stripped), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
             f"got an image with too many pixels ({_shorten(error)}); expected max_pixels of at most "
@@ -225,25 +264,42 @@ def _open_file(data: bytes, *, limits: ImageLimits) -> tuple[Image.Image, int]:
             f"got {len(data)} bytes that are no image of a known format (they start with {data[:12]!r}); expected one "
             f"of {', '.join(FORMATS)}; convert the image"
         ) from None
+    if any(tile.codec_name == "bmp_rle" for tile in image.tile):
+        # Pillow decodes it in Python: seconds, and tens of bytes for each pixel that a short file skips.
+        raise ValueError(
+            "got a BMP that is compressed by run lengths; expected one without compression; save the image again"
+        )
+    return image, orientation
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F"):
+    if image.mode in ("I", "F", "LAB"):
         raise ValueError(
             f"got an image of mode {image.mode}, whose range of values is unknown; expected levels in 0..255; scale "
             "the image and convert it to RGB"
         )
     if image.mode.startswith("I;16"):
-        # rounds 0..65535 to 0..255; point() of a 32-bit image only takes a scale and an offset
-        image = image.convert("I").point(lambda level: level * (1 / 257) + 0.5).convert("L")
-        # a level of 0..65535 that matches nothing any more
-        image.info.pop("transparency", None)
+        image = _scale_levels(image)
+    if image.mode == "La":
+        # Pillow has no way from there to RGBA.
+        image = image.convert("LA")
     if image.has_transparency_data:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
         on_white = Image.new("RGB", image.size, (255, 255, 255))
         on_white.paste(image, mask=image)
         return on_white
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _scale_levels(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey, with the level that stands for transparent on white."""
+    wide = image.convert("I")
+    transparent = wide.info.pop("transparency", None)
+    # rounds 0..65535 to 0..255; point() of a 32-bit image only takes a scale and an offset
+    grey = wide.point(lambda level: level * (1 / 257) + 0.5).convert("L")
+    if isinstance(transparent, int):
+        grey.paste(255, mask=Image.fromarray(np.asarray(wide) == transparent))
+    return grey
 
 
 def _shorten(value: object) -> str:

@@ -23,6 +23,7 @@ from .image_layouts import fit_inside, select_grid
 from .image_processing_llava import (
     AnyLlavaImageProcessorKwargs,
     AnyLlavaImageProcessorPil,
+    CutImage,
     TileShape,
     fit_shorter_side,
     pad_to_tile,
@@ -34,7 +35,7 @@ from .image_processing_llava import (
 
 FILTERS = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}
 
-MAX_SQUARE_PIXELS = 64_000_000
+MAX_SQUARE_PIXELS = 8_000_000
 """A larger square is not built to pad an image: it could take twenty times the memory of a thin image."""
 
 
@@ -78,6 +79,31 @@ class AnyLlavaImageProcessor(AnyLlavaImageProcessorPil):
         )
         return view_pixels(image).permute(2, 0, 1), scale
 
+    def cut_image(
+        self,
+        image: torch.Tensor,
+        scale: float,
+        *,
+        image_aspect_ratio: str,
+        image_grid_pinpoints: list[list[int]] | None,
+        size: SizeDict,
+        crop_size: SizeDict | None,
+        do_center_crop: bool,
+        resample: int,
+        image_mean: Sequence[float],
+        **kwargs: Any,
+    ) -> CutImage:
+        """As the twin's, of levels [C, H, W]."""
+        shape = read_tile_shape(size, crop_size, do_center_crop, resample)
+        height, width = image.shape[1:]
+        if image_aspect_ratio == "anyres":
+            tiles = _cut_anyres(image, shape, select_grid(height, width, image_grid_pinpoints))
+        elif image_aspect_ratio == "pad":
+            tiles = [_pad_to_tile(image, shape, tuple(int(level * 255) for level in image_mean))]
+        else:
+            tiles = [_resize_to_tile(image, shape)]
+        return CutImage(tiles, scale, (height, width))
+
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
         super()._validate_preprocess_kwargs(**kwargs)
         if kwargs["resample"] not in FILTERS:
@@ -88,14 +114,9 @@ class AnyLlavaImageProcessor(AnyLlavaImageProcessorPil):
 
     def _preprocess(
         self,
-        images: list[tuple[torch.Tensor, float]],
+        images: list[CutImage],
         *,
         image_aspect_ratio: str,
-        image_grid_pinpoints: list[list[int]] | None,
-        size: SizeDict,
-        crop_size: SizeDict | None,
-        do_center_crop: bool,
-        resample: int,
         do_normalize: bool,
         image_mean: Sequence[float],
         image_std: Sequence[float],
@@ -105,37 +126,25 @@ class AnyLlavaImageProcessor(AnyLlavaImageProcessorPil):
     ) -> BatchFeature:
         if not images:
             raise ValueError("got no images; expected at least one; pass images=None for text alone")
-        shape = read_tile_shape(size, crop_size, do_center_crop, resample)
-        sizes = [tuple(image.shape[1:]) for image, _ in images]
-        grids = [(0, 0)] * len(images)
-        if image_aspect_ratio == "anyres":
-            grids = [select_grid(*size, image_grid_pinpoints) for size in sizes]
-        fill = tuple(int(level * 255) for level in image_mean)
         mean, std = (image_mean, image_std) if do_normalize else ((0.0,) * 3, (1.0,) * 3)
         mean, std = (torch.tensor(numbers, dtype=torch.float64)[:, None, None] for numbers in (mean, std))
-        max_tiles = 1 + max(height * width for height, width in grids) // shape.tile_size**2
-        batch = (len(images), max_tiles, 3, shape.tile_size, shape.tile_size)
+        side = images[0].tiles[0].shape[-1]
+        batch = (len(images), max(len(image.tiles) for image in images), 3, side, side)
         # numpy asks the system for large pages and torch does not; small ones take longer to get than to fill.
         values = torch.from_numpy(np.empty(batch, np.float32)) if device is None else torch.empty(batch, device=device)
 
-        def prepare(index: int) -> None:
-            image_CHW, scale = images[index]
-            if image_aspect_ratio == "anyres":
-                tiles = _cut_anyres(image_CHW, shape, grids[index])
-            elif image_aspect_ratio == "pad":
-                tiles = [_pad_to_tile(image_CHW, shape, fill)]
-            else:
-                tiles = [_resize_to_tile(image_CHW, shape)]
-            factor, offset = (numbers.float().to(device) for numbers in (scale / std, -mean / std))
+        def fill(index: int) -> None:
+            image = images[index]
+            factor, offset = (numbers.float().to(device) for numbers in (image.scale / std, -mean / std))
             # One tile after the other, so that each stays in the cache of the processor.
-            for tile_CSS, values_3SS in zip(tiles, values[index]):
+            for tile_CSS, values_3SS in zip(image.tiles, values[index]):
                 values_3SS.copy_(tile_CSS[:3].to(device)).mul_(factor).add_(offset)
-            values[index, len(tiles) :] = 0
+            values[index, len(image.tiles) :] = 0
 
-        self.map_images(prepare, range(len(images)))
+        self.map_images(fill, range(len(images)))
         data = {"pixel_values": values[:, 0]}
         if image_aspect_ratio == "anyres":
-            data = {"pixel_values": values, "image_sizes": torch.tensor(sizes)}
+            data = {"pixel_values": values, "image_sizes": torch.tensor([image.size for image in images])}
         return BatchFeature(data, tensor_type=return_tensors)
 
 
@@ -187,7 +196,8 @@ def _interpolate(image_CHW: torch.Tensor, height: int, width: int, resample: int
 
 def _crop_centre(image_CHW: torch.Tensor, side: int) -> torch.Tensor:
     top, left = ((length - side) // 2 for length in image_CHW.shape[1:])
-    return image_CHW[:, top : top + side, left : left + side]
+    # A copy, which does not keep the rest of the image in memory.
+    return image_CHW[:, top : top + side, left : left + side].clone()
 
 
 __all__ = ["AnyLlavaImageProcessor"]

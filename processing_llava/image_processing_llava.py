@@ -14,6 +14,7 @@ The file is copied into Hub repositories with its siblings.
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from transformers.image_utils import (
     ChannelDimension,
     PILImageResampling,
     SizeDict,
+    make_flat_list_of_images,
 )
 from transformers.processing_utils import ImagesKwargs
 
@@ -63,6 +65,18 @@ class TileShape:
     """CLIP keeps the aspect ratio and crops the centre; SigLIP stretches."""
     resample: int
     """Pillow's filter."""
+
+
+@dataclass(frozen=True)
+class CutImage:
+    """An image as the vision tower sees it, but for its normalisation."""
+
+    tiles: list[np.ndarray] | list[torch.Tensor]
+    """Bytes [tile_size, tile_size, 3], or [3 or 4, tile_size, tile_size] in the fast twin."""
+    scale: float
+    """What levels are multiplied with."""
+    size: tuple[int, int]
+    """(height, width) of the image in pixels."""
 
 
 class AnyLlavaImageProcessorPil(PilBackend):
@@ -154,6 +168,17 @@ class AnyLlavaImageProcessorPil(PilBackend):
         with ThreadPoolExecutor(num_threads) as pool:
             return list(pool.map(function, images))
 
+    def _prepare_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> list[CutImage]:
+        """Loads each image and cuts it at once, so that no more of them are in memory at full size than threads work
+        on."""
+
+        def prepare(source: Any) -> list[CutImage]:
+            # An array may hold several.
+            loaded = make_flat_list_of_images(self.fetch_images(source))
+            return [self.cut_image(*self.process_image(image, **kwargs), **kwargs) for image in loaded]
+
+        return list(chain.from_iterable(self.map_images(prepare, flatten_images(images))))
+
     def process_image(
         self,
         image: Image.Image | np.ndarray | torch.Tensor,
@@ -187,6 +212,37 @@ class AnyLlavaImageProcessorPil(PilBackend):
         if not do_convert_rgb and image.mode != "RGB":
             raise ValueError(f"got an image of mode {image.mode}; expected RGB; convert it or set do_convert_rgb=True")
         return load_pixels(image, limits=self.limits), scale
+
+    def cut_image(
+        self,
+        image: Image.Image,
+        scale: float,
+        *,
+        image_aspect_ratio: str,
+        image_grid_pinpoints: list[list[int]] | None,
+        size: SizeDict,
+        crop_size: SizeDict | None,
+        do_center_crop: bool,
+        resample: int,
+        image_mean: Sequence[float],
+        **kwargs: Any,
+    ) -> CutImage:
+        """What `process_image` returned, as tiles.
+
+        Args:
+            image: At full size.
+            scale: Of its levels.
+            image_aspect_ratio: As in the class; the others, too.
+            kwargs: The other settings of the call, not needed here.
+        """
+        shape = read_tile_shape(size, crop_size, do_center_crop, resample)
+        if image_aspect_ratio == "anyres":
+            tiles = _cut_anyres(image, shape, image_grid_pinpoints)
+        elif image_aspect_ratio == "pad":
+            tiles = [pad_to_tile(image, shape, tuple(int(level * 255) for level in image_mean))]
+        else:
+            tiles = [_resize_to_tile(image, shape)]
+        return CutImage(tiles, scale, (image.height, image.width))
 
     def _read_levels(
         self, array: np.ndarray | torch.Tensor, input_data_format: str | ChannelDimension | None, scale: float
@@ -224,14 +280,9 @@ class AnyLlavaImageProcessorPil(PilBackend):
 
     def _preprocess(
         self,
-        images: list[tuple[Image.Image, float]],
+        images: list[CutImage],
         *,
         image_aspect_ratio: str,
-        image_grid_pinpoints: list[list[int]] | None,
-        size: SizeDict,
-        crop_size: SizeDict | None,
-        do_center_crop: bool,
-        resample: int,
         do_normalize: bool,
         image_mean: Sequence[float],
         image_std: Sequence[float],
@@ -240,29 +291,29 @@ class AnyLlavaImageProcessorPil(PilBackend):
     ) -> BatchFeature:
         if not images:
             raise ValueError("got no images; expected at least one; pass images=None for text alone")
-        shape = read_tile_shape(size, crop_size, do_center_crop, resample)
-        if image_aspect_ratio == "anyres":
-            tiles = [_cut_anyres(image, shape, image_grid_pinpoints) for image, _ in images]
-        elif image_aspect_ratio == "pad":
-            fill = tuple(int(level * 255) for level in image_mean)
-            tiles = [[pad_to_tile(image, shape, fill)] for image, _ in images]
-        else:
-            tiles = [[_resize_to_tile(image, shape)] for image, _ in images]
-
-        max_tiles = max(len(row) for row in tiles)
-        pixel_values = np.zeros((len(images), max_tiles, 3, shape.tile_size, shape.tile_size), dtype=np.float32)
-        for row, (_, scale), values in zip(tiles, images, pixel_values):
-            table = _tabulate_levels(scale, image_mean, image_std) if do_normalize else _tabulate_levels(scale)
-            for tile, tile_values in zip(row, values):
+        max_tiles = max(len(image.tiles) for image in images)
+        side = len(images[0].tiles[0])
+        pixel_values = np.zeros((len(images), max_tiles, 3, side, side), dtype=np.float32)
+        norms = (image_mean, image_std) if do_normalize else ()
+        for image, values in zip(images, pixel_values):
+            table = _tabulate_levels(image.scale, *norms)
+            for tile, tile_values in zip(image.tiles, values):
                 for channel in range(3):
                     # "clip" because the default mode copies through a buffer; a byte is always inside the table
                     np.take(table[channel], tile[..., channel], out=tile_values[channel], mode="clip")
 
         data = {"pixel_values": pixel_values[:, 0]}
         if image_aspect_ratio == "anyres":
-            image_sizes = np.array([(image.height, image.width) for image, _ in images], dtype=np.int64)
+            image_sizes = np.array([image.size for image in images], dtype=np.int64)
             data = {"pixel_values": pixel_values, "image_sizes": image_sizes}
         return BatchFeature(data=data, tensor_type=return_tensors)
+
+
+def flatten_images(images: Any) -> list:
+    """The images of lists, however deep, in reading order."""
+    if isinstance(images, (list, tuple)):
+        return [image for item in images for image in flatten_images(item)]
+    return [images]
 
 
 def read_tile_shape(size: SizeDict, crop_size: SizeDict | None, do_center_crop: bool, resample: int) -> TileShape:

@@ -11,8 +11,10 @@ Only the standard library is used.
 import http.client
 import io
 import ipaddress
+import queue
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ _HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "Connection": "c
 _BLOCK = 2**16
 # Here the last 32 bits of an address are one of IPv4, to which a translator passes everything on.
 _TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
+# Of IPv6, what is given to hosts of the public internet; elsewhere lie translators, tunnels and older private ranges
+_PUBLIC = ipaddress.ip_network("2000::/3")
 # Tunnels to any address of IPv4, which not every Python counts as private
 _TUNNELS = ipaddress.ip_network("2002::/16")
 
@@ -45,7 +49,7 @@ class UrlPolicy:
     networks: Collection[str] = ()
     """Networks such as "10.1.0.0/16" whose addresses are allowed although they are not public."""
     max_seconds: float = 10.0
-    """For everything together; only asking for the addresses of a name can take longer."""
+    """For everything together."""
     max_redirections: int = 3
     tls: ssl.SSLContext | None = None
     """Which certificates are trusted; those of the system by default."""
@@ -107,17 +111,21 @@ class UrlPolicy:
 
     def _connect(self, parts: SplitResult, deadline: float) -> socket.socket:
         """Connected to an address that was checked."""
-        found = socket.getaddrinfo(parts.hostname, parts.port or _PORTS[parts.scheme], type=socket.SOCK_STREAM)
+        found = _resolve(parts.hostname, parts.port or _PORTS[parts.scheme], deadline)
         for *_, place in found:
             address = ipaddress.ip_address(place[0].partition("%")[0])
             if not self._is_allowed(address):
                 raise ValueError(f"host {parts.hostname!r} has the address {address}, which is not public")
         problem = OSError("no address")
-        for family, kind, protocol, _, place in found:
-            connected = socket.socket(family, kind, protocol)
+        for number, (family, kind, protocol, _, place) in enumerate(found):
             try:
-                connected.settimeout(_remaining(deadline))
-                connected.connect(place)
+                # One that is silent leaves the others their share of the time.
+                seconds = _remaining(deadline) / (len(found) - number)
+                connected = _open_socket(family, kind, protocol, place, seconds)
+            except OSError as error:
+                problem = error
+                continue
+            try:
                 if parts.scheme == "https":
                     connected.settimeout(_remaining(deadline))
                     tls = self.tls or ssl.create_default_context()
@@ -133,6 +141,8 @@ class UrlPolicy:
             return True
         if address in _TRANSLATED:
             address = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if address.version == 6 and address not in _PUBLIC:
+            return False
         return address.is_global and not address.is_multicast and address not in _TUNNELS
 
 
@@ -156,6 +166,38 @@ class _TimedSocket(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:
         self.connected.settimeout(_remaining(self.deadline))
         return self.connected.recv_into(buffer)
+
+
+def _resolve(host: str, port: int, deadline: float) -> list[tuple]:
+    """The addresses of a name, asked for in a thread: the system may take as long as it likes."""
+    answers: queue.SimpleQueue[list[tuple] | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=_remaining(deadline))
+    except queue.Empty:
+        raise TimeoutError from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _open_socket(family: int, kind: int, protocol: int, place: tuple, seconds: float) -> socket.socket:
+    # Fails for a family that this machine lacks.
+    connected = socket.socket(family, kind, protocol)
+    try:
+        connected.settimeout(seconds)
+        connected.connect(place)
+    except OSError:
+        connected.close()
+        raise
+    return connected
 
 
 def _remaining(deadline: float) -> float:

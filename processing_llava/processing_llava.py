@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import AddedToken, BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import ImagesKwargs, MultiModalData, TextKwargs
 
 from .image_layouts import check_visual_tokens, plan_image
 from .image_processing_fast import AnyLlavaImageProcessor
-from .image_processing_llava import AnyLlavaImageProcessorPil
+from .image_processing_llava import AnyLlavaImageProcessorPil, flatten_images
+from .messages import check_messages, list_pictures
 from .original_processor import OriginalProcessorMixin
 from .prompts import Prompt, count_images, encode_prompt, render_prompt
 from .role_markers import TREATMENTS, find_role_markers, treat_role_markers
@@ -139,14 +141,17 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         prompts = [text] if isinstance(text, str) else list(text or [])
         image_inputs, num_image_tokens = {}, []
         if images is not None:
-            flat_images = _flatten(images)
+            flat_images = flatten_images(images)
             if text is not None:
                 self._check_rows(prompts, images, num_images=len(flat_images))
             if flat_images:
-                image_inputs = self.image_processor(
-                    self.image_processor.fetch_images(flat_images), **merged["images_kwargs"]
-                )
+                image_inputs = self.image_processor(flat_images, **merged["images_kwargs"])
                 num_image_tokens = self.count_image_tokens(image_inputs)
+            if text is not None and len(num_image_tokens) != len(flat_images):
+                raise ValueError(
+                    f"got {len(num_image_tokens)} images in {len(flat_images)} arrays; expected one in each, as a row "
+                    "could get the image of another; split them"
+                )
         elif prompts:
             self._check_rows(prompts, [[] for _ in prompts], num_images=0)
         text_inputs = {}
@@ -176,21 +181,25 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
             **variables: Of the template.
 
         Raises:
-            ValueError: if there is no template, or a user typed a role marker and those are refused.
+            ValueError: if there is no template, it cannot write these messages, they are malformed, or a user typed a
+                role marker and those are refused.
         """
+        check_messages(messages)
         template = variables.pop("chat_template", None) or self.chat_template
         if template is None:
             raise ValueError("got a processor without chat template; expected one: set processor.chat_template")
         if self.role_markers != "keep":
             markers = find_role_markers(template, self.tokenizer, image_token=self.image_token)
             messages = treat_role_markers(messages, markers, refuse=self.role_markers == "refuse")
-        return render_prompt(
-            messages,
-            template,
-            add_generation_prompt=add_generation_prompt,
-            **self.tokenizer.special_tokens_map,
-            **variables,
-        )
+        variables = self.tokenizer.special_tokens_map | variables
+        try:
+            # Templates of language models may expect texts where these messages have items.
+            return render_prompt(messages, template, add_generation_prompt=add_generation_prompt, **variables)
+        except (TemplateError, TypeError) as error:
+            raise ValueError(
+                f"got messages that the chat template cannot write ({error}); expected what it knows; change the "
+                "messages, or choose another template"
+            ) from error
 
     def apply_chat_template(
         self,
@@ -214,7 +223,8 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         processor_kwargs = dict(processor_kwargs or {})
         for name in _PROCESSOR_KWARGS & set(kwargs):
             processor_kwargs[name] = kwargs.pop(name)
-        is_batched = isinstance(conversation[0], (list, tuple))
+        is_list = isinstance(conversation, (list, tuple)) and len(conversation) > 0
+        is_batched = is_list and isinstance(conversation[0], (list, tuple))
         conversations = conversation if is_batched else [conversation]
         prompts = [
             self.render(
@@ -227,7 +237,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         ]
         if not tokenize:
             return prompts if is_batched else prompts[0]
-        images = [[self.image_processor.fetch_images(image) for image in _list_images(row)] for row in conversations]
+        images = [list(list_pictures(row)) for row in conversations]
         encoded = self(
             images=images if any(images) else None,
             text=prompts,
@@ -277,9 +287,10 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
                     f"got {len(images)} lists of images for {len(prompts)} prompts; expected one for each"
                 )
             for row, (expected, row_images) in enumerate(zip(placeholders, images)):
-                if expected != len(row_images):
+                num_row_images = len(flatten_images(row_images))
+                if expected != num_row_images:
                     raise ValueError(
-                        f"got {expected} {self.image_token} placeholders and {len(row_images)} images in row {row}; "
+                        f"got {expected} {self.image_token} placeholders and {num_row_images} images in row {row}; "
                         "expected equal numbers"
                     )
             return
@@ -366,30 +377,6 @@ def _hide_user_text(prompt: str) -> str:
     for start, end in prompt.user_spans if isinstance(prompt, Prompt) else ():
         text = text[:start] + " " * (end - start) + text[end:]
     return text
-
-
-def _flatten(images: Any) -> list:
-    if isinstance(images, (list, tuple)):
-        return [image for item in images for image in _flatten(item)]
-    return [images]
-
-
-def _list_images(messages: list[dict[str, Any]]) -> Iterator[Any]:
-    """The pictures of a conversation, in reading order; each under the key that transformers allows."""
-    for message in messages:
-        if isinstance(message["content"], str):
-            continue
-        for item in message["content"]:
-            if item["type"] == "image":
-                sources = [item[key] for key in ("image", "path", "url") if item.get(key) is not None]
-                if item.get("base64") is not None:
-                    # transformers takes it with and without the beginning of a data URI
-                    sources.append("data:;base64," + item["base64"].rpartition(",")[2])
-                if not sources:
-                    raise ValueError('got an image item without a picture; expected {"type": "image", "image": ...}')
-                yield sources[0]
-            elif item["type"] == "image_url":
-                yield item["image_url"]["url"]
 
 
 def _pad(mask: list[int], *, length: int, side: str) -> list[int]:

@@ -23,6 +23,7 @@ from .text_encoder import ControlToken, load_text_encoder
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 _NAMES_NOT_TEXT = ("role", "type")
+_NAME = re.compile(r"[A-Za-z_][\w-]*", flags=re.ASCII)
 
 Span = tuple[int, int]
 
@@ -59,8 +60,9 @@ def render_prompt(
 ) -> Prompt:
     """Writes a conversation in the words of a chat template.
 
-    Every string of a message except its role and item types counts as written by a user. It is rendered between two
-    private-use characters that occur nowhere in the input, so private-use characters of the user are plain text.
+    Every string of a message counts as written by a user, except its role, item types and keys where those are plain
+    names. It is rendered between two private-use characters that occur nowhere in the input, so private-use
+    characters of the user are plain text.
 
     Args:
         messages: `[{"role": ..., "content": text or [{"type": "image"}, {"type": "text", "text": ...}]}]`.
@@ -97,8 +99,10 @@ def render_prompt(
 
 
 def list_control_tokens(tokenizer: PreTrainedTokenizerFast, *, image_token: str) -> list[str]:
-    """The literals that act as control tokens when a template writes them: special tokens and the image token."""
-    return [*{**load_text_encoder(tokenizer, image_token=image_token).control_tokens, image_token: None}]
+    """The literals that act as control tokens when a template writes them: added tokens and the image token."""
+    everything = "".join(token.content for token in tokenizer.added_tokens_decoder.values())
+    encoder = load_text_encoder(tokenizer, image_token=image_token, template_text=everything)
+    return [*{**encoder.control_tokens, image_token: None}]
 
 
 def count_images(prompt: str, image_token: str) -> int:
@@ -142,7 +146,8 @@ def encode_prompt(
     supervised = bytearray(len(prompt))
     for start, end in prompt.assistant_spans if isinstance(prompt, Prompt) else ():
         supervised[start:end] = b"\1" * (end - start)
-    encoder = load_text_encoder(tokenizer, image_token=image_token)
+    template_text = "".join(prompt[start:end] for start, end in _template_spans(prompt))
+    encoder = load_text_encoder(tokenizer, image_token=image_token, template_text=template_text)
     image = ControlToken(image_token, image_token_id, strips_left=False, strips_right=False)
     remaining_counts = iter(counts)
     ids, mask = [], []
@@ -243,10 +248,19 @@ class _Markers:
                 core = re.sub(pattern, rf"{self.opening}\g<0>{self.closing}", core)
             return f"{before}{self.opening}{core}{self.closing}{after}"
         if isinstance(value, dict):
-            return {key: item if key in _NAMES_NOT_TEXT else self.mark(item) for key, item in value.items()}
+            return {
+                self._mark_odd(key) if isinstance(key, str) else key: (
+                    self._mark_odd(item) if key in _NAMES_NOT_TEXT else self.mark(item)
+                )
+                for key, item in value.items()
+            }
         if isinstance(value, (list, tuple)):
             return [self.mark(item) for item in value]
         return value
+
+    def _mark_odd(self, value: Any) -> Any:
+        """Templates look for names as they are, and write some of them."""
+        return value if isinstance(value, str) and _NAME.fullmatch(value) else self.mark(value)
 
     def find(self, marked: str) -> list[int]:
         return [match.start() for match in re.finditer(f"[{self.opening}{self.closing}]", marked)]

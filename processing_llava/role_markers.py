@@ -22,12 +22,19 @@ TREATMENTS = ("keep", "neutralize", "refuse")
 INVISIBLE = "\u200b"
 """Zero-width space."""
 
-# A word with the signs around it: "USER:", "###Human:", "[INST]", "<<SYS>>", "<|im_start|>". A word alone is none.
-_MARKER = re.compile(r"[#\[<|/]*[A-Za-z]\w*[:\]>|]+")
+# A word and the signs around it: "USER:", "### Human:", "[INST]", "<<SYS>>", "<|im_start|>". A word alone is none.
+_MARKER = re.compile(r"(?:([#\[<|/]+)[ \t]*)?([A-Za-z]\w*)(?:[ \t]+(?=:))?([:\]>|]+)")
 _LINE_BREAKS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"
-# White space and invisible characters in front of a marker do not hide it. They end with the line: otherwise a text of
-# line breaks alone would be read once for each of them.
-_BLANK = rf"(?:[^\S{_LINE_BREAKS}]|[\u200b-\u200f\u2060\ufeff])*"
+_WHITE_SPACE = r" \t\x1f\xa0\u1680\u2000-\u200a\u202f\u205f\u3000"
+# Control and formatting characters, variation selectors, fillers of Hangul and others
+_UNSEEN = (
+    r"\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u034f\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u115f\u1160"
+    r"\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb"
+    r"\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+BLANK = f"[{_WHITE_SPACE}{_UNSEEN}]*"
+"""What does not hide a marker, in front of it and between its word and signs. It ends with the line: otherwise a text
+of line breaks alone would be read once for each of them."""
 _SYSTEM, _USER, _ASSISTANT = ({"role": role, "content": "."} for role in ("system", "user", "assistant"))
 # Not every format knows system messages, or several turns.
 _PROBES = ([_SYSTEM, _USER, _ASSISTANT, _USER], [_USER, _ASSISTANT, _USER], [_USER])
@@ -70,10 +77,12 @@ def _find(
 ) -> re.Pattern[str] | None:
     controls = "|".join(map(re.escape, list_control_tokens(tokenizer, image_token=image_token)))
     pieces = [piece for text in _list_template_texts(template, tokenizer) for piece in re.split(controls, text)]
-    markers = sorted({marker for piece in pieces for marker in _MARKER.findall(piece)}, key=len, reverse=True)
+    markers = {marker for piece in pieces for marker in _MARKER.findall(piece)}
     if not markers:
         return None
-    return re.compile(f"(?:^|[{_LINE_BREAKS}]){_BLANK}({'|'.join(map(re.escape, markers))})")
+    longest_first = sorted(markers, key=lambda marker: len("".join(marker)), reverse=True)
+    patterns = (BLANK.join(map(re.escape, filter(None, marker))) for marker in longest_first)
+    return re.compile(f"(?:^|[{_LINE_BREAKS}]){BLANK}({'|'.join(patterns)})")
 
 
 def _list_template_texts(template: str, tokenizer: PreTrainedTokenizerFast) -> list[str]:

@@ -22,12 +22,16 @@ from datasets import (
     concatenate_datasets,
     interleave_datasets,
 )
+from transformers.utils import logging
 
-from .conversations import ADDRESS, convert_record, stream_conversations
+from .conversations import ADDRESS, convert_record
 from .data_sources import DataSource, open_dataset
 from .image_folders import ImageFolder
 from .processing_llava import AnyLlavaProcessor
-from .row_lengths import DROPPED, check_length_options, fit_row, read_image_sizes
+from .record_files import RefusedRecord, stream_records
+from .row_lengths import DROPPED, ON_BAD_ROW, SKIPPED, check_length_options, fit_row, read_image_sizes
+
+logger = logging.get_logger(__name__)
 
 ROW_FEATURES = Features(
     {
@@ -40,7 +44,9 @@ ROW_FEATURES = Features(
 )
 """Of every source, so that they can be mixed."""
 
-_MEASURED = Features({**ROW_FEATURES, "num_tokens": Value("int32"), "num_images": Value("int32")})
+_JUDGED = Features({**ROW_FEATURES, "fate": Value("string"), "problem": Value("string")})
+"""`fate` is null for a row that was not measured, `problem` for one that can be used."""
+_MEASURED = Features({**_JUDGED, "num_tokens": Value("int32"), "num_images": Value("int32")})
 _CHUNK = 1000
 _ROWS_PER_PROCESS = 2000
 """Fewer are measured faster by one process than another one starts."""
@@ -53,6 +59,7 @@ def load_rows(
     processor: AnyLlavaProcessor | None = None,
     max_length: int | None = None,
     too_long: str = "drop",
+    on_bad_row: str = "raise",
     num_proc: int | None = None,
 ) -> tuple[Dataset | IterableDataset, Counter]:
     """The rows of all sources: `id`, `images` (paths or bytes), `messages`.
@@ -67,12 +74,13 @@ def load_rows(
             features counted, and `num_images`. They are read with `with_format(None)`; rows do not show them.
         max_length: Longest row in tokens; None for no limit.
         too_long: "keep", "drop" or "split"; see `row_lengths`.
+        on_bad_row: "raise", or "skip" records that cannot be used; each is logged.
         num_proc: Processes that count, where there are enough rows for several.
 
     Returns:
-        A `Dataset`, or an `IterableDataset` if any source is streaming; and, with a processor, how many rows of the
-        sources are of each fate: `FITS`, `KEPT`, `PART`, and `DROPPED`, which counts questions where rows are split.
-        Streaming sources are not counted.
+        A `Dataset`, or an `IterableDataset` if any source is streaming; and how many rows of the sources are of each
+        fate: `SKIPPED`, and with a processor `FITS`, `KEPT`, `PART`, and `DROPPED`, which counts questions where rows
+        are split. Rows of streaming sources are counted when they are read, each time and in the process that reads.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -80,17 +88,21 @@ def load_rows(
             sources only.
     """
     check_length_options(max_length, too_long)
+    if on_bad_row not in ON_BAD_ROW:
+        raise ValueError(f"got on_bad_row={on_bad_row!r}; expected one of {', '.join(ON_BAD_ROW)}")
     weights = [source.weight for source in sources if source.weight is not None]
     if not sources or len(weights) not in (0, len(sources)):
         raise ValueError(
             f"got {len(weights)} weights for {len(sources)} sources; expected at least one source, and a weight for "
             "each of them or for none"
         )
-    parts = [_load_source(source) for source in sources]
+    parts = [_load_source(source, on_bad_row) for source in sources]
     fates: Counter = Counter()
     if processor is not None:
-        fit = partial(_fit_batch, processor=processor, max_length=max_length, too_long=too_long)
-        parts = [_fit(part, fit, fates, num_proc=num_proc) for part in parts]
+        fit = partial(_fit_batch, processor=processor, max_length=max_length, too_long=too_long, on_bad_row=on_bad_row)
+        parts = [_fit(part, fit, num_proc=num_proc) for part in parts]
+    if processor is not None or on_bad_row == "skip":
+        parts = [_leave_out(part, fates) for part in parts]
     if any(source.streaming for source in sources):
         parts = [part if isinstance(part, IterableDataset) else part.to_iterable_dataset() for part in parts]
     if weights:
@@ -98,35 +110,45 @@ def load_rows(
         rows = interleave_datasets(parts, probabilities, seed=seed, stopping_strategy="all_exhausted")
     else:
         rows = concatenate_datasets(parts)
-    return _unpack(rows), fates
+    return _unpack(rows.remove_columns(["fate", "problem"])), fates
 
 
-def _load_source(source: DataSource) -> Dataset | IterableDataset:
+def _load_source(source: DataSource, on_bad_row: str) -> Dataset | IterableDataset:
     if not source.is_json:
         records = open_dataset(source)
         return records.map(
-            partial(_convert, image_folder=source.images),
+            partial(_convert, image_folder=source.images, on_bad_row=on_bad_row),
             with_indices=True,
             remove_columns=records.column_names,
-            features=ROW_FEATURES,
+            features=_JUDGED,
         )
+    settings = {"source": source, "on_bad_row": on_bad_row}
     if source.streaming:
-        return IterableDataset.from_generator(_generate, features=ROW_FEATURES, gen_kwargs={"source": source})
-    rows = _generate(source)
+        return IterableDataset.from_generator(_generate, features=_JUDGED, gen_kwargs=settings)
+    rows = _generate(**settings)
     # as Python objects, all rows would take several times the memory of their table
     chunks = iter(lambda: list(islice(rows, _CHUNK)), [])
-    tables = [Dataset.from_list(chunk, features=ROW_FEATURES) for chunk in chunks]
+    tables = [Dataset.from_list(chunk, features=_JUDGED) for chunk in chunks]
     if not tables:
         raise ValueError(f"got no records in {source.path}; expected at least one; take it out of the sources")
     return concatenate_datasets(tables)
 
 
-def _generate(source: DataSource) -> Iterator[dict[str, Any]]:
-    yield from map(_pack_row, stream_conversations(source.path, source.images))
+def _generate(source: DataSource, on_bad_row: str) -> Iterator[dict[str, Any]]:
+    images = source.images
+    for index, record in enumerate(stream_records(source.path)):
+        yield _convert(record, index, image_folder=images, on_bad_row=on_bad_row)
 
 
-def _convert(record: Mapping[str, Any], index: int, *, image_folder: ImageFolder | None) -> dict[str, Any]:
-    return _pack_row(convert_record(dict(record), index, image_folder=image_folder))
+def _convert(record: Any, index: int, *, image_folder: ImageFolder | None, on_bad_row: str) -> dict[str, Any]:
+    try:
+        # rows of `datasets` are mappings that read their columns late
+        row = convert_record(dict(record) if isinstance(record, Mapping) else record, index, image_folder=image_folder)
+    except RefusedRecord as refused:
+        if on_bad_row == "raise":
+            raise
+        return {"id": refused.record_id, "images": [], "messages": [], "fate": SKIPPED, "problem": str(refused)}
+    return {**_pack_row(row), "fate": None, "problem": None}
 
 
 def _pack_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -160,36 +182,76 @@ def _unpack_path(path: str) -> str | Path:
 
 
 def _fit(
-    rows: Dataset | IterableDataset, fit: Callable[[dict[str, list]], dict[str, list]], fates: Counter, *, num_proc
+    rows: Dataset | IterableDataset, fit: Callable[[dict[str, list]], dict[str, list]], *, num_proc: int | None
 ) -> Dataset | IterableDataset:
-    features = Features({**_MEASURED, "fate": Value("string")})
     if isinstance(rows, IterableDataset):
-        rows = rows.map(fit, batched=True, batch_size=_CHUNK, features=features)
-    else:
-        if len(rows) < _ROWS_PER_PROCESS:
-            num_proc = None
-        rows = rows.map(
-            fit, batched=True, batch_size=_CHUNK, features=features, num_proc=num_proc, desc="Counting tokens"
-        )
-        fates.update(rows["fate"])
-    return rows.filter(_remains, input_columns="fate").remove_columns("fate")
+        return rows.map(fit, batched=True, batch_size=_CHUNK, features=_MEASURED)
+    if len(rows) < _ROWS_PER_PROCESS:
+        num_proc = None
+    return rows.map(
+        fit, batched=True, batch_size=_CHUNK, features=_MEASURED, num_proc=num_proc, desc="Counting tokens"
+    )
 
 
 def _fit_batch(
-    batch: Mapping[str, list], *, processor: AnyLlavaProcessor, max_length: int | None, too_long: str
+    batch: Mapping[str, list],
+    *,
+    processor: AnyLlavaProcessor,
+    max_length: int | None,
+    too_long: str,
+    on_bad_row: str,
 ) -> dict[str, list]:
     fitted: list[dict[str, Any]] = []
-    for values in zip(*(batch[name] for name in ROW_FEATURES)):
-        packed = dict(zip(ROW_FEATURES, values))
-        row = {**packed, "images": _unpack_images(packed["images"])}
-        sizes = read_image_sizes(row, decode=False, limits=processor.image_processor.limits)
-        kept, refused = fit_row(row, processor, sizes, max_length=max_length, too_long=too_long)
+    for values in zip(*(batch[name] for name in _JUDGED)):
+        packed = dict(zip(_JUDGED, values))
+        unusable = {**packed, "num_tokens": 0, "num_images": 0}
+        if packed["fate"] == SKIPPED:
+            fitted.append(unusable)
+            continue
+        row = {**{name: packed[name] for name in ROW_FEATURES}, "images": _unpack_images(packed["images"])}
+        try:
+            sizes = read_image_sizes(row, decode=False, limits=processor.image_processor.limits)
+            kept, refused = fit_row(row, processor, sizes, max_length=max_length, too_long=too_long)
+        except RefusedRecord as problem:
+            if on_bad_row == "raise":
+                raise
+            fitted.append({**unusable, "fate": SKIPPED, "problem": str(problem)})
+            continue
         for measured in kept:
             counts = {"num_tokens": measured.num_tokens, "num_images": len(measured.row["images"])}
-            fitted.append({**_pack_row(measured.row), **counts, "fate": measured.fate})
-        fitted += [{**packed, "num_tokens": 0, "num_images": 0, "fate": DROPPED} for _ in refused]
-    return {name: [row[name] for row in fitted] for name in (*_MEASURED, "fate")}
+            fitted.append({**_pack_row(measured.row), **counts, "fate": measured.fate, "problem": None})
+        fitted += [{**unusable, "fate": DROPPED} for _ in refused]
+    return {name: [row[name] for row in fitted] for name in _MEASURED}
 
 
-def _remains(fate: str) -> bool:
-    return fate != DROPPED
+def _leave_out(rows: Dataset | IterableDataset, fates: Counter) -> Dataset | IterableDataset:
+    """Without the rows that are too long or cannot be used; all are counted, and the latter logged."""
+    judge = _Judge(fates)
+    if isinstance(rows, IterableDataset):
+        return rows.filter(judge, input_columns=["fate", "problem"])
+    # Not in the filter, whose result `datasets` takes from its cache the next time.
+    for fate, problem in zip(rows["fate"], rows["problem"]):
+        judge(fate, problem)
+    return rows.filter(_remains, input_columns="fate")
+
+
+class _Judge:
+    """Whether a row remains, by its fate, which is counted."""
+
+    def __init__(self, fates: Counter) -> None:
+        self.fates = fates
+
+    def __call__(self, fate: str | None, problem: str | None) -> bool:
+        if fate is not None:
+            self.fates[fate] += 1
+        if problem is not None:
+            logger.warning(f"skipped: {problem}")
+        return _remains(fate)
+
+    def __deepcopy__(self, memo: dict) -> "_Judge":
+        # `datasets` copies the sources of a mixture; they are counted together.
+        return self
+
+
+def _remains(fate: str | None) -> bool:
+    return fate not in (DROPPED, SKIPPED)

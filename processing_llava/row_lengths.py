@@ -22,7 +22,11 @@ from .record_files import RefusedRecord
 TOO_LONG = ("keep", "drop", "split")
 """What can become of a row longer than the limit: it stays as it is, it goes, or it becomes several."""
 
+ON_BAD_ROW = ("raise", "skip")
+"""What can become of a row that cannot be trained on."""
+
 FITS, KEPT, PART, DROPPED = "fits", "too long, kept", "part of one too long", "too long, dropped"
+SKIPPED = "cannot be used, skipped"
 """What did become of a row."""
 
 

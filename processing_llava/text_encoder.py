@@ -16,6 +16,9 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+_SIGNS = frozenset("<>[]|")
+"""Tokens with one of these, such as "<|im_start|>", can be control tokens even where a tokenizer does not say so."""
+
 
 @dataclass(frozen=True)
 class ControlToken:
@@ -61,12 +64,14 @@ class TextEncoder:
         return encoding.ids, encoding.offsets
 
 
-def load_text_encoder(tokenizer: PreTrainedTokenizerFast, *, image_token: str) -> TextEncoder:
+def load_text_encoder(tokenizer: PreTrainedTokenizerFast, *, image_token: str, template_text: str = "") -> TextEncoder:
     """The encoder that belongs to a tokenizer in its present state. Cached: a large vocabulary takes a second.
 
     Args:
         tokenizer: Fast; it is not changed.
         image_token: Counts as a control token, whether or not the tokenizer knows it as one.
+        template_text: What a template wrote. Added tokens with brackets or bars that it holds count, too; others, such
+            as Gemma's "<table>", are words like any other.
 
     Raises:
         ValueError: the tokenizer is not a fast one.
@@ -79,7 +84,9 @@ def load_text_encoder(tokenizer: PreTrainedTokenizerFast, *, image_token: str) -
     added_tokens = tuple(
         ControlToken(token.content, token_id, token.lstrip, token.rstrip)
         for token_id, token in tokenizer.added_tokens_decoder.items()
-        if token.special or token.content == image_token
+        if token.special
+        or token.content == image_token
+        or (token.content in template_text and not _SIGNS.isdisjoint(token.content))
     )
     return _build(tokenizer, image_token, added_tokens)
 

@@ -1,33 +1,39 @@
-"""Random image files and random records: `python -m tests.fuzz images|records [--seconds 60] [--seed 0]`.
+"""Random files, records and messages: `python -m tests.fuzz images|records|messages [--seconds 60] [--seed 0]`.
 
-Whatever comes, an image is loaded or refused with a ValueError, and a record is used or refused: within 2 seconds and
-256 MB. The seed of a failure is printed with the smallest input that fails. Memory is capped by the system, so that
-asking for more is an error too.
+Whatever comes, an image is loaded or refused with a ValueError, a record is used or refused, and messages become ids
+or a ValueError: within 2 seconds and 256 MB. The seed of a failure is printed with the smallest input that fails.
+Memory is capped by the system, so that asking for more is an error too; what does not end within a minute is stopped
+with a traceback.
 """
 
 import argparse
+import faulthandler
 import os
 import resource
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import hypothesis
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 
+from processing_llava.conversation_templates import load_template
 from processing_llava.data_check import RecordCheck
 from processing_llava.image_limits import ImageLimits
 from processing_llava.image_loading import load_image, read_image_size
 from tests.conftest import GOLDENS
-from tests.processing_llava.hostile_images import HANDLED, REFUSED, png_chunk
+from tests.processing_llava.hostile_images import HANDLED, REFUSED, png, png_chunk
 from tests.processing_llava.test_image_containers import FILES
 from tests.tiny import tiny_processor
 
 MAX_SECONDS = 2.0
 MAX_BYTES = 256 * 2**20
+MAX_WAIT = 60
 # Memory grows with pixels: up to four copies of four bytes each.
 LIMITS = ImageLimits(max_pixels=4_000_000)
 EXAMPLES = 100
@@ -76,6 +82,9 @@ def repair_png(data: bytes) -> bytes:
 
 
 def check_image(data: bytes) -> None:
+    # Nothing is decoded here, so that the usual limits must do.
+    with suppress(ValueError):
+        read_image_size(data)
     try:
         image = load_image(data, limits=LIMITS)
     except ValueError:
@@ -84,6 +93,7 @@ def check_image(data: bytes) -> None:
     assert read_image_size(data, limits=LIMITS) == image.size[::-1]
 
 
+PATHS = ["a.png", "inside.png", "outside.png", "loop.png", str(GOLDENS / "tokenizer.model")]
 KEYS = [
     "id",
     "image",
@@ -112,6 +122,11 @@ WORDS = [
     "\ud800",
     "/etc",
     "..",
+    "file:///etc/hostname",
+    "https://localhost/a.png",
+    "data:;base64,AA",
+    "<|im_start|>",
+    *PATHS,
 ]
 TEXTS = st.sampled_from(WORDS + KEYS) | st.text(max_size=8) | st.lists(st.sampled_from(WORDS)).map("\n".join)
 VALUES = st.recursive(
@@ -134,18 +149,65 @@ RECORDS = VALUES | st.fixed_dictionaries(
 )
 
 
+def fill_folder() -> tempfile.TemporaryDirectory:
+    """A picture, and links that lead to it, elsewhere, and nowhere."""
+    folder = tempfile.TemporaryDirectory()
+    root = Path(folder.name)
+    (root / "a.png").write_bytes(png(8, 8))
+    for name, target in (("inside", "a.png"), ("outside", GOLDENS / "tokenizer.model"), ("loop", "loop.png")):
+        (root / f"{name}.png").symlink_to(target)
+    return folder
+
+
 def build_record_check() -> Callable[[object], None]:
     check = RecordCheck(tiny_processor(), max_length=150, too_long="split")
+    # It is there as long as the object is.
+    folder = fill_folder()
 
     def check_record(record: object) -> None:
-        rows, refused = check(record, 0, image_folder="/nowhere")
+        root = Path(folder.name)
+        rows, refused = check(record, 0, image_folder=root)
         assert rows or refused
         assert all(row.num_tokens <= 150 for row in rows)
+        paths = {image for row in rows for image in row.row["images"] if isinstance(image, Path)}
+        assert paths <= {root.resolve() / "a.png"}, paths
 
     return check_record
 
 
-TARGETS = {"images": (image_files(), lambda: check_image), "records": (RECORDS, build_record_check)}
+PICTURES = dict.fromkeys(("image", "path", "url", "base64"), IMAGES) | {
+    "image_url": st.fixed_dictionaries({"url": IMAGES})
+}
+CONTENT = st.lists(
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["text", "image", "image_url"])}, optional={"text": TEXTS} | PICTURES
+    )
+    | VALUES,
+    max_size=4,
+)
+MESSAGES = VALUES | st.lists(
+    st.fixed_dictionaries({"role": TEXTS, "content": TEXTS | CONTENT}, optional={"tool_calls": VALUES}) | VALUES,
+    max_size=4,
+)
+
+
+def build_message_check() -> Callable[[object], None]:
+    processor = tiny_processor()
+    templates = [load_template(name) for name in ("vicuna_v1", "llava_v0", "plain")]
+
+    def check_messages(messages: object) -> None:
+        for template in templates:
+            with suppress(ValueError):
+                processor.apply_chat_template(messages, template, tokenize=True, return_dict=True)
+
+    return check_messages
+
+
+TARGETS = {
+    "images": (image_files(), lambda: check_image),
+    "records": (RECORDS, build_record_check),
+    "messages": (MESSAGES | st.lists(MESSAGES, max_size=3), build_message_check),
+}
 
 
 def limit_memory() -> None:
@@ -165,7 +227,9 @@ def run(target: str, *, seconds: float, seed: int) -> int:
         nonlocal num_inputs
         num_inputs += 1
         start = time.thread_time()
+        faulthandler.dump_traceback_later(MAX_WAIT, exit=True)
         check(value)
+        faulthandler.cancel_dump_traceback_later()
         cost = time.thread_time() - start
         assert cost < MAX_SECONDS, f"it took {cost:.1f} seconds"
 

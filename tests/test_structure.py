@@ -16,6 +16,7 @@ HUB_FILES = {
         "image_loading",
         "image_processing_fast",
         "image_processing_llava",
+        "messages",
         "processing_llava",
         "prompts",
         "role_markers",

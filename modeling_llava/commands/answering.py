@@ -90,7 +90,7 @@ def _open_image(source: str):
     from processing_llava.image_loading import load_image
 
     if source == "-":
-        return load_image(sys.stdin.buffer.read())
+        return load_image(sys.stdin.buffer)
     # What the user of a terminal types may name any file of theirs.
     return load_image(source if ADDRESS.match(source) else Path(source))
 

@@ -3,14 +3,18 @@
 import base64
 import io
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import PIL.Image
 import pytest
+from jinja2 import TemplateError
 
 from modeling_llava.cli import main
+from modeling_llava.commands import models
 from tests.tiny import TEXT_CONFIGS, VISION_CONFIGS, save_tiny_checkpoint, tiny_tokenizer
 
 
@@ -38,6 +42,10 @@ def test_ask_gives_one_answer_from_every_kind_of_source(checkpoint, picture, cap
     assert ask(uri, "What is this?", "--model", checkpoint, capsys=capsys) == expected
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
     assert ask("-", "What is this?", "--model", checkpoint, capsys=capsys) == expected
+    stream = io.BytesIO(data + bytes(60_000_000))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stream))
+    assert main(["ask", "-", "What is this?", "--model", checkpoint]) == 2
+    assert "expected at most 50000000" in capsys.readouterr().err and stream.tell() == 50_000_001
     record = json.loads(ask(picture, "What is this?", "--model", checkpoint, "--json", capsys=capsys))
     assert record["answer"].strip() == expected
     assert record["images"] == [picture]
@@ -111,6 +119,10 @@ def test_assemble_makes_a_llava_that_answers(picture, tmp_path, capsys):
     capsys.readouterr()
     ask(picture, "What is this?", "--model", out, capsys=capsys)
     assert main([*arguments, "--projector", "mlp", "--template", "vicuna_v1"]) == 2
+    capsys.readouterr()
+    assert main([*arguments, "--template", "vicuna_v1", "--language-model", "no/such-model"]) == 2
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert printed.startswith("llava: got language_model 'no/such-model'; expected a folder or a Hub id")
 
 
 def write_data(folder: Path, *answers: str) -> str:
@@ -208,3 +220,35 @@ def test_a_missing_extra_is_named_with_its_pip_command(tmp_path, capsys, monkeyp
     assert capsys.readouterr().err == (
         "llava: trl is not installed; this command needs it: pip install 'anyllava[train]'\n"
     )
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (
+            ModuleNotFoundError("No module", name="bitsandbytes.nn"),
+            "bitsandbytes is not installed; .*: pip install bi",
+        ),
+        (
+            ImportError("peft is needed to read a LoRA folder; pip install peft"),
+            "peft is needed to read a LoRA folder",
+        ),
+        (TemplateError("No system role"), "No system role"),
+    ],
+)
+def test_what_is_missing_and_what_a_template_refuses_are_one_line(error, message, capsys, monkeypatch):
+    def fail(options) -> None:
+        raise error
+
+    monkeypatch.setattr(models, "run_doctor", fail)
+    assert main(["doctor"]) == 2
+    assert re.match(f"llava: {message}.*\n$", capsys.readouterr().err)
+
+
+def test_weights_that_break_off_are_one_line(checkpoint, picture, tmp_path, capsys):
+    broken = shutil.copytree(checkpoint, tmp_path / "broken")
+    data = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(data[:-1000])
+    assert main(["ask", picture, "What?", "--model", str(broken)]) == 2
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert printed.startswith("llava: got weights that cannot be read (") and "expected whole files" in printed

@@ -12,8 +12,10 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 
@@ -50,6 +52,14 @@ def gif(*, blocks: bytes = b"", num_frames: int = 1) -> bytes:
     return data[:start] + blocks + data[start:]
 
 
+def run_length_bmp(side: int) -> bytes:
+    """Two bytes for each row: nothing in it."""
+    start = 14 + 40 + 4 * 256
+    rows = b"\0\0" * side + b"\0\1"
+    header = struct.pack("<LLLHHLLLLLL", 40, side, side, 1, 8, 1, len(rows), 0, 0, 256, 0)
+    return b"BM" + struct.pack("<LLL", start + len(rows), 0, start) + header + bytes(4 * 256) + rows
+
+
 def exif_that_points_at_itself(size: int) -> bytes:
     """Each entry is the whole block."""
     num_entries = (size - 14) // 12
@@ -83,6 +93,7 @@ HANDLED: dict[str, Callable[[], bytes]] = {
     "EXIF of 5 MB in a JPEG": lambda: jpeg(segments=exif_segments(exif_that_points_at_itself(5_000_000))),
     "EXIF of 5 MB in a PNG": lambda: png(8, 8, before=png_chunk(b"eXIf", exif_that_points_at_itself(5_000_000))),
     "compressed texts": lambda: png(8, 8, before=png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**6))) * 9000),
+    "7900 x 400": lambda: encode(Image.new("L", (7900, 400))),
     "compressed profile": lambda: png(8, 8, before=png_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**8)))),
 }
 REFUSED: dict[str, Callable[[], bytes]] = {
@@ -97,6 +108,7 @@ REFUSED: dict[str, Callable[[], bytes]] = {
     "PDF": lambda: b"%PDF-1.7\n" + bytes(1000),
     "zero bytes": lambda: b"",
     "text": lambda: b"just some text",
+    "BMP of 64 megapixels in 17 KB": lambda: run_length_bmp(8000),
     "5000 frames": lambda: gif(num_frames=5000),
     "empty chunks": lambda: png(8, 8, before=png_chunk(b"abCd", b"") * 10**6),
     "empty pixel chunks": lambda: png(8, 8, before=png_chunk(b"IDAT", b"") * 10**6),
@@ -110,16 +122,29 @@ REFUSED: dict[str, Callable[[], bytes]] = {
 }
 
 
-def measure(data: bytes) -> dict[str, object]:
-    """Seconds and bytes that loading takes, and how it ends."""
+def prepare(data: bytes, *, backend: str, image_aspect_ratio: str) -> tuple[int, ...]:
+    """The shape of what a model gets."""
+    from processing_llava.processing_llava import IMAGE_BACKENDS
+
+    pinpoints = [[336, 672], [672, 336], [672, 672]] if image_aspect_ratio == "anyres" else None
+    processor = IMAGE_BACKENDS[backend](image_aspect_ratio=image_aspect_ratio, image_grid_pinpoints=pinpoints)
+    return tuple(processor(data)["pixel_values"].shape)
+
+
+def load(data: bytes) -> tuple[int, int]:
     from processing_llava.image_loading import load_image
 
+    return load_image(data).size
+
+
+def measure(data: bytes, work: Callable[[bytes], object] = load) -> dict[str, object]:
+    """Seconds and bytes that an image takes, and how it ends."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         before, start = read_memory("VmRSS"), time.process_time()
         try:
-            outcome = str(load_image(data).size)
+            outcome = str(work(data))
         except Exception as error:
             outcome = f"{type(error).__name__}: {error}"
         seconds, num_bytes = time.process_time() - start, read_memory("VmHWM") - before
@@ -132,16 +157,28 @@ def measure(data: bytes) -> dict[str, object]:
     return json.loads(result)
 
 
+PREPARED = {
+    f"{backend} {mode}": partial(prepare, backend=backend, image_aspect_ratio=mode)
+    for backend in ("pil", "torch")
+    for mode in ("pad", "square", "anyres")
+}
+"""Whatever can be loaded can be prepared."""
+
+
 def read_memory(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def main() -> None:
-    # The first image of a process imports the plugins of Pillow.
-    measure(png(1, 1))
+    # Imports, and with them the plugins of Pillow, are no cost of an image.
+    torch.set_num_threads(1)
+    for work in (load, *PREPARED.values()):
+        work(png(400, 400))
     Image.init()
     results = {name: measure(build()) for name, build in {**HANDLED, **REFUSED}.items()}
+    for name, build in HANDLED.items():
+        results |= {f"{name}, {kind}": measure(build(), work) for kind, work in PREPARED.items()}
     sys.stdout.write(json.dumps(results, indent=1))
 
 

@@ -95,6 +95,15 @@ def test_a_leading_answer_is_dropped():
     assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
 
 
+def test_a_system_text_beside_the_turns_is_the_system_message():
+    record = llava_record(("gpt", "A0"), ("human", "Q"), ("gpt", "A"))
+    messages = convert_record(record | {"system": "Be brief."}, 0)["messages"]
+    assert [message["role"] for message in messages] == ["system", "user", "assistant"]
+    assert messages[0]["content"] == [text("Be brief.")]
+    assert convert_record(record | {"system": ""}, 0) == convert_record(record | {"system": None}, 0)
+    assert convert_record(record | {"system": ""}, 0) == convert_record(record, 0)
+
+
 def test_ids_are_texts_and_fall_back_to_the_position():
     turns = [{"from": "human", "value": "Q"}]
     assert convert_record({"id": 33, "conversations": turns}, 5)["id"] == "33"
@@ -111,6 +120,11 @@ def test_ids_are_texts_and_fall_back_to_the_position():
         (llava_record(("human", "<image>"), ("gpt", "A")), "got 1 <image> and 0 images in record '7'"),
         (llava_record(("human", "Q"), ("gpt", "A"), image="1.jpg"), "got 0 <image> and 1 images in record '7'"),
         (llava_record(), "got no turns in record '7'"),
+        (
+            llava_record(("system", "S"), ("human", "Q")) | {"system": "T"},
+            r"got a system message beside the turns \('T'",
+        ),
+        (llava_record(("human", "Q")) | {"system": 3}, "expected a text in 'content'"),
         (llava_record(("human", None)), "expected a text in 'value'"),
         ({"id": "7", "text": "Q"}, r"got keys \['id', 'text'\] in record '7'"),
     ],

@@ -72,6 +72,16 @@ def test_the_table_and_the_json_say_the_same(source):
     )
 
 
+def test_first_turns_that_are_left_out_are_counted(tmp_path):
+    turns = [{"from": "gpt", "value": "Hello."}, {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    system = [{"from": "system", "value": "S"}]
+    records = [{"conversations": turns}, {"conversations": system + turns}, {"conversations": turns[1:]}]
+    (tmp_path / "rows.json").write_text(json.dumps(records))
+    report = check_sources([DataSource(path=str(tmp_path / "rows.json"))], RecordCheck(tiny_processor()), workers=1)
+    assert report.to_dict()["first_turns_left_out"] == 2
+    assert "  first turn left out 2\n" in report.format_table()
+
+
 def test_long_rows_are_counted(source):
     keep = check_sources([source], RecordCheck(tiny_processor(), max_length=700, too_long="keep"), workers=1)
     assert "  too long, kept      1\n" in keep.format_table()

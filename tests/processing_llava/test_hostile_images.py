@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.processing_llava.hostile_images import HANDLED, REFUSED
+from tests.processing_llava.hostile_images import HANDLED, PREPARED, REFUSED
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of a process from /proc")
 
@@ -19,7 +19,10 @@ def costs() -> dict[str, dict]:
     return json.loads(output)
 
 
-@pytest.mark.parametrize("name", [*HANDLED, *REFUSED])
+PREPARED_NAMES = [f"{name}, {kind}" for name in HANDLED for kind in PREPARED]
+
+
+@pytest.mark.parametrize("name", [*HANDLED, *REFUSED, *PREPARED_NAMES])
 def test_at_most_200_milliseconds_and_64_megabytes(name, costs):
     cost = costs[name]
     assert cost["seconds"] < 0.2 and cost["bytes"] < 64e6, cost
@@ -31,6 +34,6 @@ def test_refused_with_what_was_got_expected_and_to_do(name, costs):
     assert outcome.startswith("ValueError: got ") and "; expected " in outcome and outcome.count(";") >= 2
 
 
-@pytest.mark.parametrize("name", HANDLED)
+@pytest.mark.parametrize("name", [*HANDLED, *PREPARED_NAMES])
 def test_handled(name, costs):
     assert costs[name]["outcome"].startswith("(")

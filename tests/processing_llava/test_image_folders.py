@@ -4,8 +4,9 @@ import json
 import os
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
+from modeling_llava.export.dataset_repository import write_parquet
 from processing_llava.data_check import RecordCheck, check_sources
 from processing_llava.data_sources import DataSource
 from processing_llava.image_folders import ImageFolder
@@ -80,6 +81,29 @@ def test_a_data_set_is_reported_record_by_record(folder):
     linked = DataSource(path=source.path, image_folder=str(folder), follow_links=True)
     report = check_sources([linked], RecordCheck(tiny_processor()), workers=1)
     assert "outside.png" not in {refusal.id for refusal in report.refusals}
+
+
+@pytest.mark.parametrize("scheme", ["file", "https", "S3"])
+def test_addresses_are_refused_as_they_would_be_opened_without_the_folder(folder, scheme):
+    outside = folder.parent / "images-private" / "b.png"
+    path = write_rows(folder, [f"{scheme}://..{outside}"])
+    with pytest.raises(ValueError, match="got the image address .*; expected a path or bytes; download it"):
+        load_rows([DataSource(path=path, image_folder=str(folder))])
+
+
+def test_what_is_uploaded_went_through_the_door(folder, tmp_path):
+    """It is a picture, without its metadata."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Artist] = "somebody"
+    Image.new("RGB", (4, 4), "red").save(folder / "deep" / "b.png", exif=exif)
+    source = DataSource(path=write_rows(folder, ["deep/b.png"]), image_folder=str(folder))
+    assert write_parquet(source, tmp_path / "out") == {"rows": 1, "images": 1}
+    (shard,) = (tmp_path / "out").iterdir()
+    data = shard.read_bytes()
+    assert b"\x89PNG" in data and b"somebody" not in data
+    (folder / "deep" / "b.png").write_text("a secret")
+    with pytest.raises(ValueError, match="no image of a known format .* record 'deep/b.png'"):
+        write_parquet(source, tmp_path / "again")
 
 
 def test_rows_to_train_on_hold_paths_inside(folder):

@@ -3,7 +3,9 @@
 import base64
 import io
 import os
+import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from PIL import ExifTags, Image
 
 from processing_llava.image_limits import ImageLimits, check_image_size
-from processing_llava.image_loading import load_image, read_image_size
+from processing_llava.image_loading import clean_image, load_image, read_image_size
 from tests.conftest import ROOT
 from tests.processing_llava.hostile_images import encode, png, png_chunk
 
@@ -42,6 +44,16 @@ def test_bytes_path_data_uri_and_file_object_give_the_same_image(corner, tmp_pat
 def test_line_breaks_in_a_data_uri_are_allowed(corner):
     uri = "DATA:image/png;base64," + base64.encodebytes(encode(corner)).decode()
     assert load_image(uri).tobytes() == corner.tobytes()
+
+
+def test_line_breaks_in_a_data_uri_cost_no_memory(corner):
+    uri = "data:image/png;base64," + "\n".join(base64.b64encode(encode(corner) + bytes(300_000)).decode())
+    load_image(uri)
+    tracemalloc.start()
+    load_image(uri)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * len(uri)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
@@ -96,7 +108,36 @@ def test_transparent_colour_of_an_image_without_alpha_becomes_white():
     assert load_image(encode(Image.new("L", (3, 2), 7), transparency=7)).getpixel((0, 0)) == WHITE
 
 
-@pytest.mark.parametrize("mode", ["I", "F"])
+def test_transparent_level_of_16_bit_grey_becomes_white():
+    image = Image.new("I;16", (3, 2), 7)
+    image.putpixel((0, 0), 257 * 100)
+    data = encode(image)
+    end = data.index(b"IDAT") - 4
+    loaded = load_image(data[:end] + png_chunk(b"tRNS", (7).to_bytes(2, "big")) + data[end:])
+    assert (loaded.getpixel((0, 0)), loaded.getpixel((1, 1))) == ((100, 100, 100), WHITE)
+
+
+def test_premultiplied_modes_become_rgb():
+    for mode in ("La", "RGBa"):
+        image = Image.new(mode[:-1] + "A", (3, 2), (0,) * len(mode)).convert(mode)
+        assert load_image(image).getpixel((0, 0)) == WHITE
+
+
+def test_colours_of_a_cmyk_jpeg():
+    red, green, blue = load_image(encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG")).getpixel((8, 8))
+    assert red > 250 and max(green, blue) < 5
+
+
+@pytest.mark.parametrize("format", ["TIFF", "PPM", "TGA"])
+def test_an_image_that_is_not_read_yet_has_one_of_the_formats(format, corner):
+    opened = Image.open(io.BytesIO(encode(corner, format)))
+    with pytest.raises(ValueError, match=f"read from a {format} file; expected one of JPEG"):
+        load_image(opened)
+    assert load_image(opened.convert("RGB")).tobytes() == corner.tobytes()
+    assert load_image(Image.open(io.BytesIO(encode(corner, "PNG")))).tobytes() == corner.tobytes()
+
+
+@pytest.mark.parametrize("mode", ["I", "F", "LAB"])
 def test_modes_without_a_range_of_values_are_refused(mode):
     with pytest.raises(ValueError, match=f"mode {mode}, whose range of values is unknown"):
         load_image(Image.new(mode, (3, 2)))
@@ -227,6 +268,41 @@ def test_the_image_that_was_given_keeps_its_metadata(corner):
     assert "dpi" in given.info
 
 
+HIDDEN = b"somebody at home"
+
+
+def exif_of_somebody(orientation=1):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Artist] = HIDDEN.decode()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_what_leaves_the_machine_is_pixels_and_nothing_else(format, orientation):
+    picture = Image.radial_gradient("L").convert("RGB").crop((0, 0, 60, 40))
+    exif = {"exif": exif_of_somebody(orientation)} if format in ("JPEG", "PNG", "WEBP") else {}
+    data = encode(picture, format, **exif) + HIDDEN
+    cleaned = clean_image(data)
+    assert HIDDEN not in cleaned
+    assert load_image(cleaned).tobytes() == load_image(data).tobytes()
+    stays = format in ("JPEG", "PNG") and orientation == 1
+    assert cleaned.startswith(data[:4] if stays else b"\x89PNG")
+    assert clean_image(cleaned) == cleaned
+
+
+def test_a_jpeg_with_something_between_its_scans_is_encoded_again():
+    data = encode(Image.new("RGB", (60, 40), RED), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    comment = b"\xff\xfe" + (2 + len(HIDDEN)).to_bytes(2, "big") + HIDDEN
+    preview = b"\xff\xe0" + (7 + len(HIDDEN)).to_bytes(2, "big") + b"JFXX\0" + HIDDEN
+    for hiding in (data[:last] + comment + data[last:], data[:2] + preview + data[2:]):
+        cleaned = clean_image(hiding)
+        assert HIDDEN in hiding and HIDDEN not in cleaned
+        assert load_image(cleaned).tobytes() == load_image(data).tobytes()
+
+
 def test_arrays_become_images():
     levels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
     for array in (levels, torch.from_numpy(levels).permute(2, 0, 1), levels.astype(np.float64), levels / 255):
@@ -312,6 +388,12 @@ def test_folders_and_pipes_are_refused(tmp_path):
             load_image(path)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file that opens and cannot be read")
+def test_files_that_cannot_be_read_are_refused():
+    with pytest.raises(ValueError, match="which cannot be read"):
+        load_image(Path("/proc/self/mem"))
+
+
 @pytest.mark.parametrize("uri", ["data:,hello", "data:image/png,abc", "data:;base64", "data:image/png;base64,$$$"])
 def test_broken_data_uris_are_refused(uri):
     with pytest.raises(ValueError, match="got the data URI"):
@@ -328,7 +410,7 @@ def test_nothing_else_opens_images():
     """The builders of the embedded model, which read what they made themselves, are no part of the product's door."""
     opening = {
         path.relative_to(ROOT).as_posix()
-        for package in ("modeling_llava", "processing_llava")
+        for package in ("hub_cards", "modeling_llava", "processing_llava", "spaces_demo")
         for path in (ROOT / package).rglob("*.py")
         if "Image.open(" in path.read_text() and "tiny_llava" not in path.parts
     }

@@ -1,6 +1,7 @@
 """Pixels against the original's, bit for bit; and the ways in which transformers calls an image processor."""
 
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from processing_llava import AnyLlavaImageProcessor, image_processing_llava
 from processing_llava.image_layouts import plan_image
 from processing_llava.image_limits import ImageLimits
 from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
 from tests.conftest import GOLDENS
+from tests.processing_llava.hostile_images import encode
 
 EXPECTED_PIXELS = load_file(GOLDENS / "pixels56.safetensors")
 # the goldens give them as (width, height)
@@ -151,6 +154,26 @@ def test_nested_lists_and_every_kind_of_source_give_the_same_pixels():
     nested = [[source] for source in sources]
     torch.testing.assert_close(process(processor, processor.fetch_images(nested)), expected, rtol=0, atol=0)
     torch.testing.assert_close(process(processor, np.stack([array, array])), expected[:2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("processor_class", [AnyLlavaImageProcessorPil, AnyLlavaImageProcessor])
+@pytest.mark.parametrize("image_aspect_ratio", ["pad", "square", "anyres"])
+def test_no_more_images_are_held_at_full_size_than_are_worked_on(processor_class, image_aspect_ratio, monkeypatch):
+    alive, most = [], []
+    original = image_processing_llava.load_pixels
+
+    def load_pixels(*args, **kwargs):
+        image = original(*args, **kwargs)
+        alive.append(weakref.ref(image))
+        most.append(len({id(held) for reference in alive if (held := reference()) is not None}))
+        return image
+
+    monkeypatch.setattr(image_processing_llava, "load_pixels", load_pixels)
+    processor = processor_class.from_dict(image_processor(image_aspect_ratio).to_dict())
+    processor.num_threads = 1
+    pictures = [encode(open_image().resize((200 + number, 150))) for number in range(6)]
+    assert len(processor(pictures)["pixel_values"]) == 6
+    assert max(most) <= 2
 
 
 @pytest.mark.parametrize("do_rescale", [True, False])

@@ -111,6 +111,7 @@ def test_loopback_is_refused_unless_the_policy_names_it():
         *("127.0.0.1", "10.0.0.1", "172.16.3.4", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0"),
         *("224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fc00::1", "ff02::1", "::ffff:127.0.0.1"),
         *("::ffff:10.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a00:1", "2001:db8::1", "2002:7f00:1::"),
+        *("64:ff9b:1::7f00:1", "::127.0.0.1", "::ffff:0:7f00:1", "fec0::1", "4000::1"),
     ],
 )
 def test_addresses_that_are_not_public_are_refused(address, resolve):
@@ -149,6 +150,47 @@ def test_the_second_address_is_used_where_the_first_does_not_answer(resolve):
     with serve(http_answer()) as (port, _):
         addresses["pictures.test"] = ["127.0.0.2", "127.0.0.1"]
         assert policy(f"pictures.test:{port}").fetch(f"http://pictures.test:{port}/", max_bytes=10**6) == PICTURE
+
+
+def test_a_silent_first_address_leaves_time_for_the_second(resolve):
+    addresses, _ = resolve
+    with serve(http_answer()) as (port, _), socket.socket() as silent:
+        # Whoever connects to a full queue gets no answer.
+        silent.bind(("127.0.0.2", port))
+        silent.listen(0)
+        with ExitStack() as stack:
+            for _ in range(3):
+                waiting = stack.enter_context(socket.socket())
+                waiting.setblocking(False)
+                waiting.connect_ex(("127.0.0.2", port))
+            addresses["pictures.test"] = ["127.0.0.2", "127.0.0.1"]
+            urls = policy(f"pictures.test:{port}", max_seconds=2.0)
+            assert urls.fetch(f"http://pictures.test:{port}/", max_bytes=10**6) == PICTURE
+
+
+def test_an_address_of_a_family_that_this_machine_lacks_is_passed_over(resolve, monkeypatch):
+    addresses, _ = resolve
+    original = socket.socket
+
+    def only_ipv4(family, *args, **kwargs):
+        if family == socket.AF_INET6:
+            raise OSError("Address family not supported by protocol")
+        return original(family, *args, **kwargs)
+
+    with serve(http_answer()) as (port, _):
+        monkeypatch.setattr(socket, "socket", only_ipv4)
+        addresses["pictures.test"] = ["::1", "127.0.0.1"]
+        assert policy(f"pictures.test:{port}").fetch(f"http://pictures.test:{port}/", max_bytes=10**6) == PICTURE
+
+
+def test_a_slow_answer_to_a_name_ends_in_time(monkeypatch):
+    asked = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: asked.wait(5) and [])
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="no whole answer within 0.3 seconds"):
+        policy("pictures.test", max_seconds=0.3).fetch("http://pictures.test/a.png", max_bytes=99)
+    assert time.monotonic() - start < 1.5
+    asked.set()
 
 
 def test_a_name_is_asked_for_once_so_that_it_cannot_change(resolve):

@@ -1,6 +1,7 @@
 """AnyLlavaProcessor: placeholders and images per row, ids, padding, and what the Auto classes store."""
 
 import base64
+import threading
 
 import numpy as np
 import PIL.Image
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoProcessor
 
 from processing_llava import AnyLlavaProcessor, ImageLimits
+from processing_llava.conversation_templates import load_template
 from processing_llava.text_encoder import TextEncoder
 from tests.processing_llava.hostile_images import encode
 from tests.tiny import PATCH_SIZE, PINPOINTS, TILE_SIZE, tiny_processor
@@ -132,6 +134,13 @@ def test_no_row_gets_the_image_of_another(processor):
     assert processor(images=[first, second], text="<image><image> a")["pixel_values"].shape[0] == 2
 
 
+def test_images_of_a_row_are_counted_however_they_are_nested(processor):
+    first, second, third = (picture(seed=seed) for seed in range(3))
+    for images in ([[[first, second]], [third]], [[np.stack([np.asarray(first), np.asarray(second)])], [third]]):
+        with pytest.raises(ValueError, match="2 images in row 0|3 images in 2 arrays"):
+            processor(images=images, text=["<image> a", "<image> b"])
+
+
 def test_an_image_is_written_as_ids_and_not_tokenised(processor, monkeypatch):
     tokenised = []
     encode_text = TextEncoder.encode_text
@@ -221,6 +230,87 @@ def test_texts_in_messages_open_no_file_and_reach_no_host(processor, key, tmp_pa
             processor.apply_chat_template([{"role": "user", "content": [item]}], tokenize=True)
     with pytest.raises(ValueError, match="no text opens a file here"):
         processor(images=str(tmp_path / "picture.png"), text="<image>")
+
+
+USER = {"role": "user", "content": "Hi"}
+
+
+def nest(depth: int) -> list:
+    return [nest(depth - 1)] if depth else []
+
+
+@pytest.mark.parametrize(
+    ("conversation", "message"),
+    [
+        ([], r"got the conversation \[\]; expected a list of messages"),
+        ([[]], "got the conversation"),
+        ([[USER], []], "got the conversation"),
+        (USER, "got the conversation"),
+        ("Hi", "got the conversation"),
+        (None, "got the conversation"),
+        ([None], "got message 0 with None; expected {"),
+        ([USER, {"content": "Hi"}], "got message 1 with .*; expected {"),
+        ([{"role": ["user"], "content": "Hi"}], "got message 0 with"),
+        ([{"role": "user"}], "the content None; expected a text or a list of items"),
+        ([{"role": "user", "content": None, "tool_calls": [1]}], "the content None"),
+        ([{"role": "user", "content": 7}], "the content 7"),
+        ([{"role": "user", "content": {"type": "text"}}], "the content {"),
+        ([{"role": "user", "content": ["Hi"]}], "the item 'Hi'; expected"),
+        ([{"role": "user", "content": [{"text": "Hi"}]}], "the item {'text': 'Hi'}; expected"),
+        ([{"role": "user", "content": [{"type": ["text"], "text": "Hi"}]}], "the item"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "the text None; expected a string"),
+        ([{"role": "user", "content": [{"type": "text", "text": b"Hi"}]}], "the text b'Hi'"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "got an image item without a picture"),
+        ([{"role": "user", "content": [{"type": "image", "base64": 7}]}], "the base64 7; expected a string"),
+        ([{"role": "user", "content": [{"type": "image", "image": nest(500)}]}], "101 deep in each other"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": "data:,"}]}], "the image_url 'data:,'"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "the image_url {}; expected"),
+        ([{"role": "user", "content": "half \ud83d"}], "text that is not Unicode"),
+        ([{"role": "user", "content": [{"type": "text", "text": "\udc00"}]}], "text that is not Unicode"),
+        ([{"role": "user", "content": [{"type": "video"}]}], "the chat template cannot write"),
+        ([{"role": "tool", "content": "1"}], "the chat template cannot write"),
+    ],
+)
+def test_malformed_messages_are_named(processor, conversation, message):
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template(conversation, tokenize=True)
+
+
+def test_what_another_template_cannot_write_is_named():
+    processor = tiny_processor()
+    system = {"role": "system", "content": "Be brief."}
+    processor.chat_template = load_template("gemma")
+    with pytest.raises(ValueError, match="the chat template cannot write .*system message"):
+        processor.apply_chat_template([system, USER])
+    processor.chat_template = "{% for message in messages %}{{ 'USER: ' + message.content }}{% endfor %}"
+    assert processor.apply_chat_template([USER]) == "USER: Hi"
+    with pytest.raises(ValueError, match="the chat template cannot write .*can only concatenate str"):
+        processor.apply_chat_template([question("Hi")])
+
+
+def test_an_answer_that_calls_tools_needs_no_content():
+    processor = tiny_processor()
+    processor.chat_template = "{% for message in messages %}{{ message.content or message.tool_calls }}{% endfor %}"
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "search"}]}
+    assert "search" in processor.apply_chat_template([USER, call], tokenize=False)
+    assert processor.apply_chat_template([USER, call], tokenize=True)
+
+
+def test_images_of_a_conversation_are_loaded_in_threads():
+    """Two wait for each other; one after the other, they would wait forever."""
+    processor = tiny_processor()
+    processor.image_processor.num_threads = 2
+    both = threading.Barrier(2, timeout=30)
+
+    class Policy:
+        def fetch(self, url: str, *, max_bytes: int) -> bytes:
+            both.wait()
+            return encode(picture())
+
+    processor.image_processor.urls = Policy()
+    items = [{"type": "image", "url": f"https://pictures.test/{number}.png"} for number in range(2)]
+    inputs = processor.apply_chat_template([{"role": "user", "content": items}], tokenize=True, return_dict=True)
+    assert len(inputs["pixel_values"]) == 2
 
 
 def test_images_of_messages_are_limited_as_the_image_processor_says():

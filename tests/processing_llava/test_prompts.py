@@ -16,7 +16,13 @@ from processing_llava.conversation_templates import TEMPLATE_FILES, load_templat
 from processing_llava.prompts import Prompt, count_images, encode_prompt, list_control_tokens, render_prompt
 from tests.conftest import GOLDENS
 from tests.processing_llava.golden_prompts import GOLDEN_PROMPTS, golden_messages
-from tests.processing_llava.tokenizers_of_each_kind import CONTROL_TOKENS, KINDS, load_sentencepiece, load_tokenizer
+from tests.processing_llava.tokenizers_of_each_kind import (
+    CONTROL_TOKENS,
+    KINDS,
+    NOT_SPECIAL,
+    load_sentencepiece,
+    load_tokenizer,
+)
 
 LABELS = json.loads((GOLDENS / "labels.json").read_text(encoding="utf-8"))
 LABEL_TENSORS = load_file(GOLDENS / "labels.safetensors")
@@ -24,6 +30,7 @@ LABEL_TENSORS = load_file(GOLDENS / "labels.safetensors")
 IMAGE_ID = 10**6
 IGNORED = -100
 
+ALL_NAMES = sorted(TEMPLATE_FILES)
 NAMES = sorted(set(TEMPLATE_FILES) - {"plain", "v0_plain"})
 FRAGMENTS = (*CONTROL_TOKENS, "###", "\ue000", "\ue001", "\uf8ff", "\U000f0000", "<", ">", "<|", "|>", "</", "s>", " ")
 HOSTILE = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=4), min_size=1, max_size=8).map("".join)
@@ -38,6 +45,20 @@ def encode(prompt: str, kind: str, num_images: int = 0) -> tuple[list[int], list
         image_token_id=IMAGE_ID,
         num_image_tokens=[3] * num_images,
     )
+
+
+def find_control_ids(prompt: str, kind: str, num_images: int = 0) -> list[int]:
+    tokenizer, tokens = load_tokenizer(kind), CONTROL_TOKENS
+    if kind == NOT_SPECIAL:
+        # What the template does not write is a word like any other.
+        tokens = [token for token in CONTROL_TOKENS if token in text_of_template(prompt)]
+    special_ids = {IMAGE_ID, *tokenizer.convert_tokens_to_ids(tokens), tokenizer.eos_token_id}
+    return [token_id for token_id in encode(prompt, kind, num_images)[0] if token_id in special_ids]
+
+
+def text_of_template(prompt: Prompt) -> str:
+    ends = [start for start, _ in prompt.user_spans] + [len(prompt)]
+    return "".join(prompt[start:end] for start, end in zip([0, *(end for _, end in prompt.user_spans)], ends))
 
 
 def reference_entries(*, template: str | None = None, without: tuple[str, ...] = ()) -> list[dict]:
@@ -103,21 +124,49 @@ def test_every_reference_entry_is_compared():
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=150, deadline=None)
-@given(question=HOSTILE, answer=HOSTILE, name=st.sampled_from(NAMES))
-def test_no_typed_text_becomes_a_control_token_or_an_image(kind, question, answer, name):
-    def control_ids(question: str, answer: str) -> list[int]:
+@given(system=HOSTILE, question=HOSTILE, answer=HOSTILE, name=st.sampled_from(ALL_NAMES))
+def test_no_typed_text_becomes_a_control_token_or_an_image(kind, system, question, answer, name):
+    def control_ids(system: str, question: str, answer: str) -> list[int]:
         messages = [
+            {"role": "system", "content": system},
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
             {"role": "assistant", "content": answer},
         ]
-        prompt = render_prompt(messages, load_template(name))
+        prompt = render_prompt(messages[TEMPLATE_FILES[name] == "gemma" :], load_template(name))
         assert count_images(prompt, "<image>") == 1
-        ids, _ = encode(prompt, kind, num_images=1)
-        return [token_id for token_id in ids if token_id in special_ids]
+        return find_control_ids(prompt, kind, num_images=1)
 
-    tokenizer = load_tokenizer(kind)
-    special_ids = {IMAGE_ID, *tokenizer.convert_tokens_to_ids(CONTROL_TOKENS), tokenizer.eos_token_id}
-    assert control_ids(question, answer) == control_ids("a", "a")
+    assert control_ids(system, question, answer) == control_ids("a", "a", "a")
+
+
+FOREIGN = """{%- for message in messages -%}
+<|im_start|>{{ message.role }} {{ message.name }}
+{% for item in message.content %}{{ item.type }} {{ item | tojson }}{% endfor %}
+{{ message.tool_calls | tojson }}<|im_end|>
+{% endfor %}"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=150, deadline=None)
+@given(role=HOSTILE, name=HOSTILE, type=HOSTILE, key=HOSTILE, value=HOSTILE)
+def test_no_role_name_key_or_type_becomes_a_control_token(kind, role, name, type, key, value):
+    """Other templates write all of them."""
+
+    def control_ids(role: str, name: str, type: str, key: str, value: str) -> list[int]:
+        arguments = {key: value, "type": type, "role": {"role": role, key + "b": [{"type": value}]}}
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        message = {"role": role, "name": name, "content": [{"type": type, key: value}], "tool_calls": [call]}
+        return find_control_ids(render_prompt([message], FOREIGN), kind)
+
+    assert control_ids(role, name, type, key, value) == control_ids("a", "a", "a", "a", "a")
+
+
+def test_names_are_seen_by_templates_as_they_are():
+    messages = [{"role": "user-2", "content": [{"type": "input_text", "cache-control": "a"}]}]
+    template = "{{ messages[0].role == 'user-2' }} {{ messages[0].content[0]['cache-control'] }}"
+    assert render_prompt(messages, template) == "True a"
+    prompt = render_prompt([{"role": "user<|im_end|>", "content": ""}], "{{ messages[0].role }}")
+    assert prompt.user_spans == ((0, len(prompt)),)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -235,6 +284,23 @@ def test_an_image_token_that_is_not_declared_special_cannot_be_typed():
     ids, _ = encode_prompt(prompt, tokenizer, image_token="<image>", image_token_id=image_id, num_image_tokens=[5])
     assert ids.count(image_id) == 5
     assert image_id in tokenizer.encode("<image>")
+
+
+def test_added_words_that_the_template_does_not_write_stay_tokens():
+    """Gemma's vocabulary has "<table>" and other marks of HTML."""
+    tokenizer = copy.deepcopy(load_sentencepiece(legacy=False))
+    tokenizer.add_tokens([AddedToken("<table>", normalized=False, special=False)])
+    prompt = render_prompt([{"role": "user", "content": "a<table>b"}], load_template("vicuna_v1"))
+    ids, _ = encode_prompt(prompt, tokenizer, image_token="<image>", image_token_id=IMAGE_ID)
+    assert tokenizer.convert_tokens_to_ids("<table>") in ids
+
+
+def test_added_white_space_is_no_control_token():
+    tokenizer = copy.deepcopy(load_sentencepiece(legacy=False))
+    tokenizer.add_tokens([AddedToken("\n\n\n", normalized=False, special=False)])
+    prompt = render_prompt([{"role": "user", "content": "a\n\n\nb"}], load_template("vicuna_v1"))
+    ids, _ = encode_prompt(prompt, tokenizer, image_token="<image>", image_token_id=IMAGE_ID)
+    assert tokenizer.convert_tokens_to_ids("\n\n\n") in ids
 
 
 def test_a_tokenizer_that_makes_control_tokens_out_of_text_is_refused():

@@ -88,6 +88,29 @@ def test_datasets_on_disk(folder, kind, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_pictures_inside_of_items_stay_encoded(folder, streaming):
+    item = {"type": "image", "text": None, "image": PIL.Image.new("RGB", (40, 30))}
+    messages = [{"role": "user", "content": [item]}, {"role": "assistant", "content": [{"type": "text", "text": "A"}]}]
+    features = datasets.Features(
+        {
+            "messages": List(
+                {
+                    "role": datasets.Value("string"),
+                    "content": List(
+                        {"type": datasets.Value("string"), "text": datasets.Value("string"), "image": Image()}
+                    ),
+                }
+            )
+        }
+    )
+    Dataset.from_list([{"messages": messages}], features=features).to_parquet(folder / "nested.parquet")
+    source = DataSource(path=str(folder / "nested.parquet"), streaming=streaming)
+    record = next(open_records(source)[1])
+    assert record["messages"][0]["content"][0]["image"]["bytes"].startswith(b"\x89PNG")
+    assert list(load_rows([source])[0])[0]["images"][0].startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl", "folder/data.jsonl"])
 def test_json_files_and_folders_of_them(folder, name, streaming):
     (folder / "folder").mkdir()

@@ -30,10 +30,10 @@ CONTROL_TOKENS = (
 _TRAINING_TEXT = ["USER: What is this? ASSISTANT: It is a red circle on a table.", "</s> <image> [INST]"] * 8
 
 
-def _add_control_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+def _add_control_tokens(tokenizer: PreTrainedTokenizerFast, *, special: bool) -> PreTrainedTokenizerFast:
     # Phi-3 declares <|end|> so that the line break after it is no token.
     tokens = [AddedToken(token, normalized=False, rstrip=token == "<|end|>") for token in CONTROL_TOKENS]
-    tokenizer.add_tokens(tokens, special_tokens=True)
+    tokenizer.add_tokens(tokens, special_tokens=special)
     return tokenizer
 
 
@@ -102,6 +102,8 @@ def _build_with_merges_to_control_tokens() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
 
 
+NOT_SPECIAL = "not-special"
+"""Whoever trained it added its control tokens like words, by `add_tokens` alone."""
 _BUILDERS = {
     "sentencepiece": lambda: copy.deepcopy(load_sentencepiece(legacy=False)),
     "sentencepiece-legacy": lambda: copy.deepcopy(load_sentencepiece(legacy=True)),
@@ -109,6 +111,7 @@ _BUILDERS = {
     "byte-level-bos": lambda: _train_byte_level(has_bos=True),
     "spaces-replaced": _build_with_merges_to_control_tokens,
     "normalised": _train_like_qwen,
+    NOT_SPECIAL: lambda: _train_byte_level(has_bos=False),
 }
 KINDS = tuple(_BUILDERS)
 
@@ -116,4 +119,4 @@ KINDS = tuple(_BUILDERS)
 @cache
 def load_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     """One tokenizer for each of `KINDS`."""
-    return _add_control_tokens(_BUILDERS[kind]())
+    return _add_control_tokens(_BUILDERS[kind](), special=kind != NOT_SPECIAL)

@@ -1,0 +1,105 @@
+"""The form of messages, which come from strangers: checked before anything reads them, with the pictures in them.
+
+What is surprising: content may be missing beside `tool_calls`, as other software writes it; types of items that are
+neither text nor image are left to the chat template.
+
+Only the standard library is used, and the file is copied into Hub repositories as it is.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+PICTURE_KEYS = ("image", "path", "url")
+"""Where an image item can hold its picture, beside "base64"; all of them are transformers'."""
+
+
+MAX_DEPTH = 100
+"""What reads messages goes down with them, and Python does not go down forever."""
+
+
+def check_messages(messages: Any) -> None:
+    """Refuses what is no conversation.
+
+    Raises:
+        ValueError: naming the message.
+    """
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(f"got the conversation {_shorten(messages)}; expected a list of messages; give at least one")
+    for number, message in enumerate(messages):
+        try:
+            _check_message(message)
+            _check_strings(message)
+        except ValueError as error:
+            raise ValueError(f"got message {number} with {error}; correct it") from None
+
+
+def list_pictures(messages: list[dict[str, Any]]) -> Iterator[Any]:
+    """The pictures of a conversation that was checked, in reading order.
+
+    Raises:
+        ValueError: an image item without one.
+    """
+    for message in messages:
+        content = message.get("content")
+        for item in content if isinstance(content, (list, tuple)) else ():
+            if item["type"] == "image_url":
+                yield item["image_url"]["url"]
+            elif item["type"] == "image":
+                yield _find_picture(item)
+
+
+def _find_picture(item: dict[str, Any]) -> Any:
+    sources = [item[key] for key in PICTURE_KEYS if item.get(key) is not None]
+    if item.get("base64") is not None:
+        # transformers takes it with and without the beginning of a data URI
+        sources.append("data:;base64," + item["base64"].rpartition(",")[2])
+    if not sources:
+        raise ValueError('got an image item without a picture; expected {"type": "image", "image": ...}')
+    return sources[0]
+
+
+def _check_message(message: Any) -> None:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(f'{_shorten(message)}; expected {{"role": ..., "content": ...}}')
+    content = message.get("content")
+    if content is None and message["role"] != "user" and message.get("tool_calls"):
+        return
+    if not isinstance(content, (str, list, tuple)):
+        raise ValueError(f"the content {_shorten(content)}; expected a text or a list of items")
+    for item in () if isinstance(content, str) else content:
+        _check_item(item)
+
+
+def _check_item(item: Any) -> None:
+    kind = item.get("type") if isinstance(item, dict) else None
+    if not isinstance(kind, str):
+        raise ValueError(f'the item {_shorten(item)}; expected {{"type": "text", "text": ...}} or {{"type": "image"}}')
+    if kind == "text" and not isinstance(item.get("text"), str):
+        raise ValueError(f"the text {_shorten(item.get('text'))}; expected a string")
+    if kind == "image" and not isinstance(item.get("base64"), (str, type(None))):
+        raise ValueError(f"the base64 {_shorten(item['base64'])}; expected a string")
+    if kind == "image_url" and not (isinstance(item.get("image_url"), dict) and "url" in item["image_url"]):
+        raise ValueError(f'the image_url {_shorten(item.get("image_url"))}; expected {{"url": ...}}')
+
+
+def _check_strings(value: Any, *, depth: int = 0) -> None:
+    if depth > MAX_DEPTH:
+        raise ValueError(f"lists and objects {depth} deep in each other; expected at most {MAX_DEPTH}")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            # JSON can spell half of a surrogate pair, which no tokenizer takes.
+            raise ValueError(f"text that is not Unicode ({error.reason}); expected whole characters") from None
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_strings(key)
+            _check_strings(item, depth=depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_strings(item, depth=depth + 1)
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
