@@ -87,6 +87,13 @@ class RowStates:
             lengths[row] = lengths[-1]
             lengths.pop()
 
+    def clear(self) -> None:
+        """Forget all rows, and free their memory."""
+        self.lengths.clear()
+        self._largest_lengths.clear()
+        self._layers.clear()
+        self._room = 0
+
     def attend(
         self,
         layer: int,

@@ -1,5 +1,7 @@
 """generate_answers: many requests at once, with pictures or without, each answered as `generate` would alone.
 
+In 16 bits, and with quantization="int8", within rounding: which of two almost equal tokens is larger can differ.
+
 Requests share every pass of the language model. One joins as soon as there is room, its prompt in the same pass as
 the next tokens of the others, and leaves with its last token (continuous batching, Orca, OSDI 2022). Nothing is
 padded; pictures of requests that join together are encoded together, and each picture once.
@@ -13,7 +15,7 @@ transformers' own continuous batching takes text only: its passes have ids and n
 import copy
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,8 +27,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .batched_attention import RowStates, check_row_attention, use_row_attention
-from .cached_generation import REUSING_MODEL_TYPES, PromptImage, build_states, read_images
+from .cached_generation import REUSING_MODEL_TYPES, PromptImage, build_states, limit_new_tokens, read_images
 from .chat_cache import ChatCache
+from .foreign_processors import protect_messages
 from .token_stream import build_sampler
 
 MAX_PASS_TOKENS = 2048
@@ -52,8 +55,8 @@ class BatchedAnswer:
     text: str = ""
     ids: list[int] = field(default_factory=list)
     """Of the answer, with the token that ends it."""
-    error: ValueError | None = None
-    """Why there is no answer."""
+    error: ValueError | RuntimeError | None = None
+    """Why there is no answer: the request, or a pass that failed, of which all requests have none."""
 
 
 @dataclass(eq=False)
@@ -148,11 +151,13 @@ class BatchedGeneration:
                 f"got a model whose generation_config asks for {mode.value}; expected one token at a time: set "
                 "model.generation_config.num_beams = 1"
             )
-        check_row_attention(model.base_model.language_model)
         self.model = model
         self.processor = processor
         self.cache = ChatCache(max_bytes=256 * 2**20) if cache is None else cache
         self.cache.bind(model)
+        # It sets the attention function for a moment.
+        with self.cache.lock:
+            check_row_attention(model.base_model.language_model)
         # On a CPU padding costs more than calls, on a GPU it is the other way round.
         row_by_row = model.device.type == "cpu"
         self._states = RowStates(
@@ -192,7 +197,11 @@ class BatchedGeneration:
             temperature=request.temperature, top_p=request.top_p, seed=request.seed, device=self.model.device
         )
         inputs = self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            protect_messages(messages, self.processor),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
         )
         if self.model.config.model_type == "llava" and "image_sizes" in inputs:
             raise ValueError(
@@ -200,12 +209,10 @@ class BatchedGeneration:
                 "one request at a time"
             )
         prompt_ids = inputs["input_ids"][0].tolist()
-        max_length = self.model.config.get_text_config(decoder=True).to_dict().get("max_position_embeddings")
-        if max_length is not None and len(prompt_ids) >= max_length:
-            raise ValueError(
-                f"got a conversation of {len(prompt_ids)} tokens; expected fewer than {max_length}, for which this "
-                "model was made: begin anew, or take pictures out"
-            )
+        max_new_tokens = limit_new_tokens(
+            self.model, num_prompt_tokens=len(prompt_ids), max_new_tokens=request.max_new_tokens
+        )
+        request = replace(request, max_new_tokens=max_new_tokens)
         processors = self._build_processors(inputs["input_ids"], request.max_new_tokens, sampler)
         row = _Row(index, request, prompt_ids, processors, inputs, read_images(self.model, inputs))
         if not self._states.takes(row.largest_length):
@@ -216,14 +223,25 @@ class BatchedGeneration:
         self._waiting.append(row)
 
     def step(self) -> list[BatchedAnswer]:
-        """Compute the next token of every request that there is room for; the answers that are complete by it."""
+        """Compute the next token of every request that there is room for; the answers that are complete by it.
+
+        If a pass fails, for want of memory for example, its requests are answered with the error; others go on.
+        """
         if not self.num_requests:
             return []
         new_rows = self._choose()
         for _ in new_rows:
             self._waiting.popleft()
-        with self.cache.lock:
-            logits = self._compute_logits(new_rows)
+        try:
+            with self.cache.lock:
+                logits = self._compute_logits(new_rows)
+        except RuntimeError as error:
+            failed = [*self._rows, *new_rows]
+            self._rows = []
+            self._states.clear()
+            # Its traceback would hold on to the tensors of the pass.
+            return [BatchedAnswer(row.index, error=error.with_traceback(None)) for row in failed]
+        self._rows += new_rows
         for row, token in zip(self._rows, self._draw(logits)):
             row.ids.append(token)
         answers = []
@@ -260,7 +278,6 @@ class BatchedGeneration:
             ids += row.prompt_ids
             newest.append(len(ids) - 1)
             row.inputs = None
-        self._rows += new_rows
         images = {}
         if features:
             images["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}

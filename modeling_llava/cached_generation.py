@@ -12,7 +12,7 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-from transformers import BatchFeature, DynamicCache, PreTrainedModel
+from transformers import BatchFeature, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -44,15 +44,23 @@ class CachedGeneration:
         model: In evaluation mode.
         inputs: What the processor returns for one conversation.
         cache: Of this model.
+        scope: What was kept under another scope is not found.
         compile: Decode with compiled code; the model must pass `check_compiles`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, inputs: BatchFeature, cache: ChatCache, *, compile: bool = False
+        self,
+        model: PreTrainedModel,
+        inputs: BatchFeature,
+        cache: ChatCache,
+        *,
+        scope: bytes = b"",
+        compile: bool = False,
     ) -> None:
         self.model = model
         self.inputs = inputs
         self.cache = cache
+        self.scope = scope
         self.compile = compile
         self.num_reused_tokens = 0
 
@@ -64,20 +72,17 @@ class CachedGeneration:
         if not self._can_reuse():
             self.model.generate(**self.inputs.to(device), **settings)
             return
-        images = read_images(self.model, self.inputs)
+        images = read_images(self.model, self.inputs, scope=self.scope)
         keys: list[TokenKey] = self.inputs["input_ids"][0].tolist()
         for image in images:
             keys[image.start : image.start + image.num_tokens] = [image.digest] * image.num_tokens
-        past = build_states(self.model)
-        if self.compile:
-            past = build_static_states(self.model, len(keys) + max_new_tokens)
-            settings["compile_config"] = build_compile_config(device)
+        # The root of the cache's tree: conversations with different first keys have nothing in common.
+        keys[0] = self.scope + str(keys[0]).encode()
+        past = self._recall_states(keys, max_new_tokens=max_new_tokens)
         if past is not None:
-            # The last token is always computed: the answer begins with its logits.
-            self.num_reused_tokens, states = self.cache.find_states(keys[:-1])
-            for layer, (key_states, value_states) in enumerate(zip(states[::2], states[1::2])):
-                past.update(key_states, value_states, layer)
             settings["past_key_values"] = past
+        if self.compile:
+            settings["compile_config"] = build_compile_config(device)
         features = self._load_features(images)
         if features:
             settings["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
@@ -90,6 +95,21 @@ class CachedGeneration:
             states = [states[..., :length, :] for layer in past.layers for states in (layer.keys, layer.values)]
             # The last token of an answer has never been an input.
             self.cache.store_states(keys[:length], states)
+
+    def _recall_states(self, keys: list[TokenKey], *, max_new_tokens: int) -> Cache | None:
+        """States that begin with what is known of a prompt; None where they cannot be reused.
+
+        In a call of its own, so that nothing holds on to the copy that the cache gave while an answer is made.
+        """
+        past = build_states(self.model)
+        if self.compile:
+            past = build_static_states(self.model, len(keys) + max_new_tokens, made=self.cache.static_states)
+        if past is not None:
+            # The last token is always computed: the answer begins with its logits.
+            self.num_reused_tokens, states = self.cache.find_states(keys[:-1])
+            for layer, (key_states, value_states) in enumerate(zip(states[::2], states[1::2])):
+                past.update(key_states, value_states, layer)
+        return past
 
     def _can_reuse(self) -> bool:
         model_type = self.model.config.model_type
@@ -112,8 +132,8 @@ class CachedGeneration:
         return [features[image.digest][max(0, self.num_reused_tokens - image.start) :] for image in images]
 
 
-def read_images(model: PreTrainedModel, inputs: BatchFeature) -> list[PromptImage]:
-    """The images of a prompt, in reading order.
+def read_images(model: PreTrainedModel, inputs: BatchFeature, *, scope: bytes = b"") -> list[PromptImage]:
+    """The images of a prompt, in reading order; digests of equal images differ between scopes.
 
     Raises:
         ValueError: if image tokens and images of the prompt do not match.
@@ -136,11 +156,30 @@ def read_images(model: PreTrainedModel, inputs: BatchFeature) -> list[PromptImag
     images, num_before = [], 0
     for row, (image, count) in enumerate(zip(tiles, counts)):
         size = None if image_sizes is None else image_sizes[row].tolist()
-        digest = hashlib.sha256(f"{tuple(image.shape)} {size} {count}".encode())
+        digest = hashlib.sha256(scope + f"{tuple(image.shape)} {size} {count}".encode())
         digest.update(image.contiguous().view(torch.uint8).numpy())
         images.append(PromptImage(row, digest.digest(), positions[num_before], count))
         num_before += count
     return images
+
+
+def limit_new_tokens(model: PreTrainedModel, *, num_prompt_tokens: int, max_new_tokens: int) -> int:
+    """`max_new_tokens`, or what a prompt leaves of the length that a model was made for.
+
+    Raises:
+        ValueError: if it leaves nothing.
+    """
+    config = model.config.get_text_config(decoder=True).to_dict()
+    # MPT's name is the second one.
+    max_length = config.get("max_position_embeddings", config.get("max_seq_len"))
+    if max_length is None:
+        return max_new_tokens
+    if num_prompt_tokens >= max_length:
+        raise ValueError(
+            f"got a conversation of {num_prompt_tokens} tokens; expected fewer than {max_length}, for which this "
+            "model was made: begin anew, or take pictures out"
+        )
+    return min(max_new_tokens, max_length - num_prompt_tokens)
 
 
 def build_states(model: PreTrainedModel) -> DynamicCache | None:
@@ -163,10 +202,16 @@ def check_compiles(model: PreTrainedModel) -> None:
     Raises:
         ValueError: saying why.
     """
-    if model.config.model_type != "any_llava" or build_states(model) is None:
+    states = build_states(model) if model.config.model_type == "any_llava" else None
+    if states is None:
         raise ValueError(
             f"got compile=True for a {type(model).__name__}; expected one of ours whose states can be reused: leave "
             "compile out"
+        )
+    if any(type(layer) is DynamicSlidingWindowLayer for layer in states.layers):
+        raise ValueError(
+            "got compile=True for a language model with a sliding window, whose states count their tokens in numbers "
+            "that a graph holds fixed; expected full attention: leave compile out"
         )
     language_model = model.base_model.language_model
     if not language_model._can_compile_fullgraph:

@@ -10,11 +10,13 @@ different pictures do not match.
 
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
 
 import torch
 from torch import nn
+from transformers import StaticCache
 
 TokenKey = int | bytes
 
@@ -42,6 +44,10 @@ class ChatCache:
         self.num_bytes = 0
         self.lock = Lock()
         """Whoever calls `find_*` and `store_*` holds it, and so does every running answer."""
+        self.static_states: dict[int, StaticCache] = {}
+        """Of compiled answers, by their length in tokens; beside `max_bytes`."""
+        self.compiled_worker = ThreadPoolExecutor(1)
+        """Where compiled answers are made: PyTorch keeps CUDA graphs for the thread that recorded them."""
         self._model: weakref.ref[nn.Module] | None = None
         self._root = _Segment([])
         self._kept: dict[_Segment | bytes, list[torch.Tensor]] = {}
@@ -60,10 +66,19 @@ class ChatCache:
                 "got a ChatCache that another model has used; expected one of its own for each model: make a new one"
             )
 
+    def resize(self, max_bytes: int) -> None:
+        """Keep at most so much from now on, or from the end of the running answer on."""
+        self.max_bytes = max_bytes
+        # A running answer drops what is too much when it stores its own states.
+        if self.lock.acquire(blocking=False):
+            self._evict()
+            self.lock.release()
+
     def clear(self) -> None:
         """Drop everything, for example after the weights were changed; waits for the running answer."""
         with self.lock:
             self.num_bytes = 0
+            self.static_states.clear()
             self._root = _Segment([])
             self._kept = {}
 

@@ -11,12 +11,19 @@ SMALLEST_LENGTH = 1024
 """Of the states, in tokens: an image of 576 and a few turns. Longer ones double it, and are compiled anew."""
 
 
-def build_static_states(model: PreTrainedModel, num_tokens: int) -> StaticCache:
-    """Empty states for at least so many tokens, of one of few sizes."""
+def build_static_states(model: PreTrainedModel, num_tokens: int, *, made: dict[int, StaticCache]) -> StaticCache:
+    """Empty states for at least so many tokens, of one of few sizes.
+
+    Args:
+        made: By their size. They are used again, since CUDA graphs know the addresses of their tensors.
+    """
     length = SMALLEST_LENGTH
     while length < num_tokens:
         length *= 2
-    return StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
+    if length not in made:
+        made[length] = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
+    made[length].reset()
+    return made[length]
 
 
 def build_compile_config(device: torch.device) -> CompileConfig:

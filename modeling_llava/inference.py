@@ -16,8 +16,9 @@ from processing_llava.image_loading import load_image
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .auto import AutoModelForVision2Seq
-from .cached_generation import CachedGeneration, check_compiles
+from .cached_generation import CachedGeneration, check_compiles, limit_new_tokens
 from .chat_cache import ChatCache
+from .foreign_processors import protect_messages
 from .inference_dtype import is_slow_on_processor
 from .modeling_llava import AnyLlavaForConditionalGeneration
 from .token_stream import StreamedText, build_sampler, stream_tokens
@@ -33,6 +34,7 @@ def load_for_inference(
     base_model: str | None = None,
     device: str | torch.device | None = None,
     quantization: str | None = None,
+    visual_tokens: int | None = None,
 ) -> tuple[PreTrainedModel, AnyLlavaProcessor]:
     """Load a model and its processor.
 
@@ -42,11 +44,13 @@ def load_for_inference(
         base_model: Folder or Hub id of the language model, for a LoRA, projector or delta that does not say its own.
         device: Where to; the first GPU by default, or the processor where there is none.
         quantization: "int4", "fp8" or "nf4" on a GPU, "int8" on a processor: bits of the language model.
+        visual_tokens: Most tokens of an image instead of what is stored with the model; see `AnyLlavaConfig`.
 
     Raises:
-        ValueError: if there is no such model or template, or the device cannot run what was chosen.
+        ValueError: if there is no such model or template, or the model or device cannot run what was chosen.
     """
     base = {} if base_model is None else {"base_model": base_model}
+    base |= {} if visual_tokens is None else {"visual_tokens": visual_tokens}
     chosen = {} if template is None else {"template": template}
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     load = AutoModelForVision2Seq.from_pretrained
@@ -66,7 +70,13 @@ def load_for_inference(
     except OSError as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"got model {name!r}; expected a folder or a Hub id of a LLaVA: {reason}") from error
-    if template is not None and not isinstance(processor, AnyLlavaProcessor):
+    is_ours = isinstance(processor, AnyLlavaProcessor)
+    if visual_tokens is not None and not is_ours:
+        raise ValueError(
+            f"got visual_tokens for model {name!r} with transformers' {type(processor).__name__}; expected a model "
+            "with our processor: take the original checkpoint, or leave visual_tokens out"
+        )
+    if template is not None and not is_ours:
         processor.chat_template = load_template(template)
     if quantization is None:
         # Transformers' own classes keep 16 bits, and so do ours where there is a GPU.
@@ -103,6 +113,8 @@ class ChatSession:
         processor: Its processor.
         system: Replaces the system text of the template.
         cache: What answers can be continued from; the session's own by default.
+        scope: Sessions that share a cache reuse each other's work only if they have the same scope. Time and
+            statistics tell what was reused: users who must not learn what others ask take a random one each.
         compile: Decode with compiled code and states of fixed size, on a GPU as CUDA graphs. The first answer takes a
             minute longer, and so does the first conversation beyond 1024 tokens, 2048, and so on.
 
@@ -117,6 +129,7 @@ class ChatSession:
         *,
         system: str | None = None,
         cache: ChatCache | None = None,
+        scope: bytes = b"",
         compile: bool = False,
     ) -> None:
         if compile:
@@ -126,6 +139,7 @@ class ChatSession:
         self.system = system
         self.cache = ChatCache() if cache is None else cache
         self.cache.bind(model)
+        self.scope = scope
         self.compile = compile
         self.messages: list[dict[str, Any]] = []
         self.statistics: AnswerStatistics | None = None
@@ -173,7 +187,7 @@ class ChatSession:
         Args:
             messages: `[{"role": ..., "content": text or [{"type": "image", "image": ...}, ...]}]`, the last one from
                 the user. The system text of the session is added if there is none.
-            max_new_tokens: Longest answer in tokens.
+            max_new_tokens: Longest answer in tokens; ended before where the model can read no more.
             temperature: 0 for the likeliest answer, higher for varied ones.
             top_p: Draw from the likeliest tokens whose probabilities add up to this, at most 1.
             seed: Of the drawing.
@@ -188,23 +202,25 @@ class ChatSession:
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         inputs = self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            protect_messages(messages, self.processor),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
         )
         num_prompt_tokens = inputs["input_ids"].shape[1]
-        max_length = self.model.config.get_text_config(decoder=True).to_dict().get("max_position_embeddings")
-        if max_length is not None and num_prompt_tokens >= max_length:
-            raise ValueError(
-                f"got a conversation of {num_prompt_tokens} tokens; expected fewer than {max_length}, for which this "
-                "model was made: begin anew, or take pictures out"
-            )
+        max_new_tokens = limit_new_tokens(
+            self.model, num_prompt_tokens=num_prompt_tokens, max_new_tokens=max_new_tokens
+        )
         sampler = build_sampler(temperature=temperature, top_p=top_p, seed=seed, device=self.model.device)
-        generation = CachedGeneration(self.model, inputs, self.cache, compile=self.compile)
+        generation = CachedGeneration(self.model, inputs, self.cache, scope=self.scope, compile=self.compile)
         generate = partial(
             generation.run, max_new_tokens=max_new_tokens, use_cache=True, do_sample=False, logits_processor=sampler
         )
         text, times = StreamedText(self.processor.tokenizer), []
+        worker = self.cache.compiled_worker if self.compile else None
         try:
-            with closing(stream_tokens(generate, lock=self.cache.lock)) as tokens:
+            with closing(stream_tokens(generate, lock=self.cache.lock, worker=worker)) as tokens:
                 for token, token_time in tokens:
                     times.append(token_time)
                     if piece := text.add(token):

@@ -6,6 +6,7 @@ torch's global generator, which all threads of a process share.
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
 
@@ -22,8 +23,10 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 
-def stream_tokens(generate: Callable[..., None], *, lock: Lock) -> Iterator[tuple[int, float]]:
-    """The tokens that `generate` makes in a thread of its own, with the `time.perf_counter()` of each.
+def stream_tokens(
+    generate: Callable[..., None], *, lock: Lock, worker: Executor | None = None
+) -> Iterator[tuple[int, float]]:
+    """The tokens that `generate` makes in another thread, with the `time.perf_counter()` of each.
 
     Closing the iterator ends the thread within one token. The lock belongs to the thread, not to the iterator: one
     that nobody closes or reads holds up nobody else.
@@ -31,6 +34,7 @@ def stream_tokens(generate: Callable[..., None], *, lock: Lock) -> Iterator[tupl
     Args:
         generate: Called with a `streamer` and `stopping_criteria` for `model.generate`. What it raises is raised here.
         lock: Held while it runs.
+        worker: Whose thread it is; a new one by default.
     """
     queue, stop = SimpleQueue(), Event()
 
@@ -46,8 +50,12 @@ def stream_tokens(generate: Callable[..., None], *, lock: Lock) -> Iterator[tupl
         finally:
             lock.release()
 
-    thread = Thread(target=run, daemon=True)
-    thread.start()
+    if worker is None:
+        thread = Thread(target=run, daemon=True)
+        thread.start()
+        wait = thread.join
+    else:
+        wait = worker.submit(run).result
     try:
         while (item := queue.get()) is not None:
             if isinstance(item, BaseException):
@@ -55,7 +63,7 @@ def stream_tokens(generate: Callable[..., None], *, lock: Lock) -> Iterator[tupl
             yield item
     finally:
         stop.set()
-        thread.join()
+        wait()
 
 
 class _QueueStreamer(BaseStreamer):

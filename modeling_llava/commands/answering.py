@@ -37,6 +37,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", help="conversation format to use instead of the model's")
     parser.add_argument("--system", help="system text to use instead of the template's")
     parser.add_argument("--quantization", help="fewer bits: int8 on a processor; int4, fp8 or nf4 on a GPU")
+    parser.add_argument("--visual-tokens", type=int, help="most tokens of a picture: faster, and worse answers")
     parser.add_argument("--compile", action="store_true", help="compile decoding: a minute at first, then faster")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 gives the likeliest answer")
@@ -51,6 +52,7 @@ def _session(options: argparse.Namespace):
         template=options.template,
         base_model=options.base_model,
         quantization=options.quantization,
+        visual_tokens=options.visual_tokens,
     )
     return ChatSession(model, processor, system=options.system, compile=options.compile)
 

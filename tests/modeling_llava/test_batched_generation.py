@@ -242,13 +242,39 @@ def test_a_request_that_fails_stops_no_other():
     }
     good = {0: MIXED[0], 2: MIXED[1], 5: MIXED[2]}
     requests = [good[index] if index in good else bad[index][0] for index in range(10)]
-    answers = {answer.index: answer for answer in generate_answers(model, processor, requests, max_cache_tokens=1024)}
+    answers = {answer.index: answer for answer in generate_answers(model, processor, requests, max_cache_tokens=448)}
     assert set(answers) == set(range(10))
     for index, (_, message) in bad.items():
         assert isinstance(answers[index].error, ValueError) and message in str(answers[index].error)
         assert answers[index].ids == []
     for index, request in good.items():
         assert answers[index].ids == answer_alone(model, processor, request)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_pass_that_fails_takes_only_its_own_requests(layer):
+    """In the middle of the model, where one layer holds the new states and the other does not."""
+    model, processor = load("llama")
+    expected = answer_alone(model, processor, MIXED[2])
+    batch = BatchedGeneration(model, processor, max_rows=2)
+    for index, request in enumerate(MIXED[:3]):
+        batch.add(index, request)
+    batch.step()
+
+    def fail(module, args):
+        hook.remove()
+        raise torch.OutOfMemoryError("no room")
+
+    hook = model.model.language_model.layers[layer].register_forward_pre_hook(fail)
+    failed = batch.step()
+    assert [(answer.index, str(answer.error), answer.ids) for answer in failed] == [
+        (0, "no room", []),
+        (1, "no room", []),
+    ]
+    answers = []
+    while batch.num_requests:
+        answers += batch.step()
+    assert [(answer.index, answer.ids) for answer in answers] == [(2, expected)]
 
 
 def test_requests_are_read_as_there_is_room_for_them():

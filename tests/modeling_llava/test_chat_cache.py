@@ -98,6 +98,18 @@ def test_features_are_kept_used_and_dropped_like_states():
     assert [cache.find_features(digest) is None for digest in (b"a", b"b", b"c")] == [False, True, False]
 
 
+def test_a_smaller_bound_drops_what_was_used_least_recently():
+    cache = ChatCache()
+    for keys in ([1, 1, 1], [2, 2, 2]):
+        cache.store_states(keys, make_states(keys))
+    cache.resize(4 * BYTES_PER_TOKEN)
+    assert [cache.find_states([key] * 3)[0] for key in (1, 2)] == [0, 3]
+    with cache.lock:
+        cache.resize(0)
+        cache.store_states([3], make_states([3]))
+    assert cache.num_bytes == count_storages(cache) == 0
+
+
 def test_clearing_leaves_nothing():
     cache = ChatCache()
     cache.store_states([1, 2], make_states([1, 2]))

@@ -1,11 +1,15 @@
 """Compiled decoding: the tokens of plain decoding, from one graph for all tokens and turns."""
 
+import threading
+
 import PIL.Image
 import pytest
 import torch
 from transformers import CompileConfig
 
 import modeling_llava.cached_generation
+from modeling_llava.cached_generation import CachedGeneration
+from modeling_llava.chat_cache import ChatCache
 from modeling_llava.compiled_decoding import build_compile_config, build_static_states
 from modeling_llava.inference import ChatSession
 from modeling_llava.quantization import quantize_to_int8
@@ -55,15 +59,34 @@ def test_one_graph_for_all_tokens_and_turns(graphs, text):
     assert len(graphs) == 1
 
 
-def test_states_have_few_sizes():
+def test_states_have_few_sizes_and_are_used_again():
     model, _ = build()
-    sizes = [build_static_states(model, num_tokens).get_max_length() for num_tokens in (1, 1024, 1025, 2049)]
-    assert sizes == [1024, 1024, 2048, 4096]
+    made = {}
+    states = [build_static_states(model, num_tokens, made=made) for num_tokens in (1, 1024, 1025, 2049)]
+    assert [one.get_max_length() for one in states] == [1024, 1024, 2048, 4096]
+    assert states[0] is states[1]
+
+
+def test_all_answers_are_made_in_one_thread(graphs, monkeypatch):
+    """PyTorch keeps CUDA graphs for the thread that recorded them."""
+    model, processor = build()
+    threads, cache, run = set(), ChatCache(), CachedGeneration.run
+    monkeypatch.setattr(
+        CachedGeneration, "run", lambda *args, **settings: threads.add(threading.get_ident()) or run(*args, **settings)
+    )
+    for _ in range(2):
+        talk(ChatSession(model, processor, cache=cache, compile=True))
+    assert len(threads) == 1 and threading.get_ident() not in threads
+    assert list(cache.static_states) == [1024]
 
 
 def test_what_cannot_be_compiled_is_refused():
     model, processor = build("mpt")
     with pytest.raises(ValueError, match="MptModel.*leave compile out"):
+        ChatSession(model, processor, compile=True)
+    model, processor = build("mistral")
+    model.config.text_config.sliding_window = 4096
+    with pytest.raises(ValueError, match="sliding window"):
         ChatSession(model, processor, compile=True)
     model, processor = build()
     quantize_to_int8(model)

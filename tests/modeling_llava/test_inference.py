@@ -259,6 +259,26 @@ def test_a_prompt_that_ends_in_a_picture_is_answered_again(watched):
     assert session.statistics.num_reused_tokens == session.statistics.num_prompt_tokens - 1
 
 
+def test_what_was_kept_under_another_scope_is_not_found(watched):
+    seen = watched("llama")
+    shared = ChatCache()
+    expected = seen.expect([user("What?", CAT)])
+    reused = []
+    for scope in (b"", b"ada", b"bob", b"ada", b""):
+        session = ChatSession(seen.model, seen.processor, cache=shared, scope=scope)
+        read(session.answer([user("What?", CAT)], **SETTINGS))
+        assert seen.ids == expected
+        reused.append(session.statistics.num_reused_tokens)
+    known = session.statistics.num_prompt_tokens - 1
+    assert reused == [0, 0, 0, known, known]
+    # Another system text makes the states useless, so that the features are looked for.
+    seen.tower_runs = 0
+    for scope, num_runs in ((b"ada", 0), (b"eve", 1)):
+        session = ChatSession(seen.model, seen.processor, cache=shared, scope=scope, system="Rhyme.")
+        read(session.answer([user("What?", CAT)], **SETTINGS))
+        assert seen.tower_runs == num_runs
+
+
 def test_statistics_count_what_they_say(watched):
     seen = watched("llama")
     session = ChatSession(seen.model, seen.processor)
@@ -510,6 +530,21 @@ def test_a_conversation_longer_than_the_model_can_read_is_refused(watched):
     with pytest.raises(ValueError, match=f"expected fewer than {limit}"):
         list(session.ask("What is this? " * limit))
     assert len(session.messages) == 0
+
+
+@pytest.mark.parametrize("name, limit", [("llama", "max_position_embeddings"), ("mpt", "max_seq_len")])
+def test_an_answer_ends_where_the_model_can_read_no_more(name, limit, watched, monkeypatch):
+    seen = watched(name)
+    session = ChatSession(seen.model, seen.processor)
+    expected = seen.expect([user("What?", CAT)])
+    read(session.answer([user("What?", CAT)], **SETTINGS))
+    num_prompt_tokens = session.statistics.num_prompt_tokens
+    monkeypatch.setattr(seen.model.config.text_config, limit, num_prompt_tokens + 2)
+    read(session.answer([user("What?", CAT)], **SETTINGS))
+    assert seen.ids == expected[:2]
+    monkeypatch.setattr(seen.model.config.text_config, limit, num_prompt_tokens)
+    with pytest.raises(ValueError, match=f"expected fewer than {num_prompt_tokens}"):
+        read(session.answer([user("What?", CAT)], **SETTINGS))
 
 
 def test_a_text_is_no_path_of_a_picture(tmp_path):
