@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -33,10 +32,10 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         ValueError: if a model cannot be loaded or an option is wrong.
     """
-    # Both are read when the libraries are imported.
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    # Before anything that imports Gradio or huggingface_hub.
+    from . import telemetry  # noqa: F401
 
+    # isort: split
     from .models import ModelMenu
 
     auth = [tuple(pair.split(":", 1)) for pair in options.auth]

@@ -6,6 +6,9 @@ import signal
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from spaces_demo import telemetry  # noqa: F401
+
+# isort: split
 import gradio as gr
 from starlette.middleware import Middleware
 
@@ -116,7 +119,7 @@ def build_page(menu: ModelMenu, *, feedback: FeedbackFile | None = None) -> Priv
         for event in answers:
             event.then(handlers.finish, conversation, turn, **AT_ONCE)
         textbox.stop(None, cancels=answers, api_visibility="private")
-        left.undo(handlers.undo, conversation, turn, **AT_ONCE)
+        left.undo(handlers.undo, conversation, turn, **QUEUED)
         camera.change(handlers.take_picture, [camera, textbox], [camera, textbox], **AT_ONCE)
 
         gr.on(
@@ -127,19 +130,15 @@ def build_page(menu: ModelMenu, *, feedback: FeedbackFile | None = None) -> Priv
             **ON_MODEL | {"show_progress": "full", "show_progress_on": status},
         ).then(lambda right: gr.update(visible=bool(right)), right_menu, side, **AT_ONCE)
 
-        seen = [looked, conversation, words, layers]
+        seen = [looked, words, layers]
         look.click(handlers.look, [conversation, side], [looked, words, layers], **ON_MODEL).success(
             handlers.show_word, seen, view, **QUEUED
         )
         gr.on([words.input, layers.input], handlers.show_word, seen, view, **QUEUED)
-        gr.on(
-            [left.clear, right.clear],
-            handlers.forget,
-            None,
-            [*turn, looked, words, layers, view],
-            cancels=answers,
-            **AT_ONCE,
-        )
+        emptied = [*turn, looked, words, layers, view]
+        cleared = gr.on([left.clear, right.clear], handlers.forget, None, emptied, cancels=answers, **AT_ONCE)
+        # An answer that is cancelled calls `finish` at the same time, which may show it once more.
+        cleared.then(handlers.forget, None, emptied, **AT_ONCE)
         if feedback is not None:
             for column, chat in enumerate((left, right)):
                 chat.like(handlers.rate, [conversation, gr.State(column)], None, **QUEUED)

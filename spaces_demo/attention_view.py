@@ -12,6 +12,8 @@ from modeling_llava.attention_map import AnswerAttention, lay_on_picture, overla
 from modeling_llava.configuration_llava import AnyLlavaConfig
 from processing_llava.processing_llava import AnyLlavaProcessor
 
+from .conversation import open_picture
+
 LAYERS = {"all": (0, 1), "first third": (0, 1 / 3), "middle third": (1 / 3, 2 / 3), "last third": (2 / 3, 1)}
 """Name to the range of layers, as shares of their number."""
 LONGEST_SIDE = 768
@@ -26,17 +28,20 @@ class Looked:
     config: AnyLlavaConfig
     processor: AnyLlavaProcessor
     """As it was set for the answer."""
+    pictures: list[str]
+    """Paths, in the order of the conversation."""
 
     def find_word(self) -> int:
         """The word that looks at the pictures most."""
         return max(range(len(self.attention.words)), key=lambda word: _add_up(self.attention.select(word)))
 
-    def draw(self, pictures: list[Image.Image], *, word: int, layers: str) -> str:
-        """HTML of the pictures, in the order of the conversation, as one word saw them.
+    def draw(self, *, word: int, layers: str) -> str:
+        """HTML of the pictures as one word saw them.
 
         Raises:
-            ValueError: if these are not the pictures that were looked at.
+            ValueError: if a picture was deleted.
         """
+        pictures = [open_picture(path) for path in self.pictures]
         num_layers = len(self.attention.weights[0])
         first, last = (round(share * num_layers) for share in LAYERS[layers])
         weights = self.attention.select(word, slice(first, max(last, first + 1)))

@@ -3,6 +3,7 @@
 It lives on the server and is the only truth: a page tells which message it means, never what was said before.
 """
 
+import secrets
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ class Answer:
     text: str = ""
     statistics: AnswerStatistics | None = None
     is_stopped: bool = False
+    opinion: str = ""
+    """The last one that was stored."""
 
     @property
     def caption(self) -> str:
@@ -59,6 +62,13 @@ class Turn:
 @dataclass
 class Conversation:
     turns: list[Turn] = field(default_factory=list)
+    scope: bytes = b""
+    """Of `ChatSession`, so that nobody learns from what is reused what others asked. It is drawn with the first
+    question: every visitor begins with a copy of the same empty conversation."""
+
+    def go_on(self, turns: list[Turn]) -> "Conversation":
+        """The conversation of the same visitor, with these turns."""
+        return Conversation(turns, self.scope or secrets.token_bytes(16))
 
     def list_messages(self, column: int, *, with_last_answer: bool = False) -> list[dict[str, Any]]:
         """What the model of a column reads: every turn before the last one, and the last question.
@@ -79,7 +89,7 @@ class Conversation:
         """The same, with the last answers ended where they are."""
         *before, last = self.turns
         answers = [replace(answer, is_stopped=answer.statistics is None) for answer in last.answers]
-        return Conversation([*before, replace(last, answers=answers)])
+        return self.go_on([*before, replace(last, answers=answers)])
 
     def show(self, column: int) -> list[dict[str, Any]]:
         """Messages for `gr.Chatbot`: two for each turn, of which the last may be missing."""

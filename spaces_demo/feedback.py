@@ -24,7 +24,7 @@ class FeedbackFile:
         self._lock = Lock()
 
     def write(self, conversation: Conversation, *, turn: int, column: int, opinion: str) -> None:
-        """Add one line.
+        """Add one line, if it is not the opinion that was stored last: Gradio 6.31 tells some of them twice.
 
         Raises:
             ValueError: if there is no such answer, or the file is full.
@@ -46,5 +46,8 @@ class FeedbackFile:
         with self._lock:
             if self.path.stat().st_size > MAX_BYTES:
                 raise ValueError(f"got a full feedback file; expected at most {MAX_BYTES} bytes")
+            if answer.opinion == opinion:
+                return
+            answer.opinion = opinion
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -19,7 +19,7 @@ from modeling_llava.inference import AnswerStatistics
 from .attention_view import Looked
 from .conversation import Answer, Conversation, Turn, open_picture
 from .feedback import FeedbackFile
-from .models import ModelMenu, Settings
+from .models import LoadedModel, MemoryShort, ModelMenu, Settings
 from .safety import log_error
 
 MAX_PICTURES = 8
@@ -63,15 +63,16 @@ class Handlers:
                 )
             for path in pictures:
                 open_picture(path)
-        return self._wait(conversation.turns + [Turn(question, pictures)])
+        return self._wait(conversation, [*conversation.turns, Turn(question, pictures)])
 
     def ask_example(self, conversation: Conversation, event: gr.SelectData) -> tuple:
         example = self.examples[event.index]
-        return self._wait(conversation.turns + [Turn(example["question"], [example["image"]])])
+        return self._wait(conversation, [*conversation.turns, Turn(example["question"], [example["image"]])])
 
     def retry(self, conversation: Conversation) -> tuple:
-        last = conversation.turns[-1]
-        return self._wait(conversation.turns[:-1] + [Turn(last.question, last.pictures)])
+        with show_errors():
+            last = _find_turn(conversation, -1)
+        return self._wait(conversation, [*conversation.turns[:-1], Turn(last.question, last.pictures)])
 
     def edit(self, conversation: Conversation, event: gr.EditData) -> tuple:
         """The question is asked anew with its pictures; what came after it is forgotten."""
@@ -79,10 +80,14 @@ class Handlers:
         with show_errors():
             if not event.value.strip():
                 raise ValueError("Type a question, then send it.")
-            pictures = conversation.turns[number].pictures
-        return self._wait(conversation.turns[:number] + [Turn(event.value.strip(), pictures)])
+            pictures = _find_turn(conversation, number).pictures
+            if not conversation.turns[-1].answers:
+                raise ValueError("Wait for the answer or stop it, then edit.")
+        return self._wait(conversation, [*conversation.turns[:number], Turn(event.value.strip(), pictures)])
 
     def undo(self, conversation: Conversation) -> tuple:
+        with show_errors():
+            _find_turn(conversation, -1)
         return self._give_back(conversation)
 
     def answer(
@@ -96,7 +101,7 @@ class Handlers:
         temperature: float,
         top_p: float,
         max_new_tokens: int,
-        seed: int,
+        seed: int | None,
     ) -> Iterator[tuple]:
         """-> conversation, both chats; one model after the other, so that neither slows the other down."""
         if not conversation.turns or conversation.turns[-1].answers:
@@ -106,18 +111,19 @@ class Handlers:
         *before, turn = conversation.turns
         answers: list[Answer] = []
         with show_errors():
-            chosen = Settings(template, tile_mode, system, temperature, top_p, max_new_tokens, seed)
+            # A visitor can empty the field of the seed.
+            chosen = Settings(template, tile_mode, system, temperature, top_p, max_new_tokens, seed or 0)
             for column, label in enumerate([left, right] if right else [left]):
                 messages = conversation.list_messages(column)
                 answers.append(Answer(label, chosen))
                 shown_at = 0.0
-                with closing(self.stream(label, messages, chosen)) as stream:
+                with closing(self.stream(label, messages, chosen, conversation.scope)) as stream:
                     for text, statistics in stream:
                         answers[-1] = Answer(label, chosen, text, statistics)
                         if statistics is None and time.monotonic() - shown_at < SECONDS_PER_UPDATE:
                             continue
                         shown_at = time.monotonic()
-                        conversation = Conversation([*before, replace(turn, answers=list(answers))])
+                        conversation = conversation.go_on([*before, replace(turn, answers=list(answers))])
                         yield conversation, conversation.show(0), conversation.show(1) if right else gr.skip()
 
     def finish(self, conversation: Conversation) -> tuple:
@@ -126,12 +132,12 @@ class Handlers:
             return self._give_back(conversation)
         if conversation.turns:
             conversation = conversation.mark_stopped()
-        return conversation, conversation.show(0), conversation.show(1), self._open_textbox()
+        return self._show(conversation, self._open_textbox())
 
     def forget(self) -> tuple:
         """-> conversation, both chats, text box; and what was looked at, its words, layers and view."""
         hidden = gr.update(visible=False)
-        return Conversation(), [], [], self._open_textbox(value=None), None, hidden, hidden, ""
+        return *self._show(Conversation(), self._open_textbox(value=None)), None, hidden, hidden, ""
 
     def take_picture(self, picture: str | None, message: dict[str, Any]) -> tuple:
         """Camera, text box -> camera, text box."""
@@ -153,11 +159,10 @@ class Handlers:
             for label in filter(None, (left, right)):
                 if label not in self.menu.loaded:
                     progress(0, desc=f"Loading {label}")
-                loaded = self.menu.load(label, beside=left)
+                loaded = self._load(label, beside=left)
                 descriptions.append(f"<b>{html.escape(label)}</b> {loaded.describe()}")
-        except (ValueError, OSError, ImportError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            gr.Warning(html.escape(f"Not loaded: {reason}"))
+        except ValueError as error:
+            gr.Warning(html.escape(f"Not loaded: {error}"))
             return *current, current, gr.skip(), gr.skip(), gr.skip()
         chats = (
             gr.update(label=left, show_label=bool(right)),
@@ -176,22 +181,25 @@ class Handlers:
             attention = self.look_at(answer.model, messages, answer.settings)
             if not attention.weights:
                 raise ValueError("got a conversation without pictures; ask a question about a picture first")
-            loaded = self.menu.load(answer.model)
-            looked = Looked(attention, loaded.model.config, answer.settings.adapt(loaded.processor))
+            loaded = self._load(answer.model)
+            pictures = [path for turn in conversation.turns for path in turn.pictures]
+            looked = Looked(attention, loaded.model.config, answer.settings.adapt(loaded.processor), pictures)
         choices = [(word, place) for place, word in enumerate(attention.words)]
         words = gr.update(choices=choices, value=looked.find_word(), visible=True)
         return looked, words, gr.update(visible=True)
 
-    def show_word(self, looked: Looked | None, conversation: Conversation, word: int, layers: str) -> str:
-        """HTML with every picture of the conversation as one word saw it."""
+    def show_word(self, looked: Looked | None, word: int, layers: str) -> str:
+        """HTML with every picture that was looked at as one word saw it."""
         if looked is None:
             return ""
         with show_errors():
-            pictures = [open_picture(path) for turn in conversation.turns for path in turn.pictures]
-            return looked.draw(pictures, word=word, layers=layers)
+            return looked.draw(word=word, layers=layers)
 
     def rate(self, conversation: Conversation, column: int, event: gr.LikeData) -> None:
         opinion = {True: "Like", False: "Dislike"}.get(event.liked, event.liked)
+        if opinion == "":
+            # It was taken back on the page; the file only grows.
+            return
         with show_errors():
             self.feedback.write(conversation, turn=event.index // 2, column=column, opinion=opinion)
         gr.Info("Thank you. Question, answer and opinion were stored for the operator of this page.")
@@ -199,28 +207,52 @@ class Handlers:
     # ZeroGPU runs the next two in a process of its own. It prints errors that are not Gradio's, with what they quote,
     # and tells the page no more than their type.
     def _stream(
-        self, label: str, messages: list[dict[str, Any]], settings: Settings
+        self, label: str, messages: list[dict[str, Any]], settings: Settings, scope: bytes
     ) -> Iterator[tuple[str, AnswerStatistics | None]]:
         with show_errors():
-            yield from self.menu.answer(label, messages, settings)
+            self._load(label)
+            yield from self.menu.answer(label, messages, settings, scope=scope)
 
     def _look_at(self, label: str, messages: list[dict[str, Any]], settings: Settings) -> AnswerAttention:
         with show_errors():
+            self._load(label)
             return self.menu.look(label, messages, settings)
 
-    def _wait(self, turns: list[Turn]) -> tuple:
-        conversation = Conversation(turns)
+    def _load(self, label: str, *, beside: str | None = None) -> LoadedModel:
+        """As the menu, but what went wrong is told without the folders of the machine."""
+        try:
+            return self.menu.load(label, beside=beside)
+        except MemoryShort:
+            raise
+        except Exception as error:
+            log_error(error)
+            raise ValueError(f"{label} cannot be loaded ({type(error).__name__}); choose another model") from None
+
+    def _wait(self, conversation: Conversation, turns: list[Turn]) -> tuple:
         textbox = gr.update(value=None, interactive=False, submit_btn=False, stop_btn=True)
-        return conversation, conversation.show(0), conversation.show(1), textbox
+        # Gradio lets questions be edited until the first piece of the answer comes, and such an edit would be lost.
+        return self._show(conversation.go_on(turns), textbox, editable="nothing")
 
     def _give_back(self, conversation: Conversation) -> tuple:
         *before, last = conversation.turns
-        conversation = Conversation(before)
         textbox = self._open_textbox(value={"text": last.question, "files": last.pictures})
-        return conversation, conversation.show(0), conversation.show(1), textbox
+        return self._show(conversation.go_on(before), textbox)
+
+    def _show(self, conversation: Conversation, textbox: dict[str, Any], *, editable: str = "user") -> tuple:
+        """-> conversation, both chats, text box."""
+        # Gradio's page ignores None, and takes any other word for it.
+        left = gr.update(value=conversation.show(0), editable=editable)
+        return conversation, left, conversation.show(1), textbox
 
     def _open_textbox(self, **changes: Any) -> dict[str, Any]:
         return gr.update(interactive=True, submit_btn=True, stop_btn=False, **changes)
+
+
+def _find_turn(conversation: Conversation, number: int) -> Turn:
+    try:
+        return conversation.turns[number]
+    except IndexError:
+        raise ValueError("This page has forgotten the conversation, as it does after an hour; begin anew.") from None
 
 
 @contextmanager

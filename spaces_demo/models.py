@@ -1,12 +1,13 @@
 """ModelMenu: the models of the demo, loaded when somebody asks for them and there is memory for them."""
 
 import gc
-import json
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -19,11 +20,14 @@ from modeling_llava.doctor import count_free_bytes
 from modeling_llava.inference import EMBEDDED_MODEL, AnswerStatistics, ChatSession, load_for_inference
 from modeling_llava.inference_dtype import is_slow_on_processor
 from processing_llava.conversation_templates import load_template
+from processing_llava.original_folder import read_json
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 GIB = 2**30
 HEADROOM = GIB // 2
-"""Beside the weights: the states and activations of an answer."""
+"""Beside the weights and what caches keep: the states and activations of an answer."""
+MAX_CACHE_BYTES = 2 * GIB
+"""Of one model, where there is so much memory."""
 AS_TRAINED = "as trained"
 
 
@@ -59,6 +63,10 @@ class Settings:
         return processor
 
 
+class MemoryShort(ValueError):
+    """Too little memory, said without a folder of the machine."""
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     model: PreTrainedModel
@@ -67,8 +75,8 @@ class LoadedModel:
 
     @property
     def num_bytes(self) -> int:
-        """Of the weights."""
-        return sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        """Of the weights and of what the cache keeps."""
+        return sum(tensor.nbytes for tensor in self.model.state_dict().values()) + self.cache.num_bytes
 
     def describe(self) -> str:
         dtype = str(self.model.dtype).removeprefix("torch.")
@@ -102,6 +110,8 @@ class ModelMenu:
         self.free_bytes = free_bytes
         self.loaded: dict[str, LoadedModel] = {}
         """Least recently used first."""
+        # Gradio takes a visitor who leaves out of its queue while the thread that loads goes on.
+        self._lock = Lock()
 
     @property
     def labels(self) -> list[str]:
@@ -114,35 +124,42 @@ class ModelMenu:
             beside: A label whose model must stay.
 
         Raises:
-            ValueError: in one line, if there is no such model, it cannot be loaded, or memory is short.
+            MemoryShort: in one line, if memory is short.
+            ValueError: in one line, if there is no such model or it cannot be loaded; it may name folders.
         """
-        if label not in self.loaded:
-            self._make_room(label, beside=beside)
-            try:
-                self.loaded[label] = LoadedModel(
-                    *load_for_inference(self.names[label], device=str(self.device)), ChatCache()
-                )
-            except (MemoryError, torch.OutOfMemoryError) as error:
-                raise ValueError(f"got too little memory for {label}; choose a smaller model") from error
-            finally:
-                _free_memory()
-        self.loaded[label] = self.loaded.pop(label)
-        return self.loaded[label]
+        with self._lock:
+            if label not in self.loaded:
+                self._make_room(label, beside=beside)
+                try:
+                    model, processor = load_for_inference(self.names[label], device=str(self.device))
+                    self.loaded[label] = LoadedModel(model, processor, ChatCache())
+                except (MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    raise MemoryShort(f"got too little memory for {label}; choose a smaller model") from error
+                finally:
+                    _free_memory()
+                self._share_memory()
+            self.loaded[label] = self.loaded.pop(label)
+            return self.loaded[label]
 
     def answer(
-        self, label: str, messages: list[dict[str, Any]], settings: Settings
+        self, label: str, messages: list[dict[str, Any]], settings: Settings, *, scope: bytes = b""
     ) -> Iterator[tuple[str, AnswerStatistics | None]]:
         """The answer so far, again and again; statistics come with the last one.
 
+        Args:
+            scope: As `ChatSession`.
+
         Raises:
-            ValueError: if the model, a picture or a setting is refused.
+            ValueError: if the model, a picture or a setting is refused, or memory is short.
         """
         loaded = self.load(label)
         processor = settings.adapt(loaded.processor)
-        session = ChatSession(loaded.model, processor, system=settings.system or None, cache=loaded.cache)
+        session = ChatSession(loaded.model, processor, system=settings.system or None, cache=loaded.cache, scope=scope)
         numbers = {name: getattr(settings, name) for name in ("temperature", "top_p", "max_new_tokens", "seed")}
         text = ""
-        with closing(session.answer(messages, **numbers)) as pieces:
+        with _sparing_cache(loaded), closing(session.answer(messages, **numbers)) as pieces:
             for piece in pieces:
                 text += piece
                 yield text, None
@@ -154,22 +171,51 @@ class ModelMenu:
         if settings.system:
             messages = [{"role": "system", "content": settings.system}, *messages]
         # No answer of this model may run while its attention is switched.
-        with loaded.cache.lock:
+        with _sparing_cache(loaded), loaded.cache.lock:
             return read_attention(loaded.model, settings.adapt(loaded.processor), messages)
 
     def _make_room(self, label: str, *, beside: str | None) -> None:
         needed = estimate_bytes(self.names[label], self.device) + HEADROOM
         others = [other for other in self.loaded if other != beside]
         reachable = self.free_bytes(self.device) + sum(self.loaded[other].num_bytes for other in others)
+        if beside in self.loaded:
+            reachable += self.loaded[beside].cache.num_bytes
         if reachable < needed:
-            raise ValueError(
+            raise MemoryShort(
                 f"got {reachable / GIB:.1f} GiB of memory on {self.device}; {label} needs {needed / GIB:.1f}; "
                 "choose a smaller model or close other programs"
             )
-        for other in others:
+        sacrifices = [loaded.cache.clear for loaded in self.loaded.values()]
+        sacrifices += [partial(self.loaded.pop, other) for other in others]
+        for give_up in sacrifices:
             if self.free_bytes(self.device) < needed:
-                del self.loaded[other]
+                give_up()
                 _free_memory()
+
+    def _share_memory(self) -> None:
+        """Let caches together take no more than what the weights leave."""
+        caches = [loaded.cache for loaded in self.loaded.values()]
+        room = self.free_bytes(self.device) + sum(cache.num_bytes for cache in caches) - HEADROOM
+        for cache in caches:
+            cache.resize(max(0, min(MAX_CACHE_BYTES, room // len(caches))))
+
+
+@contextmanager
+def _sparing_cache(loaded: LoadedModel) -> Iterator[None]:
+    """What runs out of memory finds more of it the next time."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        loaded.cache.clear()
+        _free_memory()
+        raise MemoryShort("got too little memory for this conversation; try again, or begin anew") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: on a processor, that is a RuntimeError which only its text tells from others."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator: " in str(error)
 
 
 def estimate_bytes(name: str, device: torch.device) -> int:
@@ -178,10 +224,10 @@ def estimate_bytes(name: str, device: torch.device) -> int:
     Raises:
         ValueError: if there is no such model.
     """
-    adapter_config = Path(name) / "adapter_config.json"
-    if adapter_config.is_file() and not (Path(name) / "config.json").is_file():
-        name = json.loads(adapter_config.read_text())["base_model_name_or_path"]
     try:
+        # The adapter second: a model that was downloaded for use without a network may hold no word on it.
+        if read_json(name, "config.json", {}) is None and (adapter := read_json(name, "adapter_config.json", {})):
+            name = adapter["base_model_name_or_path"]
         config = AutoConfig.from_pretrained(name)
     except OSError as error:
         raise ValueError(f"got model {name!r}; expected a folder or a Hub id of a LLaVA") from error

@@ -2,12 +2,13 @@
 
 function typed(markdown) {
   // The inverse of `show_as_text` in safety.py.
-  return markdown.replace(/\n&nbsp;/g, "\n ").replace(/\\([!-/:-@[-`{-~])/g, "$1");
+  return markdown.replace(/&#32;/g, " ").replace(/&#9;/g, "\t").replace(/\\([!-/:-@[-`{-~])/g, "$1");
 }
 
 const REPAIRS = {
   "textarea.edit-textarea:not([data-typed])": (box) => {
     box.dataset.typed = "";
+    box.ariaLabel = "Edited question";
     box.value = typed(box.value);
     box.dispatchEvent(new Event("input"));
   },
@@ -22,6 +23,11 @@ const REPAIRS = {
   },
   "#chats .image-container button:not([aria-label])": (button) => {
     button.ariaLabel = "Picture";
+  },
+  // A button that folds a message, around the button that closes it.
+  ".toast-header[role=button]": (header) => {
+    header.removeAttribute("role");
+    header.removeAttribute("tabindex");
   },
   // A list without list items.
   "#chats .examples[role=list]": (examples) => examples.removeAttribute("role"),

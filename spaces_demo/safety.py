@@ -52,11 +52,14 @@ FETCHED = re.compile(r"/file[=/]https?://")
 JPEG_START = b"\xff\xd8"
 ESCAPED = re.compile(r"([!-/:-@\[-`{-~])")
 """ASCII punctuation: what Markdown may read as markup, and reads as itself after a backslash."""
+INDENTS = {" ": "&#32;", "\t": "&#9;"}
+"""What begins a block of code at the beginning of a line."""
 
 
 def show_as_text(text: str) -> str:
     """Markdown that shows every character of a text, and nothing else; page.js turns it back."""
-    return ESCAPED.sub(r"\\\1", text).replace("\n ", "\n&nbsp;")
+    escaped = ESCAPED.sub(r"\\\1", text)
+    return re.sub(r"(?<![^\r\n])[ \t]", lambda match: INDENTS[match[0]], escaped)
 
 
 def clean_picture(path: str) -> None:
@@ -68,7 +71,7 @@ def clean_picture(path: str) -> None:
     try:
         image = load_image(Path(path))
     except ValueError:
-        Path(path).unlink()
+        Path(path).unlink(missing_ok=True)
         raise
     with open(path, "rb") as file:
         is_jpeg = file.read(2) == JPEG_START
@@ -149,10 +152,25 @@ class PrivateRoutes:
         await self.app(scope, receive, hold)
         if held[0]["status"] == 200:
             try:
-                for path in json.loads(b"".join(message.get("body", b"") for message in held)):
-                    await run_in_threadpool(clean_picture, path)
+                await _clean_upload(json.loads(b"".join(message.get("body", b"") for message in held)))
             except ValueError as error:
                 await PlainTextResponse(str(error), status_code=400)(scope, receive, send_with_policy)
                 return
+            except Exception as error:
+                log_error(error)
+                refused = f"got a picture that cannot be cleaned ({type(error).__name__}); try a smaller one"
+                await PlainTextResponse(refused, status_code=500)(scope, receive, send_with_policy)
+                return
         for message in held:
             await send_with_policy(message)
+
+
+async def _clean_upload(paths: list[str]) -> None:
+    """All of them, or none is left, whatever happens: not even a picture that nobody waits for any more."""
+    try:
+        for path in paths:
+            await run_in_threadpool(clean_picture, path)
+    except BaseException:
+        for path in paths:
+            Path(path).unlink(missing_ok=True)
+        raise

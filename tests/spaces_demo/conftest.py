@@ -39,7 +39,7 @@ FLAGS = (
     "--use-fake-ui-for-media-stream",
 )
 LEAKING_QUESTION = "Where is it?"
-# The demo in a process that notes every other host it looks up or connects to.
+# A process that notes every other host it looks up or connects to.
 WATCHED = """
 import sys
 
@@ -55,9 +55,14 @@ def note(event, details):
             file.write(f"{event} {host}\\n")
 
 sys.addaudithook(note)
-
+"""
+WATCHED_DEMO = f"""{WATCHED}
 from modeling_llava.cli import main
 sys.exit(main(["demo", *sys.argv[2:]]))
+"""
+WATCHED_SPACE = f"""{WATCHED}
+import runpy
+runpy.run_path("app.py", run_name="__main__")
 """
 
 
@@ -117,7 +122,7 @@ def demo(checkpoints, tmp_path_factory):
     asked = folder / "asked.txt"
     asked.touch()
     arguments = [argument for name in checkpoints.values() for argument in ("--model", name)]
-    command = ("-c", WATCHED, str(asked))
+    command = ("-c", WATCHED_DEMO, str(asked))
     with start_demo(folder, *arguments, "--feedback", str(folder / "feedback.jsonl"), command=command) as started:
         yield started
     assert asked.read_text() == ""
@@ -140,6 +145,8 @@ class start_demo:
         log, files = self.folder / "log.txt", self.folder / "files"
         files.mkdir()
         environment = os.environ | {"GRADIO_TEMP_DIR": str(files), "GRADIO_SERVER_PORT": str(self.port)}
+        # It asks no other host because it needs none, not because it is told to.
+        environment.pop("HF_HUB_OFFLINE", None)
         with log.open("w") as output:
             process = subprocess.Popen(
                 self.command, cwd=self.cwd, stdout=output, stderr=subprocess.STDOUT, env=environment
@@ -162,21 +169,22 @@ class start_demo:
 
 @pytest.fixture(scope="session")
 def browser():
-    """Debian's Chromium. A stranger's machine skips the tests that need it, CI fails without it."""
+    """Debian's Chromium."""
     try:
         from playwright.sync_api import sync_playwright
     except ModuleNotFoundError:
-        _skip("needs playwright: pip install playwright")
+        skip("needs playwright: pip install playwright")
     chromium = shutil.which("chromium")
     if chromium is None:
-        _skip("needs Chromium: apt-get install chromium")
+        skip("needs Chromium: apt-get install chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
         yield browser
         browser.close()
 
 
-def _skip(reason: str) -> None:
+def skip(reason: str) -> None:
+    """A stranger's machine skips the tests that need more than it has, CI fails."""
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
@@ -231,6 +239,15 @@ class Visitor:
         self.textbox.fill(question)
         self.textbox.press("Enter")
 
+    def ask_for_an_endless_answer(self, *, seed: int = 0) -> None:
+        """One that has begun, and goes on for a while."""
+        self.choose("Model", "endless")
+        self.open("Settings")
+        self.page.get_by_label("number input for Longest answer in tokens").fill("1024")
+        self.page.get_by_label("Seed").fill(str(seed))
+        self.ask("Go on and on.")
+        self.answers().first.wait_for()
+
     def wait_for_answer(self, number: int, *, column: int = 0) -> str:
         """Text of the answer with this number, counted from 1, once it is whole."""
         self.captions(column).nth(number - 1).get_by_text("tokens/s").wait_for()
@@ -257,12 +274,12 @@ class Visitor:
         self.page.locator("button.label-wrap", has_text=title).click()
 
     def shoot(self, name: str) -> None:
-        """A screenshot, if the environment variable SCREENSHOTS names a folder."""
-        if folder := os.environ.get("SCREENSHOTS"):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            # Toasts and transitions come to rest.
-            self.page.wait_for_timeout(600)
-            self.page.screenshot(path=Path(folder) / f"{name}.png")
+        """A screenshot, in runs/screenshots or the folder that the environment variable SCREENSHOTS names."""
+        folder = Path(os.environ.get("SCREENSHOTS", ROOT / "runs" / "screenshots"))
+        folder.mkdir(parents=True, exist_ok=True)
+        # Toasts and transitions come to rest.
+        self.page.wait_for_timeout(600)
+        self.page.screenshot(path=folder / f"{name}.png")
 
     def read_caption(self, number: int, *, column: int = 0) -> dict[str, float]:
         text = self.captions(column).nth(number - 1).inner_text()

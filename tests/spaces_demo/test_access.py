@@ -38,6 +38,31 @@ def test_with_the_keyboard_alone(visit):
     visitor.wait_for_answer(1)
 
 
+REACHED = """(selectors) => selectors.filter((selector) => document.activeElement.matches(selector))"""
+
+
+def test_tab_reaches_what_can_be_done(visit):
+    visitor = visit()
+    visitor.ask("What is this?", PENGUIN)
+    visitor.wait_for_answer(1)
+    menus = ["[aria-label=Model]", "[aria-label='Compare with']"]
+    assert find_unreached(visitor, ["#question .submit-button", "[aria-label=Edit]", *menus]) == set()
+    visitor = visit()
+    visitor.ask_for_an_endless_answer()
+    assert find_unreached(visitor, ["#question .stop-button"]) == set()
+
+
+def find_unreached(visitor, selectors: list[str]) -> set[str]:
+    """Which of them the key never goes to."""
+    left = set(selectors)
+    for _ in range(60):
+        visitor.page.keyboard.press("Tab")
+        left -= set(visitor.page.evaluate(REACHED, list(left)))
+        if not left:
+            break
+    return left
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("size", ["desktop", "phone"])
 def test_axe_finds_no_violations(visit, demo, theme, size):
@@ -54,6 +79,15 @@ def test_axe_finds_no_violations(visit, demo, theme, size):
     visitor.open("Settings")
     visitor.page.wait_for_timeout(600)
     visitor.shoot(f"{theme}-{size}")
+    found += [describe(violation) for violation in Axe().run(visitor.page).response["violations"]]
+    visitor.choose("Compare with", "adapter")
+    visitor.page.locator("#status b").get_by_text("adapter").wait_for()
+    visitor.page.get_by_role("button", name="Edit").first.click()
+    visitor.page.locator("textarea.edit-textarea").wait_for()
+    visitor.textbox.press("Enter")
+    visitor.page.get_by_test_id("toast-body").get_by_text("Type a question").wait_for()
+    visitor.page.wait_for_timeout(600)
+    visitor.shoot(f"{theme}-{size}-comparison-edit-toast")
     found += [describe(violation) for violation in Axe().run(visitor.page).response["violations"]]
     assert found == []
 

@@ -9,11 +9,22 @@ pytestmark = pytest.mark.slow
 PENGUIN, STRAWBERRY, GUITAR = (EXAMPLES / f"twemoji-{name}.png" for name in ("penguin", "strawberry", "guitar"))
 
 
+WATCH_ANSWER = """() => {
+  window.seen = [];
+  const note = () => window.seen.push(document.querySelector("#chats [data-testid=bot]")?.innerText.trim());
+  new MutationObserver(note).observe(document.body, {childList: true, subtree: true, characterData: true});
+}"""
+
+
 def test_upload_ask_and_a_second_turn_about_the_same_picture(visit):
     visitor = visit()
     visitor.shoot("empty")
+    visitor.page.evaluate(WATCH_ANSWER)
     visitor.ask("What is this?", PENGUIN)
     assert visitor.wait_for_answer(1) == "a penguin"
+    seen = list(dict.fromkeys(filter(None, visitor.page.evaluate("window.seen"))))
+    assert len(seen) > 1, "the answer did not stream"
+    assert seen == sorted(seen, key=len) and all("a penguin".startswith(text) for text in seen)
     first = visitor.read_caption(1)
     assert first["image_tokens"] == 64 and first["reused"] < first["prompt"]
     visitor.ask("Is it an animal or a vehicle?")
@@ -25,10 +36,7 @@ def test_upload_ask_and_a_second_turn_about_the_same_picture(visit):
 
 def test_an_answer_streams_and_stops(visit):
     visitor = visit()
-    visitor.choose("Model", "endless")
-    visitor.open("Settings")
-    visitor.page.get_by_label("number input for Longest answer in tokens").fill("1024")
-    visitor.ask("Go on and on.")
+    visitor.ask_for_an_endless_answer()
     lengths = set()
     while len(lengths) < 4:
         lengths.add(len(visitor.answers().first.inner_text()))
@@ -57,6 +65,20 @@ def test_editing_an_earlier_question_keeps_its_picture_and_forgets_what_came_aft
     assert visitor.questions().count() == visitor.answers().count() == visitor.pictures().count() == 1
 
 
+def test_no_question_can_be_edited_while_one_waits(visit):
+    waiting, busy = visit(), visit()
+    waiting.ask("What is this?", PENGUIN)
+    waiting.wait_for_answer(1)
+    busy.ask_for_an_endless_answer()
+    waiting.ask("Is it an animal or a vehicle?")
+    waiting.page.locator("#question .stop-button").wait_for()
+    edit = waiting.page.get_by_role("button", name="Edit")
+    edit.first.wait_for(state="detached")
+    busy.page.locator("#question .stop-button").click()
+    assert waiting.wait_for_answer(2) == "an animal"
+    edit.nth(1).wait_for()
+
+
 def test_retry_asks_the_chosen_model_again_and_undo_gives_the_question_back(visit):
     visitor = visit()
     visitor.ask("What is this?", PENGUIN)
@@ -83,6 +105,20 @@ def test_clearing_forgets_everything(visit):
     visitor.ask("What is this?")
     visitor.wait_for_answer(1)
     assert visitor.read_caption(1)["image_tokens"] == 0
+
+
+def test_clearing_while_an_answer_streams_forgets_it(visit):
+    visitor = visit()
+    visitor.ask_for_an_endless_answer()
+    visitor.page.get_by_role("button", name="Clear").click()
+    visitor.page.locator("button.example").first.wait_for()
+    visitor.page.wait_for_timeout(1000)
+    assert visitor.questions().count() == visitor.answers().count() == 0
+    visitor.choose("Model", "embedded")
+    visitor.page.locator("#status b").get_by_text("embedded").wait_for()
+    visitor.ask("What is this?", PENGUIN)
+    assert visitor.wait_for_answer(1) == "a penguin"
+    assert visitor.questions().count() == visitor.answers().count() == 1
 
 
 def test_another_model_answers_after_it_was_chosen(visit):
@@ -216,12 +252,7 @@ def test_a_picture_without_a_question_stays_in_the_text_box(visit):
 
 def test_a_visitor_who_leaves_does_not_keep_the_others_waiting(visit):
     leaving = visit()
-    leaving.choose("Model", "endless")
-    leaving.open("Settings")
-    leaving.page.get_by_label("number input for Longest answer in tokens").fill("1024")
-    leaving.page.get_by_label("Seed").fill("1")
-    leaving.ask("Go on and on.")
-    leaving.answers().first.wait_for()
+    leaving.ask_for_an_endless_answer(seed=1)
     leaving.page.close()
     staying = visit()
     staying.ask("What is this?", PENGUIN)

@@ -8,13 +8,15 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from unittest.mock import Mock
 
 import pytest
+import torch
 import yaml
 
 from modeling_llava.cli import main
 from tests.conftest import ROOT
-from tests.spaces_demo.conftest import EXAMPLES, Visitor, start_demo
+from tests.spaces_demo.conftest import EXAMPLES, WATCHED_SPACE, Visitor, start_demo
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +47,25 @@ def test_mistakes_end_in_one_line_and_code_2(arguments, message, capsys):
     assert error.startswith("llava: ") and message in error
 
 
+def test_options_reach_the_page(monkeypatch):
+    from spaces_demo import app
+
+    monkeypatch.setattr(app, "launch", launch := Mock())
+    assert (
+        main(["demo", "--share", "--queue", "3", "--device", "cpu", "--auth", "ada:lovelace", "--port", "7000"]) == 0
+    )
+    (menu,), settings = launch.call_args
+    assert menu.device == torch.device("cpu")
+    assert settings == {
+        "feedback": None,
+        "queue": 3,
+        "port": 7000,
+        "share": True,
+        "auth": [("ada", "lovelace")],
+        "open_browser": False,
+    }
+
+
 def test_metadata_of_the_space_is_valid_and_its_versions_are_those_that_were_tested():
     front_matter = yaml.safe_load((FOLDER / "README.md").read_text().split("---\n")[1])
     assert front_matter["sdk"] == "gradio" and front_matter["app_file"] == "app.py"
@@ -55,7 +76,7 @@ def test_metadata_of_the_space_is_valid_and_its_versions_are_those_that_were_tes
     pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (FOLDER / "requirements.txt").read_text(), flags=re.MULTILINE))
     tested = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
     assert front_matter["sdk_version"] == pins["gradio"] == tested["gradio"]
-    assert all(pins[name] == tested[name] for name in ("transformers", "peft", "accelerate"))
+    assert all(pins[name] == tested[name] for name in ("transformers", "peft", "accelerate", "spaces"))
     assert f"version = {pins['anyllava']}\n" in (ROOT / "setup.cfg").read_text()
     # ZeroGPU takes torch 2.8 to 2.11 on Python 3.12.
     assert (2, 8) <= tuple(map(int, pins["torch"].split(".")[:2])) <= (2, 11)
@@ -75,7 +96,9 @@ def test_the_folder_alone_is_a_space(tmp_path):
     space, picture = tmp_path / "space", tmp_path / "own_picture.png"
     shutil.copy(EXAMPLES / "twemoji-penguin.png", picture)
     shutil.copytree(FOLDER, space, ignore=shutil.ignore_patterns("__pycache__"))
-    with start_demo(tmp_path, command=("app.py",), cwd=space) as demo:
+    asked = tmp_path / "asked.txt"
+    asked.touch()
+    with start_demo(tmp_path, command=("-c", WATCHED_SPACE, str(asked)), cwd=space) as demo:
         with urllib.request.urlopen(demo.url) as page:
             policy = page.headers["Content-Security-Policy"]
         assert "img-src 'self' data: blob:;" in policy
@@ -89,6 +112,7 @@ def test_the_folder_alone_is_a_space(tmp_path):
         assert list(demo.files.rglob("own_picture.png"))
     assert left[-1]["content"][0]["text"] == "a penguin"
     assert not [path for path in demo.files.rglob("*") if path.is_file()], "uploads outlive the process"
+    assert asked.read_text() == ""
 
 
 # In a process of its own, because Gradio leaves event loops open.

@@ -68,6 +68,14 @@ def test_an_answer_without_words_says_so():
     assert shown[1]["content"][0] == "(no words)"
 
 
+def test_the_scope_is_drawn_with_the_first_question_and_stays():
+    """Every visitor begins with a copy of one empty conversation."""
+    empty = Conversation()
+    first, second = empty.go_on([Turn("What?")]), empty.go_on([Turn("What?")])
+    assert len({first.scope, second.scope, b""}) == 3
+    assert first.go_on([]).go_on([Turn("And?")]).scope == first.scope
+
+
 def test_a_question_that_waits_has_no_answer_on_the_page():
     assert len(Conversation([Turn("What?")]).show(0)) == 1
 
@@ -76,7 +84,8 @@ def test_feedback_keeps_what_was_said_of_the_answer_that_was_rated(talk, tmp_pat
     path = tmp_path / "feedback.jsonl"
     feedback = FeedbackFile(str(path))
     feedback.write(talk, turn=1, column=1, opinion="Wrong")
-    feedback.write(talk, turn=0, column=0, opinion="Like")
+    for _ in range(2):
+        feedback.write(talk, turn=0, column=0, opinion="Like")
     records = [json.loads(line) for line in path.read_text().splitlines()]
     kept = [(record["model"], record["opinion"], record["question"], record["answer"]) for record in records]
     assert kept == [("b", "Wrong", "Sure?", "blue"), ("a", "Like", "What?", "red")]

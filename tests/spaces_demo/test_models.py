@@ -1,6 +1,8 @@
 """The menu: labels, loading on demand within the memory there is, answers with a visitor's settings."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
 
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 from modeling_llava.inference import EMBEDDED_MODEL, load_for_inference
 from spaces_demo import models
 from spaces_demo.models import GIB, HEADROOM, ModelMenu, Settings, estimate_bytes
+from tests.spaces_demo.checkpoints import save_adapter
 from tests.tiny import PINPOINTS, TEXT_CONFIGS, VISION_CONFIGS, save_tiny_checkpoint, tiny_processor
 
 CPU = torch.device("cpu")
@@ -86,19 +89,94 @@ def test_too_little_memory_is_one_line_and_drops_nothing(folders):
     assert list(menu.loaded) == [first]
 
 
-def test_memory_that_runs_out_while_loading_leaves_the_others(folders, monkeypatch):
+def allocate_too_much(*arguments, **settings):
+    torch.empty(2**50)
+
+
+def run_out_on_a_gpu(*arguments, **settings):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+
+@pytest.mark.parametrize("run_out", [allocate_too_much, run_out_on_a_gpu])
+def test_memory_that_runs_out_while_loading_leaves_the_others(folders, monkeypatch, run_out):
     menu = build_menu(folders, room_for=3)
     first, second, _ = menu.labels
     menu.load(first)
-
-    def run_out(*arguments, **settings):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-
     monkeypatch.setattr(models, "load_for_inference", run_out)
     with pytest.raises(ValueError, match="got too little memory"):
         menu.load(second)
     assert list(menu.loaded) == [first]
     assert list(menu.answer(first, MESSAGES, Settings(max_new_tokens=2)))
+
+
+@pytest.mark.parametrize("run_out", [allocate_too_much, run_out_on_a_gpu])
+def test_memory_that_runs_out_in_an_answer_is_found_in_the_cache(folders, run_out):
+    menu = build_menu(folders, room_for=3)
+    label = menu.labels[0]
+    loaded = menu.load(label)
+    list(menu.answer(label, MESSAGES, Settings(max_new_tokens=2)))
+    assert loaded.cache.num_bytes > 0
+    hook = loaded.model.lm_head.register_forward_hook(run_out)
+    with pytest.raises(ValueError, match="got too little memory for this conversation"):
+        list(menu.answer(label, MESSAGES, Settings(max_new_tokens=2)))
+    hook.remove()
+    assert loaded.cache.num_bytes == 0
+    assert list(menu.answer(label, MESSAGES, Settings(max_new_tokens=2)))
+
+
+def test_caches_share_what_the_weights_leave(folders):
+    size = estimate_bytes(folders[0], CPU)
+    menu = build_menu(folders, room_for=4)
+    bounds = []
+    for label in menu.labels:
+        menu.load(label)
+        bounds.append([loaded.cache.max_bytes for loaded in menu.loaded.values()])
+    assert bounds == [[3 * size], [size] * 2, [size // 3] * 3]
+
+
+def test_what_caches_keep_makes_room_for_a_model(folders):
+    size = estimate_bytes(folders[0], CPU)
+
+    def count_free_bytes(device: torch.device) -> int:
+        return int(2.5 * size) - sum(loaded.num_bytes for loaded in menu.loaded.values()) + HEADROOM
+
+    menu = ModelMenu(folders, device="cpu", free_bytes=count_free_bytes)
+    first, second, _ = menu.labels
+    cache = menu.load(first).cache
+    cache.store_features(b"picture", torch.zeros(size * 3 // 4, dtype=torch.uint8))
+    assert count_free_bytes(CPU) < size + HEADROOM
+    menu.load(second, beside=first)
+    assert list(menu.loaded) == [first, second]
+    assert cache.num_bytes == 0
+
+
+def test_two_who_choose_a_model_at_once_load_it_once(folders, monkeypatch):
+    """As when one leaves: Gradio then lets the next one in, while the thread that loads goes on."""
+    menu = build_menu(folders, room_for=3)
+    num_loads = []
+
+    def load_slowly(name, **settings):
+        num_loads.append(name)
+        time.sleep(0.3)
+        return load_for_inference(name, **settings)
+
+    monkeypatch.setattr(models, "load_for_inference", load_slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(menu.load, menu.labels[:1] * 2)
+    assert first is second and len(num_loads) == 1
+
+
+def test_an_adapter_is_known_by_its_hub_id(tmp_path, monkeypatch):
+    """From the cache of the Hub's files, where a marker says which file a repository does not have."""
+    repository = tmp_path / "models--alice--adapter"
+    snapshot, missing = (repository / name / "c0ffee" for name in ("snapshots", ".no_exist"))
+    save_adapter(snapshot)
+    missing.mkdir(parents=True)
+    (missing / "config.json").touch()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("c0ffee")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert estimate_bytes("alice/adapter", CPU) == estimate_bytes(EMBEDDED_MODEL, CPU)
 
 
 def test_free_memory_is_a_plausible_number():

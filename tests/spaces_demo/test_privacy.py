@@ -14,7 +14,7 @@ from tests.spaces_demo.conftest import EXAMPLES, LEAKING_QUESTION, Visitor, star
 pytestmark = pytest.mark.slow
 
 PENGUIN = EXAMPLES / "twemoji-penguin.png"
-MARKUP = "<b>bold</b> *not* </s> <image> [a](http://b.example) `c`\n- 1 &lt; 2"
+MARKUP = "<b>bold</b> *not* </s> <image> [a](http://b.example) `c`\n- 1 &lt; 2\n\n\tx <b>y\n    z"
 
 
 def test_what_a_visitor_types_is_shown_as_typed_and_edited_as_typed(visit):
@@ -109,9 +109,15 @@ def test_opinions_go_to_the_file_of_the_operator(visit, demo):
     visitor.wait_for_answer(1)
     visitor.page.get_by_role("button", name="Dislike").first.click()
     visitor.page.get_by_test_id("toast-body").get_by_text("Thank you").wait_for()
-    record = json.loads(demo.feedback.read_text().splitlines()[-1])
-    assert record.pop("time")
-    assert record == {
+    visitor.page.get_by_role("button", name="Feedback").first.hover()
+    visitor.page.get_by_text("Wrong", exact=True).first.click()
+    while "Wrong" not in demo.feedback.read_text():
+        visitor.page.wait_for_timeout(50)
+    visitor.page.wait_for_timeout(500)
+    records = [json.loads(line) for line in demo.feedback.read_text().splitlines()]
+    assert [record["opinion"] for record in records] == ["Dislike", "Wrong"]
+    assert records[0].pop("time")
+    assert records[0] == {
         "model": "embedded",
         "opinion": "Dislike",
         "num_pictures": 1,

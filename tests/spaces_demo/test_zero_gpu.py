@@ -7,12 +7,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.spaces_demo.conftest import EXAMPLES, start_demo
+from tests.spaces_demo.conftest import EXAMPLES, skip, start_demo
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("spaces") is None, reason="needs spaces: pip install spaces"),
-]
+pytestmark = pytest.mark.slow
 
 # The half of the package that moves tensors needs a GPU. Without torch, it brings stand-ins for it.
 WITHOUT_A_GPU = """
@@ -57,6 +54,8 @@ def test_answers_stream_from_a_borrowed_gpu_and_errors_are_told(lender, tmp_path
     from gradio_client import Client, handle_file
     from gradio_client.exceptions import AppError
 
+    if importlib.util.find_spec("spaces") is None:
+        skip("needs spaces: pip install spaces")
     address, asked = lender
     group = tmp_path / "cgroup"
     group.write_text("0::/test\n")
