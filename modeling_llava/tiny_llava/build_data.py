@@ -2,7 +2,7 @@
 
     python -m modeling_llava.tiny_llava.build_data --out DIR [--cache DIR] [--clothing DIR] [--seed 0]
 
-Writes images/, descriptions.json, train.json, rehearsal.json, heldout.json, tokenizer/ and sources.json. Pictures are
+Writes images/, descriptions.json, train.json, heldout.json, tokenizer/ and sources.json. Pictures are
 augmented here, once, so that training only decodes them. Drawings of twemoji and the official test splits go to
 heldout.json and nowhere else; noto-v1 and emojione-v1 are not fetched at all, which leaves them for a judge.
 """
@@ -29,7 +29,7 @@ from .photos import list_clothing, pad_photo, read_photos, write_clothing, write
 from .questions import TEXT_TURNS
 from .scenes import NAMES, Row, SceneWriter, render_turns, write_described
 
-SINGLES_PER_CONCEPT = 160
+SINGLES_PER_CONCEPT = 240
 DESCRIBED_PER_CONCEPT = 70
 NUM_PAIRS, NUM_COUNTS, NUM_UNSURE, NUM_TWO_IMAGES = 5000, 4000, 7000, 500
 VOCABULARY = 1536
@@ -76,15 +76,6 @@ def write_tokenizer(rows: list[Row], english: list[str], out: Path) -> None:
         clean_up_tokenization_spaces=False,
     )
     fast.save_pretrained(out / "tokenizer")
-
-
-def select_rehearsal(rows: list[Row], rng: random.Random) -> list[Row]:
-    """Return all rows of Easy-VQA, which are few in the second stage, among three and a half times as many others."""
-    easy = [row for row in rows if row["id"].startswith("easy-vqa-")]
-    others = [row for row in rows if not row["id"].startswith("easy-vqa-")]
-    rehearsal = easy + rng.sample(others, min(len(others), 7 * len(easy) // 2))
-    rng.shuffle(rehearsal)
-    return rehearsal
 
 
 def read_english(cache: Path) -> list[str]:
@@ -199,8 +190,6 @@ def main() -> None:
     rng.shuffle(train)
     (out / "descriptions.json").write_text(json.dumps(described, indent=0))
     (out / "train.json").write_text(json.dumps(train, indent=0))
-    rehearsal = select_rehearsal(train, random.Random(arguments.seed + 2))
-    (out / "rehearsal.json").write_text(json.dumps(rehearsal, indent=0))
     (out / "heldout.json").write_text(json.dumps(heldout, indent=0))
     sources = describe_sources(train + heldout, has_clothing=arguments.clothing is not None)
     (out / "sources.json").write_text(json.dumps(sources, indent=2))

@@ -22,16 +22,19 @@ from PIL import Image
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
+from modeling_llava.inference_dtype import is_slow_on_processor
+
 from .drawings import SIZE
 from .packages import fetch_wheel
-from .questions import CATEGORY_QUESTIONS, NAME_QUESTIONS, NUMBERS
+from .questions import CATEGORY_OF, CATEGORY_QUESTIONS, NAME_QUESTIONS, NUMBERS, add_article
 
 PATCH, TEACHER_GRID = 14, 37
 TEACHER_LAYERS, STUDENT_LAYERS = 10, 5
 BATCH, LEARNING_RATE, WARMUP = 32, 5e-4, 0.05
 NAMING_RATE, HEAD_RATE = 2e-4, 5e-3
-HAS_FAST_BFLOAT16 = torch.cpu._is_amx_tile_supported()
-"""Without units for its matrices (AMX), a processor takes 1.7 times as long in bfloat16 as in float32."""
+HAS_FAST_BFLOAT16 = not is_slow_on_processor(torch.bfloat16)
+"""Three times as fast as float32 where the processor has units for it, and 1.7 times as slow where it has none."""
+NAMES = {add_article(name) for name in CATEGORY_OF}
 SHAPES = ("circle", "rectangle", "triangle")
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PREPROCESSOR = {
@@ -153,21 +156,23 @@ def distill(teacher: Dinov2Model, student: Dinov2Model, paths: list[Path], *, nu
     student.eval()
 
 
-def read_labels(data: Path) -> list[tuple[Path, str, str]]:
-    """Return (picture, kind of question, answer) for every open question of a training picture that asks one thing."""
-    labels = []
+def read_labels(data: Path) -> list[tuple[Path, dict[str, str]]]:
+    """Return (picture, {kind of question: answer}) for every training picture of which something is asked openly."""
+    labels: dict[Path, dict[str, str]] = {}
     for row in json.loads((data / "train.json").read_text()):
         if not isinstance(row.get("image"), str):
             continue
         for question, answer in zip(row["conversations"][::2], row["conversations"][1::2]):
             kind = ask_kind(question["value"].removeprefix("<image>").strip(), answer["value"])
             if kind is not None:
-                labels.append((data / row["image"], kind, answer["value"]))
-    return labels
+                labels.setdefault(data / row["image"], {})[kind] = answer["value"]
+    return list(labels.items())
 
 
 def ask_kind(question: str, answer: str) -> str | None:
-    """Return what an open question asks for, and None for one that text alone can answer or that asks for more."""
+    """Return what a question asks for, and None for one that text alone can answer or that asks for more than one."""
+    if " or " in question and answer in NAMES:
+        return "name"
     if answer in ("yes", "no") or " or " in question or " and " in answer:
         return None
     if question in NAME_QUESTIONS + CATEGORY_QUESTIONS:
@@ -179,20 +184,24 @@ def ask_kind(question: str, answer: str) -> str | None:
     return "shape" if answer in SHAPES else None
 
 
-def teach_names(tower: Dinov2Model, labels: list[tuple[Path, str, str]], *, num_images: int, seed: int) -> None:
-    """Train the tower in place to tell names, categories, colours and so on apart by a linear layer on its mean patch.
+def teach_names(tower: Dinov2Model, labels: list[tuple[Path, dict[str, str]]], *, num_images: int, seed: int) -> None:
+    """Train the tower in place to tell names, categories, colours and so on apart by linear layers on its mean patch.
 
-    Distillation gives what the teacher sees in general; this turns it to what will be asked. The layer is thrown
-    away. Answers compete only with answers to the same kind of question.
+    Distillation gives what the teacher sees in general; this turns it to what will be asked. The layers, one for each
+    kind of question, are thrown away.
     """
-    classes = sorted({(kind, answer) for _, kind, answer in labels})
-    index_of = {name: index for index, name in enumerate(classes)}
-    competes = {kind: torch.tensor([other == kind for other, _ in classes]) for kind, _ in classes}
-    head = torch.nn.Linear(tower.config.hidden_size, len(classes))
-    torch.nn.init.zeros_(head.weight)
+    answers: dict[str, dict[str, int]] = {}
+    for _, kinds in labels:
+        for kind, answer in kinds.items():
+            answers.setdefault(kind, {}).setdefault(answer, len(answers[kind]))
+    heads = torch.nn.ModuleDict(
+        {kind: torch.nn.Linear(tower.config.hidden_size, len(places)) for kind, places in answers.items()}
+    )
+    for head in heads.values():
+        torch.nn.init.zeros_(head.weight)
     groups = [
         {"params": tower.parameters(), "lr": NAMING_RATE},
-        {"params": head.parameters(), "lr": HEAD_RATE},
+        {"params": heads.parameters(), "lr": HEAD_RATE},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.02, betas=(0.9, 0.98))
     num_steps = num_images // BATCH
@@ -202,11 +211,14 @@ def teach_names(tower: Dinov2Model, labels: list[tuple[Path, str, str]], *, num_
     for step in range(num_steps):
         batch = rng.sample(labels, BATCH)
         with torch.autocast("cpu", torch.bfloat16, enabled=HAS_FAST_BFLOAT16):
-            output = tower(read_batch([path for path, _, _ in batch]), output_hidden_states=True).hidden_states[-1]
-            logits = head(output[:, 1:].mean(dim=1)).float()
-        rivals = torch.stack([competes[kind] for _, kind, _ in batch])
-        target = torch.tensor([index_of[kind, answer] for _, kind, answer in batch])
-        loss = torch.nn.functional.cross_entropy(logits.masked_fill(~rivals, -torch.inf), target)
+            hidden = tower(read_batch([path for path, _ in batch]), output_hidden_states=True).hidden_states[-1]
+            means = hidden[:, 1:].mean(dim=1)
+            losses = []
+            for kind, head in heads.items():
+                asked = [place for place, (_, kinds) in enumerate(batch) if kind in kinds]
+                targets = torch.tensor([answers[kind][batch[place][1][kind]] for place in asked], dtype=torch.long)
+                losses.append(torch.nn.functional.cross_entropy(head(means[asked]).float(), targets, reduction="sum"))
+        loss = sum(losses) / BATCH
         update(loss, optimizer, schedule, tower)
         if step % 100 == 0:
             print(f"step {step} of {num_steps}, loss {loss.item():.4f}", flush=True)
@@ -239,7 +251,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=Path("tiny_llava_cache"))
     parser.add_argument("--images", type=int, default=40_000, help="how many pictures to imitate the teacher on")
-    parser.add_argument("--named-images", type=int, default=96_000, help="how many pictures to name after that")
+    parser.add_argument("--named-images", type=int, default=160_000, help="how many pictures to name after that")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)

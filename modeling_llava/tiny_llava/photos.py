@@ -17,8 +17,8 @@ from .heldout import make_row
 from .questions import Turn, ask_category, ask_choice, ask_name, ask_presence
 from .scenes import NAMES, Row, render_turns
 
-EASY_VQA_VARIANTS, EASY_VQA_TURNS = 2, 6
-CLOTHING_VARIANTS = 4
+EASY_VQA_VARIANTS, EASY_VQA_TURNS = 3, 8
+CLOTHING_VARIANTS = 6
 
 
 def read_photos(wheel: zipfile.ZipFile, names: tuple[str, ...]) -> list[Image.Image]:
@@ -82,10 +82,10 @@ def list_clothing(folder: Path, split: str) -> list[tuple[str, Path]]:
 
 
 def write_clothing(folder: Path, out: Path, rng: random.Random) -> list[Row]:
-    """Return training rows of the clothing photographs."""
+    """Return training rows of the clothing photographs, those of the validation split included: nothing is tuned."""
     names = sorted(set(CLOTHING_CLASSES.values()))
     rows = []
-    for number, (name, path) in enumerate(list_clothing(folder, "train")):
+    for number, (name, path) in enumerate(list_clothing(folder, "train") + list_clothing(folder, "validation")):
         photo = Image.open(path).convert("RGB")
         for variant in range(CLOTHING_VARIANTS):
             row_id = f"clothing-{number}-{variant}"
@@ -109,4 +109,5 @@ def plan_clothing(name: str, names: list[str], rng: random.Random) -> list[list[
     ]
     choice = ask_choice(name, rng.sample(others, rng.randint(1, 3)), rng)
     category = ask_category("piece of clothing", rng)
-    return [[ask_name(name, rng), *rng.sample([category, choice], rng.randint(0, 1))], [*presence, choice]]
+    naming = [ask_name(name, rng), *rng.sample([category, choice], rng.randint(0, 1))]
+    return [naming, rng.sample([*presence, choice], len(presence) + 1)]

@@ -109,7 +109,7 @@ class SceneWriter:
         if recolored:
             drawing = shift_hue(drawing, rng)
         background, background_name = paint_background(rng, self.photos)
-        side = rng.randint(50, 108) if rng.random() < 0.7 else rng.randint(84, 124)
+        side = rng.randint(50, 108) if rng.random() < 0.5 else rng.randint(84, 124)
         slack = max(2, (background.width - side) // 2)
         center = tuple(background.width // 2 + rng.randint(-slack, slack) for _ in range(2))
         paste(background, vary_drawing(drawing, rng, side=side), center=center)
@@ -198,7 +198,7 @@ def pick_rivals(name: str, count: int, rng: random.Random) -> list[str]:
 
 
 def plan_conversations(name: str, color: str | None, background: str | None, rng: random.Random) -> list[list[Turn]]:
-    """Return conversations about one thing: naming it, choosing its name, yes and no, and what else can be asked.
+    """Return conversations about one thing: naming it; what else can be asked and choosing its name; yes and no.
 
     Each begins anew, so that naming, choosing and the first yes must come from the picture.
     """
@@ -219,11 +219,8 @@ def plan_conversations(name: str, color: str | None, background: str | None, rng
     choices = [ask_choice(name, pick_rivals(name, rng.choice((1, 2, 3, 3, 3)), rng), rng) for _ in range(2)]
     follow = rng.sample([*presence[:2], *asides, choices[1]], rng.randint(0, 2))
     # The answer to a choice gives the name away: nothing but asides may come before.
-    first = [*rng.sample(asides, min(len(asides), rng.randint(0, 2))), choices[0]]
-    conversations = [[naming, *follow], first, presence]
-    if asides:
-        conversations.append(rng.sample(asides, min(len(asides), 3)))
-    return [drop_repeats(turns) for turns in conversations]
+    choosing = [*rng.sample(asides, len(asides)), choices[0]]
+    return [drop_repeats(turns) for turns in ([naming, *follow], choosing, presence)]
 
 
 def write_described(name: str, index: int, rng: random.Random) -> list[Row]:

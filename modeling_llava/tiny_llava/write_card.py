@@ -1,4 +1,4 @@
-"""Write the embedded model's card from its measured scores and the sources of its data.
+"""Write the embedded model's card from its measured scores, the sources of its data and the record of its training.
 
 python -m modeling_llava.tiny_llava.write_card --model DIR --scores SCORES.json --sources SOURCES.json --minutes N
 """
@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from modeling_llava.export.figures import add_source, build_environment, read_sourced_json
+from modeling_llava.export.run_files import RECORD_FILE
 
 from .questions import CATEGORY_OF
 
@@ -28,7 +29,8 @@ HELDOUT_SOURCE = "@iconify-json/twemoji"
 
 
 def write_card(model: Path, *, scores: Path, sources: Path, minutes: int) -> None:
-    """Render the card into the model folder, and put the scores beside it."""
+    """Render the card into the model folder, which holds the record, and put the scores beside it."""
+    record = read_sourced_json(model / RECORD_FILE, root=model)
     described = read_sourced_json(sources, root=sources.parent)
     card = (
         build_environment()
@@ -38,6 +40,7 @@ def write_card(model: Path, *, scores: Path, sources: Path, minutes: int) -> Non
             asked=ASKED,
             sources=[source for source in described if source["source"] != HELDOUT_SOURCE],
             minutes=add_source(minutes, "make tiny-llava"),
+            processor=record["hardware"]["device"],
             num_names=add_source(len(CATEGORY_OF), "questions.py"),
         )
     )

@@ -18,6 +18,8 @@ def test_the_card_of_the_embedded_model(tmp_path):
     (tmp_path / "sources.json").write_text(json.dumps(SOURCES))
     scores = Path(EMBEDDED_MODEL) / "heldout_scores.json"
     save_tiny_checkpoint(tmp_path / "model")
+    record = {"hardware": {"device": "AMD EPYC", "threads": 1}}
+    (tmp_path / "model" / "training_record.json").write_text(json.dumps(record))
     write_card(tmp_path / "model", scores=scores, sources=tmp_path / "sources.json", minutes=88)
     card = (tmp_path / "model" / "README.md").read_text()
     name = json.loads(scores.read_text())["name"]
@@ -25,5 +27,5 @@ def test_the_card_of_the_embedded_model(tmp_path):
     assert f"| {name['accuracy']:.1%} |" in card
     assert "| drawings 1.2.9 | npm | MIT | 5,811 |" in card
     assert HELDOUT_SOURCE not in card
-    assert "took 88 minutes" in card
+    assert "took 88 minutes on two cores of an AMD EPYC" in card
     assert not list(find_problems(tmp_path / "model", "model"))

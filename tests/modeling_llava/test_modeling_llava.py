@@ -337,6 +337,20 @@ def test_embeddings_with_images_need_an_embedded_image_token():
         tiny_model()(inputs_embeds=embeds, pixel_values=pixel_values)
 
 
+def test_an_identity_projector_gives_the_features_of_the_tower(tmp_path):
+    vision = VISION_CONFIGS["clip"]()
+    vision.hidden_size = 32
+    config = AnyLlavaConfig(vision, TEXT_CONFIGS["llama"](), image_token_id=IMAGE_TOKEN_ID, projector_type="identity")
+    model = AnyLlavaForConditionalGeneration(config).eval()
+    pixel_values = random_images(1)
+    features = model.model.select_features(model.model.run_tower(pixel_values))
+    assert torch.equal(model.get_image_features(pixel_values, return_dict=True).pooler_output[0], features[0])
+    model.save_pretrained(tmp_path)
+    loaded = AnyLlavaForConditionalGeneration.from_pretrained(tmp_path)
+    inputs = {"input_ids": torch.tensor([[1, *IMAGE, 5]]), "pixel_values": pixel_values}
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
 @pytest.mark.parametrize("merge", ["flat", "spatial_unpad"])
 def test_save_and_load_are_bit_exact(tmp_path, merge):
     model = tiny_model("phi", patch_merge_type=merge, image_grid_pinpoints=PINPOINTS)
