@@ -79,7 +79,7 @@ class TrainingRecord(TrainerCallback):
             "parameters": {part: {"total": total, "trained": trained} for part, (total, trained) in counts.items()},
             "steps": state.global_step,
             "first_step": self.first_step,
-            "seconds": round(time.perf_counter() - self.start, 1),
+            "seconds": round(time.perf_counter() - self.start, 3),
             "losses": [{"step": log["step"], "loss": log["loss"]} for log in state.log_history if "loss" in log],
             "hardware": describe_hardware(),
             "versions": describe_versions(),

@@ -42,7 +42,7 @@ def random_features(num_features: int, *, seed: int = 0) -> torch.Tensor:
 def choose_by_brute_force(features_ND: torch.Tensor, num_kept: int) -> list[int]:
     """Max-min cosine distance, in float64 and loops."""
     units = torch.nn.functional.normalize(features_ND.double(), dim=-1)
-    distances = (1 - units @ units.T).tolist()
+    distances = (2 - units @ units.T - (units @ units.T).T).tolist()
     places = range(len(features_ND))
     kept = [max(places, key=lambda place: min(distances[place][other] for other in places if other != place))]
     while len(kept) < num_kept:
@@ -327,4 +327,5 @@ def test_training_on_cached_features_is_training_on_pictures(tmp_path):
     # Features are kept in 16 bits.
     torch.testing.assert_close(losses[0], losses[1], rtol=2e-3, atol=1e-5)
     without = FeatureCache(*build_pair(None), tmp_path / "cache")
+    without.add(images)
     assert (without.folder, without.positions) == (cache.folder, cache.positions)
