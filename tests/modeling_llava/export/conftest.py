@@ -8,6 +8,7 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+import torch
 import yaml
 
 from modeling_llava.training.recipe import read_recipe
@@ -42,8 +43,12 @@ sys.meta_path.insert(0, Blocker())
 
 
 def run_python(code: str, folder: Path, *, blocked: bool = True, **environment: str) -> str:
-    """The output of Python code that runs in `folder` and, if `blocked`, cannot import this package."""
-    kept = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf_home"), "OMP_NUM_THREADS": "1"}
+    """The output of Python code that runs in `folder` and, if `blocked`, cannot import this package.
+
+    It has as many threads as this process: some processors sum otherwise with fewer.
+    """
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    kept = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf_home")} | threads
     result = subprocess.run(
         [sys.executable, "-c", BLOCKED + code if blocked else code],
         capture_output=True,
