@@ -27,6 +27,7 @@ from modeling_llava.batched_generation import AnswerRequest, generate_answers
 from processing_llava import AnyLlavaImageProcessorPil, AnyLlavaProcessor
 
 from .models import IMAGE_TOKEN_ID, SIZES, build_config, build_model, build_peer, build_processor
+from .report import render_table
 from .timing import Row, clock, compare, default_dtype, interleave, prepare
 
 NUM_REQUESTS = {"cpu": 32, "cuda": 128}
@@ -146,15 +147,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, help="32 on a CPU, 128 on a GPU")
     arguments = parser.parse_args()
-    print("| work | ours | transformers | ratio | spread | unit |")
-    print("|---|---|---|---|---|---|")
-    rows = measure(arguments.device, arguments.size, arguments.rounds, num_requests=arguments.requests)
-    for row in rows:
-        low, high = row["spread"]
-        print(
-            f"| {row['name']} ({row['peer_name']}) | {row['ours']:.1f} | {row['peer']:.1f} | {row['ratio']:.2f} | "
-            f"{low:.2f} to {high:.2f} | {row['unit']} |"
-        )
+    print(render_table(measure(arguments.device, arguments.size, arguments.rounds, num_requests=arguments.requests)))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from modeling_llava.compiled_decoding import SMALLEST_LENGTH, build_compile_conf
 from modeling_llava.quantization import quantize_to_int8
 
 from .models import IMAGE_TOKEN_ID, SIZES, TILE_SIZE, build_pair
+from .report import render_table
 from .roofline import count_operations, count_weights
 from .timing import PEER, Row, clock, compare, default_dtype, prepare
 
@@ -213,15 +214,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     arguments = parser.parse_args()
     rows = measure(arguments.device, arguments.size, arguments.rounds, num_tokens=arguments.new_tokens)
-    print(f"{arguments.size} on {arguments.device}, {arguments.rounds} rounds, medians\n")
-    print("| work | ours | peer | unit | ratio | smallest to largest | peer is |")
-    print("|---|---|---|---|---|---|---|")
-    for row in rows:
-        lowest, highest = row["spread"]
-        print(
-            f"| {row['name']} | {row['ours']:.1f} | {row['peer']:.1f} | {row['unit']} | {row['ratio']:.2f} "
-            f"| {lowest:.2f} to {highest:.2f} | {row['peer_name']} |"
-        )
+    print(render_table(rows))
 
 
 if __name__ == "__main__":
