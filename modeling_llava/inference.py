@@ -161,7 +161,11 @@ class ChatSession:
         Raises:
             ValueError: if a picture or a setting is refused.
         """
-        content = [{"type": "image", "image": load_image(image)} for image in images]
+        checks = {}
+        if isinstance(self.processor, AnyLlavaProcessor):
+            image_processor = self.processor.image_processor
+            checks = {"limits": image_processor.limits, "urls": image_processor.urls}
+        content = [{"type": "image", "image": load_image(image, **checks)} for image in images]
         question_message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
         pieces = []
         with closing(self.answer([*self.messages, question_message], **settings)) as answer:

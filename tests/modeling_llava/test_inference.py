@@ -1,5 +1,6 @@
 """ChatSession: the tokens of `generate`, for the price of the new ones; and sessions that share a model."""
 
+import copy
 import signal
 import threading
 import time
@@ -25,6 +26,7 @@ from modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.cached_generation import CachedGeneration, build_states
 from modeling_llava.chat_cache import ChatCache
 from modeling_llava.inference import EMBEDDED_MODEL, ChatSession, load_for_inference
+from processing_llava.image_limits import ImageLimits
 from tests.original_folders import widen
 from tests.tiny import (
     PATCH_SIZE,
@@ -558,6 +560,14 @@ def test_a_text_is_no_path_of_a_picture(tmp_path):
         session.reset()
         answers.append(read(session.ask("What?", images=[image], **SETTINGS)))
     assert answers == answers[:1] * 3
+
+
+def test_the_limits_of_the_processor_count():
+    model, processor = load("llama")
+    processor = copy.deepcopy(processor)
+    processor.image_processor.limits = ImageLimits(max_side=10)
+    with pytest.raises(ValueError, match="max_side"):
+        read(ChatSession(model, processor).ask("What?", images=[CAT], **SETTINGS))
 
 
 def test_the_system_text_counts_for_both_ways_to_ask(watched):
