@@ -29,7 +29,7 @@ from processing_llava.processing_llava import AnyLlavaProcessor
 from .batched_attention import RowStates, check_row_attention, use_row_attention
 from .cached_generation import REUSING_MODEL_TYPES, PromptImage, build_states, limit_new_tokens, read_images
 from .chat_cache import ChatCache
-from .foreign_processors import protect_messages
+from .foreign_processors import encode_messages
 from .token_stream import build_sampler
 
 MAX_PASS_TOKENS = 2048
@@ -196,13 +196,7 @@ class BatchedGeneration:
         sampler = build_sampler(
             temperature=request.temperature, top_p=request.top_p, seed=request.seed, device=self.model.device
         )
-        inputs = self.processor.apply_chat_template(
-            protect_messages(messages, self.processor),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        inputs = encode_messages(messages, self.processor)
         if self.model.config.model_type == "llava" and "image_sizes" in inputs:
             raise ValueError(
                 "got pictures of different sizes for transformers' own class; expected pictures of one size: answer "

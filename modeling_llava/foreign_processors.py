@@ -7,12 +7,27 @@ see is taken out of the messages.
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 
 from processing_llava.image_loading import load_image
 from processing_llava.messages import check_messages, list_pictures
 from processing_llava.processing_llava import AnyLlavaProcessor
 from processing_llava.role_markers import INVISIBLE
+
+
+def encode_messages(messages: list[dict[str, Any]], processor: ProcessorMixin) -> BatchFeature:
+    """What a model takes to answer a conversation, whoever wrote it and whoever made the processor.
+
+    Raises:
+        ValueError: as `protect_messages` and the processor.
+    """
+    return processor.apply_chat_template(
+        protect_messages(messages, processor),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
 
 
 def protect_messages(messages: list[dict[str, Any]], processor: ProcessorMixin) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from processing_llava.processing_llava import AnyLlavaProcessor
 from .auto import AutoModelForVision2Seq
 from .cached_generation import CachedGeneration, check_compiles, limit_new_tokens
 from .chat_cache import ChatCache
-from .foreign_processors import protect_messages
+from .foreign_processors import encode_messages
 from .inference_dtype import is_slow_on_processor
 from .modeling_llava import AnyLlavaForConditionalGeneration
 from .token_stream import StreamedText, build_sampler, stream_tokens
@@ -205,13 +205,7 @@ class ChatSession:
             raise ValueError(f"got {len(messages)} messages; expected at least one, and the last from the user")
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
-        inputs = self.processor.apply_chat_template(
-            protect_messages(messages, self.processor),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        inputs = encode_messages(messages, self.processor)
         num_prompt_tokens = inputs["input_ids"].shape[1]
         max_new_tokens = limit_new_tokens(
             self.model, num_prompt_tokens=num_prompt_tokens, max_new_tokens=max_new_tokens
