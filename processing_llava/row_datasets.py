@@ -5,7 +5,6 @@ be mixed; what is read from it holds paths or bytes. Of a dataset that is not st
 the cache of `datasets`; the rows of JSON files are kept in memory, as Arrow tables.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -26,6 +25,7 @@ from transformers.utils import logging
 
 from .conversations import ADDRESS, convert_record
 from .data_sources import DataSource, open_dataset
+from .fate_counts import FateCounts
 from .image_folders import ImageFolder
 from .processing_llava import AnyLlavaProcessor
 from .record_files import RefusedRecord, stream_records
@@ -61,7 +61,7 @@ def load_rows(
     too_long: str = "drop",
     on_bad_row: str = "raise",
     num_proc: int | None = None,
-) -> tuple[Dataset | IterableDataset, Counter]:
+) -> tuple[Dataset | IterableDataset, FateCounts]:
     """The rows of all sources: `id`, `images` (paths or bytes), `messages`.
 
     Without weights the sources follow each other. With weights each row is drawn from a source chosen by weight, until
@@ -97,7 +97,7 @@ def load_rows(
             "each of them or for none"
         )
     parts = [_load_source(source, on_bad_row) for source in sources]
-    fates: Counter = Counter()
+    fates = FateCounts()
     if processor is not None:
         fit = partial(_fit_batch, processor=processor, max_length=max_length, too_long=too_long, on_bad_row=on_bad_row)
         parts = [_fit(part, fit, num_proc=num_proc) for part in parts]
@@ -224,7 +224,7 @@ def _fit_batch(
     return {name: [row[name] for row in fitted] for name in _MEASURED}
 
 
-def _leave_out(rows: Dataset | IterableDataset, fates: Counter) -> Dataset | IterableDataset:
+def _leave_out(rows: Dataset | IterableDataset, fates: FateCounts) -> Dataset | IterableDataset:
     """Without the rows that are too long or cannot be used; all are counted, and the latter logged."""
     judge = _Judge(fates)
     if isinstance(rows, IterableDataset):
@@ -238,12 +238,12 @@ def _leave_out(rows: Dataset | IterableDataset, fates: Counter) -> Dataset | Ite
 class _Judge:
     """Whether a row remains, by its fate, which is counted."""
 
-    def __init__(self, fates: Counter) -> None:
+    def __init__(self, fates: FateCounts) -> None:
         self.fates = fates
 
     def __call__(self, fate: str | None, problem: str | None) -> bool:
         if fate is not None:
-            self.fates[fate] += 1
+            self.fates.add(fate)
         if problem is not None:
             logger.warning(f"skipped: {problem}")
         return _remains(fate)

@@ -8,13 +8,14 @@ import csv
 import io
 import math
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
+
+from processing_llava.fate_counts import FateCounts
 
 from .checkpoints import write_whole
 
@@ -125,10 +126,10 @@ class StreamReport(TrainerCallback):
     """Logs at the end what became of streaming rows, which no count knows before they are read.
 
     Args:
-        fates: Is counted up while rows are read. With `dataloader_num_workers`, other processes read and count.
+        fates: Is counted up while rows are read.
     """
 
-    def __init__(self, fates: Counter) -> None:
+    def __init__(self, fates: FateCounts) -> None:
         self.fates = fates
 
     def on_train_begin(

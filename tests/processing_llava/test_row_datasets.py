@@ -6,6 +6,7 @@ import datasets
 import PIL.Image
 import pytest
 from datasets import Dataset, DatasetDict, Image, IterableDataset, List
+from torch.utils.data import DataLoader
 
 from processing_llava.collator import LlavaDataCollator
 from processing_llava.data_sources import DataSource, open_records
@@ -175,6 +176,18 @@ def test_long_rows_and_their_counts(folder, too_long, ids, fates, streaming):
     assert set(rows[0]) == {"id", "images", "messages"}
     # Those of a stream are counted as it is read.
     assert counted == fates
+
+
+# from Python 3.12 on, forking a process with threads warns
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_workers_of_a_data_loader_count_together(folder):
+    source = DataSource(path=write_json(folder / "data.json"), image_folder=str(folder), streaming=True)
+    rows, counted = load_rows([source, source], processor=tiny_processor(), max_length=212)
+    for loader in (rows, DataLoader(rows, batch_size=None, num_workers=1)):
+        counted.clear()
+        assert not counted
+        assert len(list(loader)) == 4
+        assert counted == {"fits": 4, "too long, dropped": 4}
 
 
 @pytest.mark.parametrize("max_length", [None, 300])
