@@ -20,6 +20,7 @@ from .chat_cache import ChatCache, TokenKey
 from .compiled_decoding import build_compile_config, build_static_states
 from .generation import leave_room
 from .int8_linear import Int8Linear
+from .packed_linear import PackedLinear
 
 REUSING_MODEL_TYPES = ("any_llava", "llava")
 """Ours, and transformers' own LLaVA 1.5."""
@@ -219,8 +220,8 @@ def check_compiles(model: PreTrainedModel) -> None:
             f"got compile=True for a {type(language_model).__name__}; expected a language model that runs on states "
             "of fixed size: leave compile out"
         )
-    if any(isinstance(module, Int8Linear) for module in language_model.modules()):
+    if any(isinstance(module, (Int8Linear, PackedLinear)) for module in language_model.modules()):
         raise ValueError(
-            "got compile=True for a model with quantization='int8'; expected one of them: the compiler cannot read "
-            "int8 kernels"
+            "got compile=True for a model that was loaded for answering on a processor; expected one on a GPU: leave "
+            "compile out, packed and int8 weights are as fast without"
         )

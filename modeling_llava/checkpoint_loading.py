@@ -25,6 +25,7 @@ from .original_layout import (
     write_transformers_config,
 )
 from .original_weights import TOWER, complete_tower, gather_original_weights
+from .packed_linear import PackedLinear
 from .weight_files import Weight, find_base_dtype, read_model
 
 # Arguments of from_pretrained that are attributes of configurations too.
@@ -136,11 +137,13 @@ class CheckpointMixin:
                 `llava` and `llava_next`). Default: the layout that was loaded.
 
         Raises:
-            ValueError: naming the field that the layout cannot express; and for int8 weights, which no layout has.
+            ValueError: naming the field that the layout cannot express; and for packed or int8 weights, which no
+                layout has.
         """
-        if any(isinstance(module, Int8Linear) for module in self.modules()):
+        if any(isinstance(module, (Int8Linear, PackedLinear)) for module in self.modules()):
             raise ValueError(
-                "got a model loaded with quantization='int8'; expected its own weights: load it without, and save that"
+                "got a model whose weights are packed or in int8, for answering; expected its own weights: load it "
+                "with from_pretrained and without quantization, and save that"
             )
         layout = layout or layout_of(self.config)
         check_layout(layout)

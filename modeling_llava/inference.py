@@ -16,11 +16,12 @@ from processing_llava.image_loading import load_image
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .auto import AutoModelForVision2Seq
-from .cached_generation import CachedGeneration, check_compiles, limit_new_tokens
+from .cached_generation import REUSING_MODEL_TYPES, CachedGeneration, check_compiles, limit_new_tokens
 from .chat_cache import ChatCache
 from .foreign_processors import encode_messages
 from .inference_dtype import is_slow_on_processor
 from .modeling_llava import AnyLlavaForConditionalGeneration
+from .packed_linear import pack_linear_layers
 from .token_stream import StreamedText, build_sampler, stream_tokens
 
 EMBEDDED_MODEL = str(Path(__file__).parent / "tiny_llava" / "checkpoint")
@@ -36,7 +37,10 @@ def load_for_inference(
     quantization: str | None = None,
     visual_tokens: int | None = None,
 ) -> tuple[PreTrainedModel, AnyLlavaProcessor]:
-    """Load a model and its processor.
+    """Load a model and its processor, for answering.
+
+    On a processor, a model that runs there is packed (`packed_linear`): to train it or to save it, load it with
+    `AutoModelForVision2Seq.from_pretrained`.
 
     Args:
         name: Folder or Hub id.
@@ -83,6 +87,8 @@ def load_for_inference(
         if device.type == "cpu" and is_slow_on_processor(loaded.dtype):
             loaded = loaded.float()
         loaded = loaded.to(device)
+    if loaded.config.model_type in REUSING_MODEL_TYPES:
+        pack_linear_layers(loaded)
     return loaded.eval(), processor
 
 

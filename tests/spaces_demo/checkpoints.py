@@ -3,19 +3,26 @@
 from pathlib import Path
 
 import torch
+from transformers import AutoProcessor
 
 from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
-from modeling_llava.inference import EMBEDDED_MODEL, load_for_inference
+from modeling_llava.inference import EMBEDDED_MODEL
 from tests.tiny import tiny_config, tiny_processor
 
 STEPS = 80
+
+
+def load_embedded_model():
+    """Model and processor, as they are for training."""
+    model = AnyLlavaForConditionalGeneration.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
+    return model.eval(), AutoProcessor.from_pretrained(EMBEDDED_MODEL)
 
 
 def save_adapter(folder: Path) -> None:
     """A fresh LoRA on the embedded model: it answers as the embedded model does."""
     from peft import LoraConfig, get_peft_model
 
-    model, processor = load_for_inference()
+    model, processor = load_embedded_model()
     config = LoraConfig(target_modules=r"model\.language_model\..*(q|v)_proj")
     get_peft_model(model, config).save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -24,7 +31,7 @@ def save_adapter(folder: Path) -> None:
 def save_leaking_checkpoint(folder: Path, *, question: str, answer: str) -> None:
     """The embedded model after it has learned one answer by heart."""
     torch.manual_seed(0)
-    model, processor = load_for_inference()
+    model, processor = load_embedded_model()
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
         tokenize=True,

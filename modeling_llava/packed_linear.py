@@ -1,0 +1,58 @@
+"""Linear layers for answering on a processor: weights in blocks, in the order in which oneDNN's kernels read them.
+
+PyTorch hands products in float32 to MKL, which leaves half of the vector units of AMD's processors unused, and reads
+the weights for a single token at half of the rate that memory has. In bfloat16 oneDNN computes anyway, and orders the
+weights anew for every product. The results are those of linear layers, but for the order of additions.
+"""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class PackedLinear(nn.Module):
+    """Computes what a linear layer does; it has no gradient.
+
+    Args:
+        linear: On a processor, in one of `PACKED_DTYPES`; not kept.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if inputs.requires_grad:
+            raise ValueError(
+                "got a gradient to compute through packed weights; expected answers only: load the model with "
+                "from_pretrained to train it"
+            )
+        return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def pack_linear_layers(model: PreTrainedModel) -> None:
+    """Pack in place. An output layer that is tied to the embeddings stays as it is, and so do models with adapters.
+
+    The model can answer afterwards, and neither train, nor be saved, nor move to another device.
+    """
+    is_packable = torch.backends.mkldnn.is_available() and model.device.type == "cpu" and model.dtype in PACKED_DTYPES
+    if not is_packable or getattr(model, "_hf_peft_config_loaded", False):
+        return
+    embeddings = model.get_input_embeddings().weight
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and module.weight is not embeddings:
+            model.set_submodule(name, PackedLinear(module))
+    model.requires_grad_(False)
+    # What is left may be a view of a mapped file, all of which has been read by now, and would stay in memory.
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.layout == torch.strided:
+            tensor.data = tensor.data.clone()
