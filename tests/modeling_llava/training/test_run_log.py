@@ -50,8 +50,20 @@ def test_resumed_run_goes_on_in_the_same_file(workspace, tmp_path):
     assert [int(line["step"]) for line in read_lines(tmp_path)] == [1, 2, 3, 4]
 
 
+def test_tensorboard_gets_loss_and_throughput(workspace, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    settings = TRAINER | {"per_device_train_batch_size": 4, "report_to": "tensorboard"}
+    train(read_recipe(write_recipe(workspace, trainer=settings, output_dir=str(tmp_path / "out"))))
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    for name in ("loss", *RATES):
+        assert [scalar.step for scalar in events.Scalars(f"train/{name}")] == [1, 2, 3, 4]
+
+
 def test_throughput_reaches_every_log(workspace, tmp_path):
-    """TensorBoard and the like take what is in the Trainer's logs."""
+    """W&B, trackio and the like take what is in the Trainer's logs."""
     recipe = write_recipe(workspace, trainer=TRAINER | {"per_device_train_batch_size": 4}, output_dir=str(tmp_path))
     trainer = build_trainer(read_recipe(recipe))
     trainer.train()
