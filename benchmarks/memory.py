@@ -3,14 +3,15 @@
     python -m benchmarks.memory [--device cpu] [--size mid]
 
 A checkpoint in transformers' layout is loaded by each class in a process of its own, which answers about a picture of
-576 tokens. On a CPU, memory is the peak of what the process holds (VmHWM), mapped files included, above what it held
-before loading, when a tiny model had already answered: libraries do not count. On a GPU it is the peak of what PyTorch
-allocates there.
+576 tokens. On a CPU, memory is the peak of what the process holds while it answers (VmHWM), mapped files included,
+above what it held before loading, when a tiny model had already answered: libraries do not count. On a GPU it is the
+peak of what PyTorch allocates there. `benchmarks.loading` measures loading.
 """
 
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.generation_memory import predict_generation, read_config
+from modeling_llava.packed_linear import pack_linear_layers
 
 from .models import (
     IMAGE_TOKEN_ID,
@@ -32,7 +34,7 @@ from .peak_memory import read_peak, start_peak
 from .report import render_table
 from .timing import Row, compare, default_dtype, prepare, release_memory, run_apart
 
-CLASSES = {"ours": AnyLlavaForConditionalGeneration, "peer": LlavaForConditionalGeneration}
+KINDS = {"cpu": ("peer", "ours", "int8"), "cuda": ("peer", "ours")}
 NUM_TEXT_TOKENS = 64
 NUM_NEW_TOKENS = {"tiny": 8, "mid": 64, "7b": 256, "13b": 256}
 
@@ -53,8 +55,21 @@ def answer(model: PreTrainedModel, *, num_new_tokens: int) -> None:
     assert output_ids.shape[1] == input_ids.shape[1] + num_new_tokens
 
 
+def load(kind: str, folder: Path, *, device: str) -> PreTrainedModel:
+    """Of `KINDS`, in evaluation mode."""
+    if kind == "int8":
+        model = AnyLlavaForConditionalGeneration.from_pretrained(folder, quantization="int8")
+    else:
+        model_class = LlavaForConditionalGeneration if kind == "peer" else AnyLlavaForConditionalGeneration
+        placement = {} if device == "cpu" else {"device_map": device}
+        model = model_class.from_pretrained(folder, dtype=default_dtype(device), **placement)
+    if kind != "peer":
+        pack_linear_layers(model)
+    return model.eval()
+
+
 def measure_peak(kind: str, folder: Path, *, device: str, num_new_tokens: int) -> int:
-    """Bytes that loading a checkpoint and answering takes in this process."""
+    """Bytes that a loaded checkpoint takes in this process while it answers."""
     dtype = default_dtype(device)
     tiny = build_model(build_config("tiny"), device=device, dtype=dtype)
     for model in (tiny, build_peer(tiny)):
@@ -62,14 +77,14 @@ def measure_peak(kind: str, folder: Path, *, device: str, num_new_tokens: int) -
     del model, tiny
     release_memory()
     before = start_peak(device)
-    placement = {} if device == "cpu" else {"device_map": device}
-    model = CLASSES[kind].from_pretrained(folder, dtype=dtype, **placement).eval()
+    model = load(kind, folder, device=device)
+    start_peak(device)
     answer(model, num_new_tokens=num_new_tokens)
     return read_peak(device) - before
 
 
 def measure(device: str, size: str, rounds: int) -> list[Row]:
-    """The row of `benchmarks.timing`, with `weights_and_cache` and `predicted` in MB. One round tells all."""
+    """Rows of `benchmarks.timing`, with `weights_and_cache` and `predicted` in MB. One round tells all."""
     num_new_tokens = NUM_NEW_TOKENS[size]
     with tempfile.TemporaryDirectory() as folder:
         model = build_model(build_config(size), device=device, dtype=default_dtype(device))
@@ -78,26 +93,32 @@ def measure(device: str, size: str, rounds: int) -> list[Row]:
         release_memory()
         arguments = ("--device", device, "--new-tokens", str(num_new_tokens))
         peaks = {
-            kind: run_apart("benchmarks.memory", "--measure", kind, folder, *arguments)["peak"] for kind in CLASSES
+            kind: run_apart("benchmarks.memory", "--measure", kind, folder, *arguments)["peak"]
+            for kind in KINDS[device]
         }
-        predicted = predict_generation(
+        predict = partial(
+            predict_generation,
             read_config(folder),
             dtype=default_dtype(device),
             num_text_tokens=NUM_TEXT_TOKENS,
             num_new_tokens=num_new_tokens,
         )
-    weights_and_cache = (predicted.weights + predicted.cache) / 1e6
-    return [
-        compare(
-            f"peak while generating {num_new_tokens} tokens",
-            [peaks["ours"]],
-            [peaks["peer"]],
-            unit="MB",
-            weights_and_cache=weights_and_cache,
-            predicted=predicted.total / 1e6,
-            note=f"weights and cache {weights_and_cache:,.0f} MB, predicted peak {predicted.total / 1e6:,.0f} MB",
+        predicted = {kind: predict(quantization="int8" if kind == "int8" else None) for kind in KINDS[device][1:]}
+    rows = []
+    for kind, memory in predicted.items():
+        weights_and_cache = (memory.weights + memory.cache) / 1e6
+        rows.append(
+            compare(
+                f"peak while generating {num_new_tokens} tokens{', int8' if kind == 'int8' else ''}",
+                [peaks[kind]],
+                [peaks["peer"]],
+                unit="MB",
+                weights_and_cache=weights_and_cache,
+                predicted=memory.total / 1e6,
+                note=f"weights and cache {weights_and_cache:,.0f} MB, predicted peak {memory.total / 1e6:,.0f} MB",
+            )
         )
-    ]
+    return rows
 
 
 def main() -> None:

@@ -23,6 +23,8 @@ def report(
     num_images: int = 1,
     num_new_tokens: int = 256,
     num_rows: int = 1,
+    quantization: str | None = None,
+    visual_tokens: int | None = None,
 ) -> str:
     """The whole report.
 
@@ -32,14 +34,23 @@ def report(
         num_images: In each of its prompts.
         num_new_tokens: Of each answer.
         num_rows: Answers at a time.
+        quantization: As `load_for_inference`.
+        visual_tokens: As `load_for_inference`.
 
     Raises:
-        ValueError: if there is no such model, or a number is too small.
+        ValueError: if there is no such model or quantization, or a number is too small.
     """
     if model is None:
         needs = _memory_needs(num_parameters)
     else:
-        needs = _generation_needs(model, num_images=num_images, num_new_tokens=num_new_tokens, num_rows=num_rows)
+        needs = _generation_needs(
+            model,
+            num_images=num_images,
+            num_new_tokens=num_new_tokens,
+            num_rows=num_rows,
+            quantization=quantization,
+            visual_tokens=visual_tokens,
+        )
     return "\n\n".join([_versions(), _device(), needs, _cached_models()])
 
 
@@ -78,18 +89,33 @@ def _memory_needs(num_parameters: float) -> str:
     return "\n".join(lines)
 
 
-def _generation_needs(model: str, *, num_images: int, num_new_tokens: int, num_rows: int) -> str:
+def _generation_needs(
+    model: str,
+    *,
+    num_images: int,
+    num_new_tokens: int,
+    num_rows: int,
+    quantization: str | None,
+    visual_tokens: int | None,
+) -> str:
     from .generation_memory import choose_dtype, predict_generation, read_config
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = read_config(model)
-    dtype = choose_dtype(config, device)
+    config.visual_tokens = config.visual_tokens if visual_tokens is None else visual_tokens
+    dtype = choose_dtype(config, device, quantization=quantization)
     needs = predict_generation(
-        config, dtype=dtype, num_images=num_images, num_new_tokens=num_new_tokens, num_rows=num_rows
+        config,
+        dtype=dtype,
+        quantization=quantization,
+        num_images=num_images,
+        num_new_tokens=num_new_tokens,
+        num_rows=num_rows,
     )
+    kinds = f"{'' if quantization is None else f'{quantization} and '}{str(dtype).removeprefix('torch.')}"
     free = count_free_bytes(device)
     parts = {
-        f"weights in {str(dtype).removeprefix('torch.')}": needs.weights,
+        f"weights in {kinds}": needs.weights,
         "keys and values of all tokens": needs.cache,
         "activations": needs.activations,
         "together": needs.total,

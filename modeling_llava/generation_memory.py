@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -67,8 +68,14 @@ def read_config(name: str) -> AnyLlavaConfig:
         raise ValueError(f"got model {name!r}; expected a folder or a Hub id of a LLaVA: {reason}") from error
 
 
-def choose_dtype(config: AnyLlavaConfig, device: torch.device) -> torch.dtype:
-    """The floats in which `load_for_inference` loads a model."""
+WEIGHT_BITS = {"int8": 8, "fp8": 8, "int4": 4.25, "nf4": 4.13}
+"""Of a number of a quantized language model, with what scales its group of 128 or 64 numbers."""
+
+
+def choose_dtype(config: AnyLlavaConfig, device: torch.device, *, quantization: str | None = None) -> torch.dtype:
+    """The floats in which `load_for_inference` loads a model, or what is not quantized of it."""
+    if quantization is not None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
     if config.dtype is None or (device.type == "cpu" and is_slow_on_processor(config.dtype)):
         return torch.float32
     return config.dtype
@@ -78,6 +85,7 @@ def predict_generation(
     config: AnyLlavaConfig,
     *,
     dtype: torch.dtype,
+    quantization: str | None = None,
     num_images: int = 1,
     num_text_tokens: int = 64,
     num_new_tokens: int = 256,
@@ -88,14 +96,18 @@ def predict_generation(
     Args:
         config: Of the model.
         dtype: Of its weights.
+        quantization: One of `WEIGHT_BITS`, for the linear layers of the language model.
         num_images: In each row. Where images are tiled, each fills the largest grid.
         num_text_tokens: Of the prompt of each row, beside those of its images.
         num_new_tokens: Of each answer.
         num_rows: Generated together.
 
     Raises:
-        ValueError: if a number is too small, or the language model decides by its data what it computes.
+        ValueError: if a number is too small, the quantization has no such name, or the language model decides by its
+            data what it computes.
     """
+    if quantization is not None and quantization not in WEIGHT_BITS:
+        raise ValueError(f"got quantization={quantization!r}; expected one of {', '.join(WEIGHT_BITS)}")
     for name, number, smallest in (
         ("num_images", num_images, 0),
         ("num_text_tokens", num_text_tokens, 1),
@@ -138,6 +150,11 @@ def predict_generation(
         ) from error
     weights = sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
     activations = max(0, max(peaks) - start - num_cached)
+    if quantization is not None:
+        linears = (module for module in model.model.language_model.modules() if type(module) is nn.Linear)
+        weights -= int(
+            sum(linear.weight.numel() for linear in linears) * (dtype.itemsize - WEIGHT_BITS[quantization] / 8)
+        )
     return GenerationMemory(
         weights=weights, cache=num_cached, activations=activations, num_prompt_tokens=num_prompt_tokens
     )

@@ -120,6 +120,14 @@ def test_assemble_makes_a_llava_that_answers(picture, tmp_path, capsys):
     ask(picture, "What is this?", "--model", out, capsys=capsys)
     assert main([*arguments, "--projector", "mlp", "--template", "vicuna_v1"]) == 2
     capsys.readouterr()
+    tiles = ["--image-aspect-ratio", "anyres", "--image-grid-pinpoints", "28x56", "56x28", "--template", "vicuna_v1"]
+    tiled = [*arguments, *tiles, "--patch-merge-type", "spatial_unpad", "--vision-feature-layer", "-2", "-1"]
+    assert main(tiled) == 0
+    config = json.loads(Path(out, "config.json").read_text())
+    assert config["image_grid_pinpoints"] == [[28, 56], [56, 28]]
+    assert (config["patch_merge_type"], config["vision_feature_layer"]) == ("spatial_unpad", [-2, -1])
+    capsys.readouterr()
+    ask(picture, "What is this?", "--model", out, capsys=capsys)
     assert main([*arguments, "--template", "vicuna_v1", "--language-model", "no/such-model"]) == 2
     printed = capsys.readouterr().err.splitlines()[-1]
     assert printed.startswith("llava: got language_model 'no/such-model'; expected a folder or a Hub id")
