@@ -5,7 +5,8 @@
 A fifth of the requests shows no picture and a fifth shows two. Answers are as long as in LLaVA's instruction data by
 its published composition: half of them words or letters, a quarter phrases and boxes, the others paragraphs. Same
 weights, same processor, and the same number of new tokens for each request on both sides. In 32 bits the answers must
-be equal token by token, or the benchmark fails; in 16 bits rounding decides between tokens that are nearly equal.
+be equal token by token, or the benchmark fails; in 16 bits rounding decides between tokens that are nearly equal. The
+limit counts what ours computes, and the weights once for each token of the longest answer.
 
 The peer's batches are filled in the order of the requests. It is given the batch size with which it is fastest, found
 on the first quarter of the requests. Preparing text and pictures counts on both sides.
@@ -24,10 +25,12 @@ from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedModel
 
 from modeling_llava import AnyLlavaConfig
 from modeling_llava.batched_generation import AnswerRequest, generate_answers
+from modeling_llava.packed_linear import pack_linear_layers
 from processing_llava import AnyLlavaImageProcessorPil, AnyLlavaProcessor
 
 from .models import IMAGE_TOKEN_ID, SIZES, build_config, build_model, build_peer, build_processor
 from .report import render_table
+from .roofline import count_operations, count_weights
 from .timing import Row, clock, compare, default_dtype, interleave, prepare
 
 NUM_REQUESTS = {"cpu": 32, "cuda": 128}
@@ -54,6 +57,7 @@ def build_inputs(size: str, *, device: str) -> tuple[PreTrainedModel, PreTrained
     processor.tokenizer.pad_token = processor.tokenizer.unk_token
     ours = build_model(config, device=device, dtype=default_dtype(device))
     peer = build_peer(ours)
+    pack_linear_layers(ours)
     for model in (ours, peer):
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
@@ -131,13 +135,18 @@ def measure(device: str, size: str, rounds: int, *, num_requests: int | None = N
     }
     times = interleave(jobs, rounds=rounds, device=device)
     lengths = [request.max_new_tokens for request in requests]
+    work = {
+        "bytes": count_weights(ours.model.language_model.layers, ours.lm_head) * max(lengths) / sum(lengths),
+        "operations": count_operations(jobs["ours"]) / sum(lengths),
+    }
     for own_ids, peer_ids in zip(answers["ours"], answers["peer"]):
         if [len(ids) for ids in own_ids] != lengths or (ours.dtype == torch.float32 and own_ids != peer_ids):
             different = [index for index, (own, other) in enumerate(zip(own_ids, peer_ids)) if own != other]
             raise RuntimeError(f"the answers to requests {different} differ")
     name = f"batch captioning, {num_requests} mixed requests"
     peer_name = f"transformers, batches of {best}"
-    return [compare(name, times["ours"], times["peer"], unit="tokens/s", amount=sum(lengths), peer_name=peer_name)]
+    settings = {"unit": "tokens/s", "amount": sum(lengths), "peer_name": peer_name}
+    return [compare(name, times["ours"], times["peer"], **settings, **work)]
 
 
 def main() -> None:

@@ -6,13 +6,14 @@ Same weights, processor and conversation; the picture has 576 tokens and comes w
 from the messages to the first token, preparing the picture included. The two take turns, and every round starts with
 nothing. In 32 bits the tokens of the answers must be equal, or the benchmark fails; in 16 bits rounding decides
 between tokens that are nearly equal. Random weights speak no language: their answers are split into other tokens when
-they are read again, so that ChatSession has to compute them once more. Those of a trained model are not.
+they are read again, so that ChatSession has to compute them once more. Those of a trained model are not. The limit
+counts the tokens that are new in a turn, and the picture in the first one; not attention.
 """
 
 import argparse
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -21,8 +22,9 @@ from transformers import PreTrainedModel
 from modeling_llava.inference import ChatSession
 from processing_llava import AnyLlavaProcessor
 
-from .models import SIZES, build_pair, build_processor
+from .models import SIZES, TILE_SIZE, build_pair, build_processor
 from .report import render_table
+from .roofline import count_operations, count_weights
 from .timing import Row, clock, compare, default_dtype, prepare
 
 QUESTIONS = [
@@ -34,13 +36,20 @@ QUESTIONS = [
 ]
 
 
-def record_answers(model: PreTrainedModel) -> list[list[int]]:
-    """The ids of every answer that `model.generate` gives from now on."""
-    answers, generate = [], model.generate
+class Answer(NamedTuple):
+    num_prompt_tokens: int
+    ids: list[int]
+
+
+def record_answers(model: PreTrainedModel) -> list[Answer]:
+    """Every answer that `model.generate` gives from now on."""
+    answers: list[Answer] = []
+    generate = model.generate
 
     def record(**settings) -> torch.Tensor:
         output_ids = generate(**settings)
-        answers.append(output_ids[0, settings["input_ids"].shape[1] :].tolist())
+        num_prompt_tokens = settings["input_ids"].shape[1]
+        answers.append(Answer(num_prompt_tokens, output_ids[0, num_prompt_tokens:].tolist()))
         return output_ids
 
     model.generate = record
@@ -73,6 +82,25 @@ def talk(answer: Callable[[list, int], str], image: Image.Image, *, num_tokens: 
     return seconds
 
 
+def count_work(model: PreTrainedModel, answers: list[Answer], *, device: str) -> list[dict[str, float]]:
+    """Bytes and operations of each turn, after one of which there are two answers: one token, and all."""
+    layers, itemsize = model.model.language_model.layers, model.dtype.itemsize
+    pixels = torch.zeros(1, 3, TILE_SIZE, TILE_SIZE, device=device, dtype=model.dtype)
+    turns, num_known_tokens = [], 0
+    for answer in answers[1::2]:
+        num_new_tokens = max(1, answer.num_prompt_tokens - num_known_tokens)
+        turns.append(
+            {
+                "bytes": count_weights(layers, model.lm_head),
+                "operations": 2 * num_new_tokens * count_weights(layers) // itemsize,
+            }
+        )
+        num_known_tokens = answer.num_prompt_tokens + len(answer.ids)
+    with torch.no_grad():
+        turns[0]["operations"] += count_operations(partial(model.get_image_features, pixels, return_dict=True))
+    return turns
+
+
 def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> list[Row]:
     """A row of `benchmarks.timing` for each turn; a first round does not count.
 
@@ -85,19 +113,20 @@ def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> lis
     noise = torch.randint(0, 256, (48, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     image = Image.fromarray(noise.numpy()).resize((640, 480))
     times: dict[str, list[list[float]]] = {"peer": [], "ours": []}
-    ids = {"peer": record_answers(peer), "ours": record_answers(ours)}
+    answers = {"peer": record_answers(peer), "ours": record_answers(ours)}
     for _ in range(rounds + 1):
-        answers = {
+        talkers = {
             "peer": partial(answer_with_generate, peer, processor),
             "ours": partial(answer_with_session, ChatSession(ours, processor)),
         }
-        for kind, answer in answers.items():
+        for kind, answer in talkers.items():
             times[kind].append(talk(answer, image, num_tokens=num_tokens, device=device))
-        if ours.dtype == torch.float32 and ids["ours"] != ids["peer"]:
+        if ours.dtype == torch.float32 and answers["ours"] != answers["peer"]:
             raise RuntimeError("the answers differ")
     turns = {kind: list(zip(*seconds[1:])) for kind, seconds in times.items()}
+    work = count_work(ours, answers["ours"][: 2 * len(QUESTIONS)], device=device)
     return [
-        compare(f"turn {turn + 1} to the first token", turns["ours"][turn], turns["peer"][turn])
+        compare(f"turn {turn + 1} to the first token", turns["ours"][turn], turns["peer"][turn], **work[turn])
         for turn in range(len(QUESTIONS))
     ]
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from modeling_llava.packed_linear import pack_linear_layers
 from modeling_llava.quantization import quantize_to_int8
 
 from .decoding import settings_for, take_turns, time_decoding, time_prefill
@@ -165,22 +166,23 @@ def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> lis
     ours = build_model(build_config(size), device=device, dtype=dtype)
     ids = torch.randint(3, 32000, (1, NUM_PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
     prompt = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids, device=device)}
-    models: dict[str, tuple[PreTrainedModel, dict[str, Any]]] = {
-        "": (ours, {}),
-        ", compiled": (ours, settings_for(is_compiled=True, device=device)),
-    }
+    models: dict[str, tuple[PreTrainedModel, dict[str, Any]]] = {"": (ours, {})}
     floats = {"cpu": "F32", "cuda": "BF16"}[device]
-    peers = {"": floats, ", compiled": floats}
+    peers = {"": floats}
     if device == "cpu":
         int8 = copy.deepcopy(ours)
         quantize_to_int8(int8)
+        pack_linear_layers(int8)
         models[", int8"], peers[", int8"] = (int8, {}), "Q8_0"
+    else:
+        models[", compiled"], peers[", compiled"] = (ours, settings_for(is_compiled=True, device=device)), floats
     with tempfile.TemporaryDirectory() as folder:
         others = {}
         for weights in dict.fromkeys(peers.values()):
             path = Path(folder) / f"{weights}.gguf"
             write_gguf(ours, path, weights=weights)
             others[weights] = LlamaCpp(path, device=device, states=floats)
+        pack_linear_layers(ours)
         check_logits(ours, others[floats], prompt)
         rows = []
         for label, (model, settings) in models.items():

@@ -126,7 +126,9 @@ def load_once(loader: str, folder: Path, *, dtype: torch.dtype, device: str) -> 
     is_done.set()
     watcher.join()
     assert model.dtype == dtype
-    return {"seconds": seconds, "peak": max(peak, own_memory()) - before}
+    # Weights of 16 bits are read, and others written.
+    num_bytes = sum(2 * parameter.numel() + parameter.nbytes for parameter in model.parameters())
+    return {"seconds": seconds, "peak": max(peak, own_memory()) - before, "bytes": num_bytes}
 
 
 def measure(device: str, size: str, rounds: int, *, dtype: torch.dtype | None = None) -> list[Row]:
@@ -148,7 +150,8 @@ def measure(device: str, size: str, rounds: int, *, dtype: torch.dtype | None = 
         runs = {loader: [run[field] for run in results[loader]] for loader in loaders}
         for loader in loaders[1:]:
             title = f"{'loading' if unit == 's' else 'peak memory'}, {LOADERS[loader][1]}"
-            rows.append(compare(title, runs[loader], runs[PEER], unit=unit, peer_name=LOADERS[PEER][1]))
+            work = {"bytes": results[loader][0]["bytes"]} if unit == "s" else {}
+            rows.append(compare(title, runs[loader], runs[PEER], unit=unit, peer_name=LOADERS[PEER][1], **work))
     return rows
 
 

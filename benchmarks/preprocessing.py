@@ -101,6 +101,8 @@ def compare_images(pictures: list[Image.Image], *, rounds: int) -> list[Row]:
             name: lambda backend=backend: backend(pictures, return_tensors="pt") for name, backend in backends.items()
         }
         seconds = interleave(jobs, rounds=rounds, device="cpu", clock=processor_seconds)
+        prepared = backends[EXACT](pictures, return_tensors="pt")["pixel_values"]
+        num_bytes = sum(3 * picture.width * picture.height for picture in pictures) + prepared.nbytes
         notes = {name: describe_difference(backend, backends[EXACT], pictures) for name, backend in backends.items()}
         for ours in (EXACT, FAST):
             for peer in (name for name in (PEER, TORCHVISION) if name in backends):
@@ -113,6 +115,7 @@ def compare_images(pictures: list[Image.Image], *, rounds: int) -> list[Row]:
                         amount=len(pictures),
                         peer_name=peer,
                         note=f"{notes[ours]}; {peer}: {notes[peer]}",
+                        bytes=num_bytes / len(pictures),
                     )
                 )
     return rows

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_llava.inference import EMBEDDED_MODEL, load_for_inference
+from modeling_llava.packed_linear import pack_linear_layers
 from modeling_llava.tiny_llava.evaluate import evaluate
 from modeling_llava.visual_tokens import choose_features
 from processing_llava import AnyLlavaProcessor
@@ -131,6 +132,7 @@ def measure_accuracy(
 def measure_time(size: str, device: str, *, rounds: int) -> dict[str, dict[str, Any]]:
     """`{"25 %": {"tokens": 144, "choose": seconds, "prefill": seconds, "ratio": ..., "spread": [...]}}`."""
     model = build_model(build_config(size), device=device, dtype=default_dtype(device))
+    pack_linear_layers(model)
     width = model.config.text_config.hidden_size
     features_ND = torch.randn(NUM_IMAGE_TOKENS, width, device=device, dtype=model.dtype)
     jobs: dict[str, Callable[[], Any]] = {}
@@ -222,8 +224,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     prepare(arguments.device)
-    model, processor = load_for_inference(arguments.model)
-    accuracy = measure_accuracy(model.to(arguments.device), processor, arguments.questions, samples=arguments.samples)
+    model, processor = load_for_inference(arguments.model, device=arguments.device)
+    accuracy = measure_accuracy(model, processor, arguments.questions, samples=arguments.samples)
     times = measure_time(arguments.size, arguments.device, rounds=arguments.rounds)
     arguments.out.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(arguments, name) for name in ("samples", "size", "device", "rounds")}

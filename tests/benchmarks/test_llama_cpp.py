@@ -17,4 +17,4 @@ def test_both_compute_the_same_logits():
         pytest.skip("needs llama-cpp-python and gguf: pip install llama-cpp-python gguf")
     rows = measure("cpu", "tiny", 1, num_tokens=3)
     assert {row["peer_name"] for row in rows} == {"llama.cpp, F32", "llama.cpp, Q8_0"}
-    assert len(rows) == 5
+    assert len(rows) == 4
