@@ -123,6 +123,19 @@ def take_turns(jobs: dict[str, Callable[[], float]], rounds: int) -> dict[str, l
     return seconds
 
 
+def build_models(size: str, device: str) -> dict[str, PreTrainedModel]:
+    """By their names in the results; "peer" and "ours" hold the same weights."""
+    ours, peer = build_pair(size, device=device, dtype=default_dtype(device))
+    complete_tower(peer)
+    models = {"peer": peer, "ours": ours}
+    if device == "cpu":
+        # The same seed makes the same weights.
+        models["int8"] = build_model(build_config(size), device=device, dtype=default_dtype(device))
+        quantize_to_int8(models["int8"])
+        pack_linear_layers(models["int8"])
+    return models
+
+
 def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> list[Row]:
     """Rows of encoding, prefill and decoding.
 
@@ -130,67 +143,85 @@ def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> lis
         ValueError: if the two classes do not give the same tokens.
     """
     prepare(device)
-    dtype = default_dtype(device)
-    ours, peer = build_pair(size, device=device, dtype=dtype)
-    complete_tower(peer)
-    models = {"peer": peer, "ours": ours}
-    if device == "cpu":
-        # The same seed makes the same weights.
-        models["int8"] = build_model(build_config(size), device=device, dtype=dtype)
-        quantize_to_int8(models["int8"])
-        pack_linear_layers(models["int8"])
+    models = build_models(size, device)
     shape = (1, 3, TILE_SIZE, TILE_SIZE)
-    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, default_dtype(device))
     with torch.no_grad():
-        features = list(ours.get_image_features(pixels, return_dict=True).pooler_output)
+        features = list(models["ours"].get_image_features(pixels, return_dict=True).pooler_output)
     prompt = build_prompt(1, features, device)
     # In 16 bits, which of two almost equal tokens is larger depends on the kernel.
-    num_compared = num_tokens if dtype == torch.float32 else 1
-    if generate(ours, prompt, num_compared, device)[1] != generate(peer, prompt, num_compared, device)[1]:
+    num_compared = num_tokens if default_dtype(device) == torch.float32 else 1
+    ours, peer = (generate(models[name], prompt, num_compared, device)[1] for name in ("ours", "peer"))
+    if ours != peer:
         raise ValueError(
             "got other tokens from ours than from transformers' class; expected the same: nothing measured"
         )
-
-    pair = {name: models[name] for name in ("peer", "ours")}
-    seconds = take_turns({name: partial(time_encoding, model, pixels, device) for name, model in pair.items()}, rounds)
-    work = {
-        "bytes": count_weights(ours.model.vision_tower, ours.model.mm_projector),
-        "operations": count_operations(partial(time_encoding, ours, pixels, device)),
-    }
-    rows = [compare("encode, 1 image", seconds["ours"], seconds["peer"], unit="ms", **work)]
-    num_weight_bytes = count_weights(ours.model.language_model.layers, ours.lm_head)
+    rows = [measure_encoding(models, pixels, rounds, device=device)]
     for num_image_tokens in PREFILLED_TOKENS:
         repeated = features[0].repeat(-(-num_image_tokens // len(features[0])), 1)
-        prompt = build_prompt(1, [repeated[:num_image_tokens]], device)
-        jobs = {name: partial(time_prefill, model, prompt, device) for name, model in models.items()}
-        work = {
-            "bytes": num_weight_bytes,
-            "operations": count_operations(partial(generate, ours, prompt, 1, device)),
-        }
-        name = f"prefill, {num_image_tokens} + {NUM_TEXT_TOKENS} tokens"
-        rows += _rows(name, take_turns(jobs, rounds), work=work, unit="ms")
+        rows += measure_prefill(models, [repeated[:num_image_tokens]], rounds, device=device)
     for batch in BATCHES:
-        prompt = build_prompt(batch, features, device)
-        decode = partial(time_decoding, prompt=prompt, num_tokens=num_tokens, device=device)
-        jobs = {name: partial(decode, model) for name, model in models.items()}
-        if device != "cpu" or batch == 1:
-            settings = settings_for(is_compiled=True, device=device)
-            compiled = {"peer": peer} if device == "cpu" else pair
-            jobs |= {f"{name}, compiled": partial(decode, model, **settings) for name, model in compiled.items()}
-        amount = batch * (num_tokens - 1)
-        # Of one token: its part of the weights, the states of its row, and what is computed after the prefill.
-        first, all_tokens = (
-            count_operations(partial(generate, ours, prompt, count, device)) for count in (1, num_tokens)
-        )
-        text = ours.config.text_config
-        state_bytes = 2 * text.num_hidden_layers * text.hidden_size * dtype.itemsize
-        work = {
-            "bytes": num_weight_bytes / batch + state_bytes * (prompt["input_ids"].shape[1] + num_tokens / 2),
-            "operations": (all_tokens - first) / amount,
-        }
-        seconds = take_turns(jobs, rounds)
-        rows += _rows(f"decode, batch {batch}", seconds, work=work, unit="tokens/s", amount=amount)
+        rows += measure_decoding(models, features, rounds, batch=batch, num_tokens=num_tokens, device=device)
     return rows
+
+
+def measure_encoding(models: dict[str, PreTrainedModel], pixels: torch.Tensor, rounds: int, *, device: str) -> Row:
+    """From pixels to features for the language model; towers are never in int8."""
+    jobs = {name: partial(time_encoding, models[name], pixels, device) for name in ("peer", "ours")}
+    seconds = take_turns(jobs, rounds)
+    parts = models["ours"].model
+    work = {
+        "bytes": count_weights(parts.vision_tower, parts.mm_projector),
+        "operations": count_operations(jobs["ours"]),
+    }
+    return compare("encode, 1 image", seconds["ours"], seconds["peer"], unit="ms", **work)
+
+
+def measure_prefill(
+    models: dict[str, PreTrainedModel], features: list[torch.Tensor], rounds: int, *, device: str
+) -> list[Row]:
+    """From features and text to the first token."""
+    prompt = build_prompt(1, features, device)
+    jobs = {name: partial(time_prefill, model, prompt, device) for name, model in models.items()}
+    ours = models["ours"]
+    work = {
+        "bytes": count_weights(ours.model.language_model.layers, ours.lm_head),
+        "operations": count_operations(partial(generate, ours, prompt, 1, device)),
+    }
+    name = f"prefill, {sum(map(len, features))} + {NUM_TEXT_TOKENS} tokens"
+    return _rows(name, take_turns(jobs, rounds), work=work, unit="ms")
+
+
+def measure_decoding(
+    models: dict[str, PreTrainedModel],
+    features: list[torch.Tensor],
+    rounds: int,
+    *,
+    batch: int,
+    num_tokens: int,
+    device: str,
+) -> list[Row]:
+    """From the first token to the last one, for a batch of equal rows."""
+    prompt = build_prompt(batch, features, device)
+    decode = partial(time_decoding, prompt=prompt, num_tokens=num_tokens, device=device)
+    jobs = {name: partial(decode, model) for name, model in models.items()}
+    if device != "cpu" or batch == 1:
+        settings = settings_for(is_compiled=True, device=device)
+        for name in ("peer",) if device == "cpu" else ("peer", "ours"):
+            jobs[f"{name}, compiled"] = partial(decode, models[name], **settings)
+    amount = batch * (num_tokens - 1)
+    ours = models["ours"]
+    # Of one token: its part of the weights, the states of its row, and what is computed after the prefill.
+    first, all_tokens = (count_operations(partial(generate, ours, prompt, count, device)) for count in (1, num_tokens))
+    text = ours.config.text_config
+    state_bytes = 2 * text.num_hidden_layers * text.hidden_size * ours.dtype.itemsize
+    weight_bytes = count_weights(ours.model.language_model.layers, ours.lm_head)
+    work = {
+        "bytes": weight_bytes / batch + state_bytes * (prompt["input_ids"].shape[1] + num_tokens / 2),
+        "operations": (all_tokens - first) / amount,
+    }
+    seconds = take_turns(jobs, rounds)
+    return _rows(f"decode, batch {batch}", seconds, work=work, unit="tokens/s", amount=amount)
 
 
 def _rows(name: str, seconds: dict[str, list[float]], *, work: dict[str, float], **settings) -> list[Row]:

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 from transformers import BatchFeature, LogitsProcessorList, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -27,9 +26,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .batched_attention import RowStates, check_row_attention, use_row_attention
-from .cached_generation import REUSING_MODEL_TYPES, PromptImage, build_states, limit_new_tokens, read_images
+from .cached_generation import REUSING_MODEL_TYPES, build_states, limit_new_tokens
 from .chat_cache import ChatCache
 from .foreign_processors import encode_messages
+from .prompt_images import PromptImage, load_features, read_images
 from .token_stream import build_sampler
 
 MAX_PASS_TOKENS = 2048
@@ -263,7 +263,8 @@ class BatchedGeneration:
     def _compute_logits(self, new_rows: list[_Row]) -> torch.Tensor:
         """Logits `[N, vocabulary]` after the newest token of every row, the new ones last."""
         device = self.model.device
-        features = self._load_features(new_rows)
+        images = [(image, row.inputs) for row in new_rows for image in row.images]
+        features = load_features(self.model, self.cache, images)
         prompt_lengths = [len(row.prompt_ids) for row in new_rows]
         positions = self._states.begin_pass(prompt_lengths, [row.largest_length for row in new_rows])
         ids = [row.ids[-1] for row in self._rows]
@@ -272,9 +273,9 @@ class BatchedGeneration:
             ids += row.prompt_ids
             newest.append(len(ids) - 1)
             row.inputs = None
-        images = {}
+        encoded = {}
         if features:
-            images["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+            encoded["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
         with use_row_attention(self.model.base_model.language_model):
             outputs = self.model(
                 input_ids=torch.tensor([ids], device=device),
@@ -282,36 +283,10 @@ class BatchedGeneration:
                 logits_to_keep=torch.tensor(newest, device=device),
                 use_cache=False,
                 row_states=self._states,
-                **images,
+                **encoded,
             )
         # As `generate` does, before anything is compared or drawn.
         return outputs.logits[0].float()
-
-    def _load_features(self, rows: list[_Row]) -> list[torch.Tensor]:
-        """Features of the images of rows, in reading order; the tower sees each unknown image once."""
-        features = {image.digest: self.cache.find_features(image.digest) for row in rows for image in row.images}
-        unknown = {
-            image.digest: {
-                name: row.inputs[name][image.row] for name in ("pixel_values", "image_sizes") if name in row.inputs
-            }
-            for row in rows
-            for image in row.images
-            if features[image.digest] is None
-        }
-        if unknown:
-            images = list(unknown.values())
-            pixels = [image["pixel_values"] for image in images]
-            batch = {}
-            if pixels[0].ndim == 4:
-                num_tiles = max(len(tiles) for tiles in pixels)
-                pixels = [pad(tiles, (0, 0) * 3 + (0, num_tiles - len(tiles))) for tiles in pixels]
-                batch["image_sizes"] = torch.stack([image["image_sizes"] for image in images])
-            batch["pixel_values"] = torch.stack(pixels).to(self.model.device)
-            encoded = self.model.get_image_features(**batch, return_dict=True).pooler_output
-            for digest, image_features in zip(unknown, encoded):
-                features[digest] = image_features
-                self.cache.store_features(digest, image_features)
-        return [features[image.digest] for row in rows for image in row.images]
 
     def _draw(self, logits_NV: torch.Tensor) -> list[int]:
         tokens_N = logits_NV.argmax(dim=-1)

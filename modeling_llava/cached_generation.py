@@ -8,9 +8,6 @@ Telling images apart takes the number of tokens of each, so only `REUSING_MODEL_
 answer as `generate` does. (`AnyLlavaForConditionalGeneration.from_pretrained` reads transformers' LLaVA-NeXT, too.)
 """
 
-import hashlib
-from dataclasses import dataclass
-
 import torch
 from transformers import BatchFeature, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -21,21 +18,12 @@ from .compiled_decoding import build_compile_config, build_static_states
 from .generation import leave_room
 from .int8_linear import Int8Linear
 from .packed_linear import PackedLinear
+from .prompt_images import PromptImage, load_features, read_images
 
 REUSING_MODEL_TYPES = ("any_llava", "llava")
 """Ours, and transformers' own LLaVA 1.5."""
 LENGTH_DEPENDENT_ROPE_TYPES = {"dynamic", "longrope"}
 """Position embeddings of the first tokens change when a conversation grows long."""
-
-
-@dataclass(frozen=True)
-class PromptImage:
-    row: int
-    """In `pixel_values`."""
-    digest: bytes
-    start: int
-    """Its first token in the prompt."""
-    num_tokens: int
 
 
 class CachedGeneration:
@@ -118,50 +106,11 @@ class CachedGeneration:
         return model_type in REUSING_MODEL_TYPES and not (model_type == "llava" and "image_sizes" in self.inputs)
 
     def _load_features(self, images: list[PromptImage]) -> list[torch.Tensor]:
-        """Features of the image tokens that are not reused, in reading order; the tower sees unknown images only."""
+        """Features of the image tokens that are not reused, in reading order."""
         images = [image for image in images if image.start + image.num_tokens > self.num_reused_tokens]
-        features = {image.digest: self.cache.find_features(image.digest) for image in images}
-        unknown = {image.digest: image.row for image in images if features[image.digest] is None}
-        if unknown:
-            rows = list(unknown.values())
-            names = ("pixel_values", "image_sizes")
-            pixels = {name: self.inputs[name][rows].to(self.model.device) for name in names if name in self.inputs}
-            encoded = self.model.get_image_features(**pixels, return_dict=True).pooler_output
-            for digest, image_features in zip(unknown, encoded):
-                features[digest] = image_features
-                self.cache.store_features(digest, image_features)
-        return [features[image.digest][max(0, self.num_reused_tokens - image.start) :] for image in images]
-
-
-def read_images(model: PreTrainedModel, inputs: BatchFeature, *, scope: bytes = b"") -> list[PromptImage]:
-    """The images of a prompt, in reading order; digests of equal images differ between scopes.
-
-    Raises:
-        ValueError: if image tokens and images of the prompt do not match.
-    """
-    if "pixel_values" not in inputs:
-        return []
-    pixel_values, image_sizes = inputs["pixel_values"], inputs.get("image_sizes")
-    image_mask_BL = inputs["input_ids"] == model.config.image_token_id
-    tiles = list(pixel_values)
-    if model.config.model_type == "any_llava":
-        layouts = model.model.plan_images(pixel_values, image_sizes)
-        counts = [layout.num_tokens for layout in layouts]
-        model.model.check_image_tokens(image_mask_BL, counts)
-        if pixel_values.ndim == 5:
-            # The padding to the largest number of tiles depends on the other images.
-            tiles = [image[: layout.num_tiles] for image, layout in zip(tiles, layouts)]
-    else:
-        counts = [int(image_mask_BL.sum()) // len(tiles)] * len(tiles)
-    positions = image_mask_BL[0].nonzero()[:, 0].tolist()
-    images, num_before = [], 0
-    for row, (image, count) in enumerate(zip(tiles, counts)):
-        size = None if image_sizes is None else image_sizes[row].tolist()
-        digest = hashlib.sha256(scope + f"{tuple(image.shape)} {size} {count}".encode())
-        digest.update(image.contiguous().view(torch.uint8).numpy())
-        images.append(PromptImage(row, digest.digest(), positions[num_before], count))
-        num_before += count
-    return images
+        features = load_features(self.model, self.cache, [(image, self.inputs) for image in images])
+        starts = [max(0, self.num_reused_tokens - image.start) for image in images]
+        return [image_features[start:] for image_features, start in zip(features, starts)]
 
 
 def limit_new_tokens(model: PreTrainedModel, *, num_prompt_tokens: int, max_new_tokens: int) -> int:

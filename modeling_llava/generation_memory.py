@@ -148,16 +148,22 @@ def predict_generation(
             f"got a language model of type {model_type!r}, which decides by its data what it computes ({error.func}); "
             "expected one that does not: measure its memory instead"
         ) from error
-    weights = sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
-    activations = max(0, max(peaks) - start - num_cached)
-    if quantization is not None:
-        linears = (module for module in model.model.language_model.modules() if type(module) is nn.Linear)
-        weights -= int(
-            sum(linear.weight.numel() for linear in linears) * (dtype.itemsize - WEIGHT_BITS[quantization] / 8)
-        )
     return GenerationMemory(
-        weights=weights, cache=num_cached, activations=activations, num_prompt_tokens=num_prompt_tokens
+        weights=_count_weights(model, quantization),
+        cache=num_cached,
+        activations=max(0, max(peaks) - start - num_cached),
+        num_prompt_tokens=num_prompt_tokens,
     )
+
+
+def _count_weights(model: AnyLlavaForConditionalGeneration, quantization: str | None) -> int:
+    """Bytes of parameters and buffers."""
+    num_bytes = sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+    if quantization is None:
+        return num_bytes
+    linears = (module for module in model.model.language_model.modules() if type(module) is nn.Linear)
+    saved = model.dtype.itemsize - WEIGHT_BITS[quantization] / 8
+    return num_bytes - int(saved * sum(linear.weight.numel() for linear in linears))
 
 
 def _plan_largest_image(model: AnyLlavaForConditionalGeneration) -> tuple[int, int]:

@@ -10,7 +10,6 @@ import PIL.Image
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from modeling_llava import batched_generation
 from modeling_llava.batched_attention import RowStates
@@ -18,18 +17,7 @@ from modeling_llava.batched_generation import AnswerRequest, BatchedGeneration, 
 from modeling_llava.chat_cache import ChatCache
 from modeling_llava.inference import ChatSession, load_for_inference
 from tests.conftest import GOLDENS
-from tests.original_folders import widen
-from tests.tiny import (
-    PATCH_SIZE,
-    PINPOINTS,
-    TEXT_CONFIGS,
-    TILE_SIZE,
-    VISION_CONFIGS,
-    VOCAB_SIZE,
-    tiny_model,
-    tiny_processor,
-    tiny_tokenizer,
-)
+from tests.modeling_llava.session_models import build_anyres, build_text_model, build_transformers_own
 
 CAT, COFFEE, RETINA = (
     PIL.Image.open(GOLDENS / "images" / f"{name}.png").convert("RGB")
@@ -37,42 +25,6 @@ CAT, COFFEE, RETINA = (
 )
 TALL = CAT.resize((40, 160))
 """Of fewer tiles than the others, and never beside them in a request."""
-
-
-def build_text_model(text: str, *, sliding_window: int | None = None):
-    processor = tiny_processor()
-    model = tiny_model(text, image_token_id=processor.image_token_id)
-    if text == "mistral":
-        model.config.text_config.sliding_window = sliding_window
-    return model, processor
-
-
-def build_anyres():
-    tiled = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": PINPOINTS, "patch_merge_type": "spatial_unpad"}
-    processor = tiny_processor(**tiled)
-    del tiled["image_aspect_ratio"]
-    return tiny_model(image_token_id=processor.image_token_id, **tiled), processor
-
-
-def build_transformers_own():
-    torch.manual_seed(0)
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    text = TEXT_CONFIGS["llama"]()
-    text.vocab_size = VOCAB_SIZE + 1
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=VISION_CONFIGS["clip"](), text_config=text, image_token_id=VOCAB_SIZE)
-    )
-    widen(model)
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": TILE_SIZE}, crop_size=TILE_SIZE),
-        tokenizer,
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=tiny_processor().chat_template,
-    )
-    return model.eval(), processor
 
 
 MODELS = {
