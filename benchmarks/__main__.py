@@ -12,7 +12,6 @@ import argparse
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
 import shlex
 import sys
@@ -25,7 +24,7 @@ import torch
 
 from .models import SIZES
 from .report import draw, render_table
-from .roofline import measure_limits
+from .roofline import describe_hardware, measure_limits
 from .timing import prepare, release_memory
 
 PARTS = ("loading", "preprocessing", "decoding", "llama_cpp", "chat", "captioning", "memory", "training")
@@ -53,14 +52,6 @@ def describe_run(device: str, *, size: str, rounds: int) -> dict[str, Any]:
         "parts": {},
         "failed": {},
     }
-
-
-def describe_hardware(device: str) -> str:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    processor = f"{os.cpu_count()} cores ({torch.backends.cpu.get_cpu_capability()}), {memory:.0f} GiB"
-    if device == "cpu":
-        return processor
-    return f"{torch.cuda.get_device_name()}, {torch.cuda.mem_get_info()[1] / 2**30:.0f} GiB, beside {processor}"
 
 
 def choose_parts(text: str | None) -> tuple[str, ...]:

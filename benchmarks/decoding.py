@@ -11,97 +11,35 @@ there only batch 1 is compiled, since compiling takes a minute for each batch.
 
 import argparse
 import copy
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import PreTrainedModel
 
-from modeling_llava.compiled_decoding import SMALLEST_LENGTH, build_compile_config
+from modeling_llava.inference_dtype import is_slow_on_processor
 from modeling_llava.packed_linear import pack_linear_layers
 from modeling_llava.quantization import quantize_to_int8
 
-from .models import IMAGE_TOKEN_ID, SIZES, TILE_SIZE, build_config, build_model, build_pair
+from .generation_times import (
+    NUM_TEXT_TOKENS,
+    build_prompt,
+    generate,
+    settings_for,
+    take_turns,
+    time_decoding,
+    time_encoding,
+    time_prefill,
+)
+from .models import SIZES, TILE_SIZE, build_config, build_model, build_pair
 from .report import render_table
 from .roofline import count_operations, count_weights
-from .timing import PEER, Row, clock, compare, default_dtype, prepare
+from .timing import PEER, Row, compare, default_dtype, prepare, release_memory
 
-NUM_TEXT_TOKENS = 64
 BATCHES = (1, 8, 32)
 PREFILLED_TOKENS = (576, 2928)
 """Of an image: one tile, and what LLaVA-NeXT keeps at most of five, newlines included."""
 COMPILED = "peer, compiled"
-
-
-class TokenClock(StoppingCriteria):
-    """Remembers when each token came."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.times: list[float] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs) -> torch.BoolTensor:
-        self.times.append(clock(self.device))
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-def build_prompt(batch: int, features: list[torch.Tensor], device: str) -> dict[str, Any]:
-    """Rows of images and a text, with the features of the images, `[N, D]` each."""
-    text = torch.randint(3, IMAGE_TOKEN_ID, (NUM_TEXT_TOKENS - 1,), generator=torch.Generator().manual_seed(0))
-    ids = torch.tensor([[1, *[IMAGE_TOKEN_ID] * sum(map(len, features)), *text.tolist()]], device=device).expand(
-        batch, -1
-    )
-    encoded = BaseModelOutputWithPooling(pooler_output=features * batch)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_encoder_outputs": {"image": encoded}}
-
-
-def settings_for(*, is_compiled: bool, device: str) -> dict[str, Any]:
-    """Arguments of `generate` for dynamic states, or for compiled steps on static ones."""
-    if not is_compiled:
-        return {}
-    return {
-        "cache_implementation": "static",
-        "max_cache_len": SMALLEST_LENGTH,
-        "compile_config": build_compile_config(torch.device(device)),
-    }
-
-
-def generate(
-    model: PreTrainedModel, prompt: dict, num_tokens: int, device: str, **settings
-) -> tuple[list[float], list]:
-    """The time of each new token, and the tokens."""
-    token_clock = TokenClock(device)
-    ids = model.generate(
-        **prompt,
-        max_new_tokens=num_tokens,
-        min_new_tokens=num_tokens,
-        do_sample=False,
-        eos_token_id=2,
-        pad_token_id=0,
-        stopping_criteria=StoppingCriteriaList([token_clock]),
-        **settings,
-    )
-    return token_clock.times, ids[:, prompt["input_ids"].shape[1] :].tolist()
-
-
-def time_encoding(model: PreTrainedModel, pixels: torch.Tensor, device: str) -> float:
-    start = clock(device)
-    with torch.no_grad():
-        model.get_image_features(pixels, return_dict=True)
-    return clock(device) - start
-
-
-def time_prefill(model: PreTrainedModel, prompt: dict, device: str) -> float:
-    start = clock(device)
-    generate(model, prompt, 1, device)
-    return clock(device) - start
-
-
-def time_decoding(model: PreTrainedModel, prompt: dict, num_tokens: int, device: str, **settings) -> float:
-    times, _ = generate(model, prompt, num_tokens, device, **settings)
-    return times[-1] - times[0]
 
 
 def complete_tower(peer: PreTrainedModel) -> None:
@@ -112,25 +50,21 @@ def complete_tower(peer: PreTrainedModel) -> None:
     peer.config.vision_feature_layer = -2
 
 
-def take_turns(jobs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each job returns in each round; a first round does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for number in range(rounds + 1):
-        for name, job in jobs.items():
-            value = job()
-            if number:
-                seconds[name].append(value)
-    return seconds
+def choose_dtypes(device: str) -> tuple[torch.dtype, ...]:
+    """What is measured: on a CPU with units for it, bfloat16 too, in which checkpoints are loaded there."""
+    if device == "cpu" and not is_slow_on_processor(torch.bfloat16):
+        return (torch.float32, torch.bfloat16)
+    return (default_dtype(device),)
 
 
-def build_models(size: str, device: str) -> dict[str, PreTrainedModel]:
+def build_models(size: str, device: str, dtype: torch.dtype) -> dict[str, PreTrainedModel]:
     """By their names in the results; "peer" and "ours" hold the same weights."""
-    ours, peer = build_pair(size, device=device, dtype=default_dtype(device))
+    ours, peer = build_pair(size, device=device, dtype=dtype)
     complete_tower(peer)
     models = {"peer": peer, "ours": ours}
-    if device == "cpu":
+    if device == "cpu" and dtype == torch.float32:
         # The same seed makes the same weights.
-        models["int8"] = build_model(build_config(size), device=device, dtype=default_dtype(device))
+        models["int8"] = build_model(build_config(size), device=device, dtype=dtype)
         quantize_to_int8(models["int8"])
         pack_linear_layers(models["int8"])
     return models
@@ -143,38 +77,45 @@ def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> lis
         ValueError: if the two classes do not give the same tokens.
     """
     prepare(device)
-    models = build_models(size, device)
-    shape = (1, 3, TILE_SIZE, TILE_SIZE)
-    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, default_dtype(device))
-    with torch.no_grad():
-        features = list(models["ours"].get_image_features(pixels, return_dict=True).pooler_output)
-    prompt = build_prompt(1, features, device)
+    rows = []
+    for dtype in choose_dtypes(device):
+        models = build_models(size, device, dtype)
+        shape = (1, 3, TILE_SIZE, TILE_SIZE)
+        pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        with torch.no_grad():
+            features = list(models["ours"].get_image_features(pixels, return_dict=True).pooler_output)
+        check_tokens(models, build_prompt(1, features, device), num_tokens, device=device)
+        rows.append(measure_encoding(models, pixels, rounds, device=device))
+        for num_image_tokens in PREFILLED_TOKENS:
+            repeated = features[0].repeat(-(-num_image_tokens // len(features[0])), 1)
+            rows += measure_prefill(models, [repeated[:num_image_tokens]], rounds, device=device)
+        for batch in BATCHES:
+            rows += measure_decoding(models, features, rounds, batch=batch, num_tokens=num_tokens, device=device)
+        del models
+        release_memory()
+    return rows
+
+
+def check_tokens(models: dict[str, PreTrainedModel], prompt: dict, num_tokens: int, *, device: str) -> None:
     # In 16 bits, which of two almost equal tokens is larger depends on the kernel.
-    num_compared = num_tokens if default_dtype(device) == torch.float32 else 1
+    num_compared = num_tokens if models["ours"].dtype == torch.float32 else 1
     ours, peer = (generate(models[name], prompt, num_compared, device)[1] for name in ("ours", "peer"))
     if ours != peer:
         raise ValueError(
             "got other tokens from ours than from transformers' class; expected the same: nothing measured"
         )
-    rows = [measure_encoding(models, pixels, rounds, device=device)]
-    for num_image_tokens in PREFILLED_TOKENS:
-        repeated = features[0].repeat(-(-num_image_tokens // len(features[0])), 1)
-        rows += measure_prefill(models, [repeated[:num_image_tokens]], rounds, device=device)
-    for batch in BATCHES:
-        rows += measure_decoding(models, features, rounds, batch=batch, num_tokens=num_tokens, device=device)
-    return rows
 
 
 def measure_encoding(models: dict[str, PreTrainedModel], pixels: torch.Tensor, rounds: int, *, device: str) -> Row:
     """From pixels to features for the language model; towers are never in int8."""
     jobs = {name: partial(time_encoding, models[name], pixels, device) for name in ("peer", "ours")}
-    seconds = take_turns(jobs, rounds)
     parts = models["ours"].model
     work = {
         "bytes": count_weights(parts.vision_tower, parts.mm_projector),
         "operations": count_operations(jobs["ours"]),
     }
-    return compare("encode, 1 image", seconds["ours"], seconds["peer"], unit="ms", **work)
+    (row,) = _rows("encode, 1 image", take_turns(jobs, rounds), models=models, work=work, unit="ms")
+    return row
 
 
 def measure_prefill(
@@ -189,7 +130,7 @@ def measure_prefill(
         "operations": count_operations(partial(generate, ours, prompt, 1, device)),
     }
     name = f"prefill, {sum(map(len, features))} + {NUM_TEXT_TOKENS} tokens"
-    return _rows(name, take_turns(jobs, rounds), work=work, unit="ms")
+    return _rows(name, take_turns(jobs, rounds), models=models, work=work, unit="ms")
 
 
 def measure_decoding(
@@ -220,22 +161,30 @@ def measure_decoding(
         "bytes": weight_bytes / batch + state_bytes * (prompt["input_ids"].shape[1] + num_tokens / 2),
         "operations": (all_tokens - first) / amount,
     }
-    seconds = take_turns(jobs, rounds)
-    return _rows(f"decode, batch {batch}", seconds, work=work, unit="tokens/s", amount=amount)
+    settings = {"unit": "tokens/s", "amount": amount}
+    return _rows(f"decode, batch {batch}", take_turns(jobs, rounds), models=models, work=work, **settings)
 
 
-def _rows(name: str, seconds: dict[str, list[float]], *, work: dict[str, float], **settings) -> list[Row]:
+def _rows(
+    name: str,
+    seconds: dict[str, list[float]],
+    *,
+    models: dict[str, PreTrainedModel],
+    work: dict[str, float],
+    **settings: Any,
+) -> list[Row]:
     """Everything of ours beside the eager peer, and our fastest with the same results beside the compiled one.
 
     `work` is that of weights in floats; the limits say nothing of int8.
     """
     rows = []
+    dtype = str(models["ours"].dtype).removeprefix("torch.")
     fastest = "ours, compiled" if "ours, compiled" in seconds else "ours"
     for ours, values in seconds.items():
         if ours.startswith("peer"):
             continue
-        extras = settings if ours == "int8" else settings | work
-        label = name if ours == "ours" else f"{name}, {ours.removeprefix('ours, ')}"
+        extras = settings if ours == "int8" else settings | work | {"dtype": dtype}
+        label = f"{name}, {ours.replace('ours', dtype)}"
         rows.append(compare(label, values, seconds["peer"], **extras))
         if ours == fastest and COMPILED in seconds:
             rows.append(compare(label, values, seconds[COMPILED], peer_name=f"{PEER}, compiled", **extras))

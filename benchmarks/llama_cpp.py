@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from modeling_llava.packed_linear import pack_linear_layers
 from modeling_llava.quantization import quantize_to_int8
 
-from .decoding import settings_for, take_turns, time_decoding, time_prefill
+from .generation_times import settings_for, take_turns, time_decoding, time_prefill
 from .models import SIZES, build_config, build_model
 from .report import render_table
 from .timing import Row, clock, compare, default_dtype, prepare

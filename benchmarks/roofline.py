@@ -6,6 +6,7 @@ reads and writes, which is slower than only reading; and what fits into a proces
 """
 
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,6 +26,14 @@ MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 Limits = dict[str, dict[str, float]]
 """`{"float32": {"bytes_per_second": ..., "operations_per_second": ...}, "bfloat16": ...}`; a multiplication and the
 addition after it are two operations."""
+
+
+def describe_hardware(device: str) -> str:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    processor = f"{os.cpu_count()} cores ({torch.backends.cpu.get_cpu_capability()}), {memory:.0f} GiB"
+    if device == "cpu":
+        return processor
+    return f"{torch.cuda.get_device_name()}, {torch.cuda.mem_get_info()[1] / 2**30:.0f} GiB, beside {processor}"
 
 
 def measure_limits(device: str, *, rounds: int = 3) -> Limits:

@@ -36,8 +36,8 @@ from modeling_llava.tiny_llava.evaluate import evaluate
 from modeling_llava.visual_tokens import choose_features
 from processing_llava import AnyLlavaProcessor
 
-from .__main__ import describe_hardware
 from .models import IMAGE_TOKEN_ID, NUM_IMAGE_TOKENS, SIZES, build_config, build_model
+from .roofline import describe_hardware
 from .timing import default_dtype, interleave, prepare
 
 QUESTIONS = Path(__file__).parents[1] / "tests" / "heldout" / "questions.json"

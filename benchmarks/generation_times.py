@@ -1,0 +1,95 @@
+"""Timing one generation: encoding, the first token, and the tokens after it, by jobs that take turns."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from modeling_llava.compiled_decoding import SMALLEST_LENGTH, build_compile_config
+
+from .models import IMAGE_TOKEN_ID
+from .timing import clock
+
+NUM_TEXT_TOKENS = 64
+
+
+class TokenClock(StoppingCriteria):
+    """Remembers when each token came."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs) -> torch.BoolTensor:
+        self.times.append(clock(self.device))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def build_prompt(batch: int, features: list[torch.Tensor], device: str) -> dict[str, Any]:
+    """Rows of images and a text, with the features of the images, `[N, D]` each."""
+    text = torch.randint(3, IMAGE_TOKEN_ID, (NUM_TEXT_TOKENS - 1,), generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[1, *[IMAGE_TOKEN_ID] * sum(map(len, features)), *text.tolist()]], device=device).expand(
+        batch, -1
+    )
+    encoded = BaseModelOutputWithPooling(pooler_output=features * batch)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_encoder_outputs": {"image": encoded}}
+
+
+def settings_for(*, is_compiled: bool, device: str) -> dict[str, Any]:
+    """Arguments of `generate` for dynamic states, or for compiled steps on static ones."""
+    if not is_compiled:
+        return {}
+    return {
+        "cache_implementation": "static",
+        "max_cache_len": SMALLEST_LENGTH,
+        "compile_config": build_compile_config(torch.device(device)),
+    }
+
+
+def generate(
+    model: PreTrainedModel, prompt: dict, num_tokens: int, device: str, **settings
+) -> tuple[list[float], list]:
+    """The time of each new token, and the tokens."""
+    token_clock = TokenClock(device)
+    ids = model.generate(
+        **prompt,
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
+        do_sample=False,
+        eos_token_id=2,
+        pad_token_id=0,
+        stopping_criteria=StoppingCriteriaList([token_clock]),
+        **settings,
+    )
+    return token_clock.times, ids[:, prompt["input_ids"].shape[1] :].tolist()
+
+
+def time_encoding(model: PreTrainedModel, pixels: torch.Tensor, device: str) -> float:
+    start = clock(device)
+    with torch.no_grad():
+        model.get_image_features(pixels, return_dict=True)
+    return clock(device) - start
+
+
+def time_prefill(model: PreTrainedModel, prompt: dict, device: str) -> float:
+    start = clock(device)
+    generate(model, prompt, 1, device)
+    return clock(device) - start
+
+
+def time_decoding(model: PreTrainedModel, prompt: dict, num_tokens: int, device: str, **settings) -> float:
+    times, _ = generate(model, prompt, num_tokens, device, **settings)
+    return times[-1] - times[0]
+
+
+def take_turns(jobs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each job returns in each round; a first round does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for number in range(rounds + 1):
+        for name, job in jobs.items():
+            value = job()
+            if number:
+                seconds[name].append(value)
+    return seconds
