@@ -38,10 +38,11 @@ class LlavaDataCollator:
         read_features: Gives the tower features `[I, P, V]` of images. The batch then holds them as
             `mm_encoder_outputs`, and neither reads nor prepares pictures.
         on_bad_row: "raise", or "skip" rows that cannot be trained on: a batch then has fewer rows, each skipped one is
-            logged with its reason, and `skipped` holds the ids. Workers of a data loader have a collator each.
+            logged with its reason, and `skipped` holds the ids. For a batch without any other row, the first row of
+            the last batch stands in. Workers of a data loader have a collator each.
 
     Raises:
-        ValueError: naming the row, if it cannot be trained on; or all rows of a batch, if none can.
+        ValueError: naming the row, if it cannot be trained on; or all rows of the first batch, if none can.
     """
 
     def __init__(
@@ -62,10 +63,13 @@ class LlavaDataCollator:
         self.on_bad_row = on_bad_row
         self.skipped: list[str] = []
         """Ids of the rows that were left out so far."""
+        self._stand_in: dict[str, Any] | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         try:
-            return self._collate(rows)
+            batch = self._collate(rows)
+            self._stand_in = rows[0]
+            return batch
         except (OSError, ValueError):
             # Rare enough to look at each row on its own.
             faults = [self._find_fault(row) for row in rows]
@@ -79,12 +83,16 @@ class LlavaDataCollator:
         self.skipped += [row_id for row_id, _ in bad]
         for row_id, fault in bad:
             logger.warning(f"row {row_id!r} is skipped, {len(self.skipped)} so far: {fault}")
-        if len(bad) == len(rows):
+        good = [row for row, fault in zip(rows, faults) if fault is None]
+        if good:
+            return self._collate(good)
+        if self._stand_in is None:
             raise ValueError(
                 f"got a batch in which no row can be trained on: {', '.join(row_id for row_id, _ in bad)}; expected "
                 f"at least one; the first says: {bad[0][1]}"
             )
-        return self._collate([row for row, fault in zip(rows, faults) if fault is None])
+        logger.warning(f"row {self._stand_in['id']!r} stands in for a batch in which no row can be trained on")
+        return self._collate([self._stand_in])
 
     def _find_fault(self, row: dict[str, Any]) -> Exception | None:
         """Why a row cannot be trained on."""

@@ -144,6 +144,17 @@ def test_a_batch_of_bad_rows_alone_is_an_error(image_folder):
         collator([bad["lost"], bad["broken"]])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_last_good_row_stands_in_for_a_batch_of_bad_ones(image_folder, packed):
+    good = [row(image_folder, "<image>\nQ", f"A{n}", image="red.png", row_id=f"good {n}") for n in range(2)]
+    bad = bad_rows(image_folder)
+    collator = LlavaDataCollator(tiny_processor(), packed=packed, on_bad_row="skip")
+    collator(good)
+    batch = collator([bad["lost"], bad["broken"]])
+    assert collator.skipped == ["lost", "broken"]
+    assert batch["input_ids"].equal(LlavaDataCollator(tiny_processor(), packed=packed)(good[:1])["input_ids"])
+
+
 def test_other_ways_to_treat_bad_rows_are_refused():
     with pytest.raises(ValueError, match="got on_bad_row='ignore'; expected one of raise, skip"):
         LlavaDataCollator(tiny_processor(), on_bad_row="ignore")
