@@ -1,7 +1,7 @@
 """Loading a model for answering, and ChatSession: a conversation about pictures that streams."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -57,17 +57,7 @@ def load_for_inference(
     base |= {} if visual_tokens is None else {"visual_tokens": visual_tokens}
     chosen = {} if template is None else {"template": template}
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    load = AutoModelForVision2Seq.from_pretrained
-    if quantization is not None:
-        from .quantization import ON_GPU, ON_PROCESSOR
-
-        expected = (ON_PROCESSOR,) if device.type == "cpu" else tuple(ON_GPU)
-        if quantization not in expected:
-            raise ValueError(f"got quantization={quantization!r} on {device}; expected {' or '.join(expected)}")
-        # Transformers' own classes do not know these names; ours reads their checkpoints.
-        load = partial(AnyLlavaForConditionalGeneration.from_pretrained, quantization=quantization)
-        if device.type != "cpu":
-            load = partial(load, device_map=device)
+    load = AutoModelForVision2Seq.from_pretrained if quantization is None else _quantizing_loader(quantization, device)
     try:
         processor = AutoProcessor.from_pretrained(name, **chosen, **base)
         loaded = load(name, **base)
@@ -90,6 +80,17 @@ def load_for_inference(
     if loaded.config.model_type in REUSING_MODEL_TYPES:
         pack_linear_layers(loaded)
     return loaded.eval(), processor
+
+
+def _quantizing_loader(quantization: str, device: torch.device) -> Callable[..., PreTrainedModel]:
+    from .quantization import ON_GPU, ON_PROCESSOR
+
+    expected = (ON_PROCESSOR,) if device.type == "cpu" else tuple(ON_GPU)
+    if quantization not in expected:
+        raise ValueError(f"got quantization={quantization!r} on {device}; expected {' or '.join(expected)}")
+    # Transformers' own classes do not know these names; ours reads their checkpoints.
+    placement = {} if device.type == "cpu" else {"device_map": device}
+    return partial(AnyLlavaForConditionalGeneration.from_pretrained, quantization=quantization, **placement)
 
 
 @dataclass(frozen=True)
