@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .inference_dtype import is_slow_on_processor
+
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -40,12 +42,14 @@ class PackedLinear(nn.Module):
 
 
 def pack_linear_layers(model: PreTrainedModel) -> None:
-    """Pack in place. An output layer that is tied to the embeddings stays as it is, and so do models with adapters.
+    """Pack in place, where there is something to gain: on a processor that is fast with the floats of the model.
 
-    The model can answer afterwards, and neither train, nor be saved, nor move to another device.
+    An output layer that is tied to the embeddings stays as it is, and so do models with adapters. A packed model can
+    answer, and neither train, nor be saved, nor move to another device.
     """
-    is_packable = torch.backends.mkldnn.is_available() and model.device.type == "cpu" and model.dtype in PACKED_DTYPES
-    if not is_packable or getattr(model, "_hf_peft_config_loaded", False):
+    has_kernels = torch.backends.mkldnn.is_available() and model.device.type == "cpu"
+    has_floats = model.dtype in PACKED_DTYPES and not is_slow_on_processor(model.dtype)
+    if not (has_kernels and has_floats) or getattr(model, "_hf_peft_config_loaded", False):
         return
     embeddings = model.get_input_embeddings().weight
     for name, module in list(model.named_modules()):
