@@ -4,8 +4,9 @@
 
 A checkpoint in transformers' layout is loaded by each class in a process of its own, which answers about a picture of
 576 tokens. On a CPU, memory is the peak of what the process holds while it answers (VmHWM), mapped files included,
-above what it held before loading, when a tiny model had already answered: libraries do not count. On a GPU it is the
-peak of what PyTorch allocates there. `benchmarks.loading` measures loading.
+above what it held before loading, when a tiny model had already answered: libraries do not count. For every class,
+glibc is told to give back what is freed (MALLOC_TRIM_THRESHOLD_), of which it keeps tens of megabytes otherwise. On a
+GPU memory is the peak of what PyTorch allocates there. `benchmarks.loading` measures loading.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from .timing import Row, compare, default_dtype, prepare, release_memory, run_ap
 
 KINDS = {"cpu": ("peer", "ours", "int8"), "cuda": ("peer", "ours")}
 NUM_TEXT_TOKENS = 64
+GIVING_BACK = {"MALLOC_TRIM_THRESHOLD_": str(2**20)}
 NUM_NEW_TOKENS = {"tiny": 8, "mid": 64, "7b": 256, "13b": 256}
 
 
@@ -72,9 +74,11 @@ def measure_peak(kind: str, folder: Path, *, device: str, num_new_tokens: int) -
     """Bytes that a loaded checkpoint takes in this process while it answers."""
     dtype = default_dtype(device)
     tiny = build_model(build_config("tiny"), device=device, dtype=dtype)
-    for model in (tiny, build_peer(tiny)):
+    peer = build_peer(tiny)
+    pack_linear_layers(tiny)
+    for model in (tiny, peer):
         answer(model, num_new_tokens=2)
-    del model, tiny
+    del model, tiny, peer
     release_memory()
     before = start_peak(device)
     model = load(kind, folder, device=device)
@@ -92,10 +96,8 @@ def measure(device: str, size: str, rounds: int) -> list[Row]:
         del model
         release_memory()
         arguments = ("--device", device, "--new-tokens", str(num_new_tokens))
-        peaks = {
-            kind: run_apart("benchmarks.memory", "--measure", kind, folder, *arguments)["peak"]
-            for kind in KINDS[device]
-        }
+        run = partial(run_apart, "benchmarks.memory", environment=GIVING_BACK)
+        peaks = {kind: run("--measure", kind, folder, *arguments)["peak"] for kind in KINDS[device]}
         predict = partial(
             predict_generation,
             read_config(folder),

@@ -6,6 +6,7 @@ they are those on the wall, from an idle device to an idle device: what the host
 
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -110,13 +111,17 @@ def compare(
     }
 
 
-def run_apart(module: str, *arguments: str) -> dict[str, Any]:
+def run_apart(module: str, *arguments: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
     """Run a module in a process of its own; returns the JSON object that it prints last.
+
+    Args:
+        environment: Variables beside those of this process.
 
     Raises:
         RuntimeError: with what it wrote, if it fails.
     """
-    run = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True)
+    variables = os.environ | (environment or {})
+    run = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, env=variables)
     if run.returncode:
         raise RuntimeError(f"{module} {' '.join(arguments)} failed:\n{run.stderr}")
     return json.loads(run.stdout.splitlines()[-1])
