@@ -13,8 +13,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGener
 
 from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
 from modeling_llava.checkpoint_layouts import add_transformers_only_weights, rename_from_ours
+from modeling_llava.inference import prepare_for_processor
 from modeling_llava.original_layout import write_transformers_config
-from modeling_llava.packed_linear import pack_linear_layers
 from processing_llava import AnyLlavaImageProcessorPil, AnyLlavaProcessor
 from processing_llava.conversation_templates import load_template
 from processing_llava.sentencepiece_tokenizer import load_sentencepiece_tokenizer
@@ -84,7 +84,7 @@ def build_pair(size: str, *, device: str, dtype: torch.dtype) -> tuple[PreTraine
     """Our model, as `load_for_inference` gives it, and that of transformers' own class."""
     ours = build_model(build_config(size), device=device, dtype=dtype)
     peer = build_peer(ours)
-    pack_linear_layers(ours)
+    prepare_for_processor(ours)
     return ours, peer
 
 

@@ -19,6 +19,8 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from .token_attention import attend_to_states
+
 NAME = "any_llava_rows"
 """The `attn_implementation` of a language model during a pass."""
 SLOT_STEP = 64
@@ -145,10 +147,8 @@ class RowStates:
                     slice(None),
                     slice(0 if window is None else max(0, length - window), length),
                 )
-                attended = scaled_dot_product_attention(
-                    query_NKGD[row : row + 1], keys_SKCD[seen], values_SKCD[seen], scale=scaling
-                )
-                yield attended.flatten(1, 2)
+                query = query_NKGD[row : row + 1]
+                yield attend_to_states(query, keys_SKCD[seen], values_SKCD[seen], scaling=scaling).flatten(1, 2)
             return
         seen = slice(0, len(lengths)), slice(None), slice(0, max(lengths))
         if window not in self._masks:

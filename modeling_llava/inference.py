@@ -22,6 +22,7 @@ from .foreign_processors import encode_messages
 from .inference_dtype import is_slow_on_processor
 from .modeling_llava import AnyLlavaForConditionalGeneration
 from .packed_linear import pack_linear_layers
+from .token_attention import use_token_attention
 from .token_stream import StreamedText, build_sampler, stream_tokens
 
 EMBEDDED_MODEL = str(Path(__file__).parent / "tiny_llava" / "checkpoint")
@@ -39,7 +40,7 @@ def load_for_inference(
 ) -> tuple[PreTrainedModel, AnyLlavaProcessor]:
     """Load a model and its processor, for answering.
 
-    On a processor, a model that runs there is packed (`packed_linear`): to train it or to save it, load it with
+    A model for a processor is prepared for it and does nothing but answer: to train it or to save it, load it with
     `AutoModelForVision2Seq.from_pretrained`.
 
     Args:
@@ -78,8 +79,18 @@ def load_for_inference(
             loaded = loaded.float()
         loaded = loaded.to(device)
     if loaded.config.model_type in REUSING_MODEL_TYPES:
-        pack_linear_layers(loaded)
+        prepare_for_processor(loaded)
     return loaded.eval(), processor
+
+
+def prepare_for_processor(model: PreTrainedModel) -> None:
+    """Pack the weights of a LLaVA that is on a processor, and let it attend as fast as memory is read, in place.
+
+    Its results change by rounding alone.
+    """
+    if model.device.type == "cpu":
+        pack_linear_layers(model)
+        use_token_attention(model)
 
 
 def _quantizing_loader(quantization: str, device: torch.device) -> Callable[..., PreTrainedModel]:

@@ -42,14 +42,13 @@ class PackedLinear(nn.Module):
 
 
 def pack_linear_layers(model: PreTrainedModel) -> None:
-    """Pack in place, where there is something to gain: on a processor that is fast with the floats of the model.
+    """Pack in place a model on a processor, where that one is fast with the floats of the model.
 
     An output layer that is tied to the embeddings stays as it is, and so do models with adapters. A packed model can
     answer, and neither train, nor be saved, nor move to another device.
     """
-    has_kernels = torch.backends.mkldnn.is_available() and model.device.type == "cpu"
     has_floats = model.dtype in PACKED_DTYPES and not is_slow_on_processor(model.dtype)
-    if not (has_kernels and has_floats) or getattr(model, "_hf_peft_config_loaded", False):
+    if not (torch.backends.mkldnn.is_available() and has_floats) or getattr(model, "_hf_peft_config_loaded", False):
         return
     embeddings = model.get_input_embeddings().weight
     for name, module in list(model.named_modules()):
