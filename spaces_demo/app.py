@@ -138,7 +138,7 @@ def build_page(menu: ModelMenu, *, feedback: FeedbackFile | None = None) -> Priv
         emptied = [*turn, looked, words, layers, view]
         cleared = gr.on([left.clear, right.clear], handlers.forget, None, emptied, cancels=answers, **AT_ONCE)
         # An answer that is cancelled calls `finish` at the same time, which may show it once more.
-        cleared.then(handlers.forget, None, emptied, **AT_ONCE)
+        cleared.then(handlers.forget_again, conversation, emptied, **AT_ONCE)
         if feedback is not None:
             for column, chat in enumerate((left, right)):
                 chat.like(handlers.rate, [conversation, gr.State(column)], None, **QUEUED)

@@ -139,6 +139,12 @@ class Handlers:
         hidden = gr.update(visible=False)
         return *self._show(Conversation(), self._open_textbox(value=None)), None, hidden, hidden, ""
 
+    def forget_again(self, conversation: Conversation) -> tuple:
+        """As `forget`, of an answer that came back; a question that was typed or asked since stays."""
+        if conversation.turns and conversation.turns[-1].answers:
+            return self.forget()
+        return (gr.skip(),) * 8
+
     def take_picture(self, picture: str | None, message: dict[str, Any]) -> tuple:
         """Camera, text box -> camera, text box."""
         if picture is None:

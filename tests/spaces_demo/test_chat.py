@@ -1,5 +1,7 @@
 """Talking with models on the page: a real browser, real checkpoints, a second process."""
 
+import time
+
 import pytest
 
 from tests.spaces_demo.conftest import EXAMPLES, Visitor, start_demo
@@ -37,9 +39,10 @@ def test_upload_ask_and_a_second_turn_about_the_same_picture(visit):
 def test_an_answer_streams_and_stops(visit):
     visitor = visit()
     visitor.ask_for_an_endless_answer()
-    lengths = set()
-    while len(lengths) < 4:
+    lengths, deadline = set(), time.monotonic() + 20
+    while len(lengths) < 4 and time.monotonic() < deadline:
         lengths.add(len(visitor.answers().first.inner_text()))
+    assert len(lengths) == 4
     visitor.shoot("streaming")
     visitor.page.locator("#question .stop-button").click()
     visitor.captions().get_by_text("stopped").wait_for()
