@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from .inference_dtype import is_slow_on_processor
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
+SMALLEST_WEIGHT = 2**18
+"""In numbers. What is smaller stays in the caches of a processor, where calling the kernels costs more than they gain."""
 
 
 class PackedLinear(nn.Module):
@@ -44,15 +46,16 @@ class PackedLinear(nn.Module):
 def pack_linear_layers(model: PreTrainedModel) -> None:
     """Pack in place a model on a processor, where that one is fast with the floats of the model.
 
-    An output layer that is tied to the embeddings stays as it is, and so do models with adapters. A packed model can
-    answer, and neither train, nor be saved, nor move to another device.
+    Small layers and an output layer that is tied to the embeddings stay as they are, and so do models with adapters. A
+    packed model can answer, and neither train, nor be saved, nor move to another device.
     """
     has_floats = model.dtype in PACKED_DTYPES and not is_slow_on_processor(model.dtype)
     if not (torch.backends.mkldnn.is_available() and has_floats) or getattr(model, "_hf_peft_config_loaded", False):
         return
     embeddings = model.get_input_embeddings().weight
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and module.weight is not embeddings:
+        is_large = type(module) is nn.Linear and module.weight.numel() >= SMALLEST_WEIGHT
+        if is_large and module.weight is not embeddings:
             model.set_submodule(name, PackedLinear(module))
     model.requires_grad_(False)
     # What is left may be a view of a mapped file, all of which has been read by now, and would stay in memory.

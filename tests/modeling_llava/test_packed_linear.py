@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_llava import AnyLlavaForConditionalGeneration
+from modeling_llava import AnyLlavaForConditionalGeneration, packed_linear
 from modeling_llava.inference import EMBEDDED_MODEL, ChatSession, load_for_inference
 from modeling_llava.inference_dtype import is_slow_on_processor
 from modeling_llava.packed_linear import PackedLinear, pack_linear_layers
@@ -14,6 +14,11 @@ from tests.tiny import TEXT_CONFIGS, batch, random_images, save_tiny_checkpoint,
 
 if not torch.backends.mkldnn.is_available():
     pytest.skip("needs a PyTorch with oneDNN", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def pack_small_layers(monkeypatch):
+    monkeypatch.setattr(packed_linear, "SMALLEST_WEIGHT", 1)
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -65,6 +70,13 @@ def test_loading_for_inference_packs_and_lets_go_of_the_file(tmp_path):
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
     assert isinstance("".join(ChatSession(model, processor).ask("What is this?", max_new_tokens=3)), str)
     assert not is_packed(AnyLlavaForConditionalGeneration.from_pretrained(tmp_path))
+
+
+def test_small_layers_stay_as_they_are(monkeypatch):
+    monkeypatch.undo()
+    model = tiny_model()
+    pack_linear_layers(model)
+    assert not is_packed(model)
 
 
 def test_a_model_with_an_adapter_stays_as_it_is():
