@@ -13,7 +13,7 @@ from .inference_dtype import is_slow_on_processor
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 SMALLEST_WEIGHT = 2**18
-"""In numbers. What is smaller stays in the caches of a processor, where calling the kernels costs more than they gain."""
+"""In numbers. Smaller ones stay in the caches of a processor, where calling a kernel costs more than it gains."""
 
 
 class PackedLinear(nn.Module):
