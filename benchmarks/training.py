@@ -185,16 +185,18 @@ def measure(
         RuntimeError: if the trainers compute different losses.
     """
     num_rows, rows_per_step = num_rows or NUM_ROWS[size], rows_per_step or ROWS_PER_STEP[size]
+    options = ("--device", device, "--size", size, "--rows-per-step", str(rows_per_step))
     rows = []
-    for stage, kinds in STAGES.items():
-        results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
-        with tempfile.TemporaryDirectory() as folder:
-            write_rows(Path(folder), num_rows=num_rows)
-            options = ("--device", device, "--size", size, "--rows-per-step", str(rows_per_step))
+    with tempfile.TemporaryDirectory() as folder:
+        write_rows(Path(folder), num_rows=num_rows)
+        for stage, kinds in STAGES.items():
+            results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
             for _ in range(rounds):
                 for kind in kinds:
                     results[kind].append(run_apart("benchmarks.training", "--measure", kind, stage, folder, *options))
-        rows += compare_trainers(results, stage=stage, num_rows=num_rows, rows_per_step=rows_per_step, device=device)
+            rows += compare_trainers(
+                results, stage=stage, num_rows=num_rows, rows_per_step=rows_per_step, device=device
+            )
     return rows
 
 
