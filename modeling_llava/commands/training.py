@@ -107,6 +107,10 @@ def run_train(options: argparse.Namespace) -> None:
         for section in preview(recipe, color=sys.stdout.isatty()):
             print(section.rstrip() + "\n")
         return
+    from accelerate import PartialState
+
     from modeling_llava.training.run import train
 
     print(train(recipe, resume=options.resume))
+    # A process that ends while torch's threads still hold its tensors can abort, and the launcher calls it a failure.
+    PartialState().destroy_process_group()

@@ -2,6 +2,7 @@
 
 import sys
 
+import torch.distributed
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
@@ -12,4 +13,6 @@ from tests.tiny import VOCAB_SIZE
 PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 # Three positions in a chunk: the processes of a run have different numbers of chunks.
 supervised_loss.MAX_LOGITS = 3 * VOCAB_SIZE
-sys.exit(main(sys.argv[1:]))
+status = main(sys.argv[1:])
+assert not torch.distributed.is_initialized()
+sys.exit(status)
