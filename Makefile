@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: help demo test test-slow test-transformers test-vllm fuzz bench check format tiny-llava
+.PHONY: help demo test test-slow test-transformers test-deepspeed test-vllm fuzz bench check format tiny-llava
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -27,6 +27,13 @@ test-slow: $(READY)  ## the tests that take long: several processes, a browser, 
 test-transformers: $(READY)  ## transformers' own tests, on the classes of this package; downloads them once
 	$(BIN)/python -m tests.transformers_suite.fetch
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/transformers_suite
+
+DEEPSPEED := $(CURDIR)/$(VENV)/deepspeed
+test-deepspeed: $(READY)  ## runs that DeepSpeed divides; installs it beside the rest and needs a C++ compiler
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --upgrade --target $(DEEPSPEED) \
+		deepspeed==0.19.8 einops hjson msgpack ninja py-cpuinfo
+	PYTHONPATH=$(DEEPSPEED) PATH=$(DEEPSPEED)/bin:$$PATH HF_HUB_OFFLINE=1 $(BIN)/python -m pytest \
+		-m slow -k deepspeed tests/modeling_llava/training/test_distributed.py
 
 VLLM := .venv-vllm
 test-vllm: $(READY)  ## vLLM reads an exported checkpoint; installs it into an environment of its own
