@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from modeling_llava.compiled_decoding import decode_ahead
 from modeling_llava.inference import prepare_for_processor
 from modeling_llava.quantization import quantize_to_int8
 
@@ -175,7 +176,8 @@ def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> lis
         prepare_for_processor(int8)
         models[", int8"], peers[", int8"] = (int8, {}), "Q8_0"
     else:
-        models[", compiled"], peers[", compiled"] = (ours, settings_for(is_compiled=True, device=device)), floats
+        settings = {"custom_generate": decode_ahead} | settings_for(is_compiled=True, device=device)
+        models[", compiled"], peers[", compiled"] = (ours, settings), floats
     with tempfile.TemporaryDirectory() as folder:
         others = {}
         for weights in dict.fromkeys(peers.values()):

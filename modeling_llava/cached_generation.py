@@ -8,13 +8,15 @@ Telling images apart takes the number of tokens of each, so only `REUSING_MODEL_
 answer as `generate` does. (`AnyLlavaForConditionalGeneration.from_pretrained` reads transformers' LLaVA-NeXT, too.)
 """
 
+from functools import partial
+
 import torch
 from transformers import BatchFeature, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .chat_cache import ChatCache, TokenKey
-from .compiled_decoding import build_compile_config, build_static_states
+from .compiled_decoding import build_compile_config, build_static_states, decode_ahead
 from .generation import leave_room
 from .int8_linear import Int8Linear
 from .packed_linear import PackedLinear
@@ -72,6 +74,8 @@ class CachedGeneration:
             settings["past_key_values"] = past
         if self.compile:
             settings["compile_config"] = build_compile_config(device)
+            # Transformers keeps the streamer from a loop that is not its own.
+            settings["custom_generate"] = partial(decode_ahead, streamer=settings.get("streamer"))
         features = self._load_features(images)
         if features:
             settings["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}

@@ -4,8 +4,13 @@ Only the steps of one token are compiled; a prompt has another length every time
 steps become CUDA graphs, which the host starts at once instead of kernel by kernel.
 """
 
+from collections import deque
+from typing import NamedTuple
+
 import torch
-from transformers import CompileConfig, PreTrainedModel, StaticCache
+from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, PreTrainedModel, StaticCache
+from transformers.generation import StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 SMALLEST_LENGTH = 1024
 """Of the states, in tokens: an image of 576 and a few turns. Longer ones double it, and are compiled anew."""
@@ -33,3 +38,66 @@ def build_compile_config(device: torch.device) -> CompileConfig:
     # Otherwise generate compiles on GPUs only.
     config._compile_all_devices = True
     return config
+
+
+def decode_ahead(
+    model: PreTrainedModel,
+    input_ids: torch.LongTensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    streamer: BaseStreamer | None = None,
+    **model_kwargs,
+) -> torch.LongTensor:
+    """The likeliest tokens, for `generate(custom_generate=decode_ahead)` on static states and rows without padding.
+
+    The loop of `generate` reads each token before it prepares the next step, and a GPU waits meanwhile. Here the host
+    reads a token when the step after it runs. An answer that ends before its greatest length has thus taken one step
+    too many, after which the states hold its last token too.
+    """
+    states = model_kwargs["past_key_values"]
+    step = model.get_compiled_call(generation_config.compile_config)
+    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    is_unfinished_B = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    pending: deque[_Transfer] = deque()
+    while True:
+        scores_BV = logits_processor(input_ids, outputs.logits[:, -1].to(copy=True, dtype=torch.float32))
+        # The next step writes to the same memory.
+        del outputs
+        tokens_B = torch.where(is_unfinished_B, scores_BV.argmax(dim=-1), generation_config._pad_token_tensor)
+        input_ids = torch.cat([input_ids, tokens_B[:, None]], dim=-1)
+        is_unfinished_B = is_unfinished_B & ~stopping_criteria(input_ids, None)
+        pending.append(_start_transfer(tokens_B, is_unfinished_B))
+        is_longest = input_ids.shape[1] >= stopping_criteria.max_length
+        while len(pending) > (0 if is_longest else 1):
+            tokens, is_unfinished = pending.popleft().wait()
+            if streamer is not None:
+                streamer.put(tokens)
+            if not is_unfinished.any():
+                if streamer is not None:
+                    streamer.end()
+                return input_ids[:, : input_ids.shape[1] - len(pending)]
+        outputs = step(input_ids=tokens_B[:, None], past_key_values=states, use_cache=True, return_dict=True)
+
+
+class _Transfer(NamedTuple):
+    """Tensors on their way to the host."""
+
+    tensors: list[torch.Tensor]
+    done: torch.Event | None
+
+    def wait(self) -> list[torch.Tensor]:
+        if self.done is not None:
+            self.done.synchronize()
+        return self.tensors
+
+
+def _start_transfer(*tensors: torch.Tensor) -> _Transfer:
+    copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+    device = tensors[0].device
+    if device.type == "cpu":
+        return _Transfer(copies, None)
+    done = torch.Event(device)
+    done.record()
+    return _Transfer(copies, done)

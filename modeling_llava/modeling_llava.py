@@ -312,7 +312,8 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
         """
         num_features_of_all = sum(features_per_image)
         if torch.compiler.is_compiling():
-            torch._check_tensor_all(image_mask_BL.sum() == num_features_of_all)
+            # A number for the host would be waited for at every step, which CUDA graphs cannot hold.
+            torch._assert_async(image_mask_BL.sum() == num_features_of_all, "image tokens and features disagree")
             return
         remaining = list(reversed(features_per_image))
         for row, num_tokens in enumerate(image_mask_BL.sum(dim=1).tolist()):

@@ -1,19 +1,23 @@
 """Compiled decoding: the tokens of plain decoding, from one graph for all tokens and turns."""
 
 import threading
+from functools import partial
 
 import PIL.Image
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from transformers import CompileConfig
+from transformers.generation.streamers import BaseStreamer
 
 import modeling_llava.cached_generation
 from modeling_llava.cached_generation import CachedGeneration
 from modeling_llava.chat_cache import ChatCache
-from modeling_llava.compiled_decoding import build_compile_config, build_static_states
+from modeling_llava.compiled_decoding import build_compile_config, build_static_states, decode_ahead
 from modeling_llava.inference import ChatSession
 from modeling_llava.quantization import quantize_to_int8
-from tests.tiny import tiny_model, tiny_processor
+from modeling_llava.token_stream import StreamedText
+from tests.tiny import VOCAB_SIZE, tiny_model, tiny_processor
 
 SETTINGS = {"max_new_tokens": 8}
 RED, BLUE = PIL.Image.new("RGB", (60, 40), "red"), PIL.Image.new("RGB", (30, 70), "blue")
@@ -30,9 +34,12 @@ def graphs(monkeypatch):
         seen.append(graph)
         return graph.forward
 
+    # Down to the operators that CUDA graphs would record.
+    backend = aot_autograd(fw_compiler=keep)
+
     def build(device: torch.device) -> CompileConfig:
         config = build_compile_config(device)
-        config.backend, config.mode = keep, None
+        config.backend, config.mode = backend, None
         return config
 
     monkeypatch.setattr(modeling_llava.cached_generation, "build_compile_config", build)
@@ -56,6 +63,55 @@ def test_one_graph_for_all_tokens_and_turns(graphs, text):
     session = ChatSession(model, processor, compile=True)
     assert talk(session) == expected
     assert session.statistics.num_reused_tokens > 0
+    assert len(graphs) == 1
+    operators = {node.target for node in graphs[0].graph.nodes}
+    assert torch.ops.aten._assert_async.msg in operators
+    # CUDA graphs cannot hold what waits for the device.
+    assert torch.ops.aten._local_scalar_dense.default not in operators
+
+
+def test_answers_that_end_early_can_be_continued(graphs, monkeypatch):
+    model, processor = build()
+    without_end, made = talk(ChatSession(model, processor)), []
+    streamed = StreamedText.add
+    monkeypatch.setattr(StreamedText, "add", lambda text, token: made.append(token) or streamed(text, token))
+    talk(ChatSession(model, processor))
+    model.generation_config.eos_token_id = made[2]
+    expected = talk(ChatSession(model, processor))
+    assert len(expected[0]) < len(without_end[0])
+    session = ChatSession(model, processor, compile=True)
+    assert talk(session) == expected
+    assert session.statistics.num_reused_tokens > 0
+
+
+class Recorder(BaseStreamer):
+    def __init__(self) -> None:
+        self.pieces = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.pieces.append(value.reshape(len(value), -1))
+
+    def end(self) -> None:
+        self.pieces.append(None)
+
+
+@pytest.mark.parametrize("end_of", [(0, 2), (1, 4), None], ids=str)
+def test_rows_end_where_generate_ends_them(graphs, end_of):
+    """Rows that end at different tokens, and states that have not room for one more."""
+    model, _ = build()
+    ids = torch.randint(3, 100, (3, 6), generator=torch.Generator().manual_seed(0))
+    settings = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
+    free = model.generate(ids, **settings, eos_token_id=VOCAB_SIZE - 1)
+    end = VOCAB_SIZE - 1 if end_of is None else int(free[end_of[0], 6 + end_of[1]])
+    settings["eos_token_id"] = end
+    expected, streamer = model.generate(ids, **settings), Recorder()
+    config = modeling_llava.cached_generation.build_compile_config(model.device)
+    static = {"cache_implementation": "static", "compile_config": config}
+    loop = partial(decode_ahead, streamer=streamer)
+    found = model.generate(ids, **settings, **static, custom_generate=loop, streamer=streamer)
+    assert found.tolist() == expected.tolist()
+    assert streamer.pieces.pop() is None
+    assert torch.cat(streamer.pieces, dim=1).tolist() == expected.tolist()
     assert len(graphs) == 1
 
 
