@@ -34,27 +34,34 @@ class RowStates:
         max_rows: Slots at most.
         max_tokens: Of all slots together, their unused ends included. One token of a 7B model takes 0.5 MB in 16 bits.
         row_by_row: Attend in one call for each row, which reads no padding, instead of one call with a mask.
+        fixed: All slots are there from the first pass on and share the tokens evenly, as `begin_step` needs them.
         device: Of the first layer.
     """
 
-    def __init__(self, *, max_rows: int, max_tokens: int, row_by_row: bool, device: torch.device) -> None:
+    def __init__(
+        self, *, max_rows: int, max_tokens: int, row_by_row: bool, device: torch.device, fixed: bool = False
+    ) -> None:
         self.max_rows = max_rows
         self.max_tokens = max_tokens
         self.row_by_row = row_by_row
+        self.fixed = fixed
         self.device = device
         self.lengths: list[int] = []
         """Tokens of each row, those of the running pass included."""
         self.num_running = 0
-        """Rows before the new ones."""
+        """Rows before the new ones; all slots in a step."""
+        self._new_lengths: list[int] = []
+        self._seen_length = 0
         self._largest_lengths: list[int] = []
         self._room = 0
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._newest_N = torch.empty(0)
         self._masks: dict[int | None, torch.Tensor] = {}
 
-    def takes(self, largest_length: int) -> bool:
-        """Whether a row that grows to this length can join once all others have left."""
-        return _round_up(largest_length) <= self.max_tokens
+    @property
+    def largest_length(self) -> int:
+        """To which a row can grow once all others have left."""
+        return self.max_tokens // self.max_rows if self.fixed else self.max_tokens // SLOT_STEP * SLOT_STEP
 
     def has_room(self, largest_lengths: list[int]) -> bool:
         """Whether rows that grow to these lengths can join."""
@@ -68,8 +75,9 @@ class RowStates:
         Returns:
             The positions `[1, T]` of the packed row.
         """
-        self.num_running = len(self.lengths)
+        self.num_running, self._new_lengths = len(self.lengths), lengths
         self.lengths = [length + 1 for length in self.lengths] + lengths
+        self._seen_length = max(self.lengths[: self.num_running], default=0)
         self._largest_lengths += largest_lengths
         self._make_room(self._plan_room(self._largest_lengths))
         newest = [length - 1 for length in self.lengths[: self.num_running]]
@@ -77,6 +85,21 @@ class RowStates:
         self._masks = {}
         prompts = [torch.arange(length, device=self.device) for length in lengths]
         return torch.cat([self._newest_N, *prompts])[None]
+
+    def begin_step(self) -> torch.LongTensor:
+        """Let every row grow by a token, in a pass over all slots, which has the same shapes every time.
+
+        Returns:
+            The positions `[1, S]` of the packed row; those of slots without a row are 0.
+        """
+        self.num_running, self._new_lengths = self._num_slots, []
+        self.lengths = [length + 1 for length in self.lengths]
+        self._seen_length = self._room
+        newest = [length - 1 for length in self.lengths] + [0] * (self._num_slots - len(self.lengths))
+        self._newest_N = torch.tensor(newest, device=self.device)
+        # Made here, since what a graph makes lies in memory of its own.
+        self._masks = {None: self._build_mask(None)}
+        return self._newest_N[None]
 
     def remove(self, row: int) -> None:
         """Give the slot of a row to the last one."""
@@ -113,6 +136,9 @@ class RowStates:
                 (self._num_slots, states.shape[0], self._room, states.shape[2]) for states in (key_KTD, value_KTD)
             ]
             self._layers[layer] = (key_KTD.new_zeros(shapes[0]), value_KTD.new_zeros(shapes[1]))
+            if self.fixed:
+                for states in self._layers[layer]:
+                    torch._dynamo.mark_static_address(states)
         keys_SKCD, values_SKCD = self._layers[layer]
         num_running = self.num_running
         attended = []
@@ -124,7 +150,7 @@ class RowStates:
             query_NKGD = query_HTD[:, :num_running].transpose(0, 1).unflatten(1, (len(key_KTD), -1))
             attended += self._attend_running(query_NKGD, keys_SKCD, values_SKCD, scaling, window)
         start = num_running
-        for row, length in enumerate(self.lengths[num_running:], start=num_running):
+        for row, length in enumerate(self._new_lengths, start=num_running):
             query, key, value = (states[None, :, start : start + length] for states in (query_HTD, key_KTD, value_KTD))
             keys_SKCD[row, :, :length], values_SKCD[row, :, :length] = key[0], value[0]
             attended.append(_attend_prompt(query, key, value, scaling, window)[0].transpose(0, 1))
@@ -138,31 +164,36 @@ class RowStates:
         values_SKCD: torch.Tensor,
         scaling: float | None,
         window: int | None,
-    ) -> Iterator[torch.Tensor]:
-        lengths = self.lengths[: self.num_running]
+    ) -> list[torch.Tensor]:
         if self.row_by_row:
-            for row, length in enumerate(lengths):
+            attended = []
+            for row, length in enumerate(self.lengths[: self.num_running]):
                 seen = (
                     slice(row, row + 1),
                     slice(None),
                     slice(0 if window is None else max(0, length - window), length),
                 )
                 query = query_NKGD[row : row + 1]
-                yield attend_to_states(query, keys_SKCD[seen], values_SKCD[seen], scaling=scaling).flatten(1, 2)
-            return
-        seen = slice(0, len(lengths)), slice(None), slice(0, max(lengths))
+                row_attended = attend_to_states(query, keys_SKCD[seen], values_SKCD[seen], scaling=scaling)
+                attended.append(row_attended.flatten(1, 2))
+            return attended
+        seen = slice(0, self.num_running), slice(None), slice(0, self._seen_length)
         if window not in self._masks:
-            newest_N1 = self._newest_N[:, None]
-            positions_C = torch.arange(max(lengths), device=self.device)
-            mask_NC = positions_C <= newest_N1
-            if window is not None:
-                mask_NC &= positions_C > newest_N1 - window
-            self._masks[window] = mask_NC[:, None, None]
+            self._masks[window] = self._build_mask(window)
         mask_N11C = self._masks[window].to(query_NKGD.device)
         attended = scaled_dot_product_attention(
             query_NKGD, keys_SKCD[seen], values_SKCD[seen], attn_mask=mask_N11C, scale=scaling
         )
-        yield attended.flatten(1, 2)
+        return [attended.flatten(1, 2)]
+
+    def _build_mask(self, window: int | None) -> torch.BoolTensor:
+        """Which states the running rows see, `[N, 1, 1, C]`."""
+        newest_N1 = self._newest_N[:, None]
+        positions_C = torch.arange(self._seen_length, device=self.device)
+        mask_NC = positions_C <= newest_N1
+        if window is not None:
+            mask_NC &= positions_C > newest_N1 - window
+        return mask_NC[:, None, None]
 
     @property
     def _num_slots(self) -> int:
@@ -170,6 +201,8 @@ class RowStates:
 
     def _plan_room(self, largest_lengths: list[int]) -> int:
         """What a slot must have room for; slots of less than twice that stay as they are."""
+        if self.fixed:
+            return self.largest_length
         needed = _round_up(max(largest_lengths))
         return self._room if needed <= self._room < 2 * needed else needed
 

@@ -26,8 +26,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .batched_attention import RowStates, check_row_attention, use_row_attention
-from .cached_generation import REUSING_MODEL_TYPES, build_states, limit_new_tokens
+from .cached_generation import REUSING_MODEL_TYPES, build_states, check_compiles, limit_new_tokens
 from .chat_cache import ChatCache
+from .compiled_decoding import build_compile_config
 from .foreign_processors import encode_messages
 from .prompt_images import PromptImage, load_features, read_images
 from .token_stream import build_sampler
@@ -83,6 +84,7 @@ def generate_answers(
     max_rows: int = 16,
     max_cache_tokens: int = 16384,
     cache: ChatCache | None = None,
+    compile: bool = False,
 ) -> Iterator[BatchedAnswer]:
     """Answer requests in the order in which they finish; one that fails is an answer with an error.
 
@@ -94,7 +96,9 @@ def generate_answers(
     Raises:
         ValueError: at the first answer, if the model cannot be used so.
     """
-    batch = BatchedGeneration(model, processor, max_rows=max_rows, max_cache_tokens=max_cache_tokens, cache=cache)
+    batch = BatchedGeneration(
+        model, processor, max_rows=max_rows, max_cache_tokens=max_cache_tokens, cache=cache, compile=compile
+    )
     for index, request in enumerate(requests):
         try:
             batch.add(index, request)
@@ -121,9 +125,12 @@ class BatchedGeneration:
             rows are made longer, those of one layer exist twice.
         cache: For features of images, 256 MB by default. Its lock is held during a step, so that ChatSessions of the
             same cache may run in other threads. Nothing else may use the model during a step.
+        compile: For a GPU: steps in which nobody joins run as CUDA graphs over places for `max_rows` requests, each of
+            at most `max_cache_tokens / max_rows` tokens. The first of them takes a minute longer. All steps must then
+            be taken in one thread.
 
     Raises:
-        ValueError: for a model whose states cannot be kept row by row, or limits below 1.
+        ValueError: for a model whose states cannot be kept row by row, or cannot be compiled, or limits below 1.
     """
 
     def __init__(
@@ -134,7 +141,10 @@ class BatchedGeneration:
         max_rows: int = 16,
         max_cache_tokens: int = 16384,
         cache: ChatCache | None = None,
+        compile: bool = False,
     ) -> None:
+        if compile:
+            check_compiles(model)
         if min(max_rows, max_cache_tokens) < 1:
             raise ValueError(
                 f"got max_rows={max_rows} and max_cache_tokens={max_cache_tokens}; expected at least 1 of each"
@@ -159,9 +169,13 @@ class BatchedGeneration:
         with self.cache.lock:
             check_row_attention(model.base_model.language_model)
         # On a CPU padding costs more than calls, on a GPU it is the other way round.
-        row_by_row = model.device.type == "cpu"
+        row_by_row = model.device.type == "cpu" and not compile
         self._states = RowStates(
-            max_rows=max_rows, max_tokens=max_cache_tokens, row_by_row=row_by_row, device=model.device
+            max_rows=max_rows,
+            max_tokens=max_cache_tokens,
+            row_by_row=row_by_row,
+            device=model.device,
+            fixed=compile,
         )
         ends = self._generation_config.eos_token_id
         self._end_ids = frozenset(ends if isinstance(ends, list) else [ends])
@@ -209,10 +223,10 @@ class BatchedGeneration:
         request = replace(request, max_new_tokens=max_new_tokens)
         processors = self._build_processors(inputs["input_ids"], request.max_new_tokens, sampler)
         row = _Row(index, request, prompt_ids, processors, inputs, read_images(self.model, inputs))
-        if not self._states.takes(row.largest_length):
+        if row.largest_length > self._states.largest_length:
             raise ValueError(
                 f"got a request of {len(prompt_ids)} tokens and max_new_tokens={request.max_new_tokens}; expected at "
-                f"most {self._states.max_tokens} together: raise max_cache_tokens"
+                f"most {self._states.largest_length} together: raise max_cache_tokens"
             )
         self._waiting.append(row)
 
@@ -226,9 +240,10 @@ class BatchedGeneration:
         new_rows = self._choose()
         for _ in new_rows:
             self._waiting.popleft()
+        compute = self._compute_step if self._states.fixed and not new_rows else self._compute_pass
         try:
-            with self.cache.lock:
-                logits = self._compute_logits(new_rows)
+            with self.cache.lock, use_row_attention(self.model.base_model.language_model):
+                logits = compute(new_rows)
         except RuntimeError as error:
             failed = [*self._rows, *new_rows]
             self._rows = []
@@ -260,7 +275,7 @@ class BatchedGeneration:
         return chosen
 
     @torch.no_grad()
-    def _compute_logits(self, new_rows: list[_Row]) -> torch.Tensor:
+    def _compute_pass(self, new_rows: list[_Row]) -> torch.Tensor:
         """Logits `[N, vocabulary]` after the newest token of every row, the new ones last."""
         device = self.model.device
         images = [(image, row.inputs) for row in new_rows for image in row.images]
@@ -276,17 +291,27 @@ class BatchedGeneration:
         encoded = {}
         if features:
             encoded["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
-        with use_row_attention(self.model.base_model.language_model):
-            outputs = self.model(
-                input_ids=torch.tensor([ids], device=device),
-                position_ids=positions,
-                logits_to_keep=torch.tensor(newest, device=device),
-                use_cache=False,
-                row_states=self._states,
-                **encoded,
-            )
+        outputs = self.model(
+            input_ids=torch.tensor([ids], device=device),
+            position_ids=positions,
+            logits_to_keep=torch.tensor(newest, device=device),
+            use_cache=False,
+            row_states=self._states,
+            **encoded,
+        )
         # As `generate` does, before anything is compared or drawn.
         return outputs.logits[0].float()
+
+    @torch.no_grad()
+    def _compute_step(self, new_rows: list[_Row]) -> torch.Tensor:
+        """As `_compute_pass` without new rows, by compiled code."""
+        compiled = self.model.get_compiled_call(build_compile_config(self.model.device))
+        positions = self._states.begin_step()
+        ids = torch.zeros_like(positions)
+        ids[0, : len(self._rows)] = torch.tensor([row.ids[-1] for row in self._rows])
+        outputs = compiled(input_ids=ids, position_ids=positions, use_cache=False, row_states=self._states)
+        # A copy: the next step writes to the same memory.
+        return outputs.logits[0, : len(self._rows)].to(torch.float32, copy=True)
 
     def _draw(self, logits_NV: torch.Tensor) -> list[int]:
         tokens_N = logits_NV.argmax(dim=-1)

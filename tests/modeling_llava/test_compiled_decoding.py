@@ -10,7 +10,8 @@ from torch._dynamo.backends.common import aot_autograd
 from transformers import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
-import modeling_llava.cached_generation
+from modeling_llava import batched_generation, cached_generation
+from modeling_llava.batched_generation import AnswerRequest, generate_answers
 from modeling_llava.cached_generation import CachedGeneration
 from modeling_llava.chat_cache import ChatCache
 from modeling_llava.compiled_decoding import build_compile_config, build_static_states, decode_ahead
@@ -42,7 +43,8 @@ def graphs(monkeypatch):
         config.backend, config.mode = backend, None
         return config
 
-    monkeypatch.setattr(modeling_llava.cached_generation, "build_compile_config", build)
+    for module in (cached_generation, batched_generation):
+        monkeypatch.setattr(module, "build_compile_config", build)
     yield seen
     torch._dynamo.reset()
 
@@ -105,7 +107,7 @@ def test_rows_end_where_generate_ends_them(graphs, end_of):
     end = VOCAB_SIZE - 1 if end_of is None else int(free[end_of[0], 6 + end_of[1]])
     settings["eos_token_id"] = end
     expected, streamer = model.generate(ids, **settings), Recorder()
-    config = modeling_llava.cached_generation.build_compile_config(model.device)
+    config = cached_generation.build_compile_config(model.device)
     static = {"cache_implementation": "static", "compile_config": config}
     loop = partial(decode_ahead, streamer=streamer)
     found = model.generate(ids, **settings, **static, custom_generate=loop, streamer=streamer)
@@ -113,6 +115,32 @@ def test_rows_end_where_generate_ends_them(graphs, end_of):
     assert streamer.pieces.pop() is None
     assert torch.cat(streamer.pieces, dim=1).tolist() == expected.tolist()
     assert len(graphs) == 1
+
+
+def answer_together(model, processor, *, compile: bool) -> dict[int, list[int]]:
+    """Six requests in four places, where they join and leave."""
+    requests = []
+    for index, (question, images) in enumerate(QUESTIONS * 2):
+        content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
+        requests.append(AnswerRequest([{"role": "user", "content": content}], max_new_tokens=3 + 2 * index))
+    answers = list(generate_answers(model, processor, requests, max_rows=4, max_cache_tokens=4 * 512, compile=compile))
+    assert [answer.error for answer in answers] == [None] * 6
+    return {answer.index: answer.ids for answer in answers}
+
+
+@pytest.mark.parametrize("text", ["llama", "qwen3"])
+def test_a_batch_has_one_graph_for_all_its_steps(graphs, text):
+    model, processor = build(text)
+    assert answer_together(model, processor, compile=True) == answer_together(model, processor, compile=False)
+    assert len(graphs) == 1
+    assert torch.ops.aten._local_scalar_dense.default not in {node.target for node in graphs[0].graph.nodes}
+
+
+def test_a_request_that_is_longer_than_a_place_is_refused(graphs):
+    model, processor = build()
+    request = AnswerRequest([{"role": "user", "content": "Why?"}], max_new_tokens=128)
+    (answer,) = generate_answers(model, processor, [request], max_rows=4, max_cache_tokens=4 * 128, compile=True)
+    assert "at most 128" in str(answer.error)
 
 
 def test_states_have_few_sizes_and_are_used_again():
@@ -156,6 +184,7 @@ def test_compiled_for_this_processor():
     torch._dynamo.reset()
     model, processor = build()
     assert talk(ChatSession(model, processor, compile=True)) == talk(ChatSession(model, processor))
+    assert answer_together(model, processor, compile=True) == answer_together(model, processor, compile=False)
 
 
 @pytest.mark.gpu
@@ -167,3 +196,4 @@ def test_cuda_graphs_give_the_same_tokens():
     model.to("cuda")
     assert build_compile_config(model.device).mode == "reduce-overhead"
     assert talk(ChatSession(model, processor, compile=True)) == talk(ChatSession(model, processor))
+    assert answer_together(model, processor, compile=True) == answer_together(model, processor, compile=False)
