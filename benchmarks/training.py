@@ -7,9 +7,12 @@ trained, or adapters in the language model (LoRA) beside the projector. The loss
 (on a GPU, in 16 bits, 1e-2), or the benchmark fails. Lengths are drawn like those of LLaVA's instruction data: two
 thirds of the rows show an image, a fifth of the tokens is supervised. Each trainer is a process of its own, and they
 take turns. The first step is left out. Memory is the peak above what was held before the first step. Useful tokens are
-all but padding. "mid" is a ViT-B/32 at 384 pixels and a Llama 8x512. 7b and 13b are those of LLaVA-1.5 for LoRA;
-trained whole, they stand for 1.6 billion parameters (CLIP-L/14-336 and a Llama 24x2048), of which weights, gradients
-and optimizer fit on one device in 32 bits.
+all but padding. Adapters are trained with gradient checkpointing too, which takes time and saves memory: TRL does so
+by default, `llava train` where a step would not fit without it.
+
+"mid" is a ViT-B/32 at 384 pixels and a Llama 8x512. 7b and 13b are those of LLaVA-1.5 for LoRA; trained whole, they
+stand for 1.6 billion parameters (CLIP-L/14-336 and a Llama 24x2048), of which weights, gradients and optimizer fit on
+one device in 32 bits.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import json
 import statistics
 import tempfile
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +32,17 @@ from .roofline import count_operations
 from .timing import Row, clock, compare, prepare, run_apart
 from .training_inputs import SIZES, build_model, build_processor, write_rows
 
-TRAINERS = {
+PEERS = {
     "trl": "TRL SFTTrainer as it comes",
     "trl-plain": "TRL SFTTrainer without gradient checkpointing",
     "trainer": "Trainer on transformers' own class",
-    "ours": "LlavaTrainer, packed",
 }
-STAGES = {"finetune": tuple(TRAINERS), "lora": ("trl", "trainer", "ours")}
+OURS = {"ours": "", "ours-checkpointing": ", checkpointing"}
+"""And to what the names of their rows end in."""
+STAGES = {
+    "finetune": ("trl", "trl-plain", "trainer", "ours"),
+    "lora": ("trl", "trainer", "ours", "ours-checkpointing"),
+}
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
 """Without dropout, since every trainer would draw other numbers; of this rank, since "mid" is narrow."""
 PEER_LORA = LORA | {
@@ -68,14 +76,14 @@ def build_trainer(kind: str, folder: Path, arguments: dict[str, Any], *, stage: 
     rows = Dataset.from_list(json.loads((folder / "rows.json").read_text()))
     dataset = rows.cast_column("images", [ImageFeature()])
     processor = build_processor(size)
-    model = build_model(kind, stage, size, device=device)
+    model = build_model(stage, size, device=device, is_peer=kind in PEERS)
     freeze_tower(model)
-    if kind == "ours":
+    if kind in OURS:
         use_packed_attention(model)
         recipe = Recipe(stage=stage, model="", data=[DataSource(path="rows.json")], output_dir="")
         return LlavaTrainer(
             add_lora(model, LORA, trained_parts=recipe.trained_parts) if stage == "lora" else model,
-            SFTConfig(**arguments, max_length=None, gradient_checkpointing=False),
+            SFTConfig(**arguments, max_length=None, gradient_checkpointing=kind == "ours-checkpointing"),
             recipe=recipe,
             train_dataset=dataset,
             data_collator=LlavaDataCollator(processor, packed=True),
@@ -213,12 +221,14 @@ def compare_trainers(
     seconds = {kind: [statistics.mean(run["steps"]) for run in runs] for kind, runs in results.items()}
     peaks = {kind: [run["peak"] for run in runs] for kind, runs in results.items()}
     rows = []
-    for peer in (kind for kind in results if kind != "ours"):
-        times, names = (seconds["ours"], seconds[peer]), {"peer_name": TRAINERS[peer]}
+    for ours, peer in product(OURS, PEERS):
+        if not {ours, peer} <= results.keys():
+            continue
+        title, times, names = name + OURS[ours], (seconds[ours], seconds[peer]), {"peer_name": PEERS[peer]}
         rows += [
-            compare(name, *times, unit="rows/s", amount=rows_per_step, note=note, **names, **per_row),
-            compare(f"{name}, useful", *times, unit="tokens/s", amount=tokens_per_step, **names, **per_token),
-            compare(f"peak memory of {name}", peaks["ours"], peaks[peer], unit="MB", **names),
+            compare(title, *times, unit="rows/s", amount=rows_per_step, note=note, **names, **per_row),
+            compare(f"{title}, useful", *times, unit="tokens/s", amount=tokens_per_step, **names, **per_token),
+            compare(f"peak memory of {title}", peaks[ours], peaks[peer], unit="MB", **names),
         ]
     return rows
 

@@ -64,7 +64,7 @@ def build_processor(size: str) -> AnyLlavaProcessor:
     return processor
 
 
-def build_model(kind: str, stage: str, size: str, *, device: str) -> PreTrainedModel:
+def build_model(stage: str, size: str, *, device: str, is_peer: bool) -> PreTrainedModel:
     """Our model with random weights, or transformers' own with the same.
 
     In float32, but for a LoRA on a GPU, under which what is frozen takes 16 bits.
@@ -74,7 +74,7 @@ def build_model(kind: str, stage: str, size: str, *, device: str) -> PreTrainedM
     config = AnyLlavaConfig(CLIPVisionConfig(**tower), text, image_token_id=models.IMAGE_TOKEN_ID)
     dtype = default_dtype(device) if stage == "lora" else torch.float32
     ours = models.build_model(config, device=device, dtype=dtype)
-    return ours if kind == "ours" else models.build_peer(ours)
+    return models.build_peer(ours) if is_peer else ours
 
 
 def write_rows(folder: Path, *, num_rows: int, seed: int = 0) -> None:
