@@ -46,7 +46,7 @@ def decode_ahead(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    synced_gpus: bool = False,
+    *,
     streamer: BaseStreamer | None = None,
     **model_kwargs,
 ) -> torch.LongTensor:
@@ -56,7 +56,7 @@ def decode_ahead(
     reads a token when the step after it runs. An answer that ends before its greatest length has thus taken one step
     too many, after which the states hold its last token too.
     """
-    states = model_kwargs["past_key_values"]
+    states, pad_token = model_kwargs["past_key_values"], generation_config._pad_token_tensor
     step = model.get_compiled_call(generation_config.compile_config)
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     is_unfinished_B = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -65,7 +65,9 @@ def decode_ahead(
         scores_BV = logits_processor(input_ids, outputs.logits[:, -1].to(copy=True, dtype=torch.float32))
         # The next step writes to the same memory.
         del outputs
-        tokens_B = torch.where(is_unfinished_B, scores_BV.argmax(dim=-1), generation_config._pad_token_tensor)
+        tokens_B = scores_BV.argmax(dim=-1)
+        if pad_token is not None:
+            tokens_B = torch.where(is_unfinished_B, tokens_B, pad_token)
         input_ids = torch.cat([input_ids, tokens_B[:, None]], dim=-1)
         is_unfinished_B = is_unfinished_B & ~stopping_criteria(input_ids, None)
         pending.append(_start_transfer(tokens_B, is_unfinished_B))

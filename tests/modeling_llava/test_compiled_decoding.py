@@ -18,7 +18,7 @@ from modeling_llava.compiled_decoding import build_compile_config, build_static_
 from modeling_llava.inference import ChatSession
 from modeling_llava.quantization import quantize_to_int8
 from modeling_llava.token_stream import StreamedText
-from tests.tiny import VOCAB_SIZE, tiny_model, tiny_processor
+from tests.tiny import tiny_model, tiny_processor
 
 SETTINGS = {"max_new_tokens": 8}
 RED, BLUE = PIL.Image.new("RGB", (60, 40), "red"), PIL.Image.new("RGB", (30, 70), "blue")
@@ -99,13 +99,14 @@ class Recorder(BaseStreamer):
 
 @pytest.mark.parametrize("end_of", [(0, 2), (1, 4), None], ids=str)
 def test_rows_end_where_generate_ends_them(graphs, end_of):
-    """Rows that end at different tokens, and states that have not room for one more."""
+    """Rows that end at different tokens, or at none; and states that have no room for one more."""
     model, _ = build()
     ids = torch.randint(3, 100, (3, 6), generator=torch.Generator().manual_seed(0))
-    settings = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
-    free = model.generate(ids, **settings, eos_token_id=VOCAB_SIZE - 1)
-    end = VOCAB_SIZE - 1 if end_of is None else int(free[end_of[0], 6 + end_of[1]])
-    settings["eos_token_id"] = end
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    settings: dict = {"max_new_tokens": 7, "do_sample": False}
+    if end_of is not None:
+        row, token = end_of
+        settings |= {"eos_token_id": int(model.generate(ids, **settings)[row, 6 + token]), "pad_token_id": 0}
     expected, streamer = model.generate(ids, **settings), Recorder()
     config = cached_generation.build_compile_config(model.device)
     static = {"cache_implementation": "static", "compile_config": config}
