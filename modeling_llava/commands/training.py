@@ -113,4 +113,6 @@ def run_train(options: argparse.Namespace) -> None:
 
     print(train(recipe, resume=options.resume))
     # A process that ends while torch's threads still hold its tensors can abort, and the launcher calls it a failure.
-    PartialState().destroy_process_group()
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
