@@ -6,9 +6,10 @@ Same weights, rows, batches, order, float type and optimizer; the tower is froze
 trained, or adapters in the language model (LoRA) beside the projector. The losses of every step must be equal to 1e-3
 (on a GPU, in 16 bits, 1e-2), or the benchmark fails. Lengths are drawn like those of LLaVA's instruction data: two
 thirds of the rows show an image, a fifth of the tokens is supervised. Each trainer is a process of its own, and they
-take turns. The first step is left out. Memory is the peak above what was held before the first step. Useful tokens are
-all but padding. Adapters are trained with gradient checkpointing too, which takes time and saves memory: TRL does so
-by default, `llava train` where a step would not fit without it.
+take turns; on a GPU, each has four more that prepare batches. The first step is left out. Memory is the peak above
+what was held before the first step. Useful tokens are all but padding. Adapters are trained with gradient
+checkpointing too, which takes time and saves memory: TRL does so by default, `llava train` where a step would not fit
+without it.
 
 "mid" is a ViT-B/32 at 384 pixels and a Llama 8x512. 7b and 13b are those of LLaVA-1.5 for LoRA; trained whole, they
 stand for 1.6 billion parameters (CLIP-L/14-336 and a Llama 24x2048), of which weights, gradients and optimizer fit on
@@ -146,6 +147,7 @@ def train_once(kind: str, folder: Path, *, stage: str, size: str, device: str, r
             "remove_unused_columns": False,
             "use_cpu": is_cpu,
             "bf16": not is_cpu,
+            "dataloader_num_workers": 0 if is_cpu else 4,
         },
         stage=stage,
         size=size,

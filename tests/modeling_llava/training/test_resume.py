@@ -113,6 +113,9 @@ def losses_of(folder: Path) -> list[float]:
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
+# from Python 3.12 on, forking a process with threads warns
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "fields",
     [
@@ -123,14 +126,16 @@ def losses_of(folder: Path) -> list[float]:
     ],
     ids=["packed", "packed lora", "padded", "streaming"],
 )
-def test_killed_run_ends_as_an_uninterrupted_one(workspace, tmp_path, fields):
+def test_killed_run_ends_as_an_uninterrupted_one(workspace, tmp_path, fields, num_workers):
+    """Also where processes of their own prepare its batches, which the uninterrupted run makes itself."""
     weights = "adapter_model.safetensors" if "stage" in fields else "model.safetensors"
     source = {"path": str(workspace / "rows.json"), "image_folder": str(workspace)}
-    source["streaming"] = fields.pop("streaming", False)
     fields = {"trainer": TRAINER, "data": [source]} | fields
+    source["streaming"] = fields.pop("streaming", False)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     train(read_recipe(write_recipe(workspace, **fields, output_dir=str(straight))))
 
+    fields["trainer"] = fields["trainer"] | {"dataloader_num_workers": num_workers}
     recipe = write_recipe(workspace, **fields, output_dir=str(killed))
     run_and_kill(recipe, "weights")
     assert (killed / f"checkpoint-{KILLED_AT}" / weights).exists()
