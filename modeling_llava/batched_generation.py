@@ -25,12 +25,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from processing_llava.processing_llava import AnyLlavaProcessor
 
-from .batched_attention import RowStates, check_row_attention, use_row_attention
+from .batched_attention import check_row_attention, use_row_attention
 from .cached_generation import REUSING_MODEL_TYPES, build_states, check_compiles, limit_new_tokens
 from .chat_cache import ChatCache
 from .compiled_decoding import build_compile_config
 from .foreign_processors import encode_messages
 from .prompt_images import PromptImage, load_features, read_images
+from .row_states import RowStates
 from .token_stream import build_sampler
 
 MAX_PASS_TOKENS = 2048

@@ -12,10 +12,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from modeling_llava import batched_generation
-from modeling_llava.batched_attention import RowStates
 from modeling_llava.batched_generation import AnswerRequest, BatchedGeneration, generate_answers
 from modeling_llava.chat_cache import ChatCache
 from modeling_llava.inference import ChatSession, load_for_inference
+from modeling_llava.row_states import RowStates
 from tests.conftest import GOLDENS
 from tests.modeling_llava.session_models import build_anyres, build_text_model, build_transformers_own
 
