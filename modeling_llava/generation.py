@@ -66,7 +66,7 @@ class AnyLlavaGenerationMixin(GenerationMixin):
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)
         vocab_size = self.config.text_config.vocab_size
-        if 0 <= self.config.image_token_id < vocab_size:
+        if not processors or 0 <= self.config.image_token_id < vocab_size:
             return processors
         return TextOnlyLogitsProcessorList(processors, vocab_size=vocab_size)
 
