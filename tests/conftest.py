@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 
@@ -14,6 +15,11 @@ GOLDENS = ROOT / "tests" / "goldens"
 
 SHARED_GOLDENS = ROOT.parent / "shared" / "goldens"
 """All reference outputs, checkpoints included; not everywhere present."""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(scope="session")

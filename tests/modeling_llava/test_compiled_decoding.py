@@ -191,8 +191,6 @@ def test_compiled_for_this_processor():
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_cuda_graphs_give_the_same_tokens():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     model, processor = build()
     model.to("cuda")
     assert build_compile_config(model.device).mode == "reduce-overhead"
