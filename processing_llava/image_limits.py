@@ -3,6 +3,7 @@
 Only the standard library is used, and the file is copied into Hub repositories as it is.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 
@@ -35,6 +36,22 @@ class ImageLimits:
 
 
 DEFAULT_LIMITS = ImageLimits()
+
+
+def read_limits(settings: Iterable[str]) -> ImageLimits:
+    """The limits that texts such as "max_pixels=200000000" set, and the others as they are by default.
+
+    Raises:
+        ValueError: naming the text that sets none.
+    """
+    kinds, limits = {field.name: field.type for field in fields(ImageLimits)}, {}
+    for setting in settings:
+        name, _, number = setting.partition("=")
+        try:
+            limits[name] = kinds[name](number)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"got {setting!r}; expected NAME=NUMBER with one of {', '.join(kinds)}") from error
+    return ImageLimits(**limits)
 
 
 def check_num_bytes(num_bytes: int, *, limits: ImageLimits = DEFAULT_LIMITS) -> None:

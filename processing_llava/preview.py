@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from .image_limits import ImageLimits
 from .image_loading import load_image
 from .processing_llava import AnyLlavaProcessor
 from .prompts import Prompt
@@ -55,7 +56,8 @@ def make_printable(text: str) -> str:
 def list_segments(measured: MeasuredRow, processor: AnyLlavaProcessor) -> list[Segment]:
     """The prompt of a row in stretches."""
     prompt = processor.render(measured.row["messages"])
-    sizes = [load_image(image).size for image in measured.row["images"]]
+    limits = processor.image_processor.limits
+    sizes = [load_image(image, limits=limits).size for image in measured.row["images"]]
     counts = processor._get_num_multimodal_tokens([size[::-1] for size in sizes])["num_image_tokens"]
     names = iter(f"[image {width}x{height}: {count} tokens]" for (width, height), count in zip(sizes, counts))
     segments, position = [], 0
@@ -94,7 +96,8 @@ def _format_section(measured: MeasuredRow, processor: AnyLlavaProcessor) -> str:
         elif segment.is_image:
             text = f'<span class="image">{text}</span>'
         pieces.append(text)
-    pictures = "".join(f'<img src="{_make_thumbnail(image)}" alt="">' for image in measured.row["images"])
+    thumbnails = [_make_thumbnail(image, processor.image_processor.limits) for image in measured.row["images"]]
+    pictures = "".join(f'<img src="{thumbnail}" alt="">' for thumbnail in thumbnails)
     title = html.escape(make_printable(_headline(measured)))
     return f"<section><h2>{title}</h2><figure>{pictures}</figure><pre>{''.join(pieces)}</pre></section>"
 
@@ -103,9 +106,9 @@ def _headline(measured: MeasuredRow) -> str:
     return f"{measured.row['id']}: {measured.num_tokens} tokens, {measured.num_supervised} supervised"
 
 
-def _make_thumbnail(source: str | bytes) -> str:
+def _make_thumbnail(source: str | bytes, limits: ImageLimits) -> str:
     """A data URI."""
-    image = load_image(source).copy()
+    image = load_image(source, limits=limits).copy()
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     file = io.BytesIO()
     image.save(file, "JPEG")

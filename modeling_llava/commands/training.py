@@ -22,6 +22,13 @@ def add_commands(commands) -> None:
     check_data.add_argument("--template", help="conversation format to use instead of the model's")
     check_data.add_argument("--max-length", type=int, help="longest row in tokens, images counted")
     check_data.add_argument("--too-long", default="drop", help="keep, drop or split longer rows (default: drop)")
+    check_data.add_argument(
+        "--image-limit",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="refuse pictures above it, e.g. max_pixels=200000000; as in a recipe's image_limits",
+    )
     check_data.add_argument("--headers-only", action="store_true", help="do not decode the pixels of the images")
     check_data.add_argument(
         "--show", type=int, metavar="N", help="print the first N usable rows, learned text coloured"
@@ -48,12 +55,15 @@ def add_commands(commands) -> None:
 def run_check_data(options: argparse.Namespace) -> int:
     from processing_llava.data_check import RecordCheck, check_sources
     from processing_llava.data_sources import DataSource
+    from processing_llava.image_limits import read_limits
     from processing_llava.preview import make_printable
 
     kept = {name: getattr(options, name) for name in ("image_folder", "follow_links", "name", "split", "streaming")}
     sources = [DataSource(path=path, **kept) for path in options.sources]
+    processor = _load_processor(options)
+    processor.image_processor.limits = read_limits(options.image_limit)
     check = RecordCheck(
-        _load_processor(options),
+        processor,
         max_length=options.max_length,
         too_long=options.too_long,
         decode=not options.headers_only,

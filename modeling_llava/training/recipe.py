@@ -17,6 +17,7 @@ from peft import LoraConfig
 from trl import SFTConfig
 
 from processing_llava.data_sources import DataSource
+from processing_llava.image_limits import ImageLimits
 from processing_llava.row_lengths import ON_BAD_ROW, check_length_options
 
 STAGES = {
@@ -83,6 +84,8 @@ class Recipe:
     image_backend: str | None = None
     """"torch" prepares pictures several times faster than "pil", and within two levels of it. Default: "pil", whose
     pixels are those of the original LLaVA. It is not stored with the model."""
+    image_limits: ImageLimits = ImageLimits()
+    """Above which a picture is refused before it is decoded: any field of `ImageLimits`."""
     max_length: int | None = None
     """Longest row in tokens, image features counted."""
     too_long: str = "drop"
@@ -189,6 +192,8 @@ def read_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
         apply_setting(fields, setting)
     if isinstance(fields.get("data"), list):
         fields["data"] = [build(DataSource, source, where=f"data of {path}") for source in fields["data"]]
+    if "image_limits" in fields:
+        fields["image_limits"] = build(ImageLimits, fields["image_limits"], where=f"image_limits of {path}")
     check_fields(fields.get("trainer", {}), SFTConfig, where=f"trainer of {path}")
     # Its type lacks the names with a number, such as pissa_niter_16.
     check_fields(fields.get("lora", {}), LoraConfig, where=f"lora of {path}", untyped=("init_lora_weights",))

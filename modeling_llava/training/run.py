@@ -18,6 +18,7 @@ from modeling_llava import AutoModelForVision2Seq
 from modeling_llava.packed_attention import NAME, packed_attention_forward, use_packed_attention
 from processing_llava import AnyLlavaProcessor
 from processing_llava.collator import LlavaDataCollator
+from processing_llava.image_limits import ImageLimits
 from processing_llava.row_datasets import load_rows
 from processing_llava.row_lengths import read_image_sizes
 
@@ -118,7 +119,7 @@ def build_trainer(recipe: Recipe) -> LlavaTrainer:
     if recipe.feature_cache is not None:
         model.to(arguments.device)
         cache = FeatureCache(base, processor, recipe.feature_cache, bf16=arguments.bf16)
-        cache.add(list_images(dataset))
+        cache.add(list_images(dataset, recipe.image_limits))
         read_features = cache.read
 
     if isinstance(dataset, IterableDataset):
@@ -144,7 +145,7 @@ def build_trainer(recipe: Recipe) -> LlavaTrainer:
 
 
 def load_processor(recipe: Recipe) -> AnyLlavaProcessor:
-    """The processor of the model, with the conversation format and the image mode of the recipe.
+    """The processor of the model, with the conversation format, the image mode and the image limits of the recipe.
 
     Raises:
         ValueError: if there is no such model, or its processor is transformers' own, which marks no answers.
@@ -162,6 +163,7 @@ def load_processor(recipe: Recipe) -> AnyLlavaProcessor:
         )
     if recipe.image_aspect_ratio is not None:
         processor.image_processor.image_aspect_ratio = recipe.image_aspect_ratio
+    processor.image_processor.limits = recipe.image_limits
     return processor
 
 
@@ -191,10 +193,10 @@ def load_model(recipe: Recipe, *, bf16: bool) -> PreTrainedModel:
     return model
 
 
-def list_images(dataset: Dataset | IterableDataset) -> Iterator[Path | str | bytes]:
+def list_images(dataset: Dataset | IterableDataset, limits: ImageLimits) -> Iterator[Path | str | bytes]:
     """All pictures of all rows; one that is missing is an error that names its row."""
     for row in dataset:
-        read_image_sizes(row, decode=False)
+        read_image_sizes(row, decode=False, limits=limits)
         yield from row["images"]
 
 

@@ -114,7 +114,8 @@ def format_batch(trainer: LlavaTrainer, *, color: bool) -> Iterator[str]:
         rows = (dataset[index] for index in trainer.batch_sampler.plan(0)[0])
     else:
         rows = islice(dataset, trainer.args.per_device_train_batch_size)
-    measured = (measure_row(row, processor, read_image_sizes(row, decode=False)) for row in rows)
+    limits = processor.image_processor.limits
+    measured = (measure_row(row, processor, read_image_sizes(row, decode=False, limits=limits)) for row in rows)
     yield from format_terminal(measured, processor, color=color)
 
 

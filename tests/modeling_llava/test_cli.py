@@ -177,6 +177,18 @@ def test_check_data_follows_links_where_it_may(checkpoint, tmp_path, capsys):
     assert main([*arguments, "--follow-links"]) == 0
 
 
+def test_check_data_refuses_pictures_above_a_limit(checkpoint, tmp_path, capsys):
+    data = write_data(tmp_path, "A circle.")
+    arguments = ["check-data", data, "--image-folder", str(tmp_path), "--model", checkpoint]
+    assert main([*arguments, "--image-limit", "max_pixels=10", "--image-limit", "max_aspect_ratio=1.5"]) == 1
+    assert ": row0" in capsys.readouterr().out
+    PIL.Image.new("RGB", (900, 30), "red").save(tmp_path / "red.png")
+    assert main(arguments) == 1
+    page = tmp_path / "page.html"
+    assert main([*arguments, "--image-limit", "max_aspect_ratio=40", "--html", str(page)]) == 0
+    assert "[image 900x30: " in page.read_text()
+
+
 def test_check_data_drops_keeps_and_splits_long_rows(checkpoint, tmp_path, capsys):
     data = write_data(tmp_path, "A circle." * 40)
     arguments = ["check-data", data, "--image-folder", str(tmp_path), "--model", checkpoint, "--max-length", "200"]
@@ -197,6 +209,9 @@ def test_check_data_drops_keeps_and_splits_long_rows(checkpoint, tmp_path, capsy
         (["DATA", "--template", "no_such"], "conversation format 'no_such'"),
         (["DATA", "--too-long", "cut"], "expected one of keep, drop, split"),
         (["DATA", "--max-length", "0"], "max_length=0"),
+        (["DATA", "--image-limit", "max_pixels=0"], "got max_pixels=0"),
+        (["DATA", "--image-limit", "max_pixels=many"], "got 'max_pixels=many'; expected NAME=NUMBER"),
+        (["DATA", "--image-limit", "pixels=5"], "got 'pixels=5'; expected NAME=NUMBER with one of max_bytes"),
         (["DATA", "--workers", "0"], "got 0 workers"),
         (["BROKEN"], "no JSON after 1 records"),
         (["DATA", "--json", "/"], "Is a directory"),

@@ -15,6 +15,7 @@ from modeling_llava.cli import main
 from modeling_llava.training import run
 from modeling_llava.training.recipe import Recipe, read_recipe
 from modeling_llava.training.run import build_trainer, load_processor, train
+from modeling_llava.training.run_preview import preview
 from modeling_llava.training.trainer import LlavaTrainer, count_parameters, freeze_all_but, part_of
 from processing_llava import AnyLlavaImageProcessor, AnyLlavaImageProcessorPil, row_lengths
 from processing_llava.collator import LlavaDataCollator
@@ -133,6 +134,25 @@ def test_the_recipe_chooses_who_prepares_pictures(workspace, tmp_path):
         assert type(loaded.image_processor) is AnyLlavaImageProcessorPil
     with pytest.raises(ValueError, match="got backend='gpu'; expected one of pil, torch"):
         load_processor(read_recipe(write_recipe(workspace, image_backend="gpu")))
+
+
+@pytest.mark.parametrize("way", [{}, {"tokens_per_batch": 4000}, {"feature_cache": "cache"}], ids=str)
+def test_the_recipe_chooses_which_pictures_are_too_large(workspace, tmp_path, way):
+    """Wherever a run opens them."""
+    pictures = shutil.copytree(workspace, tmp_path / "pictures", ignore=shutil.ignore_patterns("out*", "start"))
+    PIL.Image.new("RGB", (900, 30), "red").save(pictures / "red.png")
+    data = [{"path": str(pictures / "rows.json"), "image_folder": str(pictures)}]
+    fields = {"data": data, "output_dir": str(tmp_path / "out"), **way}
+    if "feature_cache" in way:
+        fields["feature_cache"] = str(tmp_path / "cache")
+    if "tokens_per_batch" in way:
+        fields["trainer"] = {"max_steps": 2, "disable_tqdm": True}
+    recipe = write_recipe(workspace, **fields)
+    with pytest.raises(ValueError, match="max_aspect_ratio of at most 20, not 30"):
+        train(read_recipe(recipe))
+    allowing = read_recipe(recipe, ["image_limits.max_aspect_ratio=40"])
+    assert any("[image 900x30: " in section for section in preview(allowing, color=False))
+    train(allowing)
 
 
 def test_a_model_with_the_processor_of_transformers_is_refused(workspace, tmp_path):
