@@ -25,8 +25,8 @@ from modeling_llava.quantization import quantize_to_int8
 from .generation_times import (
     NUM_TEXT_TOKENS,
     build_prompt,
+    compiled_settings,
     generate,
-    settings_for,
     take_turns,
     time_decoding,
     time_encoding,
@@ -148,7 +148,7 @@ def measure_decoding(
     decode = partial(time_decoding, prompt=prompt, num_tokens=num_tokens, device=device)
     jobs = {name: partial(decode, model) for name, model in models.items()}
     if device != "cpu" or batch == 1:
-        settings = settings_for(is_compiled=True, device=device)
+        settings = compiled_settings(device)
         jobs[COMPILED] = partial(decode, models["peer"], **settings)
         if device != "cpu":
             jobs["ours, compiled"] = partial(decode, models["ours"], custom_generate=decode_ahead, **settings)

@@ -38,10 +38,8 @@ def build_prompt(batch: int, features: list[torch.Tensor], device: str) -> dict[
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_encoder_outputs": {"image": encoded}}
 
 
-def settings_for(*, is_compiled: bool, device: str) -> dict[str, Any]:
-    """Arguments of `generate` for dynamic states, or for compiled steps on static ones."""
-    if not is_compiled:
-        return {}
+def compiled_settings(device: str) -> dict[str, Any]:
+    """Arguments of `generate` for compiled steps on static states."""
     return {
         "cache_implementation": "static",
         "max_cache_len": SMALLEST_LENGTH,
