@@ -15,7 +15,7 @@ from .image_limits import ImageLimits
 from .image_loading import load_image
 from .processing_llava import AnyLlavaProcessor
 from .prompts import Prompt
-from .row_lengths import MeasuredRow
+from .row_lengths import MeasuredRow, read_image_sizes
 
 THUMBNAIL_SIDE = 256
 
@@ -56,10 +56,9 @@ def make_printable(text: str) -> str:
 def list_segments(measured: MeasuredRow, processor: AnyLlavaProcessor) -> list[Segment]:
     """The prompt of a row in stretches."""
     prompt = processor.render(measured.row["messages"])
-    limits = processor.image_processor.limits
-    sizes = [load_image(image, limits=limits).size for image in measured.row["images"]]
-    counts = processor._get_num_multimodal_tokens([size[::-1] for size in sizes])["num_image_tokens"]
-    names = iter(f"[image {width}x{height}: {count} tokens]" for (width, height), count in zip(sizes, counts))
+    sizes = read_image_sizes(measured.row, decode=True, limits=processor.image_processor.limits)
+    counts = processor._get_num_multimodal_tokens(sizes)["num_image_tokens"]
+    names = iter(f"[image {width}x{height}: {count} tokens]" for (height, width), count in zip(sizes, counts))
     segments, position = [], 0
     for start in _find_images(prompt, processor.image_token):
         segments += _split_text(prompt, position, start)

@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from .image_limits import DEFAULT_LIMITS, ImageLimits
+from .image_limits import ImageLimits
 from .image_loading import load_image, read_image_size
 from .processing_llava import AnyLlavaProcessor
 from .prompts import encode_prompt
@@ -55,9 +55,7 @@ def check_length_options(max_length: int | None, too_long: str) -> None:
         raise ValueError(f"got too_long={too_long!r}; expected one of {', '.join(TOO_LONG)}")
 
 
-def read_image_sizes(
-    row: dict[str, Any], *, decode: bool, limits: ImageLimits = DEFAULT_LIMITS
-) -> list[tuple[int, int]]:
+def read_image_sizes(row: dict[str, Any], *, decode: bool, limits: ImageLimits) -> list[tuple[int, int]]:
     """(height, width) in pixels of the images of a row.
 
     Args:

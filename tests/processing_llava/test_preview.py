@@ -8,6 +8,7 @@ import PIL.Image
 import pytest
 
 from processing_llava.conversations import convert_record
+from processing_llava.image_limits import DEFAULT_LIMITS
 from processing_llava.preview import format_html, format_terminal, list_segments
 from processing_llava.row_lengths import MeasuredRow, measure_row, read_image_sizes
 from tests.tiny import tiny_processor
@@ -24,7 +25,7 @@ def picture(tmp_path) -> Path:
 def measure(*turns: str | list, images: tuple = (), row_id: str = "7") -> MeasuredRow:
     messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
     row = convert_record({"id": row_id, "images": list(images), "messages": messages}, 0)
-    return measure_row(row, tiny_processor(), read_image_sizes(row, decode=True))
+    return measure_row(row, tiny_processor(), read_image_sizes(row, decode=True, limits=DEFAULT_LIMITS))
 
 
 def test_segments_are_the_prompt_with_its_supervised_text_and_images(picture):

@@ -9,6 +9,7 @@ from processing_llava import AnyLlavaProcessor
 from processing_llava.collator import IGNORED_LABEL, LlavaDataCollator
 from processing_llava.conversation_templates import load_template
 from processing_llava.conversations import convert_record
+from processing_llava.image_limits import DEFAULT_LIMITS
 from processing_llava.record_files import RefusedRecord
 from processing_llava.row_lengths import FITS, KEPT, PART, fit_row, measure_row, read_image_sizes, split_row
 from tests.processing_llava.tokenizers_of_each_kind import load_sentencepiece
@@ -47,7 +48,7 @@ def test_a_row_is_as_long_as_its_training_batch(pictures, aspect_ratio, decode, 
     )
     names = ("wide.jpg", "tall.jpg", "turned.jpg")
     row = make_row("<image><image><image>Same?", "No.", "Sure?", "Yes.", images=names, folder=pictures)
-    sizes = read_image_sizes(row, decode=decode)
+    sizes = read_image_sizes(row, decode=decode, limits=DEFAULT_LIMITS)
     assert sizes == [(30, 80), (60, 20), (80, 30)]
     measured = measure_row(row, processor, sizes)
     labels = LlavaDataCollator(processor)([row])["labels"]
@@ -92,10 +93,10 @@ def test_images_that_cannot_be_opened_are_refused(pictures, damage, reason):
         path.write_bytes(whole[: len(whole) // 2] if damage == b"half" else damage)
     row = make_row("<image>Q", "A", images=("wide.jpg",), folder=pictures)
     with pytest.raises(RefusedRecord) as caught:
-        read_image_sizes(row, decode=True)
+        read_image_sizes(row, decode=True, limits=DEFAULT_LIMITS)
     assert caught.value.reason == reason
     if damage == b"half":
-        assert read_image_sizes(row, decode=False) == [(30, 80)]
+        assert read_image_sizes(row, decode=False, limits=DEFAULT_LIMITS) == [(30, 80)]
 
 
 def turns_of(row: dict) -> list[str]:
