@@ -241,10 +241,10 @@ class BatchedGeneration:
         new_rows = self._choose()
         for _ in new_rows:
             self._waiting.popleft()
-        compute = self._compute_step if self._states.fixed and not new_rows else self._compute_pass
+        is_step = self._states.fixed and not new_rows
         try:
             with self.cache.lock, use_row_attention(self.model.base_model.language_model):
-                logits = compute(new_rows)
+                logits = self._compute_step() if is_step else self._compute_pass(new_rows)
         except RuntimeError as error:
             failed = [*self._rows, *new_rows]
             self._rows = []
@@ -304,7 +304,7 @@ class BatchedGeneration:
         return outputs.logits[0].float()
 
     @torch.no_grad()
-    def _compute_step(self, new_rows: list[_Row]) -> torch.Tensor:
+    def _compute_step(self) -> torch.Tensor:
         """As `_compute_pass` without new rows, by compiled code."""
         compiled = self.model.get_compiled_call(build_compile_config(self.model.device))
         positions = self._states.begin_step()
