@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from modeling_llava.compiled_decoding import decode_ahead
 from modeling_llava.inference import prepare_for_processor
 from modeling_llava.inference_dtype import is_slow_on_processor
 from modeling_llava.quantization import quantize_to_int8
@@ -25,7 +24,8 @@ from modeling_llava.quantization import quantize_to_int8
 from .generation_times import (
     NUM_TEXT_TOKENS,
     build_prompt,
-    compiled_settings,
+    compile_ours,
+    compile_peer,
     generate,
     take_turns,
     time_decoding,
@@ -148,10 +148,9 @@ def measure_decoding(
     decode = partial(time_decoding, prompt=prompt, num_tokens=num_tokens, device=device)
     jobs = {name: partial(decode, model) for name, model in models.items()}
     if device != "cpu" or batch == 1:
-        settings = compiled_settings(device)
-        jobs[COMPILED] = partial(decode, models["peer"], **settings)
-        if device != "cpu":
-            jobs["ours, compiled"] = partial(decode, models["ours"], custom_generate=decode_ahead, **settings)
+        jobs[COMPILED] = partial(decode, models["peer"], **compile_peer())
+    if device != "cpu":
+        jobs["ours, compiled"] = partial(decode, models["ours"], **compile_ours(models["ours"]))
     amount = batch * (num_tokens - 1)
     ours = models["ours"]
     # Of one token: its part of the weights, the states of its row, and what is computed after the prefill.

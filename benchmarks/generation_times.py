@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from modeling_llava.compiled_decoding import SMALLEST_LENGTH, build_compile_config
+from modeling_llava.compiled_decoding import SMALLEST_LENGTH, build_compile_config, decode_ahead
+from modeling_llava.token_attention import use_token_attention
 
 from .models import IMAGE_TOKEN_ID
 from .timing import clock
@@ -38,13 +39,21 @@ def build_prompt(batch: int, features: list[torch.Tensor], device: str) -> dict[
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_encoder_outputs": {"image": encoded}}
 
 
-def compiled_settings(device: str) -> dict[str, Any]:
-    """Arguments of `generate` for compiled steps on static states."""
-    return {
-        "cache_implementation": "static",
-        "max_cache_len": SMALLEST_LENGTH,
-        "compile_config": build_compile_config(torch.device(device)),
-    }
+STATIC_STATES = {"cache_implementation": "static", "max_cache_len": SMALLEST_LENGTH}
+
+
+def compile_ours(model: PreTrainedModel) -> dict[str, Any]:
+    """Arguments of `generate` for what `ChatSession(compile=True)` does to the same model."""
+    use_token_attention(model)
+    return STATIC_STATES | {"compile_config": build_compile_config(model.device), "custom_generate": decode_ahead}
+
+
+def compile_peer() -> dict[str, Any]:
+    """Arguments of `generate` for what transformers compiles by default, and in one graph."""
+    config = CompileConfig(fullgraph=True, dynamic=False)
+    # Otherwise generate compiles on GPUs only.
+    config._compile_all_devices = True
+    return STATIC_STATES | {"compile_config": config}
 
 
 def generate(model: PreTrainedModel, prompt: dict, num_tokens: int, device: str, **settings) -> tuple[float, list]:

@@ -21,11 +21,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from modeling_llava.compiled_decoding import decode_ahead
 from modeling_llava.inference import prepare_for_processor
 from modeling_llava.quantization import quantize_to_int8
 
-from .generation_times import compiled_settings, take_turns, time_decoding, time_prefill
+from .generation_times import compile_ours, take_turns, time_decoding, time_prefill
 from .models import SIZES, build_config, build_model
 from .report import render_table
 from .timing import Row, clock, compare, default_dtype, prepare
@@ -176,8 +175,7 @@ def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> lis
         prepare_for_processor(int8)
         models[", int8"], peers[", int8"] = (int8, {}), "Q8_0"
     else:
-        settings = {"custom_generate": decode_ahead} | compiled_settings(device)
-        models[", compiled"], peers[", compiled"] = (ours, settings), floats
+        models[", compiled"], peers[", compiled"] = (ours, compile_ours(ours)), floats
     with tempfile.TemporaryDirectory() as folder:
         others = {}
         for weights in dict.fromkeys(peers.values()):

@@ -127,7 +127,7 @@ class BatchedGeneration:
         cache: For features of images, 256 MB by default. Its lock is held during a step, so that ChatSessions of the
             same cache may run in other threads. Nothing else may use the model during a step.
         compile: For a GPU: steps in which nobody joins run as CUDA graphs over places for `max_rows` requests, each of
-            at most `max_cache_tokens / max_rows` tokens. The first of them takes a minute longer. All steps must then
+            at most `max_cache_tokens / max_rows` tokens. The first of them takes some minutes. All steps must then
             be taken in one thread.
 
     Raises:

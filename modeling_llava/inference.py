@@ -133,8 +133,8 @@ class ChatSession:
         cache: What answers can be continued from; the session's own by default.
         scope: Sessions that share a cache reuse each other's work only if they have the same scope. Time and
             statistics tell what was reused: users who must not learn what others ask take a random one each.
-        compile: Decode with compiled code and states of fixed size, on a GPU as CUDA graphs. The first answer takes a
-            minute longer, and so does the first conversation beyond 1024 tokens, 2048, and so on.
+        compile: Decode with compiled code and states of fixed size, on a GPU as CUDA graphs. The first answer takes
+            some minutes longer, and so does the first conversation beyond 1024 tokens, 2048, and so on.
 
     Raises:
         ValueError: if the cache belongs to another model, or the model cannot be compiled.
@@ -152,6 +152,7 @@ class ChatSession:
     ) -> None:
         if compile:
             check_compiles(model)
+            use_token_attention(model)
         self.model = model
         self.processor = processor
         self.system = system

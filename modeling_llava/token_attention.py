@@ -1,7 +1,8 @@
-"""Attention of one new token of each row, on a processor: two products that take as long as reading the states.
+"""Attention of one new token of each row: two products that take as long as reading the states.
 
-The kernel of PyTorch is made for many queries. For a single one it reads the states at a fraction of the rate of
-memory: at most a half in float32, a tenth in bfloat16, and once for each head of those that share states.
+The kernel of PyTorch is made for many queries. For a single one, on a processor, it reads the states at a fraction of
+the rate of memory: at most a half in float32, a tenth in bfloat16, and once for each head of those that share states.
+On a GPU it is one call where the products are six, so it is left out there only where a compiler fuses them.
 """
 
 # Shape suffixes: B rows, H heads, K key/value heads, G heads that share one, T tokens with states, D width of a head
@@ -13,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "any_llava_token"
-"""The `attn_implementation` of a language model on a processor; several tokens of a row it computes as "sdpa" does."""
+"""The `attn_implementation` of a language model that decodes with it; all else it computes as "sdpa" does."""
 
 
 def use_token_attention(model: PreTrainedModel) -> None:
@@ -58,7 +59,7 @@ def token_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """An attention function of transformers' AttentionInterface; `[B, L, H, D]` comes back."""
-    if query_BHLD.shape[2] > 1:
+    if query_BHLD.shape[2] > 1 or not (query_BHLD.device.type == "cpu" or torch.compiler.is_compiling()):
         return sdpa_attention_forward(
             module, query_BHLD, key_BKTD, value_BKTD, attention_mask, scaling=scaling, **kwargs
         )

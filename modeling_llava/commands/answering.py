@@ -38,7 +38,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", help="system text to use instead of the template's")
     parser.add_argument("--quantization", help="fewer bits: int8 on a processor; int4, fp8 or nf4 on a GPU")
     parser.add_argument("--visual-tokens", type=int, help="most tokens of a picture: faster, and worse answers")
-    parser.add_argument("--compile", action="store_true", help="on a GPU: a minute at first, then faster")
+    parser.add_argument("--compile", action="store_true", help="on a GPU: some minutes at first, then faster")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 gives the likeliest answer")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")

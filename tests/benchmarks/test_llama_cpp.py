@@ -11,7 +11,6 @@ def test_halves_of_each_head_are_interleaved():
     assert interleave_halves(rows, 4)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_both_compute_the_same_logits():
     if not is_installed("cpu"):
         pytest.skip("needs llama-cpp-python and gguf: pip install llama-cpp-python gguf")
