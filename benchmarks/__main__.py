@@ -2,10 +2,11 @@
 
     python -m benchmarks [--device cpu] [--size mid] [--only NAME,...] [--rounds 3] [--out runs/benchmarks]
 
-Each part of `PARTS` is a file with `measure(device, size, rounds)`, which returns rows as `timing.Row` describes them
+Each part of `PARTS` is a file with `measure(device, size, rounds)`, which gives rows as `timing.Row` describes them
 (none where its peer is not installed), and a command of its own. Ours and the peer take turns within a part. Results
-are written after every part to results.json, for `python -m benchmarks.report`, with the limits of the device and
-plots. A part that fails is named there and does not stop the others; the command then ends with status 1.
+are written after every row to results.json, for `python -m benchmarks.report`, with the limits of the device and, at
+the end, plots. A part that fails is named there, keeps the rows that it gave, and does not stop the others; the
+command then ends with status 1.
 """
 
 import argparse
@@ -54,6 +55,10 @@ def describe_run(device: str, *, size: str, rounds: int) -> dict[str, Any]:
     }
 
 
+def write_results(results: dict[str, Any], folder: Path) -> None:
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
 def choose_parts(text: str | None) -> tuple[str, ...]:
     """The parts that a list of names, separated by commas, means.
 
@@ -90,16 +95,17 @@ def main() -> None:
     results["limits"] = measure_limits(device)
     for part in parts:
         try:
-            rows = import_module(f"benchmarks.{part}").measure(device, size, rounds)
+            for row in import_module(f"benchmarks.{part}").measure(device, size, rounds):
+                results["parts"].setdefault(part, []).append(row)
+                write_results(results, arguments.out)
         except Exception as error:
             traceback.print_exc()
             results["failed"][part] = f"{type(error).__name__}: {error}".split("\n")[0]
-        else:
-            if rows:
-                results["parts"][part] = rows
-                print(render_table(rows, limits=results["limits"], device=device), end="\n\n", flush=True)
+        if part in results["parts"]:
+            table = render_table(results["parts"][part], limits=results["limits"], device=device)
+            print(table, end="\n\n", flush=True)
         release_memory()
-        (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_results(results, arguments.out)
     draw(results, arguments.out)
     print(f"{arguments.out}/results.json; failed: {', '.join(results['failed']) or 'none'}")
     sys.exit(1 if results["failed"] else 0)

@@ -11,6 +11,7 @@ there only batch 1 is compiled, since compiling takes a minute for each batch.
 
 import argparse
 import copy
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -71,14 +72,13 @@ def build_models(size: str, device: str, dtype: torch.dtype) -> dict[str, PreTra
     return models
 
 
-def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> list[Row]:
-    """Rows of encoding, prefill and decoding.
+def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> Iterator[Row]:
+    """Rows of encoding, prefill and decoding, each when it is known.
 
     Raises:
         ValueError: if the two classes do not give the same tokens.
     """
     prepare(device)
-    rows = []
     for dtype in choose_dtypes(device):
         models = build_models(size, device, dtype)
         shape = (1, 3, TILE_SIZE, TILE_SIZE)
@@ -86,15 +86,14 @@ def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> lis
         with torch.no_grad():
             features = list(models["ours"].get_image_features(pixels, return_dict=True).pooler_output)
         check_tokens(models, build_prompt(1, features, device), num_tokens, device=device)
-        rows.append(measure_encoding(models, pixels, rounds, device=device))
+        yield measure_encoding(models, pixels, rounds, device=device)
         for num_image_tokens in PREFILLED_TOKENS:
             repeated = features[0].repeat(-(-num_image_tokens // len(features[0])), 1)
-            rows += measure_prefill(models, [repeated[:num_image_tokens]], rounds, device=device)
+            yield from measure_prefill(models, [repeated[:num_image_tokens]], rounds, device=device)
         for batch in BATCHES:
-            rows += measure_decoding(models, features, rounds, batch=batch, num_tokens=num_tokens, device=device)
+            yield from measure_decoding(models, features, rounds, batch=batch, num_tokens=num_tokens, device=device)
         del models
         release_memory()
-    return rows
 
 
 def check_tokens(models: dict[str, PreTrainedModel], prompt: dict, num_tokens: int, *, device: str) -> None:
@@ -200,7 +199,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     arguments = parser.parse_args()
     rows = measure(arguments.device, arguments.size, arguments.rounds, num_tokens=arguments.new_tokens)
-    print(render_table(rows))
+    print(render_table(list(rows)))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import argparse
 import json
 import statistics
 import tempfile
+from collections.abc import Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -188,7 +189,7 @@ def find_largest_difference(results: dict[str, list[dict[str, Any]]], *, device:
 
 def measure(
     device: str, size: str, rounds: int, *, num_rows: int | None = None, rows_per_step: int | None = None
-) -> list[Row]:
+) -> Iterator[Row]:
     """Rows of `benchmarks.timing`: rows and useful tokens a second and peak memory, beside each peer.
 
     Raises:
@@ -196,7 +197,6 @@ def measure(
     """
     num_rows, rows_per_step = num_rows or NUM_ROWS[size], rows_per_step or ROWS_PER_STEP[size]
     options = ("--device", device, "--size", size, "--rows-per-step", str(rows_per_step))
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         write_rows(Path(folder), num_rows=num_rows)
         for stage, kinds in STAGES.items():
@@ -204,10 +204,9 @@ def measure(
             for _ in range(rounds):
                 for kind in kinds:
                     results[kind].append(run_apart("benchmarks.training", "--measure", kind, stage, folder, *options))
-            rows += compare_trainers(
+            yield from compare_trainers(
                 results, stage=stage, num_rows=num_rows, rows_per_step=rows_per_step, device=device
             )
-    return rows
 
 
 def compare_trainers(
@@ -251,7 +250,7 @@ def main() -> None:
         print(json.dumps(train_once(kind, Path(folder), **settings)))
         return
     rows = measure(device, arguments.size, arguments.rounds, num_rows=arguments.rows, rows_per_step=rows_per_step)
-    print(render_table(rows))
+    print(render_table(list(rows)))
 
 
 if __name__ == "__main__":

@@ -93,9 +93,9 @@ def test_a_part_that_fails_is_named_and_does_not_stop_the_others(tmp_path, monke
             self.name = name
 
         def measure(self, device: str, size: str, rounds: int) -> list[dict]:
+            yield compare("first turn", [1.0], [2.0], bytes=1e9)
             if self.name == "benchmarks.loading":
                 raise RuntimeError("no room\non the disk")
-            return [compare("first turn", [1.0], [2.0], bytes=1e9)]
 
     monkeypatch.setattr(command, "import_module", Part)
     monkeypatch.setattr(command, "measure_limits", lambda device: LIMITS)
@@ -105,7 +105,8 @@ def test_a_part_that_fails_is_named_and_does_not_stop_the_others(tmp_path, monke
     assert stopped.value.code == 1
     results = read_results(tmp_path / "results.json")
     assert results["failed"] == {"loading": "RuntimeError: no room"}
-    assert [row["name"] for row in results["parts"]["chat"]] == ["first turn"]
+    for part in ("loading", "chat"):
+        assert [row["name"] for row in results["parts"][part]] == ["first turn"]
     assert results["command"] == f"python -m benchmarks --only loading,chat --out {tmp_path}"
     assert "loading failed: RuntimeError: no room" in render([tmp_path / "results.json"], tables=[])
 
