@@ -12,69 +12,26 @@ transformers' own continuous batching takes text only: its passes have ids and n
         print(answer.index, answer.text)
 """
 
-import copy
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
-from transformers import BatchFeature, LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from processing_llava.processing_llava import AnyLlavaProcessor
 
+from .answer_requests import AnswerRequest, BatchedAnswer, PreparedRequest, prepare_request
 from .batched_attention import check_row_attention, use_row_attention
-from .cached_generation import REUSING_MODEL_TYPES, build_states, check_compiles, limit_new_tokens
+from .cached_generation import REUSING_MODEL_TYPES, build_states, check_compiles
 from .chat_cache import ChatCache
 from .compiled_decoding import build_compile_config
-from .foreign_processors import encode_messages
-from .prompt_images import PromptImage, load_features, read_images
+from .prompt_images import load_features
 from .row_states import RowStates
-from .token_stream import build_sampler
 
 MAX_PASS_TOKENS = 2048
 """Requests stop joining a pass that has this many tokens of prompts: bounds activations and the wait of the others."""
-
-
-@dataclass(frozen=True)
-class AnswerRequest:
-    """A conversation to answer, with the settings of `ChatSession.answer`."""
-
-    messages: list[dict[str, Any]]
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    """Of a generator of its own: what is drawn does not depend on the other requests."""
-
-
-@dataclass(frozen=True)
-class BatchedAnswer:
-    index: int
-    """Of the request."""
-    text: str = ""
-    ids: list[int] = field(default_factory=list)
-    """Of the answer, with the token that ends it."""
-    error: ValueError | RuntimeError | None = None
-    """Why there is no answer: the request, or a pass that failed, of which all requests have none."""
-
-
-@dataclass(eq=False)
-class _Row:
-    index: int
-    request: AnswerRequest
-    prompt_ids: list[int]
-    processors: LogitsProcessorList
-    inputs: BatchFeature | None
-    """What the processor returned; None once the prompt was computed."""
-    images: list[PromptImage]
-    ids: list[int] = field(default_factory=list)
-
-    @property
-    def largest_length(self) -> int:
-        return len(self.prompt_ids) + self.request.max_new_tokens
 
 
 def generate_answers(
@@ -180,8 +137,8 @@ class BatchedGeneration:
         )
         ends = self._generation_config.eos_token_id
         self._end_ids = frozenset(ends if isinstance(ends, list) else [ends])
-        self._rows: list[_Row] = []
-        self._waiting: deque[_Row] = deque()
+        self._rows: list[PreparedRequest] = []
+        self._waiting: deque[PreparedRequest] = deque()
 
     @property
     def num_requests(self) -> int:
@@ -203,31 +160,11 @@ class BatchedGeneration:
             ValueError: if a picture or a setting is refused, or the request is too long for the model or the limits.
             FileNotFoundError: if there is no picture at a path.
         """
-        messages = request.messages
-        if not messages or messages[-1]["role"] != "user":
-            raise ValueError(f"got {len(messages)} messages; expected at least one, and the last from the user")
-        if request.max_new_tokens < 1:
-            raise ValueError(f"got max_new_tokens={request.max_new_tokens}; expected at least 1")
-        sampler = build_sampler(
-            temperature=request.temperature, top_p=request.top_p, seed=request.seed, device=self.model.device
-        )
-        inputs = encode_messages(messages, self.processor)
-        if self.model.config.model_type == "llava" and "image_sizes" in inputs:
-            raise ValueError(
-                "got pictures of different sizes for transformers' own class; expected pictures of one size: answer "
-                "one request at a time"
-            )
-        prompt_ids = inputs["input_ids"][0].tolist()
-        max_new_tokens = limit_new_tokens(
-            self.model, num_prompt_tokens=len(prompt_ids), max_new_tokens=request.max_new_tokens
-        )
-        request = replace(request, max_new_tokens=max_new_tokens)
-        processors = self._build_processors(inputs["input_ids"], request.max_new_tokens, sampler)
-        row = _Row(index, request, prompt_ids, processors, inputs, read_images(self.model, inputs))
+        row = prepare_request(index, request, self.model, self.processor, generation_config=self._generation_config)
         if row.largest_length > self._states.largest_length:
             raise ValueError(
-                f"got a request of {len(prompt_ids)} tokens and max_new_tokens={request.max_new_tokens}; expected at "
-                f"most {self._states.largest_length} together: raise max_cache_tokens"
+                f"got a request of {row.largest_length} tokens, max_new_tokens included; expected at most "
+                f"{self._states.largest_length}: raise max_cache_tokens"
             )
         self._waiting.append(row)
 
@@ -264,7 +201,7 @@ class BatchedGeneration:
                 self._rows.pop()
         return answers[::-1]
 
-    def _choose(self) -> list[_Row]:
+    def _choose(self) -> list[PreparedRequest]:
         """The waiting rows that can join the next pass, in their order."""
         chosen, num_tokens = [], 0
         for row in self._waiting:
@@ -276,7 +213,7 @@ class BatchedGeneration:
         return chosen
 
     @torch.no_grad()
-    def _compute_pass(self, new_rows: list[_Row]) -> torch.Tensor:
+    def _compute_pass(self, new_rows: list[PreparedRequest]) -> torch.Tensor:
         """Logits `[N, vocabulary]` after the newest token of every row, the new ones last."""
         device = self.model.device
         images = [(image, row.inputs) for row in new_rows for image in row.images]
@@ -325,19 +262,3 @@ class BatchedGeneration:
     def _decode(self, ids: list[int]) -> str:
         # White space before an answer belongs to the template.
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
-
-    def _build_processors(
-        self, input_ids: torch.Tensor, max_new_tokens: int, sampler: LogitsProcessorList
-    ) -> LogitsProcessorList:
-        """What `generate` does to the logits of a request: what the model's generation_config says, then drawing."""
-        config = copy.deepcopy(self._generation_config)
-        config.max_new_tokens, config.max_length = max_new_tokens, input_ids.shape[1] + max_new_tokens
-        self.model._prepare_special_tokens(config, device=self.model.device)
-        return self.model._get_logits_processor(
-            generation_config=config,
-            input_ids_seq_length=input_ids.shape[1],
-            encoder_input_ids=input_ids,
-            logits_processor=sampler,
-            device=self.model.device,
-            model_kwargs={},
-        )

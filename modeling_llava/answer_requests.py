@@ -1,0 +1,120 @@
+"""Requests to a batch: what a user asks, what the model is given for it, and the answer.
+
+Whatever can be refused is refused here, before a request takes part in a pass with others.
+"""
+
+import copy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers import BatchFeature, GenerationConfig, LogitsProcessorList, PreTrainedModel
+
+from processing_llava.processing_llava import AnyLlavaProcessor
+
+from .cached_generation import limit_new_tokens
+from .foreign_processors import encode_messages
+from .prompt_images import PromptImage, read_images
+from .token_stream import build_sampler
+
+
+@dataclass(frozen=True)
+class AnswerRequest:
+    """A conversation to answer, with the settings of `ChatSession.answer`."""
+
+    messages: list[dict[str, Any]]
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    """Of a generator of its own: what is drawn does not depend on the other requests."""
+
+
+@dataclass(frozen=True)
+class BatchedAnswer:
+    index: int
+    """Of the request."""
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    """Of the answer, with the token that ends it."""
+    error: ValueError | RuntimeError | None = None
+    """Why there is no answer: the request, or a pass that failed, of which all requests have none."""
+
+
+@dataclass(eq=False)
+class PreparedRequest:
+    """A request as the passes take it, and its answer so far."""
+
+    index: int
+    request: AnswerRequest
+    prompt_ids: list[int]
+    processors: LogitsProcessorList
+    inputs: BatchFeature | None
+    """What the processor returned; None once the prompt was computed."""
+    images: list[PromptImage]
+    ids: list[int] = field(default_factory=list)
+
+    @property
+    def largest_length(self) -> int:
+        return len(self.prompt_ids) + self.request.max_new_tokens
+
+
+def prepare_request(
+    index: int,
+    request: AnswerRequest,
+    model: PreTrainedModel,
+    processor: AnyLlavaProcessor,
+    *,
+    generation_config: GenerationConfig,
+) -> PreparedRequest:
+    """Encode a request, and settle how its tokens are chosen and how many there may be.
+
+    Args:
+        index: What its answer is known by.
+        generation_config: That of the model.
+
+    Raises:
+        ValueError: if a picture or a setting is refused, or the request is too long for the model.
+        FileNotFoundError: if there is no picture at a path.
+    """
+    messages = request.messages
+    if not messages or messages[-1]["role"] != "user":
+        raise ValueError(f"got {len(messages)} messages; expected at least one, and the last from the user")
+    if request.max_new_tokens < 1:
+        raise ValueError(f"got max_new_tokens={request.max_new_tokens}; expected at least 1")
+    sampler = build_sampler(
+        temperature=request.temperature, top_p=request.top_p, seed=request.seed, device=model.device
+    )
+    inputs = encode_messages(messages, processor)
+    if model.config.model_type == "llava" and "image_sizes" in inputs:
+        raise ValueError(
+            "got pictures of different sizes for transformers' own class; expected pictures of one size: answer one "
+            "request at a time"
+        )
+    prompt_ids = inputs["input_ids"][0].tolist()
+    max_new_tokens = limit_new_tokens(model, num_prompt_tokens=len(prompt_ids), max_new_tokens=request.max_new_tokens)
+    config = copy.deepcopy(generation_config)
+    config.max_new_tokens, config.max_length = max_new_tokens, len(prompt_ids) + max_new_tokens
+    return PreparedRequest(
+        index=index,
+        request=replace(request, max_new_tokens=max_new_tokens),
+        prompt_ids=prompt_ids,
+        processors=_build_processors(model, inputs["input_ids"], config, sampler),
+        inputs=inputs,
+        images=read_images(model, inputs),
+    )
+
+
+def _build_processors(
+    model: PreTrainedModel, input_ids: torch.Tensor, config: GenerationConfig, sampler: LogitsProcessorList
+) -> LogitsProcessorList:
+    """What `generate` does to the logits of a request: what its config says, then drawing."""
+    model._prepare_special_tokens(config, device=model.device)
+    return model._get_logits_processor(
+        generation_config=config,
+        input_ids_seq_length=input_ids.shape[1],
+        encoder_input_ids=input_ids,
+        logits_processor=sampler,
+        device=model.device,
+        model_kwargs={},
+    )
