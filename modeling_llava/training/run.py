@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from transformers import AttentionInterface, AutoProcessor, PreTrainedModel, set_seed
+from transformers import AttentionInterface, PreTrainedModel, set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 from trl import SFTConfig
 
-from modeling_llava import AutoModelForVision2Seq
-from modeling_llava.packed_attention import NAME, packed_attention_forward, use_packed_attention
-from processing_llava import AnyLlavaProcessor
+from modeling_llava.packed_attention import NAME, packed_attention_forward
 from processing_llava.collator import LlavaDataCollator
 from processing_llava.image_limits import ImageLimits
 from processing_llava.row_datasets import load_rows
@@ -24,13 +22,14 @@ from processing_llava.row_lengths import read_image_sizes
 
 from .checkpoints import check_resumable, explain_full_disk, find_checkpoint, refuse_checkpoints
 from .feature_cache import FeatureCache
-from .lora import add_lora, four_bit_config, refuse_adapter
 from .recipe import Recipe
 from .record import TrainingRecord
 from .run_log import StreamReport
+from .sharding import is_sharded
+from .starting_model import load_model, load_processor
 from .step_memory import estimate_step, format_bytes, free_memory
 from .token_budget import TokenBudgetBatchSampler
-from .trainer import LlavaTrainer, count_parameters, freeze_all_but
+from .trainer import LlavaTrainer, count_parameters
 
 logger = logging.get_logger(__name__)
 
@@ -144,55 +143,6 @@ def build_trainer(recipe: Recipe) -> LlavaTrainer:
     )
 
 
-def load_processor(recipe: Recipe) -> AnyLlavaProcessor:
-    """The processor of the model, with the conversation format, the image mode and the image limits of the recipe.
-
-    Raises:
-        ValueError: if there is no such model, or its processor is transformers' own, which marks no answers.
-    """
-    chosen = {"template": recipe.template, "backend": recipe.image_backend}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    try:
-        processor = AutoProcessor.from_pretrained(recipe.model, **chosen)
-    except OSError as error:
-        raise ValueError(f"got model {recipe.model!r}; expected a folder or a Hub id of a LLaVA: {error}") from error
-    if not isinstance(processor, AnyLlavaProcessor):
-        raise ValueError(
-            f"got model {recipe.model!r} with transformers' {type(processor).__name__}; expected one that trains: "
-            "take the original checkpoint, or one of this package"
-        )
-    if recipe.image_aspect_ratio is not None:
-        processor.image_processor.image_aspect_ratio = recipe.image_aspect_ratio
-    processor.image_processor.limits = recipe.image_limits
-    return processor
-
-
-def load_model(recipe: Recipe, *, bf16: bool) -> PreTrainedModel:
-    """The model that a recipe starts from, with the parts that it trains ready to train.
-
-    What trains is float32, also where `bf16` computes in bfloat16; what is frozen under a LoRA is then bfloat16 too.
-
-    Raises:
-        ValueError: if the model is an adapter.
-    """
-    keeps_bfloat16 = recipe.uses_lora and bf16
-    model = AutoModelForVision2Seq.from_pretrained(
-        recipe.model,
-        dtype=torch.bfloat16 if keeps_bfloat16 else torch.float32,
-        attn_implementation=recipe.attn_implementation,
-        quantization_config=four_bit_config() if recipe.stage == "qlora" else None,
-    )
-    refuse_adapter(model, recipe.model)
-    # Whatever was loaded, checkpoints are in our layout, so that a run can be resumed from them.
-    model.config.source_config = None
-    if recipe.tokens_per_batch is not None:
-        use_packed_attention(model)
-    if recipe.uses_lora:
-        return add_lora(model, recipe.lora, trained_parts=recipe.trained_parts)
-    freeze_all_but(model, recipe.trained_parts)
-    return model
-
-
 def list_images(dataset: Dataset | IterableDataset, limits: ImageLimits) -> Iterator[Path | str | bytes]:
     """All pictures of all rows; one that is missing is an error that names its row."""
     for row in dataset:
@@ -263,12 +213,6 @@ def decide_checkpointing(
         f"gradient checkpointing is {'on' if is_needed else 'off'}: a step without it needs about "
         f"{format_bytes(memory.add_up(checkpointing=False))}, and {format_bytes(free)} are free on {arguments.device}"
     )
-
-
-def is_sharded(arguments: SFTConfig) -> bool:
-    """Whether FSDP or DeepSpeed divide the model between processes; `accelerate launch` says so in a variable."""
-    has_fsdp = arguments.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    return has_fsdp or arguments.deepspeed_plugin is not None
 
 
 def compile_blocks(model: PreTrainedModel, *, checkpointing: bool) -> None:

@@ -14,7 +14,8 @@ from processing_llava.row_lengths import measure_row, read_image_sizes
 
 from .lora import LORA_DEFAULTS
 from .recipe import Recipe
-from .run import build_trainer, is_sharded, trainer_settings
+from .run import build_trainer, trainer_settings
+from .sharding import is_sharded
 from .step_memory import StepMemory, count_states, estimate_step, format_bytes, free_memory
 from .trainer import LlavaTrainer, count_numbers, count_parameters, part_of
 

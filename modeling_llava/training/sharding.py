@@ -1,11 +1,20 @@
 """What FSDP2 and accelerate must be told, or refused, to shard a LLaVA as `launch/fsdp2.yaml` does."""
 
+import os
+
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType
 from transformers import PreTrainedModel
+from trl import SFTConfig
 
 from .recipe import Recipe
+
+
+def is_sharded(arguments: SFTConfig) -> bool:
+    """Whether FSDP or DeepSpeed divide the model between processes; `accelerate launch` says so in a variable."""
+    has_fsdp = arguments.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return has_fsdp or arguments.deepspeed_plugin is not None
 
 
 def check_divisible(recipe: Recipe, *, fsdp: bool) -> None:

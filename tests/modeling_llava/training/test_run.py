@@ -14,8 +14,9 @@ from modeling_llava import AutoModelForVision2Seq
 from modeling_llava.cli import main
 from modeling_llava.training import run
 from modeling_llava.training.recipe import Recipe, read_recipe
-from modeling_llava.training.run import build_trainer, load_processor, train
+from modeling_llava.training.run import build_trainer, train
 from modeling_llava.training.run_preview import preview
+from modeling_llava.training.starting_model import load_processor
 from modeling_llava.training.trainer import LlavaTrainer, count_parameters, freeze_all_but, part_of
 from processing_llava import AnyLlavaImageProcessor, AnyLlavaImageProcessorPil, row_lengths
 from processing_llava.collator import LlavaDataCollator
@@ -190,7 +191,7 @@ def test_epochs_that_max_steps_makes_have_equally_many_batches(workspace, tmp_pa
     data = [{"path": str(tmp_path / "rows.json")}]
     recipe = read_recipe(write_recipe(workspace, trainer=trainer, tokens_per_batch=1110, data=data))
     arguments = SFTConfig(output_dir=str(tmp_path), **run.trainer_settings(recipe))
-    rows, _ = load_rows(recipe.data, processor=run.load_processor(recipe))
+    rows, _ = load_rows(recipe.data, processor=load_processor(recipe))
     sampler = run.plan_batches(rows, recipe, arguments)
     for epoch in range(60 // len(sampler) + 1):
         sampler.set_epoch(epoch)

@@ -1,0 +1,61 @@
+"""The model and the processor that a recipe starts from."""
+
+import torch
+from transformers import AutoProcessor, PreTrainedModel
+
+from modeling_llava import AutoModelForVision2Seq
+from modeling_llava.packed_attention import use_packed_attention
+from processing_llava import AnyLlavaProcessor
+
+from .lora import add_lora, four_bit_config, refuse_adapter
+from .recipe import Recipe
+from .trainer import freeze_all_but
+
+
+def load_processor(recipe: Recipe) -> AnyLlavaProcessor:
+    """The processor of the model, with the conversation format, the image mode and the image limits of the recipe.
+
+    Raises:
+        ValueError: if there is no such model, or its processor is transformers' own, which marks no answers.
+    """
+    chosen = {"template": recipe.template, "backend": recipe.image_backend}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    try:
+        processor = AutoProcessor.from_pretrained(recipe.model, **chosen)
+    except OSError as error:
+        raise ValueError(f"got model {recipe.model!r}; expected a folder or a Hub id of a LLaVA: {error}") from error
+    if not isinstance(processor, AnyLlavaProcessor):
+        raise ValueError(
+            f"got model {recipe.model!r} with transformers' {type(processor).__name__}; expected one that trains: "
+            "take the original checkpoint, or one of this package"
+        )
+    if recipe.image_aspect_ratio is not None:
+        processor.image_processor.image_aspect_ratio = recipe.image_aspect_ratio
+    processor.image_processor.limits = recipe.image_limits
+    return processor
+
+
+def load_model(recipe: Recipe, *, bf16: bool) -> PreTrainedModel:
+    """The model that a recipe starts from, with the parts that it trains ready to train.
+
+    What trains is float32, also where `bf16` computes in bfloat16; what is frozen under a LoRA is then bfloat16 too.
+
+    Raises:
+        ValueError: if the model is an adapter.
+    """
+    keeps_bfloat16 = recipe.uses_lora and bf16
+    model = AutoModelForVision2Seq.from_pretrained(
+        recipe.model,
+        dtype=torch.bfloat16 if keeps_bfloat16 else torch.float32,
+        attn_implementation=recipe.attn_implementation,
+        quantization_config=four_bit_config() if recipe.stage == "qlora" else None,
+    )
+    refuse_adapter(model, recipe.model)
+    # Whatever was loaded, checkpoints are in our layout, so that a run can be resumed from them.
+    model.config.source_config = None
+    if recipe.tokens_per_batch is not None:
+        use_packed_attention(model)
+    if recipe.uses_lora:
+        return add_lora(model, recipe.lora, trained_parts=recipe.trained_parts)
+    freeze_all_but(model, recipe.trained_parts)
+    return model
