@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from .errors import one_line
+from .image_limit import add_image_limit
 
 
 def add_commands(commands) -> None:
@@ -38,6 +39,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", help="system text to use instead of the template's")
     parser.add_argument("--quantization", help="fewer bits: int8 on a processor; int4, fp8 or nf4 on a GPU")
     parser.add_argument("--visual-tokens", type=int, help="most tokens of a picture: faster, and worse answers")
+    add_image_limit(parser)
     parser.add_argument("--compile", action="store_true", help="on a GPU: some minutes at first, then faster")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 gives the likeliest answer")
@@ -46,6 +48,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _session(options: argparse.Namespace):
     from modeling_llava.inference import EMBEDDED_MODEL, ChatSession, load_for_inference
+    from processing_llava import AnyLlavaProcessor
+    from processing_llava.image_limits import read_limits
 
     model, processor = load_for_inference(
         options.model or EMBEDDED_MODEL,
@@ -54,6 +58,8 @@ def _session(options: argparse.Namespace):
         quantization=options.quantization,
         visual_tokens=options.visual_tokens,
     )
+    if isinstance(processor, AnyLlavaProcessor):
+        processor.image_processor.limits = read_limits(options.image_limit)
     return ChatSession(model, processor, system=options.system, compile=options.compile)
 
 
@@ -76,7 +82,7 @@ def run_ask(options: argparse.Namespace) -> None:
         raise ValueError('got only one argument; expected pictures and a question: llava ask cat.jpg "What is this?"')
     *sources, question = options.inputs
     # Pictures are opened before the model, so that a wrong path is answered at once.
-    images = [_open_image(source) for source in sources]
+    images = [_open_image(source, options) for source in sources]
     session = _session(options)
     if not options.json:
         _answer(options, session, question, images=images)
@@ -87,18 +93,20 @@ def run_ask(options: argparse.Namespace) -> None:
     print(json.dumps(record | settings, ensure_ascii=False))
 
 
-def _open_image(source: str):
+def _open_image(source: str, options: argparse.Namespace):
     from processing_llava.conversations import ADDRESS
+    from processing_llava.image_limits import read_limits
     from processing_llava.image_loading import load_image
 
+    limits = read_limits(options.image_limit)
     if source == "-":
-        return load_image(sys.stdin.buffer)
+        return load_image(sys.stdin.buffer, limits=limits)
     # What the user of a terminal types may name any file of theirs.
-    return load_image(source if ADDRESS.match(source) else Path(source))
+    return load_image(source if ADDRESS.match(source) else Path(source), limits=limits)
 
 
 def run_chat(options: argparse.Namespace) -> None:
-    waiting = [_open_image(source) for source in options.images]
+    waiting = [_open_image(source, options) for source in options.images]
     session = _session(options)
     print(CHAT_HELP)
     while True:
@@ -112,7 +120,7 @@ def run_chat(options: argparse.Namespace) -> None:
             if command == "/quit":
                 return
             elif command == "/image":
-                waiting.append(_open_image(argument.strip()))
+                waiting.append(_open_image(argument.strip(), options))
             elif command == "/reset":
                 session.reset()
                 waiting = []

@@ -7,6 +7,8 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+from .image_limit import add_image_limit
+
 
 def add_commands(commands) -> None:
     check_data = commands.add_parser("check-data", help="check every record of training data")
@@ -22,13 +24,7 @@ def add_commands(commands) -> None:
     check_data.add_argument("--template", help="conversation format to use instead of the model's")
     check_data.add_argument("--max-length", type=int, help="longest row in tokens, images counted")
     check_data.add_argument("--too-long", default="drop", help="keep, drop or split longer rows (default: drop)")
-    check_data.add_argument(
-        "--image-limit",
-        action="append",
-        default=[],
-        metavar="NAME=NUMBER",
-        help="refuse pictures above it, e.g. max_pixels=200000000; as in a recipe's image_limits",
-    )
+    add_image_limit(check_data)
     check_data.add_argument("--headers-only", action="store_true", help="do not decode the pixels of the images")
     check_data.add_argument(
         "--show", type=int, metavar="N", help="print the first N usable rows, learned text coloured"

@@ -57,6 +57,17 @@ def test_ask_takes_several_pictures_a_system_text_and_a_template(checkpoint, pic
     assert ask(*arguments, "--system", "Be brief.", "--template", "qwen", capsys=capsys) != plain
 
 
+def test_ask_opens_pictures_up_to_limits_that_can_be_set(checkpoint, tmp_path, capsys):
+    panorama = str(tmp_path / "panorama.png")
+    PIL.Image.new("RGB", (900, 30), "red").save(panorama)
+    arguments = ["ask", panorama, "What?", "--model", checkpoint, "--max-new-tokens", "2"]
+    assert main(arguments) == 2
+    assert "max_aspect_ratio of at most 20, not 30" in capsys.readouterr().err
+    assert main([*arguments, "--image-limit", "max_aspect_ratio=40"]) == 0
+    assert main([*arguments, "--image-limit", "aspect_ratio=40"]) == 2
+    assert "expected NAME=NUMBER with one of max_bytes" in capsys.readouterr().err
+
+
 def test_sampling_repeats_with_its_seed(checkpoint, picture, capsys):
     arguments = [picture, "What?", "--model", checkpoint, "--temperature", "5"]
     assert ask(*arguments, "--seed", "3", capsys=capsys) == ask(*arguments, "--seed", "3", capsys=capsys)
