@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: help demo test test-slow test-transformers test-deepspeed test-vllm fuzz bench check format tiny-llava
+.PHONY: help demo test test-slow test-gpu test-transformers test-deepspeed test-vllm fuzz bench check format tiny-llava
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -23,6 +23,9 @@ test: $(READY)  ## the tests
 
 test-slow: $(READY)  ## the tests that take long: several processes, a browser, a Hub
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not gpu and slow'
+
+test-gpu: $(READY)  ## the tests that need a GPU
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
 
 test-transformers: $(READY)  ## transformers' own tests, on the classes of this package; downloads them once
 	$(BIN)/python -m tests.transformers_suite.fetch
