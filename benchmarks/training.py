@@ -83,8 +83,10 @@ def build_trainer(kind: str, folder: Path, arguments: dict[str, Any], *, stage: 
     if kind in OURS:
         use_packed_attention(model)
         recipe = Recipe(stage=stage, model="", data=[DataSource(path="rows.json")], output_dir="")
+        if stage == "lora":
+            model = add_lora(model, LORA, trained_parts=recipe.trained_parts, autocast=arguments["bf16"])
         return LlavaTrainer(
-            add_lora(model, LORA, trained_parts=recipe.trained_parts) if stage == "lora" else model,
+            model,
             SFTConfig(**arguments, max_length=None, gradient_checkpointing=kind == "ours-checkpointing"),
             recipe=recipe,
             train_dataset=dataset,

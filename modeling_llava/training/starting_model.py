@@ -56,6 +56,6 @@ def load_model(recipe: Recipe, *, bf16: bool) -> PreTrainedModel:
     if recipe.tokens_per_batch is not None:
         use_packed_attention(model)
     if recipe.uses_lora:
-        return add_lora(model, recipe.lora, trained_parts=recipe.trained_parts)
+        return add_lora(model, recipe.lora, trained_parts=recipe.trained_parts, autocast=bf16)
     freeze_all_but(model, recipe.trained_parts)
     return model

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
@@ -13,10 +14,11 @@ from modeling_llava import AutoModelForVision2Seq
 from modeling_llava.training.lora import add_lora, find_targets
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import build_trainer, train
+from modeling_llava.training.starting_model import load_model
 from modeling_llava.training.trainer import LlavaTrainer, count_parameters, part_of
 from tests import original_folders as folders
 from tests.modeling_llava.training.conftest import write_recipe
-from tests.tiny import PINPOINTS, tiny_model
+from tests.tiny import PINPOINTS, text_ids, tiny_model
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes, which has no wheel for every machine"
@@ -134,6 +136,38 @@ def test_words_that_the_tower_has_too_mean_the_language_model():
     assert adapted_layers(target_modules=r".*vision_tower.*\.layers\.0\..*\.q_proj") == {
         "vision_tower.encoder.layers.0.self_attn.q_proj"
     }
+
+
+def step_in_16_bits(*, autocast: bool) -> tuple[float, torch.Tensor, int]:
+    """Loss, gradients of all adapters, and bytes that are kept for the backward pass."""
+    torch.manual_seed(0)
+    settings = {"r": 4, "lora_dropout": 0.0, "init_lora_weights": False}
+    model = add_lora(tiny_model().bfloat16(), settings, trained_parts=("mm_projector",), autocast=autocast)
+    ids, kept = torch.tensor([text_ids(40)]), {}
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.update({tensor.data_ptr(): tensor.nbytes}) or tensor, lambda tensor: tensor
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16), hooks:
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    gradients = [parameter.grad.flatten() for name, parameter in model.named_parameters() if "lora_" in name]
+    return loss.item(), torch.cat(gradients), sum(kept.values())
+
+
+def test_under_autocast_no_copies_in_32_bits_are_kept():
+    loss, gradients, num_bytes = step_in_16_bits(autocast=True)
+    expected_loss, expected, num_bytes_of_peft = step_in_16_bits(autocast=False)
+    assert loss == expected_loss
+    torch.testing.assert_close(gradients, expected, rtol=0, atol=1e-2 * expected.abs().max().item())
+    assert num_bytes < num_bytes_of_peft
+
+
+def test_a_run_in_16_bits_trains_under_autocast(workspace, tmp_path):
+    fields = {"stage": "lora", "lora": {"r": 2}, "output_dir": str(tmp_path / "out")}
+    for bf16 in (True, False):
+        recipe = read_recipe(write_recipe(workspace, **fields, trainer=TRAINER | {"bf16": bf16}))
+        adapters = [module for module in load_model(recipe, bf16=bf16).modules() if isinstance(module, LoraLayer)]
+        assert adapters and {adapter.cast_input_dtype_enabled for adapter in adapters} == {not bf16}
 
 
 def test_the_projector_is_counted_once(workspace):
