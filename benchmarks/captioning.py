@@ -27,7 +27,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedModel
 
 from modeling_llava import AnyLlavaConfig
 from modeling_llava.batched_generation import AnswerRequest, generate_answers
-from modeling_llava.inference import prepare_for_processor
+from modeling_llava.inference import prepare_for_answering
 from processing_llava import AnyLlavaImageProcessorPil, AnyLlavaProcessor
 
 from .models import IMAGE_TOKEN_ID, SIZES, build_config, build_model, build_peer, build_processor
@@ -59,7 +59,7 @@ def build_inputs(size: str, *, device: str) -> tuple[PreTrainedModel, PreTrained
     processor.tokenizer.pad_token = processor.tokenizer.unk_token
     ours = build_model(config, device=device, dtype=default_dtype(device))
     peer = build_peer(ours)
-    prepare_for_processor(ours)
+    prepare_for_answering(ours)
     for model in (ours, peer):
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from modeling_llava.inference import prepare_for_processor
+from modeling_llava.inference import prepare_for_answering
 from modeling_llava.inference_dtype import is_slow_on_processor
 from modeling_llava.quantization import quantize_to_int8
 
@@ -68,7 +68,7 @@ def build_models(size: str, device: str, dtype: torch.dtype) -> dict[str, PreTra
         # The same seed makes the same weights.
         models["int8"] = build_model(build_config(size), device=device, dtype=dtype)
         quantize_to_int8(models["int8"])
-        prepare_for_processor(models["int8"])
+        prepare_for_answering(models["int8"])
     return models
 
 

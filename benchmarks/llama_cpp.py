@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from modeling_llava.inference import prepare_for_processor
+from modeling_llava.inference import prepare_for_answering
 from modeling_llava.quantization import quantize_to_int8
 
 from .generation_times import compile_ours, take_turns, time_decoding, time_prefill
@@ -172,7 +172,7 @@ def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> lis
     if device == "cpu":
         int8 = copy.deepcopy(ours)
         quantize_to_int8(int8)
-        prepare_for_processor(int8)
+        prepare_for_answering(int8)
         models[", int8"], peers[", int8"] = (int8, {}), "Q8_0"
     else:
         models[", compiled"], peers[", compiled"] = (ours, compile_ours(ours)), floats
@@ -182,7 +182,7 @@ def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> lis
             path = Path(folder) / f"{weights}.gguf"
             write_gguf(ours, path, weights=weights)
             others[weights] = LlamaCpp(path, device=device, states=floats)
-        prepare_for_processor(ours)
+        prepare_for_answering(ours)
         check_logits(ours, others[floats], prompt)
         rows = []
         for label, (model, settings) in models.items():

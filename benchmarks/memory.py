@@ -20,7 +20,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.generation_memory import predict_generation, read_config
-from modeling_llava.inference import prepare_for_processor
+from modeling_llava.inference import prepare_for_answering
 
 from .models import (
     IMAGE_TOKEN_ID,
@@ -66,7 +66,7 @@ def load(kind: str, folder: Path, *, device: str) -> PreTrainedModel:
         placement = {} if device == "cpu" else {"device_map": device}
         model = model_class.from_pretrained(folder, dtype=default_dtype(device), **placement)
     if kind != "peer":
-        prepare_for_processor(model)
+        prepare_for_answering(model)
     return model.eval()
 
 
@@ -75,7 +75,7 @@ def measure_peak(kind: str, folder: Path, *, device: str, num_new_tokens: int) -
     dtype = default_dtype(device)
     tiny = build_model(build_config("tiny"), device=device, dtype=dtype)
     peer = build_peer(tiny)
-    prepare_for_processor(tiny)
+    prepare_for_answering(tiny)
     for model in (tiny, peer):
         answer(model, num_new_tokens=2)
     del model, tiny, peer

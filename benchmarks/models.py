@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGener
 
 from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
 from modeling_llava.checkpoint_layouts import add_transformers_only_weights, rename_from_ours
-from modeling_llava.inference import prepare_for_processor
+from modeling_llava.inference import prepare_for_answering
 from modeling_llava.original_layout import write_transformers_config
 from processing_llava import AnyLlavaImageProcessorPil, AnyLlavaProcessor
 from processing_llava.conversation_templates import load_template
@@ -84,7 +84,7 @@ def build_pair(size: str, *, device: str, dtype: torch.dtype) -> tuple[PreTraine
     """Our model, as `load_for_inference` gives it, and that of transformers' own class."""
     ours = build_model(build_config(size), device=device, dtype=dtype)
     peer = build_peer(ours)
-    prepare_for_processor(ours)
+    prepare_for_answering(ours)
     return ours, peer
 
 

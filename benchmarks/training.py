@@ -68,6 +68,7 @@ def build_trainer(kind: str, folder: Path, arguments: dict[str, Any], *, stage: 
     from transformers import CLIPImageProcessorPil, LlavaProcessor, Trainer, TrainingArguments
     from trl import SFTConfig, SFTTrainer
 
+    from modeling_llava.fused_norms import fuse_norms
     from modeling_llava.packed_attention import use_packed_attention
     from modeling_llava.training.lora import add_lora
     from modeling_llava.training.recipe import Recipe
@@ -82,6 +83,8 @@ def build_trainer(kind: str, folder: Path, arguments: dict[str, Any], *, stage: 
     freeze_tower(model)
     if kind in OURS:
         use_packed_attention(model)
+        if device == "cuda":
+            fuse_norms(model.model.language_model)
         recipe = Recipe(stage=stage, model="", data=[DataSource(path="rows.json")], output_dir="")
         if stage == "lora":
             model = add_lora(model, LORA, trained_parts=recipe.trained_parts, autocast=arguments["bf16"])

@@ -30,7 +30,7 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from modeling_llava.inference import EMBEDDED_MODEL, load_for_inference, prepare_for_processor
+from modeling_llava.inference import EMBEDDED_MODEL, load_for_inference, prepare_for_answering
 from modeling_llava.tiny_llava.evaluate import evaluate
 from modeling_llava.visual_tokens import choose_features
 from processing_llava import AnyLlavaProcessor
@@ -131,7 +131,7 @@ def measure_accuracy(
 def measure_time(size: str, device: str, *, rounds: int) -> dict[str, dict[str, Any]]:
     """`{"25 %": {"tokens": 144, "choose": seconds, "prefill": seconds, "ratio": ..., "spread": [...]}}`."""
     model = build_model(build_config(size), device=device, dtype=default_dtype(device))
-    prepare_for_processor(model)
+    prepare_for_answering(model)
     width = model.config.text_config.hidden_size
     features_ND = torch.randn(NUM_IMAGE_TOKENS, width, device=device, dtype=model.dtype)
     jobs: dict[str, Callable[[], Any]] = {}

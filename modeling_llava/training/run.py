@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 from trl import SFTConfig
 
+from modeling_llava.fused_norms import fuse_norms
 from modeling_llava.packed_attention import NAME, packed_attention_forward
 from processing_llava.collator import LlavaDataCollator
 from processing_llava.image_limits import ImageLimits
@@ -95,6 +96,9 @@ def build_trainer(recipe: Recipe) -> LlavaTrainer:
     processor = load_processor(recipe)
     model = load_model(recipe, bf16=arguments.bf16)
     base = model.get_base_model() if recipe.uses_lora else model
+    # The norms of QLoRA have weights of 32 bits for inputs of 16, which no single kernel takes.
+    if arguments.device.type == "cuda" and recipe.stage != "qlora":
+        fuse_norms(base.base_model.language_model)
     for part, (total, trained) in count_parameters(model).items():
         logger.warning(f"{part}: {trained:,} of {total:,} parameters train")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from modeling_llava.inference import load_for_inference, prepare_for_processor
+from modeling_llava.inference import load_for_inference, prepare_for_answering
 from modeling_llava.token_attention import NAME, attend_to_states, use_token_attention
 from tests.tiny import batch, random_images, save_tiny_checkpoint, text_ids, tiny_model
 
@@ -47,7 +47,7 @@ def test_other_attention_stays_as_it_is():
         before = "eager"
         if model.config.text_config.model_type != "mpt":
             model.set_attn_implementation(before)
-        prepare_for_processor(model)
+        prepare_for_answering(model)
         assert model.model.language_model.config._attn_implementation == before
 
 

@@ -167,6 +167,18 @@ def weights_after(recipe: Path) -> dict[str, torch.Tensor]:
     return AutoModelForVision2Seq.from_pretrained(train(read_recipe(recipe))).state_dict()
 
 
+@pytest.mark.parametrize("device, is_fused", [("cuda", True), ("cpu", False)])
+def test_norms_are_fused_on_a_gpu(workspace, tmp_path, monkeypatch, device, is_fused):
+    fused = []
+    monkeypatch.setattr(run, "fuse_norms", fused.append)
+    # A run that believes it has a GPU goes no further than its rows.
+    monkeypatch.setattr(SFTConfig, "device", torch.device(device))
+    monkeypatch.setattr(run, "load_rows", lambda *args, **settings: ([], {}))
+    with pytest.raises(ValueError, match="no row to train on"):
+        build_trainer(read_recipe(write_recipe(workspace, output_dir=str(tmp_path / "out"))))
+    assert len(fused) == is_fused
+
+
 def test_packed_training_is_padded_training(workspace):
     """With all rows in one batch the order does not matter, and both must take the same steps."""
     settings = {"learning_rate": 3e-3, "num_train_epochs": 3, "disable_tqdm": True}
