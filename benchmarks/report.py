@@ -78,7 +78,10 @@ def render_run(results: dict[str, Any]) -> str:
         f"{results['date']}, {results['hardware']}, {results['threads']} threads of PyTorch, "
         f"{results['rounds']} rounds; {versions}. `{results['command']}`. Limits: {limits}."
     )
-    sections = [f"## {results['size']} on {results['device']}", textwrap.fill(facts, 119, break_on_hyphens=False)]
+    title = f"## {results['size']} on {results['device']}"
+    if "--only" in results["command"].split():
+        title += f": {', '.join(results['parts'])}"
+    sections = [title, textwrap.fill(facts, 119, break_on_hyphens=False)]
     for part, rows in results["parts"].items():
         table = render_table(rows, limits=results["limits"], device=results["device"])
         sections += [f"### {part.capitalize()}", table]

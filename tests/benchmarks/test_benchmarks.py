@@ -108,7 +108,9 @@ def test_a_part_that_fails_is_named_and_does_not_stop_the_others(tmp_path, monke
     for part in ("loading", "chat"):
         assert [row["name"] for row in results["parts"][part]] == ["first turn"]
     assert results["command"] == f"python -m benchmarks --only loading,chat --out {tmp_path}"
-    assert "loading failed: RuntimeError: no room" in render([tmp_path / "results.json"], tables=[])
+    report = render([tmp_path / "results.json"], tables=[])
+    assert "## mid on cpu: loading, chat\n" in report
+    assert "loading failed: RuntimeError: no room" in report
 
 
 @pytest.mark.slow
