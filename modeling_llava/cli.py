@@ -7,8 +7,8 @@ on standard error and exit code 2.
 import argparse
 import sys
 
-from spaces_demo.__main__ import add_options as add_demo_options
-from spaces_demo.__main__ import run as run_demo
+from spaces_demo.command import add_options as add_demo_options
+from spaces_demo.command import run as run_demo
 
 from .commands import answering, hub, models, training
 from .commands.errors import USER_ERRORS, missing_extra, one_line
