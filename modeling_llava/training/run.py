@@ -96,8 +96,9 @@ def build_trainer(recipe: Recipe) -> LlavaTrainer:
     processor = load_processor(recipe)
     model = load_model(recipe, bf16=arguments.bf16)
     base = model.get_base_model() if recipe.uses_lora else model
-    # The norms of QLoRA have weights of 32 bits for inputs of 16, which no single kernel takes.
-    if arguments.device.type == "cuda" and recipe.stage != "qlora":
+    # The norms of QLoRA have weights of 32 bits for inputs of 16, which no single kernel takes; those of a divided
+    # model have no shape yet.
+    if arguments.device.type == "cuda" and recipe.stage != "qlora" and not is_sharded(arguments):
         fuse_norms(base.base_model.language_model)
     for part, (total, trained) in count_parameters(model).items():
         logger.warning(f"{part}: {trained:,} of {total:,} parameters train")

@@ -167,10 +167,13 @@ def weights_after(recipe: Path) -> dict[str, torch.Tensor]:
     return AutoModelForVision2Seq.from_pretrained(train(read_recipe(recipe))).state_dict()
 
 
-@pytest.mark.parametrize("device, is_fused", [("cuda", True), ("cpu", False)])
-def test_norms_are_fused_on_a_gpu(workspace, tmp_path, monkeypatch, device, is_fused):
+@pytest.mark.parametrize(
+    "device, is_sharded, is_fused", [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
+)
+def test_norms_are_fused_on_a_gpu(workspace, tmp_path, monkeypatch, device, is_sharded, is_fused):
     fused = []
     monkeypatch.setattr(run, "fuse_norms", fused.append)
+    monkeypatch.setattr(run, "is_sharded", lambda arguments: is_sharded)
     # A run that believes it has a GPU goes no further than its rows.
     monkeypatch.setattr(SFTConfig, "device", torch.device(device))
     monkeypatch.setattr(run, "load_rows", lambda *args, **settings: ([], {}))
