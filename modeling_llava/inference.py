@@ -20,6 +20,7 @@ from .cached_generation import REUSING_MODEL_TYPES, CachedGeneration, check_comp
 from .chat_cache import ChatCache
 from .foreign_processors import encode_messages
 from .fused_norms import fuse_norms
+from .fused_projections import fuse_projections
 from .inference_dtype import is_slow_on_processor
 from .modeling_llava import AnyLlavaForConditionalGeneration
 from .packed_linear import pack_linear_layers
@@ -41,7 +42,7 @@ def load_for_inference(
 ) -> tuple[PreTrainedModel, AnyLlavaProcessor]:
     """Load a model and its processor, for answering.
 
-    A model for a processor is prepared for it and does nothing but answer: to train it or to save it, load it with
+    The model is prepared for its device and does nothing but answer: to train it or to save it, load it with
     `AutoModelForVision2Seq.from_pretrained`.
 
     Args:
@@ -74,26 +75,35 @@ def load_for_inference(
         )
     if template is not None and not is_ours:
         processor.chat_template = load_template(template)
-    if quantization is None:
-        # Transformers' own classes keep 16 bits, and so do ours where there is a GPU.
-        if device.type == "cpu" and is_slow_on_processor(loaded.dtype):
-            loaded = loaded.float()
-        loaded = loaded.to(device)
+    # Transformers' own classes keep 16 bits, and so do ours where there is a GPU.
+    if quantization is None and device.type == "cpu" and is_slow_on_processor(loaded.dtype):
+        loaded = loaded.float()
     if loaded.config.model_type in REUSING_MODEL_TYPES:
-        prepare_for_answering(loaded)
+        # Where the weights are: a Space of ZeroGPU cannot compute on its GPU while it loads.
+        prepare_for_answering(loaded, device)
+    if quantization is None and device.type != "cpu":
+        loaded = loaded.to(device)
     return loaded.eval(), processor
 
 
-def prepare_for_answering(model: PreTrainedModel) -> None:
-    """Make a LLaVA answer faster on its device, in place; its results change by rounding alone.
+def prepare_for_answering(model: PreTrainedModel, device: torch.device | None = None) -> None:
+    """Make a LLaVA answer faster, in place; its results change by rounding alone, and it can do nothing else.
 
-    On a processor, its weights are packed and it attends as fast as memory is read; on a GPU, its norms are fused.
+    On a processor, its weights are packed and it attends as fast as memory is read. On a GPU, its norms are fused, and
+    so are its projections, unless they are quantized or have an adapter.
+
+    Args:
+        device: Where it will answer; where it is by default.
     """
-    if model.device.type == "cpu":
+    device = model.device if device is None else device
+    if device.type == "cpu":
         pack_linear_layers(model)
         use_token_attention(model)
-    else:
-        fuse_norms(model.base_model.language_model)
+        return
+    language_model = model.base_model.language_model
+    fuse_norms(language_model)
+    if not (getattr(model, "is_quantized", False) or getattr(model, "_hf_peft_config_loaded", False)):
+        fuse_projections(language_model)
 
 
 def _quantizing_loader(quantization: str, device: torch.device) -> Callable[..., PreTrainedModel]:

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 
 from modeling_llava.fused_norms import RMS_NORMS, fuse_norms
-from modeling_llava.inference import prepare_for_answering
-from tests.tiny import text_ids, tiny_model
+from modeling_llava.fused_projections import Columns
+from modeling_llava.inference import load_for_inference, prepare_for_answering
+from tests.tiny import save_tiny_checkpoint, text_ids, tiny_model
 
 
 def list_norms(model: nn.Module) -> list[type]:
@@ -57,10 +59,25 @@ def test_norms_of_another_kind_stay():
     assert [type(module) for module in gemma.modules()] == before
 
 
-def test_a_model_that_is_not_on_a_processor_is_given_them():
-    model = tiny_model().to("meta")
-    prepare_for_answering(model)
-    assert set(list_norms(model)) == {nn.RMSNorm}
+@pytest.mark.parametrize("device, is_fused", [("meta", True), ("cpu", False)])
+def test_models_that_do_not_answer_on_a_processor_are_fused(tmp_path, device, is_fused):
+    save_tiny_checkpoint(tmp_path)
+    model, _ = load_for_inference(str(tmp_path), device=device)
+    assert model.device == torch.device(device)
+    assert (nn.RMSNorm in list_norms(model)) == is_fused
+    assert any(isinstance(module, Columns) for module in model.modules()) == is_fused
+
+
+def test_fusing_keeps_tokens():
+    model = tiny_model("qwen3")
+    expected = model.generate(torch.tensor([text_ids(30)]), max_new_tokens=8, do_sample=False)
+    prepare_for_answering(model, torch.device("cuda"))
+    assert model.generate(torch.tensor([text_ids(30)]), max_new_tokens=8, do_sample=False).equal(expected)
+
+
+def test_projections_with_an_adapter_stay():
     model = tiny_model()
-    prepare_for_answering(model)
-    assert nn.RMSNorm not in list_norms(model)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    prepare_for_answering(model, torch.device("cuda"))
+    assert nn.RMSNorm in list_norms(model)
+    assert not any(isinstance(module, Columns) for module in model.modules())
