@@ -15,7 +15,7 @@ from modeling_llava.batched_generation import AnswerRequest, generate_answers
 from modeling_llava.cached_generation import CachedGeneration
 from modeling_llava.chat_cache import ChatCache
 from modeling_llava.compiled_decoding import build_compile_config, build_static_states, decode_ahead
-from modeling_llava.inference import ChatSession
+from modeling_llava.inference import ChatSession, prepare_for_answering
 from modeling_llava.quantization import quantize_to_int8
 from modeling_llava.token_stream import StreamedText
 from tests.tiny import tiny_model, tiny_processor
@@ -58,10 +58,13 @@ def build(text: str = "llama"):
     return tiny_model(text, image_token_id=processor.image_token_id), processor
 
 
+@pytest.mark.parametrize("is_prepared", [False, True])
 @pytest.mark.parametrize("text", ["llama", "qwen3"])
-def test_one_graph_for_all_tokens_and_turns(graphs, text):
+def test_one_graph_for_all_tokens_and_turns(graphs, text, is_prepared):
     model, processor = build(text)
     expected = talk(ChatSession(model, processor))
+    if is_prepared:
+        prepare_for_answering(model, torch.device("cuda"))
     session = ChatSession(model, processor, compile=True)
     assert talk(session) == expected
     assert session.statistics.num_reused_tokens > 0
@@ -134,7 +137,9 @@ def answer_together(model, processor, *, compile: bool) -> dict[int, list[int]]:
 @pytest.mark.parametrize("text", ["llama", "qwen3"])
 def test_a_batch_has_one_graph_for_all_its_steps(graphs, text):
     model, processor = build(text)
-    assert answer_together(model, processor, compile=True) == answer_together(model, processor, compile=False)
+    expected = answer_together(model, processor, compile=False)
+    prepare_for_answering(model, torch.device("cuda"))
+    assert answer_together(model, processor, compile=True) == expected
     assert len(graphs) == 1
     assert torch.ops.aten._local_scalar_dense.default not in {node.target for node in graphs[0].graph.nodes}
 
