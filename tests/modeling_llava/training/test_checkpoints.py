@@ -42,7 +42,11 @@ sys.exit(main(["train", sys.argv[1]]))
 """`llava train` whose third checkpoint has no room: no file can become larger than some bytes."""
 
 
-@pytest.mark.parametrize("num_bytes", [100, 50_000, 250_000], ids=["config", "weights", "optimizer"])
+@pytest.mark.parametrize(
+    "num_bytes",
+    [pytest.param(100, marks=pytest.mark.slow), 50_000, pytest.param(250_000, marks=pytest.mark.slow)],
+    ids=["config", "weights", "optimizer"],
+)
 def test_full_disk_ends_in_one_line_and_harms_nothing(workspace, tmp_path, num_bytes):
     recipe = write_recipe(workspace, trainer=TRAINER, output_dir=str(tmp_path / "out"))
     command = [sys.executable, "-c", RUN_WITH_SMALL_FILES, str(recipe), str(num_bytes)]

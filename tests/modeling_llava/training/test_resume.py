@@ -119,7 +119,7 @@ def losses_of(folder: Path) -> list[float]:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tokens_per_batch": 300},
+        pytest.param({"tokens_per_batch": 300}, marks=pytest.mark.slow),
         {"tokens_per_batch": 300, "stage": "lora"},
         {"trainer": TRAINER | {"per_device_train_batch_size": 5}},
         {"trainer": TRAINER | {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2}, "streaming": True},
