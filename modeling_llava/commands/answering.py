@@ -46,10 +46,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
 
 
-def _session(options: argparse.Namespace):
+def _session(options: argparse.Namespace, limits):
     from modeling_llava.inference import EMBEDDED_MODEL, ChatSession, load_for_inference
     from processing_llava import AnyLlavaProcessor
-    from processing_llava.image_limits import read_limits
 
     model, processor = load_for_inference(
         options.model or EMBEDDED_MODEL,
@@ -59,7 +58,7 @@ def _session(options: argparse.Namespace):
         visual_tokens=options.visual_tokens,
     )
     if isinstance(processor, AnyLlavaProcessor):
-        processor.image_processor.limits = read_limits(options.image_limit)
+        processor.image_processor.limits = limits
     return ChatSession(model, processor, system=options.system, compile=options.compile)
 
 
@@ -80,10 +79,13 @@ def _answer(options: argparse.Namespace, session, question: str, *, images: list
 def run_ask(options: argparse.Namespace) -> None:
     if len(options.inputs) < 2:
         raise ValueError('got only one argument; expected pictures and a question: llava ask cat.jpg "What is this?"')
+    from processing_llava.image_limits import read_limits
+
     *sources, question = options.inputs
+    limits = read_limits(options.image_limit)
     # Pictures are opened before the model, so that a wrong path is answered at once.
-    images = [_open_image(source, options) for source in sources]
-    session = _session(options)
+    images = [_open_image(source, limits) for source in sources]
+    session = _session(options, limits)
     if not options.json:
         _answer(options, session, question, images=images)
         return
@@ -93,12 +95,10 @@ def run_ask(options: argparse.Namespace) -> None:
     print(json.dumps(record | settings, ensure_ascii=False))
 
 
-def _open_image(source: str, options: argparse.Namespace):
+def _open_image(source: str, limits):
     from processing_llava.conversations import ADDRESS
-    from processing_llava.image_limits import read_limits
     from processing_llava.image_loading import load_image
 
-    limits = read_limits(options.image_limit)
     if source == "-":
         return load_image(sys.stdin.buffer, limits=limits)
     # What the user of a terminal types may name any file of theirs.
@@ -106,8 +106,11 @@ def _open_image(source: str, options: argparse.Namespace):
 
 
 def run_chat(options: argparse.Namespace) -> None:
-    waiting = [_open_image(source, options) for source in options.images]
-    session = _session(options)
+    from processing_llava.image_limits import read_limits
+
+    limits = read_limits(options.image_limit)
+    waiting = [_open_image(source, limits) for source in options.images]
+    session = _session(options, limits)
     print(CHAT_HELP)
     while True:
         try:
@@ -120,7 +123,7 @@ def run_chat(options: argparse.Namespace) -> None:
             if command == "/quit":
                 return
             elif command == "/image":
-                waiting.append(_open_image(argument.strip(), options))
+                waiting.append(_open_image(argument.strip(), limits))
             elif command == "/reset":
                 session.reset()
                 waiting = []
