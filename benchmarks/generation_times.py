@@ -14,6 +14,7 @@ from .models import IMAGE_TOKEN_ID
 from .timing import clock
 
 NUM_TEXT_TOKENS = 64
+STATIC_STATES = {"cache_implementation": "static", "max_cache_len": SMALLEST_LENGTH}
 
 
 class FirstTokenClock(StoppingCriteria):
@@ -37,9 +38,6 @@ def build_prompt(batch: int, features: list[torch.Tensor], device: str) -> dict[
     )
     encoded = BaseModelOutputWithPooling(pooler_output=features * batch)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_encoder_outputs": {"image": encoded}}
-
-
-STATIC_STATES = {"cache_implementation": "static", "max_cache_len": SMALLEST_LENGTH}
 
 
 def compile_ours(model: PreTrainedModel) -> dict[str, Any]:

@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -92,7 +93,7 @@ def test_a_part_that_fails_is_named_and_does_not_stop_the_others(tmp_path, monke
         def __init__(self, name: str) -> None:
             self.name = name
 
-        def measure(self, device: str, size: str, rounds: int) -> list[dict]:
+        def measure(self, device: str, size: str, rounds: int) -> Iterator[dict]:
             yield compare("first turn", [1.0], [2.0], bytes=1e9)
             if self.name == "benchmarks.loading":
                 raise RuntimeError("no room\non the disk")
