@@ -124,7 +124,8 @@ class Handlers:
                             continue
                         shown_at = time.monotonic()
                         conversation = conversation.go_on([*before, replace(turn, answers=list(answers))])
-                        yield conversation, conversation.show(0), conversation.show(1) if right else gr.skip()
+                        # Until its own answer begins, the right chat would show the left one's.
+                        yield conversation, conversation.show(0), conversation.show(1) if column else gr.skip()
 
     def finish(self, conversation: Conversation) -> tuple:
         """-> conversation, both chats, text box."""

@@ -1,6 +1,7 @@
 """What happens when a visitor does something, without a page: the embedded model, and one that cannot be loaded."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,11 +20,13 @@ def build_handlers(*names: str) -> Handlers:
     return Handlers(ModelMenu(list(names)), examples=[], feedback=None, on_gpu=lambda function: function)
 
 
-def answer(handlers: Handlers, conversation: Conversation, **changes) -> Conversation:
+def stream(handlers: Handlers, conversation: Conversation, *, right: str = "", **changes) -> Iterator[tuple]:
     settings = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 8, "seed": 0} | changes
-    *_, (conversation, _, _) = handlers.answer(
-        conversation, "embedded", "", AS_TRAINED, AS_TRAINED, "", *settings.values()
-    )
+    return handlers.answer(conversation, "embedded", right, AS_TRAINED, AS_TRAINED, "", *settings.values())
+
+
+def answer(handlers: Handlers, conversation: Conversation, **changes) -> Conversation:
+    *_, (conversation, _, _) = stream(handlers, conversation, **changes)
     return conversation
 
 
@@ -50,6 +53,18 @@ def test_a_conversation_that_was_forgotten_is_said_to_be():
     ):
         with pytest.raises(gr.Error, match="forgotten the conversation"):
             call()
+
+
+def test_a_column_never_shows_the_answer_that_the_other_model_just_gave():
+    handlers = build_handlers()
+    asked = Conversation().go_on([Turn("What is this?", [PENGUIN])])
+    shown = [
+        (len(conversation.turns[0].answers), right)
+        for conversation, _, right in stream(handlers, asked, right="embedded")
+    ]
+    assert {right == gr.skip() for num_answers, right in shown if num_answers == 1} == {True}
+    assert {right == gr.skip() for num_answers, right in shown if num_answers == 2} == {False}
+    assert "a penguin" in shown[-1][1][1]["content"]
 
 
 def test_an_empty_seed_is_zero():
