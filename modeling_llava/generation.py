@@ -12,9 +12,14 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationMixin, LogitsProcessorList, StaticCache
+from transformers import DynamicCache, GenerationMixin, LogitsProcessorList, StaticCache, SuppressTokensLogitsProcessor
 from transformers.cache_utils import DynamicLayer
-from transformers.generation.candidate_generator import AssistedCandidateGenerator, CandidateGenerator
+from transformers.generation.candidate_generator import (
+    AssistedCandidateGenerator,
+    AssistedCandidateGeneratorDifferentTokenizers,
+    CandidateGenerator,
+    PromptLookupCandidateGenerator,
+)
 
 _IMAGES: ContextVar[dict[str, torch.Tensor]] = ContextVar("_IMAGES")
 """The images of the innermost running `generate`, which has dropped them when it makes its assistant ready."""
@@ -63,24 +68,62 @@ class AnyLlavaGenerationMixin(GenerationMixin):
         if type(states) is DynamicCache and not states.offloading:
             leave_room(states)
 
-    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
-        processors = super()._get_logits_processor(*args, **kwargs)
+    def _get_logits_processor(
+        self, *args, encoder_input_ids: torch.LongTensor | None = None, **kwargs
+    ) -> LogitsProcessorList:
         vocab_size = self.config.text_config.vocab_size
-        if not processors or 0 <= self.config.image_token_id < vocab_size:
-            return processors
-        return TextOnlyLogitsProcessorList(processors, vocab_size=vocab_size)
+        image_token_id = self.config.image_token_id
+        if encoder_input_ids is not None and encoder_input_ids.ndim == 2:
+            encoder_input_ids = replace_image_tokens(encoder_input_ids, vocab_size=vocab_size)
+        processors = super()._get_logits_processor(*args, encoder_input_ids=encoder_input_ids, **kwargs)
+        if 0 <= image_token_id < vocab_size:
+            # An answer can hold no image. First, since what draws leaves one token over.
+            return LogitsProcessorList([ForbidImageToken([image_token_id], self.device), *processors])
+        return TextOnlyLogitsProcessorList(processors, vocab_size=vocab_size) if processors else processors
 
     def _get_candidate_generator(self, *args, **kwargs) -> CandidateGenerator:
         generator = super()._get_candidate_generator(*args, **kwargs)
-        if type(generator) is AssistedCandidateGenerator:
+        if type(generator) is PromptLookupCandidateGenerator:
+            return TextLookupGenerator(generator, image_token_id=self.config.image_token_id)
+        if isinstance(generator, AssistedCandidateGenerator) and generator.assistant_model is not self:
             assistant = generator.assistant_model
-            if "image" not in assistant.input_modalities:
+            if "image" in assistant.input_modalities:
+                self._show_images(generator)
+            elif type(generator) is AssistedCandidateGenerator:
                 return TextDraftGenerator(generator)
-            images = {name: value.to(assistant.device) for name, value in _IMAGES.get().items()}
-            if images:
-                encoded = assistant.get_image_features(**images, return_dict=True)
-                generator.assistant_kwargs["mm_encoder_outputs"] = {"image": encoded}
         return generator
+
+    def _show_images(self, generator: AssistedCandidateGenerator) -> None:
+        """Let a LLaVA that drafts see the images by itself.
+
+        Raises:
+            ValueError: if it reads other image tokens than this model.
+        """
+        images = _IMAGES.get()
+        if not images:
+            return
+        assistant = generator.assistant_model
+        counts = [layout.num_tokens for layout in self.model.plan_images(**images)]
+        expected = (
+            f"expected one with the tokenizer of this model and images of {counts} tokens: take another or a language "
+            "model, which drafts from the text alone"
+        )
+        if isinstance(generator, AssistedCandidateGeneratorDifferentTokenizers):
+            raise ValueError(f"got an assistant that sees images and has another tokenizer; {expected}")
+        try:
+            encoded = assistant.get_image_features(
+                **{name: value.to(assistant.device) for name, value in images.items()}, return_dict=True
+            )
+        except ValueError as error:
+            raise ValueError(f"got an assistant that cannot read the images ({error}); {expected}") from error
+        assistant_counts = [len(features) for features in encoded.pooler_output]
+        if assistant_counts != counts:
+            raise ValueError(f"got an assistant with images of {assistant_counts} tokens; {expected}")
+        generator.assistant_kwargs["mm_encoder_outputs"] = {"image": encoded}
+
+
+class ForbidImageToken(SuppressTokensLogitsProcessor):
+    """For image tokens that have a logit, as in transformers' own checkpoints."""
 
 
 class TextOnlyLogitsProcessorList(LogitsProcessorList):
@@ -111,6 +154,29 @@ class TextDraftGenerator(CandidateGenerator):
         self, input_ids: torch.LongTensor, scores: torch.FloatTensor, num_matches: int
     ) -> None:
         self.generator.update_candidate_strategy(input_ids, scores, num_matches)
+
+
+class TextLookupGenerator(CandidateGenerator):
+    """Continuations that are found in the text of a prompt: what follows there may be an image, which is none."""
+
+    def __init__(self, generator: PromptLookupCandidateGenerator, *, image_token_id: int) -> None:
+        self.generator = generator
+        self.image_token_id = image_token_id
+        # Images are shown as a token that is forbidden, so that the generator looks for another place.
+        self.placeholder = 0 if generator.eos_token_id is None else int(generator.eos_token_id[0])
+        generator.logits_processor = LogitsProcessorList(
+            [*(generator.logits_processor or ()), SuppressTokensLogitsProcessor([self.placeholder])]
+        )
+
+    def get_candidates(self, input_ids: torch.LongTensor, **kwargs) -> tuple[torch.LongTensor, None]:
+        text_ids = input_ids.masked_fill(input_ids == self.image_token_id, self.placeholder)
+        candidates, _ = self.generator.get_candidates(text_ids, **kwargs)
+        return torch.cat([input_ids, candidates[:, input_ids.shape[1] :]], dim=1), None
+
+    def update_candidate_strategy(
+        self, input_ids: torch.LongTensor, scores: torch.FloatTensor, num_matches: int
+    ) -> None:
+        """Nothing: what is found does not depend on what was accepted."""
 
 
 def replace_image_tokens(input_ids: torch.LongTensor, *, vocab_size: int) -> torch.LongTensor:

@@ -103,6 +103,12 @@ def test_assisted_by_a_smaller_llava(model, tower_calls):
     assert tower_calls == assistant_calls == [2]
 
 
+def test_a_llava_that_reads_images_otherwise_is_no_assistant(model):
+    assistant = build_tiny_model(visual_tokens=4)
+    with pytest.raises(ValueError, match=r"assistant with images of \[4\] tokens; expected .* \[16\] tokens"):
+        model.generate(**prompt(), **GREEDY, assistant_model=assistant)
+
+
 def test_assisted_by_a_text_model(model, tower_calls):
     inputs = prompt(num_images=2)
     expected = greedy_by_hand(model, inputs)
@@ -167,6 +173,36 @@ def test_repetition_penalty_counts_text_only(model):
         ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
     assert generated.tolist() == ids.tolist()
     assert generated.tolist() != model.generate(**inputs, **GREEDY).tolist()
+
+
+@pytest.mark.parametrize("setting", [{"encoder_repetition_penalty": 2.0}, {"encoder_no_repeat_ngram_size": 2}])
+def test_settings_that_look_at_the_prompt_are_shown_text_only(model, setting):
+    inputs = prompt()
+    length = inputs["input_ids"].shape[1]
+    assert model.generate(**inputs, **GREEDY, **setting).shape[1] == length + NEW_TOKENS
+    ids = inputs["input_ids"]
+    scores = torch.randn(1, 300, generator=torch.Generator().manual_seed(0))
+    with_images, without = (
+        model._get_logits_processor(
+            model._prepare_generation_config(None, **setting)[0],
+            input_ids_seq_length=length,
+            encoder_input_ids=encoder_ids,
+            device="cpu",
+        )(torch.tensor([[1, 5]]), scores.clone())
+        for encoder_ids in (ids, ids[ids != IMAGE_TOKEN_ID][None])
+    )
+    assert torch.equal(with_images, without)
+
+
+def test_an_answer_holds_no_image_token():
+    model = build_tiny_model(image_token_id=299)
+    ids = torch.tensor([[1, *[299] * len(IMAGE), 5, 6, 7]])
+    inputs = {"input_ids": ids, "pixel_values": random_images(1)}
+    with torch.no_grad():
+        # The likeliest token from here on.
+        model.lm_head.weight.data[299] = 100 * model.model(**inputs).last_hidden_state[0, -1]
+        assert model(**inputs).logits[0, -1].argmax() == 299
+    assert 299 not in model.generate(**inputs, **GREEDY)[0, -NEW_TOKENS:]
 
 
 def test_encoded_images_are_generated_from_without_the_tower(model, tower_calls):
