@@ -13,6 +13,7 @@ from transformers import AutoProcessor, PreTrainedModel
 
 from processing_llava.conversation_templates import load_template
 from processing_llava.image_loading import load_image
+from processing_llava.messages import check_messages
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .auto import AutoModelForVision2Seq
@@ -25,7 +26,7 @@ from .inference_dtype import is_slow_on_processor
 from .modeling_llava import AnyLlavaForConditionalGeneration
 from .packed_linear import pack_linear_layers
 from .token_attention import use_token_attention
-from .token_stream import StreamedText, build_sampler, stream_tokens
+from .token_stream import StreamedText, build_sampler, find_answer_end, read_generation_config, stream_tokens
 
 EMBEDDED_MODEL = str(Path(__file__).parent / "tiny_llava" / "checkpoint")
 """The small LLaVA that ships in this package."""
@@ -63,16 +64,16 @@ def load_for_inference(
     load = AutoModelForVision2Seq.from_pretrained if quantization is None else _quantizing_loader(quantization, device)
     try:
         processor = AutoProcessor.from_pretrained(name, **chosen, **base)
+        is_ours = isinstance(processor, AnyLlavaProcessor)
+        if visual_tokens is not None and not is_ours:
+            raise ValueError(
+                f"got visual_tokens for model {name!r} with transformers' {type(processor).__name__}; expected a "
+                "model with our processor: take the original checkpoint, or leave visual_tokens out"
+            )
         loaded = load(name, **base)
     except OSError as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"got model {name!r}; expected a folder or a Hub id of a LLaVA: {reason}") from error
-    is_ours = isinstance(processor, AnyLlavaProcessor)
-    if visual_tokens is not None and not is_ours:
-        raise ValueError(
-            f"got visual_tokens for model {name!r} with transformers' {type(processor).__name__}; expected a model "
-            "with our processor: take the original checkpoint, or leave visual_tokens out"
-        )
     if template is not None and not is_ours:
         processor.chat_template = load_template(template)
     # Transformers' own classes keep 16 bits, and so do ours where there is a GPU.
@@ -233,8 +234,10 @@ class ChatSession:
                 its last message is not from the user.
         """
         started = time.perf_counter()
-        if not messages or messages[-1]["role"] != "user":
-            raise ValueError(f"got {len(messages)} messages; expected at least one, and the last from the user")
+        read_generation_config(self.model)
+        check_messages(messages)
+        if messages[-1]["role"] != "user":
+            raise ValueError(f"got {len(messages)} messages; expected the last from the user")
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         inputs = encode_messages(messages, self.processor)
@@ -247,7 +250,7 @@ class ChatSession:
         generate = partial(
             generation.run, max_new_tokens=max_new_tokens, use_cache=True, do_sample=False, logits_processor=sampler
         )
-        text, times = StreamedText(self.processor.tokenizer), []
+        text, times = StreamedText(self.processor.tokenizer, end=find_answer_end(self.processor)), []
         worker = self.cache.compiled_worker if self.compile else None
         try:
             with closing(stream_tokens(generate, lock=self.cache.lock, worker=worker)) as tokens:
@@ -255,6 +258,8 @@ class ChatSession:
                     times.append(token_time)
                     if piece := text.add(token):
                         yield piece
+                    if text.has_ended:
+                        break
             if piece := text.finish():
                 yield piece
         finally:

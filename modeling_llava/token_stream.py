@@ -1,4 +1,4 @@
-"""What lies between `generate` and a stream of text: a thread that can be stopped, drawing with a seed, decoding.
+"""What lies between `generate` and a stream of text: settings, a thread that can be stopped, drawing, decoding.
 
 What is surprising: the next token is drawn in a logits processor. `generate` itself would take its random numbers from
 torch's global generator, which all threads of a process share.
@@ -12,15 +12,21 @@ from threading import Event, Lock, Thread
 
 import torch
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
+
+from processing_llava.processing_llava import AnyLlavaProcessor
 
 
 def stream_tokens(
@@ -64,6 +70,42 @@ def stream_tokens(
     finally:
         stop.set()
         wait()
+
+
+def read_generation_config(model: PreTrainedModel) -> GenerationConfig:
+    """The settings with which a model answers, one token at a time.
+
+    Raises:
+        ValueError: if they ask for anything else.
+    """
+    config, _ = model._prepare_generation_config(None, do_sample=False)
+    mode = config.get_generation_mode()
+    if mode != GenerationMode.GREEDY_SEARCH:
+        raise ValueError(
+            f"got a model whose generation_config asks for {mode.value}; expected one token at a time: take what asks "
+            "for it (such as num_beams) out of model.generation_config, or call model.generate"
+        )
+    for name in ("stop_strings", "return_dict_in_generate"):
+        if value := getattr(config, name):
+            raise ValueError(
+                f"got a model whose generation_config says {name}={value!r}; expected none here: take it out of "
+                "model.generation_config, or call model.generate"
+            )
+    return config
+
+
+def find_answer_end(processor: ProcessorMixin) -> str:
+    """The text that the chat template writes behind an answer, where that is no special token, as "###" in `llava_v0`.
+
+    Empty for processors of transformers, and where blanks or a special token end an answer.
+    """
+    if not isinstance(processor, AnyLlavaProcessor) or processor.chat_template is None:
+        return ""
+    answer = "ANSWER"
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ""}]}]
+    prompt = processor.render([*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}])
+    end = str(prompt).rpartition(answer)[2].strip()
+    return "" if end in processor.tokenizer.all_special_tokens else end
 
 
 class _QueueStreamer(BaseStreamer):
@@ -123,25 +165,43 @@ class _DrawWithSeed(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter(-1, drawn, 0.0)
 
 
+def cut_at_end(text: str, end: str) -> str:
+    """The text before its end, which may be empty; all of it where there is none."""
+    return text.partition(end)[0] if end else text
+
+
 class StreamedText:
     """Decodes tokens as they come, to the text that all of them together decode to.
 
-    White space before an answer belongs to the template. An end that may be half a character is held back.
+    White space before an answer belongs to the template. What may be half a character or a part of the end is held
+    back.
+
+    Args:
+        tokenizer: Of the model.
+        end: Where this text comes, the answer has ended before; see `find_answer_end`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, end: str = "") -> None:
         self.tokenizer = tokenizer
+        self.end = end
         self.ids: list[int] = []
         self.given = ""
+        self.has_ended = False
 
     def add(self, token: int) -> str:
         """The text that this token makes certain."""
         self.ids.append(token)
-        return self._give(self._decode().rstrip("\ufffd"))
+        text = self._decode()
+        self.has_ended = bool(self.end) and self.end in text
+        text = text.rstrip("\ufffd")
+        if not self.has_ended:
+            parts = (self.end[:length] for length in range(len(self.end) - 1, 0, -1))
+            text = text.removesuffix(next(filter(text.endswith, parts), ""))
+        return self._give(cut_at_end(text, self.end))
 
     def finish(self) -> str:
         """What was held back."""
-        return self._give(self._decode())
+        return self._give(cut_at_end(self._decode(), self.end))
 
     def _decode(self) -> str:
         return self.tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()

@@ -97,5 +97,17 @@ def assistant(text: str) -> dict:
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
+def follow_script(model, processor, text: str) -> list[int]:
+    """Let a model say a text, whatever it is asked; returns its tokens."""
+    ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    script = iter(ids)
+
+    def say_next(module, args, logits):
+        return torch.zeros_like(logits).index_fill(-1, torch.tensor(next(script)), 1.0)
+
+    model.lm_head.register_forward_hook(say_next)
+    return ids
+
+
 def read(answer) -> str:
     return "".join(answer)

@@ -11,12 +11,16 @@ import torch
 from modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.chat_cache import ChatCache
 from modeling_llava.inference import EMBEDDED_MODEL, ChatSession, load_for_inference
+from processing_llava.conversation_templates import load_template
 from processing_llava.image_limits import ImageLimits
 from tests.modeling_llava.session_models import (
     CAT,
     DOG,
     SETTINGS,
     assistant,
+    build_text_model,
+    build_transformers_own,
+    follow_script,
     load,
     make_picture,
     read,
@@ -165,11 +169,46 @@ def test_settings_out_of_range_are_refused(settings, message):
         read(ChatSession(*load("llama")).ask("What?", **settings))
 
 
-def test_a_conversation_that_does_not_end_with_the_user_is_refused():
+@pytest.mark.parametrize("name, value", [("num_beams", 2), ("prompt_lookup_num_tokens", 3), ("stop_strings", ["a"])])
+def test_a_model_that_is_to_do_more_than_one_token_at_a_time_is_refused(name, value, monkeypatch):
     session = ChatSession(*load("llama"))
-    for messages in ([], [user("What?"), assistant("A cat.")]):
-        with pytest.raises(ValueError, match="last from the user"):
-            read(session.answer(messages))
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="or call model.generate"):
+        patch.setattr(session.model.generation_config, name, value)
+        read(session.ask("What?"))
+    assert read(session.ask("What?", **SETTINGS))
+
+
+@pytest.mark.parametrize(
+    "template, expected", [("llava_v0", "A cat.##, no"), ("llava_v1", "A cat.##, no###Human: Wh")]
+)
+def test_an_answer_ends_where_the_format_ends_it(template, expected):
+    model, processor = build_text_model("llama")
+    processor.chat_template = load_template(template)
+    ids = follow_script(model, processor, "A cat.##, no###Human: What else is there, and who?")
+    session = ChatSession(model, processor)
+    text = read(session.ask("What is this?", images=[CAT], max_new_tokens=len(ids)))
+    assert text.startswith(expected) and (text == expected) == (template == "llava_v0")
+    assert (session.statistics.num_new_tokens < len(ids)) == (template == "llava_v0")
+
+
+@pytest.mark.parametrize(
+    "messages, message",
+    [
+        ([], "at least one"),
+        ([{"content": "hi"}], "message 0"),
+        ([user("What?"), assistant("A cat.")], "last from the user"),
+    ],
+)
+def test_a_conversation_that_cannot_be_answered_is_refused(messages, message):
+    with pytest.raises(ValueError, match=message):
+        read(ChatSession(*load("llama")).answer(messages))
+
+
+def test_visual_tokens_are_refused_for_a_model_with_the_processor_of_transformers(tmp_path):
+    for part in build_transformers_own():
+        part.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected a model with our processor"):
+        load_for_inference(str(tmp_path), visual_tokens=4)
 
 
 def test_a_conversation_longer_than_the_model_can_read_is_refused(watched):

@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 
-from modeling_llava.token_stream import StreamedText, build_sampler, stream_tokens
+from modeling_llava.token_stream import StreamedText, build_sampler, find_answer_end, stream_tokens
 from processing_llava.sentencepiece_tokenizer import load_sentencepiece_tokenizer
 from tests.conftest import GOLDENS
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_processor, tiny_tokenizer
 
 TEXTS = [
     "It is a red circle.",
@@ -33,6 +33,25 @@ def test_the_pieces_add_up_to_the_decoded_text(tokenizer, text):
     assert "\ufffd" not in "".join(pieces)
     assert sum(map(bool, pieces)) > 2
     assert streamed.finish() == ""
+
+
+@pytest.mark.parametrize("text", ["A #1 ## and #", "One.##\n#", "", "Two.###Human: why?", "###"])
+def test_nothing_from_the_end_on_is_given(tokenizer, text):
+    streamed = StreamedText(tokenizer, end="###")
+    pieces = []
+    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        pieces.append(streamed.add(token))
+        if streamed.has_ended:
+            break
+    assert "".join([*pieces, streamed.finish()]) == text.partition("###")[0]
+    assert streamed.has_ended == ("###" in text)
+
+
+@pytest.mark.parametrize(
+    "template, end", [("llava_v0", "###"), ("v0_mmtag", "###"), ("vicuna_v1", ""), ("plain", ""), ("phi_3", "<|end|>")]
+)
+def test_the_end_of_an_answer_is_what_the_template_writes_behind_it(template, end):
+    assert find_answer_end(tiny_processor(template=template)) == end
 
 
 def test_an_answer_cut_in_a_character_shows_the_whole_ones(tokenizer):
