@@ -5,15 +5,18 @@ Whatever can be refused is refused here, before a request takes part in a pass w
 
 import copy
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 import torch
 from transformers import BatchFeature, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
+from processing_llava.messages import check_messages
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .cached_generation import limit_new_tokens
 from .foreign_processors import encode_messages
+from .generation import ForbidImageToken
 from .prompt_images import PromptImage, read_images
 from .token_stream import build_sampler
 
@@ -37,8 +40,9 @@ class BatchedAnswer:
     text: str = ""
     ids: list[int] = field(default_factory=list)
     """Of the answer, with the token that ends it."""
-    error: ValueError | RuntimeError | None = None
-    """Why there is no answer: the request, or a pass that failed, of which all requests have none."""
+    error: Exception | None = None
+    """Why there is no answer: a ValueError says what is wrong with the request; anything else came from a pass, of
+    which all requests have no answer."""
 
 
 @dataclass(eq=False)
@@ -78,8 +82,12 @@ def prepare_request(
         FileNotFoundError: if there is no picture at a path.
     """
     messages = request.messages
-    if not messages or messages[-1]["role"] != "user":
-        raise ValueError(f"got {len(messages)} messages; expected at least one, and the last from the user")
+    check_messages(messages)
+    if messages[-1]["role"] != "user":
+        raise ValueError(f"got {len(messages)} messages; expected the last from the user")
+    for name, kinds in {"max_new_tokens": int, "temperature": Real, "top_p": Real, "seed": int}.items():
+        if not isinstance(getattr(request, name), kinds):
+            raise ValueError(f"got {name}={getattr(request, name)!r}; expected a number")
     if request.max_new_tokens < 1:
         raise ValueError(f"got max_new_tokens={request.max_new_tokens}; expected at least 1")
     sampler = build_sampler(
@@ -108,9 +116,12 @@ def prepare_request(
 def _build_processors(
     model: PreTrainedModel, input_ids: torch.Tensor, config: GenerationConfig, sampler: LogitsProcessorList
 ) -> LogitsProcessorList:
-    """What `generate` does to the logits of a request: what its config says, then drawing."""
+    """What `generate` does to the logits of a request: what its config says, then drawing.
+
+    Without what forbids image tokens, which `BatchedGeneration` does for all requests at once.
+    """
     model._prepare_special_tokens(config, device=model.device)
-    return model._get_logits_processor(
+    processors = model._get_logits_processor(
         generation_config=config,
         input_ids_seq_length=input_ids.shape[1],
         encoder_input_ids=input_ids,
@@ -118,3 +129,6 @@ def _build_processors(
         device=model.device,
         model_kwargs={},
     )
+    if processors and isinstance(processors[0], ForbidImageToken):
+        del processors[0]
+    return processors

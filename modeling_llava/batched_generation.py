@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from transformers import PreTrainedModel
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from processing_llava.processing_llava import AnyLlavaProcessor
@@ -29,6 +28,7 @@ from .chat_cache import ChatCache
 from .compiled_decoding import build_compile_config
 from .prompt_images import load_features
 from .row_states import RowStates
+from .token_stream import cut_at_end, find_answer_end, read_generation_config
 
 MAX_PASS_TOKENS = 2048
 """Requests stop joining a pass that has this many tokens of prompts: bounds activations and the wait of the others."""
@@ -60,9 +60,7 @@ def generate_answers(
     for index, request in enumerate(requests):
         try:
             batch.add(index, request)
-        except ValueError as error:
-            yield BatchedAnswer(index, error=error)
-        except OSError as error:
+        except (ValueError, OSError) as error:
             yield BatchedAnswer(index, error=ValueError(str(error)))
         while batch.is_full:
             yield from batch.step()
@@ -112,12 +110,11 @@ class BatchedGeneration:
                 f"got a {type(model).__name__}; expected {' or '.join(REUSING_MODEL_TYPES)}, and a language model "
                 "whose states do not depend on the rows beside them: answer one request at a time"
             )
-        self._generation_config, _ = model._prepare_generation_config(None, do_sample=False)
-        mode = self._generation_config.get_generation_mode()
-        if mode != GenerationMode.GREEDY_SEARCH:
+        self._generation_config = read_generation_config(model)
+        if self._generation_config.max_time is not None:
             raise ValueError(
-                f"got a model whose generation_config asks for {mode.value}; expected one token at a time: set "
-                "model.generation_config.num_beams = 1"
+                f"got a model whose generation_config says max_time={self._generation_config.max_time}; expected none "
+                "for answers that share their time: take it out of model.generation_config"
             )
         self.model = model
         self.processor = processor
@@ -137,6 +134,7 @@ class BatchedGeneration:
         )
         ends = self._generation_config.eos_token_id
         self._end_ids = frozenset(ends if isinstance(ends, list) else [ends])
+        self._end = find_answer_end(processor)
         self._rows: list[PreparedRequest] = []
         self._waiting: deque[PreparedRequest] = deque()
 
@@ -182,19 +180,21 @@ class BatchedGeneration:
         try:
             with self.cache.lock, use_row_attention(self.model.base_model.language_model):
                 logits = self._compute_step() if is_step else self._compute_pass(new_rows)
-        except RuntimeError as error:
+            tokens = self._draw(logits, [*self._rows, *new_rows])
+        except Exception as error:
             failed = [*self._rows, *new_rows]
             self._rows = []
             self._states.clear()
             # Its traceback would hold on to the tensors of the pass.
             return [BatchedAnswer(row.index, error=error.with_traceback(None)) for row in failed]
         self._rows += new_rows
-        for row, token in zip(self._rows, self._draw(logits)):
+        for row, token in zip(self._rows, tokens):
             row.ids.append(token)
         answers = []
         for place in reversed(range(len(self._rows))):
             row = self._rows[place]
-            if row.ids[-1] in self._end_ids or len(row.ids) == row.request.max_new_tokens:
+            is_longest = len(row.ids) == row.request.max_new_tokens
+            if row.ids[-1] in self._end_ids or is_longest or self._has_ended(row.ids):
                 answers.append(BatchedAnswer(row.index, self._decode(row.ids), row.ids))
                 self._states.remove(place)
                 self._rows[place] = self._rows[-1]
@@ -251,14 +251,24 @@ class BatchedGeneration:
         # A copy: the next step writes to the same memory.
         return outputs.logits[0, : len(self._rows)].to(torch.float32, copy=True)
 
-    def _draw(self, logits_NV: torch.Tensor) -> list[int]:
+    def _draw(self, logits_NV: torch.Tensor, rows: list[PreparedRequest]) -> list[int]:
+        image_token_id = self.model.config.image_token_id
+        if 0 <= image_token_id < logits_NV.shape[1]:
+            # An answer can hold no image.
+            logits_NV[:, image_token_id] = -torch.inf
         tokens_N = logits_NV.argmax(dim=-1)
-        for place, row in enumerate(self._rows):
+        for place, row in enumerate(rows):
             if row.processors:
                 ids_1L = torch.tensor([row.prompt_ids + row.ids], device=logits_NV.device)
                 tokens_N[place] = row.processors(ids_1L, logits_NV[place : place + 1])[0].argmax()
         return tokens_N.tolist()
 
+    def _has_ended(self, ids: list[int]) -> bool:
+        # A token is a byte at least, but for those that stand for nothing.
+        num_tokens = 2 * len(self._end.encode())
+        return num_tokens > 0 and self._end in self.processor.tokenizer.decode(ids[-num_tokens:])
+
     def _decode(self, ids: list[int]) -> str:
         # White space before an answer belongs to the template.
-        return self.processor.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+        text = self.processor.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+        return cut_at_end(text, self._end)

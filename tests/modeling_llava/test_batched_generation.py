@@ -11,13 +11,20 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from modeling_llava import batched_generation
+from modeling_llava import AnyLlavaForConditionalGeneration, batched_generation
 from modeling_llava.batched_generation import AnswerRequest, BatchedGeneration, generate_answers
 from modeling_llava.chat_cache import ChatCache
 from modeling_llava.inference import ChatSession, load_for_inference
 from modeling_llava.row_states import RowStates
+from processing_llava.conversation_templates import load_template
 from tests.conftest import GOLDENS
-from tests.modeling_llava.session_models import build_anyres, build_text_model, build_transformers_own
+from tests.modeling_llava.session_models import (
+    build_anyres,
+    build_text_model,
+    build_transformers_own,
+    follow_script,
+)
+from tests.tiny import tiny_config, tiny_processor
 
 CAT, COFFEE, RETINA = (
     PIL.Image.open(GOLDENS / "images" / f"{name}.png").convert("RGB")
@@ -115,6 +122,15 @@ def test_mixed_requests_get_the_tokens_of_generate(name, monkeypatch):
     assert answer_together(model, processor, MIXED, max_rows=3) == expected
 
 
+def test_an_answer_ends_where_the_format_ends_it():
+    model, processor = build_text_model("llama")
+    processor.chat_template = load_template("llava_v0")
+    ids = follow_script(model, processor, "A cat.###Human: What?")
+    (answer,) = generate_answers(model, processor, [ask("What is this?", CAT, max_new_tokens=30)])
+    assert answer.text == "A cat."
+    assert len(answer.ids) < len(ids)
+
+
 def test_an_answer_that_ends_by_itself_leaves_at_once():
     model, processor = load("embedded")
     (answer,) = generate_answers(model, processor, [ask("What is in the picture?", CAT, max_new_tokens=200)])
@@ -189,13 +205,18 @@ def test_a_request_that_fails_stops_no_other():
         4: (ask("a", max_new_tokens=2000), "raise max_cache_tokens"),
         6: (ask("a", temperature=-1), "temperature=-1"),
         7: (ask("a", max_new_tokens=0), "max_new_tokens=0"),
-        8: (AnswerRequest([]), "0 messages"),
+        8: (AnswerRequest([]), "expected a list of messages"),
         9: (ask("What?", GOLDENS / "nowhere.png"), "nowhere.png"),
+        10: (AnswerRequest([{"content": "hi"}]), "message 0"),
+        11: (AnswerRequest("hi"), "conversation 'hi'"),
+        12: (ask("a", temperature="1"), "temperature='1'"),
+        13: (ask("a", max_new_tokens=None), "max_new_tokens=None"),
+        14: (ask("a", seed=1.5), "seed=1.5"),
     }
     good = {0: MIXED[0], 2: MIXED[1], 5: MIXED[2]}
-    requests = [good[index] if index in good else bad[index][0] for index in range(10)]
+    requests = [good[index] if index in good else bad[index][0] for index in range(15)]
     answers = {answer.index: answer for answer in generate_answers(model, processor, requests, max_cache_tokens=448)}
-    assert set(answers) == set(range(10))
+    assert set(answers) == set(range(15))
     for index, (_, message) in bad.items():
         assert isinstance(answers[index].error, ValueError) and message in str(answers[index].error)
         assert answers[index].ids == []
@@ -203,8 +224,24 @@ def test_a_request_that_fails_stops_no_other():
         assert answers[index].ids == answer_alone(model, processor, request)
 
 
+@pytest.mark.parametrize("name", ["llama", "transformers"])
+def test_no_answer_holds_an_image_token_that_has_a_logit(name):
+    if name == "transformers":
+        model, processor = build_transformers_own()
+    else:
+        processor = tiny_processor()
+        config = tiny_config(image_token_id=processor.image_token_id)
+        config.text_config.vocab_size = processor.image_token_id + 1
+        model = AnyLlavaForConditionalGeneration(config).eval()
+    model.lm_head.weight.data[processor.image_token_id] *= 1000
+    answers = answer_together(model, processor, [ask("What is this?", CAT), ask("a")])
+    assert [len(ids) for ids in answers] == [6, 6]
+    assert processor.image_token_id not in [*answers[0], *answers[1]]
+
+
 @pytest.mark.parametrize("layer", [0, 1])
-def test_a_pass_that_fails_takes_only_its_own_requests(layer):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, ValueError])
+def test_a_pass_that_fails_takes_only_its_own_requests(layer, error):
     """In the middle of the model, where one layer holds the new states and the other does not."""
     model, processor = load("llama")
     expected = answer_alone(model, processor, MIXED[2])
@@ -215,7 +252,7 @@ def test_a_pass_that_fails_takes_only_its_own_requests(layer):
 
     def fail(module, args):
         hook.remove()
-        raise torch.OutOfMemoryError("no room")
+        raise error("no room")
 
     hook = model.model.language_model.layers[layer].register_forward_pre_hook(fail)
     failed = batch.step()
@@ -301,9 +338,10 @@ def test_models_that_cannot_be_batched_are_refused(monkeypatch):
     model, processor = load("llama")
     with pytest.raises(ValueError, match="max_rows=0"):
         BatchedGeneration(model, processor, max_rows=0)
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="num_beams = 1"):
-        patch.setattr(model.generation_config, "num_beams", 2)
-        BatchedGeneration(model, processor)
+    for name, value in (("num_beams", 2), ("prompt_lookup_num_tokens", 3), ("stop_strings", ["a"]), ("max_time", 1.0)):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"out of\s+model.generation_config"):
+            patch.setattr(model.generation_config, name, value)
+            BatchedGeneration(model, processor)
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     monkeypatch.setattr(model.config.text_config, "rope_parameters", rope)
     with pytest.raises(ValueError, match="rows beside them"):
