@@ -149,6 +149,8 @@ class LlavaTrainer(SFTTrainer):
         Every process has to call it: each may hold a share of the weights.
         """
         state_dict = self.accelerator.get_state_dict(self.model_wrapped)
+        # Under torch_compile these are the names of a wrapper.
+        state_dict = {name.removeprefix("_orig_mod."): value for name, value in state_dict.items()}
         if not self.is_world_process_zero():
             return
         model = self.accelerator.unwrap_model(self.model)
