@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from processing_llava import AnyLlavaProcessor
+from processing_llava.record_files import RefusedRecord
+from processing_llava.row_lengths import read_image_sizes
 
 from .checkpoints import write_whole
 
@@ -57,47 +60,73 @@ class FeatureCache:
         self.folder = Path(folder) / self._make_key()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.positions: dict[str, int] = {}
+        self.num_blocks = 0
+        """With the gaps that unreadable pictures leave."""
         self.digests: dict[Path, str] = {}
         num_features = model.config.patches_per_side**2 + model.config.num_prefix_tokens
         self.shape = (num_features, model.config.vision_feature_size)
 
-    def add(self, images: Iterable[Path | str | bytes]) -> None:
-        """Encode the pictures, as rows hold them, that are not cached yet; the processes of a run share the work.
+    def add(self, rows: Iterable[dict[str, Any]], *, on_bad_row: str = "raise") -> None:
+        """Encode the pictures of rows that are not cached yet; the processes of a run share the work.
 
         Another run with the same folder waits until this one is done.
+
+        Args:
+            rows: From `convert_record`.
+            on_bad_row: "raise", or "skip" pictures that cannot be read; `read` refuses them.
+
+        Raises:
+            RefusedRecord: naming the row with a picture that cannot be read.
         """
         rank, num_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         with FileLock(self.folder / "lock") if rank == 0 else contextlib.nullcontext():
             _wait_for_all()
-            self._add(images, rank=rank, num_processes=num_processes)
+            self._add(rows, on_bad_row=on_bad_row, rank=rank, num_processes=num_processes)
             _wait_for_all()
 
-    def _add(self, images: Iterable[Path | str | bytes], *, rank: int, num_processes: int) -> None:
+    def _add(self, rows: Iterable[dict[str, Any]], *, on_bad_row: str, rank: int, num_processes: int) -> None:
         path = self.folder / "positions.json"
         self.positions = json.loads(path.read_text()) if path.exists() else {}
-        digests = {self._digest(image): image for image in images}
-        missing = {digest: image for digest, image in digests.items() if digest not in self.positions}
-        logger.warning(f"{len(digests):,} pictures, {len(missing):,} of them not yet in {self.folder}")
-        first = len(self.positions)
+        # Rows of one picture each, so that a fault names its row.
+        pictures = {
+            self._digest(image): {"id": row["id"], "images": [image]}
+            for row in rows
+            if self._can_read(row, decode=False, on_bad_row=on_bad_row)
+            for image in row["images"]
+        }
+        missing = [digest for digest in pictures if digest not in self.positions]
+        logger.warning(f"{len(pictures):,} pictures, {len(missing):,} of them not yet in {self.folder}")
+        first = 1 + max(self.positions.values(), default=-1)
         blocks = self.folder / "features.f16"
         blocks.touch()
-        new_images = list(missing.values())
+        written: dict[str, int] = {}
         # Blocks that an interrupted run wrote have no position and are written over.
         with blocks.open("r+b") as file:
             for start in range(rank * BATCH_SIZE, len(missing), num_processes * BATCH_SIZE):
-                features = self._encode(new_images[start : start + BATCH_SIZE])
+                batch = {digest: pictures[digest] for digest in missing[start : start + BATCH_SIZE]}
+                features = self._encode_readable(batch, on_bad_row=on_bad_row)
                 file.seek((first + start) * math.prod(self.shape) * 2)
-                file.write(features.cpu().numpy().tobytes())
-        _wait_for_all()
-        self.positions |= {digest: first + number for number, digest in enumerate(missing)}
+                for number, (digest, features_PV) in enumerate(features.items()):
+                    file.write(features_PV.numpy().tobytes())
+                    written[digest] = first + start + number
+        for part in _gather(written):
+            self.positions |= part
+        self.num_blocks = 1 + max(self.positions.values(), default=-1)
         if rank == 0:
             write_whole(path, json.dumps(self.positions))
 
     def read(self, images: list[Path | str | bytes]) -> torch.Tensor:
-        """Features of pictures that were added, `[I, P, V]` in float32."""
+        """Features of pictures that were added, `[I, P, V]` in float32.
+
+        Raises:
+            ValueError: if one of them could not be read.
+        """
+        digests = [self._digest(image) for image in images]
+        if not self.positions.keys() >= set(digests):
+            raise ValueError("got a picture without features; expected one that could be read; correct its row")
         # Mapped anew each time: a map that stays open cannot be sent to the workers of a data loader.
-        blocks = np.memmap(self.folder / "features.f16", np.float16, "r", shape=(len(self.positions), *self.shape))
-        return torch.from_numpy(blocks[[self.positions[self._digest(image)] for image in images]]).float()
+        blocks = np.memmap(self.folder / "features.f16", np.float16, "r", shape=(self.num_blocks, *self.shape))
+        return torch.from_numpy(blocks[[self.positions[digest] for digest in digests]]).float()
 
     def _digest(self, image: Path | str | bytes) -> str:
         if not isinstance(image, Path):
@@ -106,6 +135,28 @@ class FeatureCache:
         if image not in self.digests:
             self.digests[image] = hashlib.sha256(image.read_bytes()).hexdigest()
         return self.digests[image]
+
+    def _can_read(self, row: dict[str, Any], *, decode: bool, on_bad_row: str) -> bool:
+        try:
+            read_image_sizes(row, decode=decode, limits=self.processor.image_processor.limits)
+        except RefusedRecord:
+            if on_bad_row == "raise":
+                raise
+            return False
+        return True
+
+    def _encode_readable(self, batch: dict[str, dict[str, Any]], *, on_bad_row: str) -> dict[str, torch.Tensor]:
+        """Features `[P, V]` of the pictures that can be read, by digest."""
+        try:
+            return dict(zip(batch, self._encode([image for row in batch.values() for image in row["images"]]).cpu()))
+        except (OSError, ValueError):
+            # Rare enough to look at each picture on its own.
+            readable = {
+                digest: row for digest, row in batch.items() if self._can_read(row, decode=True, on_bad_row=on_bad_row)
+            }
+            if len(readable) == len(batch):
+                raise
+        return self._encode_readable(readable, on_bad_row=on_bad_row) if readable else {}
 
     @torch.no_grad()
     def _encode(self, images: list[Path | str | bytes]) -> torch.Tensor:
@@ -123,6 +174,15 @@ class FeatureCache:
         settings += [self.model.config.vision_feature_layers, self.model.config.num_prefix_tokens, self.bf16]
         key.update(json.dumps(settings, sort_keys=True, default=str).encode())
         return key.hexdigest()[:16]
+
+
+def _gather(written: dict[str, int]) -> list[dict[str, int]]:
+    """Of every process of the run, once all have come here."""
+    if not dist.is_initialized():
+        return [written]
+    parts: list[dict[str, int]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, written)
+    return parts
 
 
 def _wait_for_all() -> None:

@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,7 @@ from trl import SFTConfig
 from modeling_llava.fused_norms import fuse_norms
 from modeling_llava.packed_attention import NAME, packed_attention_forward
 from processing_llava.collator import LlavaDataCollator
-from processing_llava.image_limits import ImageLimits
 from processing_llava.row_datasets import load_rows
-from processing_llava.row_lengths import read_image_sizes
 
 from .checkpoints import check_resumable, explain_full_disk, find_checkpoint, refuse_checkpoints
 from .feature_cache import FeatureCache
@@ -123,7 +120,7 @@ def build_trainer(recipe: Recipe) -> LlavaTrainer:
     if recipe.feature_cache is not None:
         model.to(arguments.device)
         cache = FeatureCache(base, processor, recipe.feature_cache, bf16=arguments.bf16)
-        cache.add(list_images(dataset, recipe.image_limits))
+        cache.add(dataset, on_bad_row=recipe.bad_rows)
         read_features = cache.read
 
     if isinstance(dataset, IterableDataset):
@@ -146,13 +143,6 @@ def build_trainer(recipe: Recipe) -> LlavaTrainer:
         processing_class=processor,
         callbacks=[StreamReport(fates)] if isinstance(dataset, IterableDataset) else None,
     )
-
-
-def list_images(dataset: Dataset | IterableDataset, limits: ImageLimits) -> Iterator[Path | str | bytes]:
-    """All pictures of all rows; one that is missing is an error that names its row."""
-    for row in dataset:
-        read_image_sizes(row, decode=False, limits=limits)
-        yield from row["images"]
 
 
 def repeat_stream(dataset: IterableDataset, arguments: SFTConfig) -> IterableDataset:

@@ -311,12 +311,11 @@ def test_asked_for_of_a_folder_of_transformers_own_classes(tmp_path):
 def test_training_on_cached_features_is_training_on_pictures(tmp_path):
     model, processor = build_pair()
     make_picture().save(tmp_path / "picture.png")
-    images = [tmp_path / "picture.png"]
     answer = {"role": "assistant", "content": [{"type": "text", "text": "Red."}]}
     question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Color?"}]}
-    row = {"id": "0", "images": images, "messages": [question, answer]}
+    row = {"id": "0", "images": [tmp_path / "picture.png"], "messages": [question, answer]}
     cache = FeatureCache(model, processor, tmp_path / "cache")
-    cache.add(images)
+    cache.add([row])
     losses = []
     for read_features in (None, cache.read):
         model.zero_grad()
@@ -327,5 +326,5 @@ def test_training_on_cached_features_is_training_on_pictures(tmp_path):
     # Features are kept in 16 bits.
     torch.testing.assert_close(losses[0], losses[1], rtol=2e-3, atol=1e-5)
     without = FeatureCache(*build_pair(None), tmp_path / "cache")
-    without.add(images)
+    without.add([row])
     assert (without.folder, without.positions) == (cache.folder, cache.positions)

@@ -46,7 +46,7 @@ def test_loss_and_gradients_are_those_of_the_pictures(workspace, parts, tmp_path
     red, blue, green = (workspace / f"{color}.png" for color in COLORS)
     rows = [make_row(red), make_row(), make_row(blue, green), make_row(red)]
     cache = FeatureCache(model, processor, tmp_path)
-    cache.add([image for row in rows for image in row["images"]])
+    cache.add(rows)
     results = []
     for read_features in (None, cache.read):
         batch = LlavaDataCollator(processor, read_features=read_features)(rows)
@@ -91,7 +91,7 @@ def test_a_picture_is_encoded_once_even_under_two_names_and_in_two_runs(workspac
         cache = FeatureCache(model, processor, tmp_path / "cache")
         encode = cache._encode
         cache._encode = lambda images, encode=encode: encoded.extend(images) or encode(images)
-        cache.add(run)
+        cache.add([make_row(*run)])
     assert encoded == [workspace / "red.png", workspace / "blue.png"]
     red, copied = cache.read([workspace / "red.png", copy])
     assert torch.equal(red, copied)
@@ -103,7 +103,7 @@ def test_a_changed_picture_is_encoded_again(workspace, parts, tmp_path):
     for color in ("red", "blue"):
         PIL.Image.new("RGB", (40, 30), color).save(picture)
         cache = FeatureCache(*parts, tmp_path / "cache")
-        cache.add([picture])
+        cache.add([make_row(picture)])
         features.append(cache.read([picture]))
     assert not torch.equal(*features)
 
@@ -119,16 +119,16 @@ def test_runs_with_one_folder_do_not_write_over_each_other(workspace, parts, tmp
         return encode(images)
 
     first._encode = encode_slowly
-    thread = threading.Thread(target=first.add, args=[[workspace / "red.png"]])
+    thread = threading.Thread(target=first.add, args=[[make_row(workspace / "red.png")]])
     thread.start()
     started.wait()
-    second.add([workspace / "blue.png"])
+    second.add([make_row(workspace / "blue.png")])
     ended.set()
     thread.join()
     assert sorted(second.positions.values()) == [0, 1]
     alone = FeatureCache(*parts, tmp_path / "alone")
     for cache, color in ((first, "red"), (second, "blue")):
-        alone.add([workspace / f"{color}.png"])
+        alone.add([make_row(workspace / f"{color}.png")])
         torch.testing.assert_close(cache.read([workspace / f"{color}.png"]), alone.read([workspace / f"{color}.png"]))
 
 
@@ -148,16 +148,36 @@ def test_another_tower_or_preprocessing_has_a_folder_of_its_own(parts, tmp_path,
 def test_blocks_of_an_interrupted_run_are_written_over(workspace, parts, tmp_path):
     model, processor = parts
     cache = FeatureCache(model, processor, tmp_path)
-    cache.add([workspace / "red.png"])
+    cache.add([make_row(workspace / "red.png")])
     with (cache.folder / "features.f16").open("ab") as file:
         file.write(b"half a block")
     again = FeatureCache(model, processor, tmp_path)
-    again.add([workspace / f"{color}.png" for color in COLORS])
+    again.add([make_row(*(workspace / f"{color}.png" for color in COLORS))])
     alone = FeatureCache(model, processor, tmp_path / "other")
-    alone.add([workspace / "blue.png"])
+    alone.add([make_row(workspace / "blue.png")])
     # Beside another picture it is encoded in other sums; what is kept has 16 bits.
     found, expected = (cache.read([workspace / "blue.png"]).half() for cache in (again, alone))
     torch.testing.assert_close(found, expected)
+
+
+def test_pictures_that_cannot_be_decoded_are_skipped_or_name_their_row(workspace, parts, tmp_path):
+    noise = PIL.Image.effect_noise((60, 60), 50)
+    noise.save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:1000])
+    good = [make_row(workspace / f"{color}.png") for color in COLORS]
+    bad = make_row(tmp_path / "cut.png") | {"id": "bad"}
+    cache = FeatureCache(*parts, tmp_path / "cache")
+    with pytest.raises(ValueError, match="cannot be decoded .* in record 'bad'"):
+        cache.add([bad, *good])
+    collator = LlavaDataCollator(parts[1], read_features=cache.read, on_bad_row="skip")
+    for rows in ([good[0], bad, good[1]], [bad, good[2]]):
+        cache.add(rows, on_bad_row="skip")
+        assert len(collator(rows)["input_ids"]) == len(rows) - 1
+    assert collator.skipped == ["bad", "bad"]
+    alone = FeatureCache(*parts, tmp_path / "alone")
+    alone.add(good)
+    images = [row["images"][0] for row in good]
+    torch.testing.assert_close(cache.read(images), alone.read(images), rtol=2e-3, atol=1e-3)
 
 
 def test_tiled_pictures_and_a_tower_that_trains_are_refused(tmp_path):
