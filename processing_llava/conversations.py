@@ -27,6 +27,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 """Role names of data files to those of messages."""
 
 _IMAGE = "<image>"
+_OTHER_MEDIA = ("video", "videos", "audio", "audios")
 ADDRESS = re.compile(r"data:|[A-Za-z][A-Za-z0-9+.-]*://", flags=re.IGNORECASE)
 """How a text begins that is no path."""
 
@@ -68,15 +69,23 @@ def convert_record(record: Any, index: int, *, image_folder: ImageFolder | str |
         `content` is a list of `{"type": "image"}` and `{"type": "text", "text": ...}`. Paths are `pathlib.Path`.
 
     Raises:
-        RefusedRecord: for a missing key, a value of the wrong kind, an unknown role, wrong order, an empty answer,
-            another number of `<image>` than of images, two system messages, a URL, or a path that leads out of the
-            image folder.
+        RefusedRecord: for a missing key, two keys for one thing, a value of the wrong kind, video or audio, an unknown
+            role, wrong order, an empty answer, one that calls tools or is not to be learned, another number of
+            `<image>` than of images, two system messages, a URL, or a path that leads out of the image folder.
     """
     if isinstance(record, RefusedRecord):
         raise record
     if not isinstance(record, dict):
         raise RefusedRecord(str(index), "not a record", _shorten(record), "expected a JSON object; correct the file")
     row_id = str(record["id"]) if record.get("id") is not None else str(index)
+    for key in _OTHER_MEDIA:
+        if record.get(key):
+            raise RefusedRecord(
+                row_id,
+                "video or audio",
+                f"{key!r}: {_shorten(record[key])}",
+                "expected images and text; take the record out",
+            )
     messages = [_convert_turn(turn, row_id) for turn in _read_turns(record, row_id)]
     system = messages[:1] if messages and messages[0]["role"] == "system" else []
     turns = messages[len(system) :]
@@ -86,7 +95,7 @@ def convert_record(record: Any, index: int, *, image_folder: ImageFolder | str |
         turns = turns[1:]
     _check_turns(turns, row_id)
     image_items = [item for turn in turns for item in turn["content"] if item["type"] == "image"]
-    images = [item.pop("image") for item in image_items if "image" in item] or _read_images(record)
+    images = [item.pop("image") for item in image_items if "image" in item] or _read_images(record, row_id)
     if len(image_items) != len(images):
         raise RefusedRecord(
             row_id,
@@ -116,7 +125,7 @@ def _add_system(text: Any, system: list[dict[str, Any]], row_id: str) -> list[di
 
 
 def _read_turns(record: dict[str, Any], row_id: str) -> list[Any]:
-    turns = next((record[key] for key in ("messages", "conversations") if record.get(key) is not None), None)
+    turns = _find_value(record, ("messages", "conversations"), row_id)
     if turns is None:
         raise RefusedRecord(
             row_id,
@@ -146,6 +155,8 @@ def _convert_turn(turn: Any, row_id: str) -> dict[str, Any]:
         raise RefusedRecord(
             row_id, "unknown role", f"role {role!r}", f"expected one of {', '.join(ROLES)}; correct the record"
         )
+    if ROLES[role] == "assistant":
+        _check_answer(turn, row_id)
     if isinstance(content, list):
         items = [_convert_item(item, row_id) for item in content]
     elif ROLES[role] == "user" and _IMAGE in content:
@@ -154,6 +165,21 @@ def _convert_turn(turn: Any, row_id: str) -> dict[str, Any]:
         items = [{"type": "text", "text": content}]
     _check_unicode(items, row_id)
     return {"role": ROLES[role], "content": items}
+
+
+def _check_answer(turn: dict[str, Any], row_id: str) -> None:
+    if turn.get("tool_calls"):
+        raise RefusedRecord(
+            row_id, "tool calls", f"tool calls {_shorten(turn['tool_calls'])}", "expected text; take the record out"
+        )
+    if turn.get("weight") not in (None, 1):
+        # Every answer of a row is learned: only the template tells what is.
+        raise RefusedRecord(
+            row_id,
+            "weight of an answer",
+            f"an answer of weight {turn['weight']!r}",
+            "expected 1, which is learned; take the answer and what follows it out, or the record",
+        )
 
 
 def _convert_item(item: Any, row_id: str) -> dict[str, Any]:
@@ -224,9 +250,20 @@ def _check_turns(turns: list[dict[str, Any]], row_id: str) -> None:
             )
 
 
-def _read_images(record: dict[str, Any]) -> list[Any]:
-    images = next((record[key] for key in ("images", "image") if record.get(key) is not None), [])
-    return images if isinstance(images, list) else [images]
+def _find_value(record: dict[str, Any], keys: tuple[str, str], row_id: str) -> Any:
+    """What one of two keys holds; the other must be missing or empty."""
+    given = [key for key in keys if record.get(key) is not None]
+    filled = [key for key in given if not (isinstance(record[key], (str, list, dict)) and not record[key])]
+    if len(filled) > 1:
+        raise RefusedRecord(
+            row_id, "two keys for one thing", f"{' and '.join(map(repr, keys))}", "expected one; take the other out"
+        )
+    return record[(filled or given)[0]] if given else None
+
+
+def _read_images(record: dict[str, Any], row_id: str) -> list[Any]:
+    images = _find_value(record, ("images", "image"), row_id)
+    return [] if images is None else images if isinstance(images, list) else [images]
 
 
 def _read_image(image: Any, folder: ImageFolder | str | Path | None, row_id: str) -> str | bytes | Path | Image.Image:

@@ -164,6 +164,12 @@ QUESTION = {"from": "human", "value": "Q"}
             {"conversations": [{"from": "human", "value": "<image>"}, ANSWER], "image": {"bytes": b""}},
             "malformed image",
         ),
+        ({"conversations": [QUESTION, ANSWER], "video": "clip.mp4"}, "video or audio"),
+        ({"conversations": [QUESTION, ANSWER], "audios": ["a.wav"]}, "video or audio"),
+        ({"conversations": [QUESTION, ANSWER], "messages": [QUESTION, ANSWER]}, "two keys for one thing"),
+        ({"conversations": [QUESTION, ANSWER], "image": "1.jpg", "images": ["2.jpg"]}, "two keys for one thing"),
+        ({"messages": [QUESTION, ANSWER | {"tool_calls": [{"id": "1"}]}]}, "tool calls"),
+        ({"messages": [QUESTION, ANSWER | {"weight": 0}]}, "weight of an answer"),
         ({"messages": [{"role": "user", "content": ["Q"]}]}, "malformed content"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "malformed content"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "malformed content"),
@@ -181,6 +187,14 @@ def test_rows_of_columns_keep_only_what_an_item_needs():
     record = {"image": None, "images": [b"GIF"], "conversations": None}
     row = convert_record(record | {"messages": [{"role": "user", "content": items}]}, 0)
     assert (row["images"], row["messages"][0]["content"]) == ([b"GIF"], [IMAGE, text("What?")])
+
+
+def test_keys_that_hold_nothing_are_as_if_missing():
+    record = {"id": "7", "conversations": [QUESTION | {"weight": 0, "tool_calls": []}, ANSWER | {"weight": 1}]}
+    others = {"messages": [], "images": [], "image": None, "video": None, "audios": []}
+    assert convert_record(record | others, 0) == convert_record(record, 0)
+    picture = {"id": "7", "conversations": [{"from": "human", "value": "<image>"}, ANSWER], "image": b"GIF"}
+    assert convert_record(picture | {"images": []}, 0)["images"] == [b"GIF"]
 
 
 def test_turns_as_columns_and_turns_with_the_keys_of_the_other_format():
