@@ -23,13 +23,13 @@ from datasets import (
 )
 from transformers.utils import logging
 
-from .conversations import ADDRESS, convert_record
+from .conversations import ADDRESS, convert_record, drops_first_turn
 from .data_sources import DataSource, open_dataset
 from .fate_counts import FateCounts
 from .image_folders import ImageFolder
 from .processing_llava import AnyLlavaProcessor
 from .record_files import RefusedRecord, stream_records
-from .row_lengths import DROPPED, ON_BAD_ROW, SKIPPED, check_length_options, fit_row, read_image_sizes
+from .row_lengths import CUT, DROPPED, ON_BAD_ROW, SKIPPED, check_length_options, fit_row, read_image_sizes
 
 logger = logging.get_logger(__name__)
 
@@ -44,8 +44,9 @@ ROW_FEATURES = Features(
 )
 """Of every source, so that they can be mixed."""
 
-_JUDGED = Features({**ROW_FEATURES, "fate": Value("string"), "problem": Value("string")})
+_JUDGEMENT = Features({"fate": Value("string"), "problem": Value("string"), "is_cut": Value("bool")})
 """`fate` is null for a row that was not measured, `problem` for one that can be used."""
+_JUDGED = Features({**ROW_FEATURES, **_JUDGEMENT})
 _MEASURED = Features({**_JUDGED, "num_tokens": Value("int32"), "num_images": Value("int32")})
 _CHUNK = 1000
 _ROWS_PER_PROCESS = 2000
@@ -79,8 +80,9 @@ def load_rows(
 
     Returns:
         A `Dataset`, or an `IterableDataset` if any source is streaming; and how many rows of the sources are of each
-        fate: `SKIPPED`, and with a processor `FITS`, `KEPT`, `PART`, and `DROPPED`, which counts questions where rows
-        are split. Rows of streaming sources are counted when they are read, each time and in the process that reads.
+        fate: `SKIPPED`, `CUT`, and with a processor `FITS`, `KEPT`, `PART`, and `DROPPED`, which counts questions
+        where rows are split. Rows of streaming sources are counted when they are read, each time and in the process
+        that reads.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -101,8 +103,7 @@ def load_rows(
     if processor is not None:
         fit = partial(_fit_batch, processor=processor, max_length=max_length, too_long=too_long, on_bad_row=on_bad_row)
         parts = [_fit(part, fit, num_proc=num_proc) for part in parts]
-    if processor is not None or on_bad_row == "skip":
-        parts = [_leave_out(part, fates) for part in parts]
+    parts = [_leave_out(part, fates) for part in parts]
     if any(source.streaming for source in sources):
         parts = [part if isinstance(part, IterableDataset) else part.to_iterable_dataset() for part in parts]
     if weights:
@@ -110,7 +111,7 @@ def load_rows(
         rows = interleave_datasets(parts, probabilities, seed=seed, stopping_strategy="all_exhausted")
     else:
         rows = concatenate_datasets(parts)
-    return _unpack(rows.remove_columns(["fate", "problem"])), fates
+    return _unpack(rows.remove_columns(list(_JUDGEMENT))), fates
 
 
 def _load_source(source: DataSource, on_bad_row: str) -> Dataset | IterableDataset:
@@ -141,14 +142,16 @@ def _generate(source: DataSource, on_bad_row: str) -> Iterator[dict[str, Any]]:
 
 
 def _convert(record: Any, index: int, *, image_folder: ImageFolder | None, on_bad_row: str) -> dict[str, Any]:
+    # rows of `datasets` are mappings that read their columns late
+    record = dict(record) if isinstance(record, Mapping) else record
     try:
-        # rows of `datasets` are mappings that read their columns late
-        row = convert_record(dict(record) if isinstance(record, Mapping) else record, index, image_folder=image_folder)
+        row = convert_record(record, index, image_folder=image_folder)
     except RefusedRecord as refused:
         if on_bad_row == "raise":
             raise
-        return {"id": refused.record_id, "images": [], "messages": [], "fate": SKIPPED, "problem": str(refused)}
-    return {**_pack_row(row), "fate": None, "problem": None}
+        empty = {"id": refused.record_id, "images": [], "messages": []}
+        return {**empty, "fate": SKIPPED, "problem": str(refused), "is_cut": False}
+    return {**_pack_row(row), "fate": None, "problem": None, "is_cut": drops_first_turn(record)}
 
 
 def _pack_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +207,7 @@ def _fit_batch(
     fitted: list[dict[str, Any]] = []
     for values in zip(*(batch[name] for name in _JUDGED)):
         packed = dict(zip(_JUDGED, values))
-        unusable = {**packed, "num_tokens": 0, "num_images": 0}
+        unusable = {**packed, "num_tokens": 0, "num_images": 0, "is_cut": False}
         if packed["fate"] == SKIPPED:
             fitted.append(unusable)
             continue
@@ -217,9 +220,10 @@ def _fit_batch(
                 raise
             fitted.append({**unusable, "fate": SKIPPED, "problem": str(problem)})
             continue
-        for measured in kept:
+        for number, measured in enumerate(kept):
             counts = {"num_tokens": measured.num_tokens, "num_images": len(measured.row["images"])}
-            fitted.append({**_pack_row(measured.row), **counts, "fate": measured.fate, "problem": None})
+            judgement = {"fate": measured.fate, "problem": None, "is_cut": packed["is_cut"] and number == 0}
+            fitted.append({**_pack_row(measured.row), **counts, **judgement})
         fitted += [{**unusable, "fate": DROPPED} for _ in refused]
     return {name: [row[name] for row in fitted] for name in _MEASURED}
 
@@ -228,11 +232,10 @@ def _leave_out(rows: Dataset | IterableDataset, fates: FateCounts) -> Dataset | 
     """Without the rows that are too long or cannot be used; all are counted, and the latter logged."""
     judge = _Judge(fates)
     if isinstance(rows, IterableDataset):
-        return rows.filter(judge, input_columns=["fate", "problem"])
+        return rows.filter(judge, input_columns=list(_JUDGEMENT))
     # Not in the filter, whose result `datasets` takes from its cache the next time.
-    for fate, problem in zip(rows["fate"], rows["problem"]):
-        judge(fate, problem)
-    return rows.filter(_remains, input_columns="fate")
+    remain = [judge(*judgement) for judgement in zip(*(rows[name][:] for name in _JUDGEMENT))]
+    return rows if all(remain) else rows.filter(_remains, input_columns="fate")
 
 
 class _Judge:
@@ -241,9 +244,11 @@ class _Judge:
     def __init__(self, fates: FateCounts) -> None:
         self.fates = fates
 
-    def __call__(self, fate: str | None, problem: str | None) -> bool:
+    def __call__(self, fate: str | None, problem: str | None, is_cut: bool) -> bool:
         if fate is not None:
             self.fates.add(fate)
+        if is_cut:
+            self.fates.add(CUT)
         if problem is not None:
             logger.warning(f"skipped: {problem}")
         return _remains(fate)

@@ -29,6 +29,9 @@ FITS, KEPT, PART, DROPPED = "fits", "too long, kept", "part of one too long", "t
 SKIPPED = "cannot be used, skipped"
 """What did become of a row."""
 
+CUT = "first turn of the assistant left out"
+"""Counted beside what else became of the row."""
+
 
 @dataclass(frozen=True)
 class MeasuredRow:

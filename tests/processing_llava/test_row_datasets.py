@@ -178,6 +178,23 @@ def test_long_rows_and_their_counts(folder, too_long, ids, fates, streaming):
     assert counted == fates
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("max_length", [None, 190])
+def test_first_turns_that_are_left_out_are_counted_once(folder, max_length, streaming):
+    exchange = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A bus."}]
+    records = [
+        {"conversations": [{"from": "gpt", "value": "Hello."}, *exchange * 4]},
+        {"conversations": exchange},
+        {"conversations": [{"from": "gpt", "value": "Hello."}, *exchange]},
+    ]
+    (folder / "data.json").write_text(json.dumps(records))
+    source = DataSource(path=str(folder / "data.json"), streaming=streaming)
+    processor = None if max_length is None else tiny_processor()
+    rows, counted = load_rows([source], processor=processor, max_length=max_length, too_long="split")
+    assert (len(list(rows)) > 3) == (max_length is not None)
+    assert counted["first turn of the assistant left out"] == 2
+
+
 # from Python 3.12 on, forking a process with threads warns
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_workers_of_a_data_loader_count_together(folder):
