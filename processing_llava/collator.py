@@ -15,6 +15,8 @@ from jinja2 import TemplateError
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
+from .conversations import read_images
+from .messages import check_messages
 from .processing_llava import AnyLlavaProcessor
 from .prompts import count_images, encode_prompt
 from .row_lengths import ON_BAD_ROW, read_image_sizes
@@ -27,6 +29,9 @@ IGNORED_LABEL = -100
 
 class LlavaDataCollator:
     """Turns rows `{"id", "images", "messages"}` into `input_ids`, `labels` and `pixel_values`.
+
+    Rows of TRL will do: `id` may be missing, `image` may hold a single picture, and where all contents are texts, the
+    pictures stand in front of what the user says first.
 
     A padded batch has `attention_mask` beside them, a packed one `position_ids` and the bounds of its rows.
 
@@ -66,6 +71,7 @@ class LlavaDataCollator:
         self._stand_in: dict[str, Any] | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = [{**row, "id": _name_row(row, number)} for number, row in enumerate(rows, start=1)]
         try:
             batch = self._collate(rows)
             self._stand_in = rows[0]
@@ -97,6 +103,7 @@ class LlavaDataCollator:
     def _find_fault(self, row: dict[str, Any]) -> Exception | None:
         """Why a row cannot be trained on."""
         try:
+            row = _complete(row)
             read_image_sizes(row, decode=True, limits=self.processor.image_processor.limits)
             self._collate([row])
         except (OSError, ValueError) as error:
@@ -104,6 +111,7 @@ class LlavaDataCollator:
         return None
 
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = [_complete(row) for row in rows]
         image_inputs, num_image_tokens = self._encode_images([image for row in rows for image in row["images"]])
         remaining = iter(num_image_tokens)
         encoded = [self._encode_row(row, [next(remaining) for _ in row["images"]]) for row in rows]
@@ -125,7 +133,10 @@ class LlavaDataCollator:
     def _encode_row(self, row: dict[str, Any], num_image_tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and labels of a row, `[L]` each."""
         try:
-            prompt = self.processor.render(row["messages"])
+            messages = row["messages"]
+            if num_image_tokens:
+                messages = _place_images(messages, len(num_image_tokens), self.processor.image_token)
+            prompt = self.processor.render(messages)
         except (TemplateError, ValueError) as error:
             raise ValueError(
                 f"got row {row['id']!r} that cannot be written ({error}); expected a conversation that fits the chat "
@@ -135,7 +146,8 @@ class LlavaDataCollator:
         if num_places != len(num_image_tokens):
             raise ValueError(
                 f"got row {row['id']!r} with {num_places} {self.processor.image_token} placeholders and "
-                f"{len(num_image_tokens)} images; expected equal numbers"
+                f"{len(num_image_tokens)} images; expected equal numbers: a placeholder is an item "
+                '{"type": "image"}, and what is typed is text'
             )
         ids, mask = encode_prompt(
             prompt,
@@ -183,3 +195,29 @@ class LlavaDataCollator:
             "max_length_q": max(lengths),
             "max_length_k": max(lengths),
         }
+
+
+def _name_row(row: dict[str, Any], number: int) -> str:
+    return f"number {number} in its batch" if row.get("id") is None else str(row["id"])
+
+
+def _complete(row: dict[str, Any]) -> dict[str, Any]:
+    if "messages" not in row:
+        raise ValueError(
+            f"got row {row['id']!r} with the keys {sorted(row.keys() - {'id'})}; expected 'messages', and 'images' if "
+            "it has some; put prompt and completion into one list of messages"
+        )
+    return {**row, "images": read_images(row, row["id"])}
+
+
+def _place_images(messages: list[dict[str, Any]], num_images: int, image_token: str) -> list[dict[str, Any]]:
+    """Messages whose contents are texts, with places for the images where TRL puts them."""
+    check_messages(messages)
+    questions = [message for message in messages if message["role"] == "user"]
+    has_texts_only = all(isinstance(message.get("content"), str) for message in messages)
+    # Where a user typed the placeholder, the image may belong there.
+    if not has_texts_only or not questions or any(image_token in question["content"] for question in questions):
+        return messages
+    first = questions[0]
+    items = [{"type": "image"} for _ in range(num_images)] + [{"type": "text", "text": first["content"]}]
+    return [{**first, "content": items} if message is first else message for message in messages]

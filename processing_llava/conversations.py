@@ -95,7 +95,7 @@ def convert_record(record: Any, index: int, *, image_folder: ImageFolder | str |
         turns = turns[1:]
     _check_turns(turns, row_id)
     image_items = [item for turn in turns for item in turn["content"] if item["type"] == "image"]
-    images = [item.pop("image") for item in image_items if "image" in item] or _read_images(record, row_id)
+    images = [item.pop("image") for item in image_items if "image" in item] or read_images(record, row_id)
     if len(image_items) != len(images):
         raise RefusedRecord(
             row_id,
@@ -261,7 +261,7 @@ def _find_value(record: dict[str, Any], keys: tuple[str, str], row_id: str) -> A
     return record[(filled or given)[0]] if given else None
 
 
-def _read_images(record: dict[str, Any], row_id: str) -> list[Any]:
+def read_images(record: dict[str, Any], row_id: str) -> list[Any]:
     images = _find_value(record, ("images", "image"), row_id)
     return [] if images is None else images if isinstance(images, list) else [images]
 

@@ -92,6 +92,38 @@ def test_number_of_images_is_checked(image_folder):
         LlavaDataCollator(tiny_processor())([broken])
 
 
+def test_rows_of_trl(image_folder):
+    picture = PIL.Image.open(image_folder / "red.png")
+    answer = {"role": "assistant", "content": "A circle."}
+    items = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    collator = LlavaDataCollator(tiny_processor())
+    expected = collator([{"images": [picture], "messages": [{"role": "user", "content": items}, answer]}])
+    texts = [{"role": "user", "content": "What?"}, answer]
+    for row in ({"images": [picture], "messages": texts}, {"image": picture, "messages": texts}):
+        assert collator([row])["input_ids"].equal(expected["input_ids"])
+    assert "pixel_values" not in collator([{"messages": texts}])
+    typed = {"images": [picture], "messages": [{"role": "user", "content": "<image>\nWhat?"}, answer]}
+    with pytest.raises(ValueError, match="0 <image> placeholders and 1 images; .* what is typed is text"):
+        collator([typed])
+
+
+@pytest.mark.parametrize("prompt", ["What?", [{"role": "user", "content": "What?"}]])
+def test_prompt_and_completion_are_refused(prompt):
+    rows = [{"prompt": prompt, "completion": "A circle."}]
+    with pytest.raises(ValueError, match=r"'number 1 in its batch' with the keys \['completion', 'prompt'\]; "):
+        LlavaDataCollator(tiny_processor())(rows)
+
+
+def test_bad_rows_without_id_are_named_by_their_number(image_folder):
+    rows = [{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": text}]} for text in "A "]
+    rows[1]["messages"].pop()
+    with pytest.raises(ValueError, match="'number 2 in its batch' without a token to learn"):
+        LlavaDataCollator(tiny_processor())(rows)
+    collator = LlavaDataCollator(tiny_processor(), on_bad_row="skip")
+    assert len(collator([*rows, {"id": 7, "messages": []}])["input_ids"]) == 1
+    assert collator.skipped == ["number 2 in its batch", "7"]
+
+
 def bad_rows(image_folder) -> dict[str, dict]:
     """One of every kind."""
     bad = {name: row(image_folder, "<image>\nQ", "A", image="red.png", row_id=name) for name in ("lost", "broken")}
