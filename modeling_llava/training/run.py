@@ -22,6 +22,7 @@ from .checkpoints import check_resumable, explain_full_disk, find_checkpoint, re
 from .feature_cache import FeatureCache
 from .recipe import Recipe
 from .record import TrainingRecord
+from .resume_settings import check_settings
 from .run_log import StreamReport
 from .sharding import is_sharded
 from .starting_model import load_model, load_processor
@@ -76,6 +77,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         checkpoint = find_checkpoint(recipe.output_dir) if resume else None
         if checkpoint is not None:
             check_resumable(checkpoint)
+            check_settings(checkpoint, trainer.resume_settings)
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_trained()
     return Path(recipe.output_dir)

@@ -1,5 +1,7 @@
 """LlavaTrainer: TRL's SFTTrainer with a learning rate for each part of the model, and Muon where the recipe asks."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from trl import SFTTrainer
 
 from .muon import MuonWithAdamW
 from .recipe import Recipe
+from .resume_settings import SETTINGS_FILE, describe_settings
 from .run_log import ProgressLine, RunLog, check_gradient, check_loss
 from .sharding import check_divisible, prepare_sharding
 from .supervised_loss import add_supervised_head
@@ -108,6 +111,7 @@ class LlavaTrainer(SFTTrainer):
                 f"got router_aux_loss_coef={self.router_aux_loss_coef} for a mixture of experts; expected 0, since "
                 "this package trains without a loss on its router: set router_aux_loss_coef: 0 under trainer"
             )
+        self.resume_settings = describe_settings(recipe, self.args, self.train_dataset)
         self.run_log = RunLog(self.args.output_dir)
         self.add_callback(self.run_log)
         if self.pop_callback(ProgressCallback) is not None:
@@ -140,6 +144,11 @@ class LlavaTrainer(SFTTrainer):
         if state_dict is not None and self.model.config.tie_word_embeddings:
             state_dict.pop("lm_head.weight", None)
         super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            Path(output_dir, SETTINGS_FILE).write_text(json.dumps(self.resume_settings, indent=1) + "\n")
+        super()._save_optimizer_and_scheduler(output_dir)
 
     def save_trained(self) -> None:
         """Write the trained model (of a LoRA: the adapter) and its processor to the output folder, in `output_dtype`.
