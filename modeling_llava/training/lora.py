@@ -84,6 +84,10 @@ def add_lora(
     config = keep_off_tower({"target_modules": None} | LORA_DEFAULTS | settings, model)
     config["modules_to_save"] = modules + list(settings.get("modules_to_save") or ())
     wrapped = LlavaPeftModel(model, LoraConfig(**config))
+    for name, parameter in model.base_model.vision_tower.named_parameters():
+        # PEFT's `bias: all` means every bias of the model, and those of the tower may be frozen.
+        if name.endswith(".bias") and not {"lora_B", "modules_to_save"} & set(name.split(".")):
+            parameter.requires_grad_(False)
     newline = model.base_model.image_newline
     if NEWLINE in trained_parts and newline is not None:
         newline.requires_grad_(True)

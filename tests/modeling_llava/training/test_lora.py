@@ -124,6 +124,15 @@ def test_any_field_of_peft_can_be_set():
     assert trained == {"language_model", "mm_projector", "lm_head"}
 
 
+@pytest.mark.parametrize("trained_parts", [("mm_projector",), ("mm_projector", "vision_tower")])
+def test_all_biases_are_those_of_what_trains(trained_parts):
+    wrapped = add_lora(tiny_model(text="phi"), {"r": 2, "bias": "all"}, trained_parts=trained_parts)
+    trained = {name for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    assert {part_of(name) for name in trained} == {"language_model", "lm_head", *trained_parts}
+    assert not any("original_module" in name for name in trained)
+    assert any("fc1.base_layer.bias" in name for name in trained)
+
+
 def test_words_that_the_tower_has_too_mean_the_language_model():
     expected = {
         f"language_model.layers.{layer}.self_attn.{name}" for layer in range(2) for name in ("q_proj", "v_proj")
