@@ -104,7 +104,10 @@ def add_lora(
 def keep_off_tower(config: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
     """Fields of LoraConfig whose `target_modules`, unless they are a pattern, have no layer of the vision tower."""
     if config["target_modules"] in (None, "all-linear"):
-        return config | {"target_modules": find_targets(model)}
+        if config.get("layers_to_transform") is None:
+            return config | {"target_modules": find_targets(model)}
+        # PEFT counts layers for a list of words alone.
+        config = config | {"target_modules": find_words(model)}
     if isinstance(config["target_modules"], str):
         return config
     excluded = config.get("exclude_modules") or ()
@@ -115,12 +118,13 @@ def keep_off_tower(config: dict[str, Any], model: PreTrainedModel) -> dict[str, 
 
 def find_targets(model: PreTrainedModel) -> str:
     """A pattern for the full paths of all linear layers inside the language model."""
-    prefix = "model.language_model."
-    layers = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith(prefix)
-    ]
-    last_words = sorted({name.rsplit(".", 1)[1] for name in layers})
-    return rf"{re.escape(prefix)}.*\.({'|'.join(last_words)})"
+    return rf"model\.language_model\..*\.({'|'.join(find_words(model))})"
+
+
+def find_words(model: PreTrainedModel) -> list[str]:
+    """The last words of the names of all linear layers inside the language model."""
+    layers = model.base_model.language_model.named_modules()
+    return sorted({name.rsplit(".", 1)[-1] for name, module in layers if isinstance(module, nn.Linear)})
 
 
 def four_bit_config() -> BitsAndBytesConfig:

@@ -142,6 +142,9 @@ def test_words_that_the_tower_has_too_mean_the_language_model():
     assert adapted_layers(target_modules=["q_proj", "v_proj"], layers_to_transform=[0]) == of_first
     without_v = {name for name in expected if name.endswith("q_proj")}
     assert adapted_layers(target_modules=["q_proj", "v_proj"], exclude_modules=["v_proj"]) == without_v
+    by_default = {name for name in adapted_layers() if "layers.1." in name}
+    assert adapted_layers(layers_to_transform=1) == by_default
+    assert adapted_layers(target_modules="all-linear", layers_to_transform=[1]) == by_default
     assert adapted_layers(target_modules=r".*vision_tower.*\.layers\.0\..*\.q_proj") == {
         "vision_tower.encoder.layers.0.self_attn.q_proj"
     }
