@@ -6,8 +6,9 @@ numbers and texts in `id`, and one and many in `image`.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,10 +52,6 @@ class DataSource:
             raise ValueError(f"got weight={self.weight} for {self.path}; expected a positive number; correct it")
 
     @property
-    def is_json(self) -> bool:
-        return Path(self.path).suffix in _JSON
-
-    @property
     def images(self) -> ImageFolder | None:
         """Where records may have their images."""
         return None if self.image_folder is None else ImageFolder(self.image_folder, follow_links=self.follow_links)
@@ -67,10 +64,39 @@ def open_records(source: DataSource) -> tuple[int | None, Iterator[Any]]:
         FileNotFoundError: there is no such file.
         ValueError: there is no such dataset, split or configuration, or it cannot be read.
     """
-    if source.is_json:
-        return sum(1 for _ in stream_records(source.path)), stream_records(source.path)
+    files = find_json_files(source)
+    if files:
+        return sum(1 for _ in stream_files(files)), stream_files(files)
     dataset = open_dataset(source)
     return (None if source.streaming else len(dataset)), _iterate(dataset, source)
+
+
+def find_json_files(source: DataSource) -> tuple[str, ...]:
+    """The files of a source that holds JSON alone; none of another one.
+
+    Raises:
+        ValueError: there is no such configuration.
+    """
+    from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetsError
+
+    path = Path(source.path)
+    if path.suffix in _JSON:
+        return (source.path,)
+    if not path.is_dir() or _is_saved_dataset(path):
+        return ()
+    try:
+        # `datasets` tells by their names which files are of the split.
+        splits = load_dataset_builder(source.path, source.name).config.data_files or {}
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
+        raise _unreadable(source, error) from error
+    files = tuple(splits.get(source.split, ()))
+    return files if all(Path(file).suffix in _JSON for file in files) else ()
+
+
+def stream_files(files: Iterable[str]) -> Iterator[Any]:
+    """The records of JSON files, one file after the other; see `stream_records`."""
+    return chain.from_iterable(map(stream_records, files))
 
 
 def open_dataset(source: DataSource) -> "Dataset | IterableDataset":
@@ -85,7 +111,7 @@ def open_dataset(source: DataSource) -> "Dataset | IterableDataset":
     path = Path(source.path)
     options = {"split": source.split, "streaming": source.streaming}
     try:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        if _is_saved_dataset(path):
             dataset = load_from_disk(source.path)
             dataset = dataset[source.split] if isinstance(dataset, DatasetDict) else dataset
             dataset = dataset.to_iterable_dataset() if source.streaming else dataset
@@ -100,6 +126,10 @@ def open_dataset(source: DataSource) -> "Dataset | IterableDataset":
         if encoded != feature:
             dataset = dataset.cast_column(name, encoded)
     return dataset
+
+
+def _is_saved_dataset(path: Path) -> bool:
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
 def _leave_encoded(feature: Any) -> Any:
@@ -125,6 +155,11 @@ def _iterate(dataset: "Dataset | IterableDataset", source: DataSource) -> Iterat
 
 
 def _unreadable(source: DataSource, error: Exception) -> ValueError:
+    from datasets.exceptions import DatasetGenerationError
+
+    # It says only that there was an error; classes of it say which.
+    if type(error) is DatasetGenerationError:
+        error = error.__cause__ or error
     return ValueError(
         f"got the data {source.path!r}, split {source.split!r} ({type(error).__name__}: {error}); expected a JSON "
         "file, a folder or file of datasets, or a Hub dataset; correct path, name and split"

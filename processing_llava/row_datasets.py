@@ -24,11 +24,11 @@ from datasets import (
 from transformers.utils import logging
 
 from .conversations import ADDRESS, convert_record, drops_first_turn
-from .data_sources import DataSource, open_dataset
+from .data_sources import DataSource, find_json_files, open_dataset, stream_files
 from .fate_counts import FateCounts
 from .image_folders import ImageFolder
 from .processing_llava import AnyLlavaProcessor
-from .record_files import RefusedRecord, stream_records
+from .record_files import RefusedRecord
 from .row_lengths import CUT, DROPPED, ON_BAD_ROW, SKIPPED, check_length_options, fit_row, read_image_sizes
 
 logger = logging.get_logger(__name__)
@@ -115,7 +115,8 @@ def load_rows(
 
 
 def _load_source(source: DataSource, on_bad_row: str) -> Dataset | IterableDataset:
-    if not source.is_json:
+    files = find_json_files(source)
+    if not files:
         records = open_dataset(source)
         return records.map(
             partial(_convert, image_folder=source.images, on_bad_row=on_bad_row),
@@ -123,7 +124,8 @@ def _load_source(source: DataSource, on_bad_row: str) -> Dataset | IterableDatas
             remove_columns=records.column_names,
             features=_JUDGED,
         )
-    settings = {"source": source, "on_bad_row": on_bad_row}
+    # a tuple: of a list, `datasets` would number the records of each file anew
+    settings = {"files": files, "image_folder": source.images, "on_bad_row": on_bad_row}
     if source.streaming:
         return IterableDataset.from_generator(_generate, features=_JUDGED, gen_kwargs=settings)
     rows = _generate(**settings)
@@ -135,10 +137,9 @@ def _load_source(source: DataSource, on_bad_row: str) -> Dataset | IterableDatas
     return concatenate_datasets(tables)
 
 
-def _generate(source: DataSource, on_bad_row: str) -> Iterator[dict[str, Any]]:
-    images = source.images
-    for index, record in enumerate(stream_records(source.path)):
-        yield _convert(record, index, image_folder=images, on_bad_row=on_bad_row)
+def _generate(files: tuple[str, ...], image_folder: ImageFolder | None, on_bad_row: str) -> Iterator[dict[str, Any]]:
+    for index, record in enumerate(stream_files(files)):
+        yield _convert(record, index, image_folder=image_folder, on_bad_row=on_bad_row)
 
 
 def _convert(record: Any, index: int, *, image_folder: ImageFolder | None, on_bad_row: str) -> dict[str, Any]:

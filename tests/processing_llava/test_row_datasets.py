@@ -124,6 +124,29 @@ def test_json_files_and_folders_of_them(folder, name, streaming):
     assert not fates
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_of_a_folder_may_differ_in_types(folder, streaming):
+    data = folder / "llava"
+    data.mkdir()
+    exchange = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A bus."}]
+    picture = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A bus."}]
+    pictures = [{"from": "human", "value": "<image><image>What?"}, {"from": "gpt", "value": "A bus."}]
+    files = {
+        "train-0.json": [{"id": 1, "image": "1.png", "conversations": picture}],
+        "train-1.json": [
+            {"id": "x", "image": ["1.png", "2.png"], "conversations": pictures},
+            {"conversations": exchange},
+        ],
+        "test.json": [{"id": "held out", "conversations": exchange}],
+    }
+    for name, records in files.items():
+        (data / name).write_text(json.dumps(records))
+    source = DataSource(path=str(data), image_folder=str(folder), streaming=streaming)
+    rows = list(load_rows([source])[0])
+    assert [(row["id"], len(row["images"])) for row in rows] == [("1", 1), ("x", 2), ("2", 0)]
+    assert open_records(source)[0] == 3
+
+
 def test_more_rows_than_a_chunk_and_none(folder):
     rows, _ = load_rows([DataSource(path=write_json(folder / "data.jsonl", 2500), image_folder=str(folder))])
     assert (len(rows), rows[2001]["id"]) == (2500, "j2001")
@@ -255,8 +278,9 @@ def test_damaged_files_are_named(folder, kind):
     path = save_as(kind, folder)
     for file in [folder / "data.parquet"] if kind == "parquet" else (folder / "data").glob("*.arrow"):
         file.write_bytes(b"damage")
-    with pytest.raises(ValueError, match="got the data"):
+    with pytest.raises(ValueError, match="got the data") as caught:
         list(open_records(DataSource(path=path))[1])
+    assert "while generating" not in str(caught.value)
 
 
 def test_mistakes_in_mixtures(folder):
