@@ -20,12 +20,15 @@ LORA_DEFAULTS = {"r": 128, "lora_alpha": 256, "lora_dropout": 0.05, "bias": "non
 """Those of LLaVA v1.5."""
 NEWLINE = "image_newline"
 """The one part of a LLaVA that is a parameter and no module; only models that cut pictures into tiles have it."""
+MAGNITUDE = "lora_magnitude_vector"
+"""Of a layer under DoRA."""
 
 
 class LlavaPeftModel(PeftModel):
-    """A PeftModel that writes a trained `image_newline` into its adapter file.
+    """A PeftModel whose adapter file PEFT and transformers read alike, and which holds a trained `image_newline`.
 
-    PEFT writes whole modules beside an adapter, but no single parameters; it reads them, and so does transformers.
+    PEFT writes whole modules beside an adapter, but no single parameters; it reads them, and so does transformers. And
+    it leaves out the last word of DoRA's magnitudes, without which transformers does not find them.
     """
 
     def save_pretrained(
@@ -40,11 +43,17 @@ class LlavaPeftModel(PeftModel):
             str(save_directory), *args, is_main_process=is_main_process, state_dict=state_dict, **kwargs
         )
         newline = self.get_base_model().base_model.image_newline
-        if is_main_process and newline is not None and newline.requires_grad:
-            path = Path(save_directory, "adapter_model.safetensors")
+        has_newline = newline is not None and newline.requires_grad
+        if not is_main_process or not (has_newline or self.active_peft_config.use_dora):
+            return
+        path = Path(save_directory, "adapter_model.safetensors")
+        weights = {
+            f"{name}.weight" if name.endswith(MAGNITUDE) else name: value for name, value in load_file(path).items()
+        }
+        if has_newline:
             name = f"base_model.model.model.{NEWLINE}"
-            newline = self.state_dict()[name] if state_dict is None else state_dict[name]
-            save_file(load_file(path) | {name: newline}, path, metadata={"format": "pt"})
+            weights[name] = self.state_dict()[name] if state_dict is None else state_dict[name]
+        save_file(weights, path, metadata={"format": "pt"})
 
 
 def refuse_adapter(model: PreTrainedModel, name: str) -> None:

@@ -67,6 +67,19 @@ def test_run(workspace, tmp_path, tokens_per_batch):
     torch.testing.assert_close(folders.logits_of(merged, inputs), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
+def test_other_kinds_of_adapters_load_as_they_were_trained(workspace, tmp_path, settings):
+    fields = {"stage": "lora", "lora": {"r": 4, "lora_dropout": 0.0} | settings, "output_dir": str(tmp_path)}
+    trainer = build_trainer(read_recipe(write_recipe(workspace, **fields, trainer=TRAINER)))
+    trainer.train()
+    trainer.save_trained()
+    start, trained = AutoModelForVision2Seq.from_pretrained(workspace / "start"), trainer.model.eval()
+    inputs = folders.example_inputs(start)
+    expected = folders.logits_of(trained, inputs)
+    assert torch.equal(folders.logits_of(AutoModelForVision2Seq.from_pretrained(tmp_path), inputs), expected)
+    assert torch.equal(folders.logits_of(PeftModel.from_pretrained(start, tmp_path), inputs), expected)
+
+
 def test_tower_and_newline_train_beside_the_adapter(workspace, tiled_start, tmp_path):
     """Both are in every checkpoint, and what loads it computes what was trained."""
     fields = {"stage": "lora", "lora": {"r": 4, "lora_dropout": 0.0}, "train_vision_tower": True}
