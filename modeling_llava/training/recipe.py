@@ -112,7 +112,8 @@ class Recipe:
     muon_learning_rate: float | None = None
     """Of projector and language model layers, whose matrices Muon then trains; for fresh language models."""
     lora: dict[str, Any] = field(default_factory=dict)
-    """Any field of PEFT's LoraConfig, for the stages "lora" and "qlora"; r=128, lora_alpha=256 by default."""
+    """Any field of PEFT's LoraConfig, for the stages "lora" and "qlora"; r=128, lora_alpha=256 by default. Not an
+    `init_lora_weights` of "pissa_niter_N", which would load as another model."""
     trainer: dict[str, Any] = field(default_factory=dict)
     """Any field of TRL's SFTConfig."""
 
@@ -150,6 +151,11 @@ class Recipe:
             )
         if self.lora and not self.uses_lora:
             raise ValueError(f"got lora settings for stage {self.stage!r}; expected stage 'lora' or 'qlora'")
+        if str(self.lora.get("init_lora_weights")).startswith("pissa_niter_"):
+            raise ValueError(
+                f"got lora.init_lora_weights={self.lora['init_lora_weights']!r}, whose random start is not the same "
+                "again when the adapter is loaded; expected 'pissa', which is exact"
+            )
         if self.muon_learning_rate is not None and self.uses_lora:
             raise ValueError(f"got muon_learning_rate with stage {self.stage!r}; expected 'finetune'")
         if "output_dir" in self.trainer:

@@ -32,7 +32,7 @@ def test_settings_are_stronger_than_the_file(tmp_path):
         "trainer.lr_scheduler_kwargs.num_cycles=0.5",
         "lora.r=8",
         "lora.target_modules=[a, b]",
-        "lora.init_lora_weights=pissa_niter_16",
+        "lora.init_lora_weights=pissa",
         "data.1.path=c.json",
         "train_vision_tower=true",
         "max_length=null",
@@ -44,7 +44,7 @@ def test_settings_are_stronger_than_the_file(tmp_path):
         "learning_rate": 1e-4,
         "lr_scheduler_kwargs": {"num_cycles": 0.5},
     }
-    assert recipe.lora == {"r": 8, "target_modules": ["a", "b"], "init_lora_weights": "pissa_niter_16"}
+    assert recipe.lora == {"r": 8, "target_modules": ["a", "b"], "init_lora_weights": "pissa"}
     assert [(source.path, source.weight) for source in recipe.data] == [("a.json", 1), ("c.json", 2)]
     assert (recipe.train_vision_tower, recipe.max_length, recipe.output_dir) == (True, None, "a=b")
 
@@ -71,6 +71,7 @@ def test_a_setting_without_a_value_takes_the_key_out(tmp_path):
         ("trainer.max_steps=true", "got max_steps=True in trainer"),
         ("lora.rank=8", "got rank in lora of .*; expected fields of LoraConfig"),
         ("lora.r=many", "got r='many' in lora"),
+        ("lora.init_lora_weights=pissa_niter_16", "got lora.init_lora_weights='pissa_niter_16'.*; expected 'pissa'"),
         ("data.0.file=a", "got file in data of .*; expected fields of DataSource, such as path"),
         ("data.0.weight=much", "got weight='much' in data"),
         ("data=3", "got data=3 in"),
