@@ -403,9 +403,10 @@ class AnyLlavaForConditionalGeneration(AnyLlavaPreTrainedModel, AnyLlavaGenerati
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaCausalLMOutputWithPast:
-        """Logits `[B, L, vocabulary]`, and the mean loss over `labels` (-100 = not supervised) where given.
+        """Logits `[B, L, vocabulary]`, and the mean loss over `labels` where given.
 
         Args:
+            labels: `[B, L]`; -100 and image tokens are not supervised.
             logits_to_keep: Number of last positions, or indices of positions, to compute logits for; 0 for all.
             The others: see `AnyLlavaModel.forward`.
         """
@@ -426,6 +427,8 @@ class AnyLlavaForConditionalGeneration(AnyLlavaPreTrainedModel, AnyLlavaGenerati
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
+            # Images are not to be written, and their token may lie outside the vocabulary.
+            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return LlavaCausalLMOutputWithPast(
             loss=loss,

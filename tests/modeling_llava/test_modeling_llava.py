@@ -212,6 +212,14 @@ def test_loss_is_the_mean_over_supervised_positions():
     torch.testing.assert_close(output.loss, expected)
 
 
+def test_labels_at_image_tokens_are_ignored():
+    model = tiny_model()
+    ids = torch.tensor([[1, *IMAGE, *text_ids(6)]])
+    pixel_values = random_images(1)
+    expected = model(ids, pixel_values=pixel_values, labels=ids.masked_fill(ids == IMAGE_TOKEN_ID, -100)).loss
+    torch.testing.assert_close(model(ids, pixel_values=pixel_values, labels=ids).loss, expected)
+
+
 def test_logits_to_keep():
     model = tiny_model()
     ids = torch.tensor([[1, *IMAGE, *text_ids(6)]])
