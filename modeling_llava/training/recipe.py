@@ -1,6 +1,7 @@
 """A training run as a YAML file: what is trained from what, on which rows, and how; and what is set beside the file.
 
-What is surprising: YAML 1.1, which PyYAML reads, takes 1e-4 for text because it has no point. Here it is a number.
+What is surprising: YAML 1.1, which PyYAML reads, takes 1e-4 for text because it has no point, and no for false. Here
+the one is a number, and the other a word, as `save_strategy: no` means it.
 """
 
 import dataclasses
@@ -206,8 +207,16 @@ def read_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
     return build(Recipe, fields, where=str(path))
 
 
+_BOOLEAN = "tag:yaml.org,2002:bool"
+
+
 class RecipeLoader(yaml.SafeLoader):
-    """Reads 1e-4 as the number that it is for everybody else, and refuses a key that stands there twice."""
+    """Reads 1e-4 as a number and "no" as a word, as everybody else, and refuses a key that stands there twice."""
+
+    yaml_implicit_resolvers = {
+        letter: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOLEAN]
+        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         names = set()
@@ -224,6 +233,7 @@ class RecipeLoader(yaml.SafeLoader):
 RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
+RecipeLoader.add_implicit_resolver(_BOOLEAN, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def apply_setting(fields: dict[str, Any], setting: str) -> None:

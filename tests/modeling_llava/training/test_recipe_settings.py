@@ -136,3 +136,13 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path, text):
         yaml.safe_dump(FIELDS).replace("stage:", f"projector_learning_rate: {text}\nstage:")
     )
     assert read_recipe(tmp_path / "recipe.yaml").projector_learning_rate == 1e-4
+
+
+def test_only_true_and_false_are_booleans(tmp_path):
+    """Schedules have a "no", which YAML 1.1 takes for false."""
+    recipe = read(tmp_path, "trainer.eval_strategy=no", "train_vision_tower=True", "trainer.bf16=false")
+    assert (recipe.trainer["eval_strategy"], recipe.trainer["bf16"], recipe.train_vision_tower) == ("no", False, True)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(FIELDS).replace("trainer:", "trainer:\n  save_strategy: no"))
+    assert read_recipe(tmp_path / "recipe.yaml").trainer["save_strategy"] == "no"
+    with pytest.raises(ValueError, match="got train_vision_tower='yes' in .*; expected bool"):
+        read(tmp_path, "train_vision_tower=yes")
