@@ -163,6 +163,12 @@ class Recipe:
             raise ValueError("got trainer.output_dir; expected output_dir at the top of the recipe")
         if self.trainer.get("max_length") is not None:
             raise ValueError("got trainer.max_length, which cuts; expected max_length at the top of the recipe")
+        for name in ("chat_template_path", "eos_token"):
+            if self.trainer.get(name) is not None:
+                raise ValueError(
+                    f"got trainer.{name}, which changes rows after they were measured; expected template at the top "
+                    "of the recipe"
+                )
         for name, reason in (NO_EFFECT | (NO_EFFECT_PACKED if self.tokens_per_batch is not None else {})).items():
             if name in self.trainer:
                 raise ValueError(f"got trainer.{name}, which has no effect here; expected none: {reason}")

@@ -72,6 +72,8 @@ def test_a_setting_without_a_value_takes_the_key_out(tmp_path):
         ("lora.rank=8", "got rank in lora of .*; expected fields of LoraConfig"),
         ("lora.r=many", "got r='many' in lora"),
         ("lora.init_lora_weights=pissa_niter_16", "got lora.init_lora_weights='pissa_niter_16'.*; expected 'pissa'"),
+        ("trainer.chat_template_path=a.jinja", "got trainer.chat_template_path, .*; expected template at the top"),
+        ("trainer.eos_token=<pad>", "got trainer.eos_token, .*; expected template at the top"),
         ("data.0.file=a", "got file in data of .*; expected fields of DataSource, such as path"),
         ("data.0.weight=much", "got weight='much' in data"),
         ("data=3", "got data=3 in"),
