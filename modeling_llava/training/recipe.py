@@ -163,6 +163,15 @@ class Recipe:
             raise ValueError("got trainer.output_dir; expected output_dir at the top of the recipe")
         if self.trainer.get("max_length") is not None:
             raise ValueError("got trainer.max_length, which cuts; expected max_length at the top of the recipe")
+        if self.trainer.get("remove_unused_columns"):
+            raise ValueError(
+                "got trainer.remove_unused_columns=True, which leaves no column to train on; expected false, or none"
+            )
+        if self.trainer.get("gradient_accumulation_steps", 1) < 1:
+            raise ValueError(
+                f"got trainer.gradient_accumulation_steps={self.trainer['gradient_accumulation_steps']}; expected at "
+                "least 1"
+            )
         for name in ("chat_template_path", "eos_token"):
             if self.trainer.get(name) is not None:
                 raise ValueError(

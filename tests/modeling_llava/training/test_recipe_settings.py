@@ -74,6 +74,8 @@ def test_a_setting_without_a_value_takes_the_key_out(tmp_path):
         ("lora.init_lora_weights=pissa_niter_16", "got lora.init_lora_weights='pissa_niter_16'.*; expected 'pissa'"),
         ("trainer.chat_template_path=a.jinja", "got trainer.chat_template_path, .*; expected template at the top"),
         ("trainer.eos_token=<pad>", "got trainer.eos_token, .*; expected template at the top"),
+        ("trainer.remove_unused_columns=true", "got trainer.remove_unused_columns=True, .*; expected false"),
+        ("trainer.gradient_accumulation_steps=0", "got trainer.gradient_accumulation_steps=0; expected at least 1"),
         ("data.0.file=a", "got file in data of .*; expected fields of DataSource, such as path"),
         ("data.0.weight=much", "got weight='much' in data"),
         ("data=3", "got data=3 in"),
