@@ -9,6 +9,9 @@ import warnings
 import torch
 from torch import nn
 
+MAX_ROWS = 256
+"""Computed in one call, which takes as much memory as its outputs for their sums; more rows are no faster."""
+
 
 class Int8Linear(nn.Module):
     """Computes what a linear layer does, within the rounding of 8 bits, on float32 inputs; it has no gradient.
@@ -33,6 +36,15 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if inputs.shape[:-1].numel() <= MAX_ROWS:
+            return self._compute(inputs)
+        rows = inputs.flatten(0, -2)
+        outputs = rows.new_empty(len(rows), self.out_features)
+        for some_rows, some_outputs in zip(rows.split(MAX_ROWS), outputs.split(MAX_ROWS)):
+            some_outputs.copy_(self._compute(some_rows))
+        return outputs.unflatten(0, inputs.shape[:-1])
+
+    def _compute(self, inputs: torch.Tensor) -> torch.Tensor:
         scales = None
         if inputs.shape[:-1].numel() > 1:
             scales = inputs.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12)

@@ -56,6 +56,17 @@ ON_GPU: dict[str, tuple[str, Callable[[], QuantizationConfigMixin]]] = {
 (Ada, Hopper and later); QLoRA's weights of 4 bits."""
 
 
+def check_quantization(quantization: str, device: torch.device) -> None:
+    """Refuse a name that a device cannot run.
+
+    Raises:
+        ValueError: with the names that it can.
+    """
+    expected = (ON_PROCESSOR,) if device.type == "cpu" else tuple(ON_GPU)
+    if quantization not in expected:
+        raise ValueError(f"got quantization={quantization!r} on {device}; expected {' or '.join(expected)}")
+
+
 def with_quantization(settings: dict[str, Any], quantization: str) -> dict[str, Any]:
     """Arguments of `from_pretrained` for a name.
 
