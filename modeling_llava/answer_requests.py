@@ -100,7 +100,9 @@ def prepare_request(
             "request at a time"
         )
     prompt_ids = inputs["input_ids"][0].tolist()
-    max_new_tokens = limit_new_tokens(model, num_prompt_tokens=len(prompt_ids), max_new_tokens=request.max_new_tokens)
+    max_new_tokens = limit_new_tokens(
+        model.config, num_prompt_tokens=len(prompt_ids), max_new_tokens=request.max_new_tokens
+    )
     config = copy.deepcopy(generation_config)
     config.max_new_tokens, config.max_length = max_new_tokens, len(prompt_ids) + max_new_tokens
     return PreparedRequest(

@@ -11,7 +11,7 @@ answer as `generate` does. (`AnyLlavaForConditionalGeneration.from_pretrained` r
 from functools import partial
 
 import torch
-from transformers import BatchFeature, Cache, DynamicCache, PreTrainedModel
+from transformers import BatchFeature, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -86,6 +86,8 @@ class CachedGeneration:
         if past is not None and all(layer.keys.shape[-2] >= length for layer in past.layers):
             keys += output_ids[0, len(keys) :].tolist()
             states = [states[..., :length, :] for layer in past.layers for states in (layer.keys, layer.values)]
+            # The cache copies them, and nothing else may hold them meanwhile.
+            del past, settings
             # The last token of an answer has never been an input.
             self.cache.store_states(keys[:length], states)
 
@@ -100,7 +102,7 @@ class CachedGeneration:
         if past is not None:
             # The last token is always computed: the answer begins with its logits.
             self.num_reused_tokens, states = self.cache.find_states(keys[:-1])
-            for layer, (key_states, value_states) in enumerate(zip(states[::2], states[1::2])):
+            for layer, (key_states, value_states) in enumerate(zip(states, states)):
                 past.update(key_states, value_states, layer)
         return past
 
@@ -117,15 +119,15 @@ class CachedGeneration:
         return [image_features[start:] for image_features, start in zip(features, starts)]
 
 
-def limit_new_tokens(model: PreTrainedModel, *, num_prompt_tokens: int, max_new_tokens: int) -> int:
+def limit_new_tokens(config: PreTrainedConfig, *, num_prompt_tokens: int, max_new_tokens: int) -> int:
     """`max_new_tokens`, or what a prompt leaves of the length that a model was made for.
 
     Raises:
         ValueError: if it leaves nothing.
     """
-    config = model.config.get_text_config(decoder=True).to_dict()
+    text_config = config.get_text_config(decoder=True).to_dict()
     # MPT's name is the second one.
-    max_length = config.get("max_position_embeddings", config.get("max_seq_len"))
+    max_length = text_config.get("max_position_embeddings", text_config.get("max_seq_len"))
     if max_length is None:
         return max_new_tokens
     if num_prompt_tokens >= max_length:

@@ -9,7 +9,7 @@ different pictures do not match.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
@@ -19,6 +19,7 @@ from torch import nn
 from transformers import StaticCache
 
 TokenKey = int | bytes
+DEFAULT_MAX_BYTES = 2 * 2**30
 
 
 @dataclass(eq=False)
@@ -39,7 +40,7 @@ class ChatCache:
             of a 7B model takes 0.5 MB in 16 bits.
     """
 
-    def __init__(self, max_bytes: int = 2 * 2**30) -> None:
+    def __init__(self, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self.lock = Lock()
@@ -82,26 +83,31 @@ class ChatCache:
             self._root = _Segment([])
             self._kept = {}
 
-    def find_states(self, keys: Sequence[TokenKey]) -> tuple[int, list[torch.Tensor]]:
+    def find_states(self, keys: Sequence[TokenKey]) -> tuple[int, Iterator[torch.Tensor]]:
         """The states of the longest known beginning.
 
         Returns:
-            Its length L and the tensors that were stored, `[1, heads, L, width]`; no tensors if L is 0.
+            Its length L and the tensors that were stored, `[1, heads, L, width]`, each copied when its turn comes; no
+            tensors if L is 0.
         """
         path = self._find_path(keys)
         self._touch(path)
         parts = [[states[..., :count, :] for states in self._kept[segment]] for segment, count in path]
-        return sum(count for _, count in path), [torch.cat(pieces, dim=-2) for pieces in zip(*parts)]
+        return sum(count for _, count in path), (torch.cat(pieces, dim=-2) for pieces in zip(*parts))
 
     def store_states(self, keys: Sequence[TokenKey], states: list[torch.Tensor]) -> None:
         """Keep what is new in `states`, tensors `[1, heads, L, width]` for `keys` of length L.
 
-        What alone is larger than `max_bytes` is not kept.
+        The list is emptied: if nothing else holds a tensor, its memory is free before the next one is copied. What
+        alone is larger than `max_bytes` is not kept.
         """
         path = self._find_path(keys)
         length = sum(count for _, count in path)
-        new_states = [_own(tensor[..., length:, :]) for tensor in states]
-        if length < len(keys) and _count_bytes(new_states) <= self.max_bytes:
+        num_new_bytes = sum(tensor[..., length:, :].nbytes for tensor in states)
+        if length < len(keys) and num_new_bytes <= self.max_bytes:
+            new_states = []
+            while states:
+                new_states.append(_own(states.pop(0)[..., length:, :]))
             if path:
                 path[-1] = (self._split(*path[-1]), path[-1][1])
             parent = path[-1][0] if path else self._root

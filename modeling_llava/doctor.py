@@ -98,7 +98,10 @@ def _generation_needs(
     quantization: str | None,
     visual_tokens: int | None,
 ) -> str:
+    from .cached_generation import limit_new_tokens
+    from .chat_cache import DEFAULT_MAX_BYTES
     from .generation_memory import choose_dtype, predict_generation, read_config
+    from .quantization import check_quantization
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = read_config(model)
@@ -126,7 +129,15 @@ def _generation_needs(
         f"{num_new_tokens} tokens:"
     ]
     lines += [f"  {name}: {size / GIB:.2f} GiB" for name, size in parts.items()]
+    try:
+        if quantization is not None:
+            check_quantization(quantization, device)
+        limit_new_tokens(config, num_prompt_tokens=needs.num_prompt_tokens, max_new_tokens=num_new_tokens)
+    except ValueError as error:
+        return "\n".join([*lines, f"  it does not run: {error}"])
     lines.append(f"  it {'fits' if needs.total <= free else 'does not fit'}")
+    kept = min(needs.cache, DEFAULT_MAX_BYTES) / GIB
+    lines.append(f"  a conversation that goes on keeps up to {kept:.2f} GiB of keys and values beside")
     return "\n".join(lines)
 
 

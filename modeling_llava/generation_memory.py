@@ -122,15 +122,16 @@ def predict_generation(
             model = AnyLlavaForConditionalGeneration._from_config(copy.deepcopy(config), dtype=dtype).eval()
         with FakeTensorMode(allow_non_fake_inputs=True), _LiveBytes() as live, torch.no_grad():
             model.to_empty(device="cpu").tie_weights()
-            num_tiles, num_image_tokens = _plan_largest_image(model)
+            size, num_image_tokens = _plan_largest_image(model)
             num_prompt_tokens = num_text_tokens + num_images * num_image_tokens
             live.peak = start = live.current
 
-            images = _encode(model, num_tiles=num_rows * num_images * num_tiles)
+            images = _encode(model, num_images=num_rows * num_images, size=size)
+            peaks, live.peak = [live.peak], live.current
             cache = _read(model, num_rows=num_rows, num_tokens=num_prompt_tokens)
             cached_token = _count_states(cache) // num_prompt_tokens
             num_spare_tokens = count_spare_tokens(num_rows)
-            peaks = [live.peak + cached_token * num_spare_tokens]
+            peaks.append(live.peak + cached_token * num_spare_tokens)
 
             # The last token of the answer is never read.
             num_cached_tokens = num_prompt_tokens + num_new_tokens - 1
@@ -166,29 +167,35 @@ def _count_weights(model: AnyLlavaForConditionalGeneration, quantization: str | 
     return num_bytes - int(saved * sum(linear.weight.numel() for linear in linears))
 
 
-def _plan_largest_image(model: AnyLlavaForConditionalGeneration) -> tuple[int, int]:
-    """Tiles and tokens of an image that fills the grid with most tokens."""
+def _plan_largest_image(model: AnyLlavaForConditionalGeneration) -> tuple[list[int] | None, int]:
+    """The (height, width) that takes most memory, None where images are not tiled, and its tokens."""
     side = model.config.vision_config.image_size
     sizes = model.config.image_grid_pinpoints
     tile = (3, side, side)
     if sizes is None:
-        layouts = model.model.plan_images(torch.empty(1, *tile))
-    else:
-        layouts = model.model.plan_images(torch.empty(len(sizes), 1, *tile), sizes)
-    return max(layout.num_tiles for layout in layouts), max(layout.num_tokens for layout in layouts)
+        return None, model.model.plan_images(torch.empty(1, *tile))[0].num_tokens
+    layouts = model.model.plan_images(torch.empty(len(sizes), 1, *tile), sizes)
+    size, layout = max(zip(sizes, layouts), key=lambda pair: (pair[1].num_tokens, pair[1].num_tiles))
+    return size, layout.num_tokens
 
 
 def _count_states(cache: DynamicCache) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def _encode(model: AnyLlavaForConditionalGeneration, *, num_tiles: int) -> Any:
-    """Pixels and what the tower makes of them, both of which live until the answer ends."""
-    if num_tiles == 0:
+def _encode(model: AnyLlavaForConditionalGeneration, *, num_images: int, size: list[int] | None) -> Any:
+    """Pixels and what the model makes of them, both of which live until the answer ends."""
+    if num_images == 0:
         return None
     side = model.config.vision_config.image_size
-    pixel_values = torch.empty(num_tiles, 3, side, side, dtype=model.dtype)
-    return pixel_values, model.model.encode_tiles(pixel_values)
+    tile = (3, side, side)
+    if size is None:
+        pixel_values = torch.empty(num_images, *tile, dtype=model.dtype)
+        return pixel_values, model.model.get_image_features(pixel_values)
+    sizes = [size] * num_images
+    num_tiles = model.model.plan_images(torch.empty(num_images, 1, *tile), sizes)[0].num_tiles
+    pixel_values = torch.empty(num_images, num_tiles, *tile, dtype=model.dtype)
+    return pixel_values, model.model.get_image_features(pixel_values, sizes)
 
 
 def _read(

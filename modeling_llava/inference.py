@@ -108,11 +108,9 @@ def prepare_for_answering(model: PreTrainedModel, device: torch.device | None = 
 
 
 def _quantizing_loader(quantization: str, device: torch.device) -> Callable[..., PreTrainedModel]:
-    from .quantization import ON_GPU, ON_PROCESSOR
+    from .quantization import check_quantization
 
-    expected = (ON_PROCESSOR,) if device.type == "cpu" else tuple(ON_GPU)
-    if quantization not in expected:
-        raise ValueError(f"got quantization={quantization!r} on {device}; expected {' or '.join(expected)}")
+    check_quantization(quantization, device)
     # Transformers' own classes do not know these names; ours reads their checkpoints.
     placement = {} if device.type == "cpu" else {"device_map": device}
     return partial(AnyLlavaForConditionalGeneration.from_pretrained, quantization=quantization, **placement)
@@ -243,7 +241,7 @@ class ChatSession:
         inputs = encode_messages(messages, self.processor)
         num_prompt_tokens = inputs["input_ids"].shape[1]
         max_new_tokens = limit_new_tokens(
-            self.model, num_prompt_tokens=num_prompt_tokens, max_new_tokens=max_new_tokens
+            self.model.config, num_prompt_tokens=num_prompt_tokens, max_new_tokens=max_new_tokens
         )
         sampler = build_sampler(temperature=temperature, top_p=top_p, seed=seed, device=self.model.device)
         generation = CachedGeneration(self.model, inputs, self.cache, scope=self.scope, compile=self.compile)

@@ -51,7 +51,7 @@ def choose_diverse(features_IND: torch.Tensor, num_kept: int) -> torch.Tensor:
         # Image by image: a product over the batch may round otherwise, and what follows only compares.
         similarity_INN = torch.stack([units_ND @ units_ND.T for units_ND in units_IND])
         # A product can round the two halves otherwise, and two features that are nearest to each other must be equals.
-        similarity_INN = (similarity_INN + similarity_INN.mT) / 2
+        similarity_INN = (similarity_INN + similarity_INN.mT).div_(2)
     similarity_INN.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
     images_I = torch.arange(len(features_IND), device=features_IND.device)
     closest_IN = similarity_INN.amax(dim=2)

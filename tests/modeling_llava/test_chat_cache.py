@@ -1,6 +1,8 @@
 """The tree of states: always the longest known beginning, no states of other branches, no more bytes than allowed."""
 
 import random
+import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -38,7 +40,7 @@ def test_the_longest_beginning_of_many_branches_is_found():
         keys = [rng.choice((1, 2, b"cat")) for _ in range(rng.randrange(1, 12))]
         length, states = cache.find_states(keys)
         assert length == max((count_common(keys, other) for other in stored), default=0)
-        torch.testing.assert_close(states, make_states(keys[:length]) if length else [])
+        torch.testing.assert_close(list(states), make_states(keys[:length]) if length else [])
         cache.store_states(keys, make_states(keys))
         stored.append(keys)
         assert cache.num_bytes == count_storages(cache)
@@ -53,7 +55,7 @@ def test_the_bound_is_kept_whatever_is_stored():
     for number in range(500):
         keys = [rng.choice((1, 2, 3)) for _ in range(rng.randrange(1, 30))]
         length, states = cache.find_states(keys)
-        torch.testing.assert_close(states, make_states(keys[:length]) if length else [])
+        torch.testing.assert_close(list(states), make_states(keys[:length]) if length else [])
         cache.store_states(keys, make_states(keys))
         if number % 7 == 0:
             cache.store_features(str(number).encode(), torch.zeros(5, 4))
@@ -87,6 +89,26 @@ def test_a_conversation_that_does_not_fit_drops_nothing_else():
     assert cache.find_states([3] * 9)[0] == 0
 
 
+def test_what_is_kept_is_copied_one_tensor_after_the_other():
+    states = [torch.zeros(1, 1, 8, 4) for _ in range(4)]
+    memory = [weakref.ref(tensor.untyped_storage()) for tensor in states]
+    alive = []
+    cache = ChatCache()
+    clone = torch.Tensor.clone
+
+    def note(tensor, **settings):
+        alive.append(sum(storage() is not None for storage in memory))
+        return clone(tensor, **settings)
+
+    with mock.patch.object(torch.Tensor, "clone", note):
+        cache.store_states([1] * 8, states)
+    assert alive == [4, 3, 2, 1]
+    states = [torch.zeros(1, 1, 8, 4)]
+    with mock.patch.object(torch.Tensor, "clone", note):
+        ChatCache(max_bytes=10).store_states([1] * 8, states)
+    assert len(alive) == 4, "copied what is not kept"
+
+
 def test_features_are_kept_used_and_dropped_like_states():
     features = torch.arange(40.0).view(10, 4)
     cache = ChatCache(max_bytes=features[:5].nbytes * 2)
@@ -116,7 +138,8 @@ def test_clearing_leaves_nothing():
     cache.store_features(b"a", torch.zeros(2, 2))
     cache.clear()
     assert (cache.num_bytes, count_storages(cache)) == (0, 0)
-    assert (cache.find_states([1, 2]), cache.find_features(b"a")) == ((0, []), None)
+    length, states = cache.find_states([1, 2])
+    assert (length, list(states), cache.find_features(b"a")) == (0, [], None)
 
 
 def test_a_cache_serves_one_model():

@@ -85,6 +85,13 @@ def test_a_tiled_image_takes_what_its_largest_grid_takes():
     assert peak == pytest.approx(predicted.cache + predicted.activations, rel=0.1)
 
 
+def test_choosing_visual_tokens_takes_what_its_products_take():
+    tiled = {"image_grid_pinpoints": PINPOINTS, "patch_merge_type": "spatial_unpad", "visual_tokens": 4}
+    peak, config = measure_peak(num_tiles=5, **tiled)
+    predicted = predict(config)
+    assert peak == pytest.approx(predicted.cache + predicted.activations, rel=0.1)
+
+
 def test_fewer_visual_tokens_take_a_smaller_cache():
     all_tokens, four_tokens = predict(tiny_config()), predict(tiny_config(visual_tokens=4))
     assert four_tokens.num_prompt_tokens == NUM_TEXT_TOKENS + 4
@@ -137,6 +144,15 @@ def test_doctor_prints_what_a_model_takes(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"{checkpoint}, 1 x {64 + 4} tokens" in printed
     assert "weights in int8 and float32" in printed
+    assert "a conversation that goes on keeps up to 0.00 GiB" in printed
+    for options, reason in (
+        (["--quantization", "int4"], "got quantization='int4' on cpu; expected int8"),
+        (["--images", "50"], "expected fewer than 512"),
+    ):
+        assert main(["doctor", "--model", checkpoint, *options]) == 0
+        printed = capsys.readouterr().out
+        assert "it does not run: " in printed and reason in printed
+        assert "it fits" not in printed
     assert main(["doctor", "--model", checkpoint, "--quantization", "int3"]) == 2
     assert "expected one of int8, fp8, int4, nf4" in capsys.readouterr().err
 
