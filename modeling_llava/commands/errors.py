@@ -1,9 +1,11 @@
 """What a user can get wrong, as one line."""
 
+import re
+
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 
-PATH_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+PATH_ERRORS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 """What a path that a user gave can cause."""
 
 USER_ERRORS = (ValueError, TemplateError, SafetensorError, *PATH_ERRORS)
@@ -17,6 +19,7 @@ EXTRAS = {
     "yaml": "'anyllava[train]'",
     "gradio": "'anyllava[demo]'",
     "bitsandbytes": "bitsandbytes",
+    "deepspeed": "deepspeed",
     "torchao": "torchao",
 }
 """Packages that a command may need, and what pip is to install for them."""
@@ -31,7 +34,8 @@ def missing_extra(error: ImportError) -> str:
     if not isinstance(error, ModuleNotFoundError):
         # transformers and this package name the package, and how to install it, in a plain ImportError.
         return one_line(error)
-    package = (error.name or "").split(".")[0]
+    # transformers has a sentence where the name belongs: "The 'deepspeed>=0.9.3' distribution was not found".
+    package = re.match(r"(?:The ')?([\w-]*)", error.name or "")[1]
     if package not in EXTRAS:
         raise error
     return f"{package} is not installed; this command needs it: pip install {EXTRAS[package]}"

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from transformers import AttentionInterface, PreTrainedModel, set_seed
+from transformers.integrations import get_available_reporting_integrations
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 from trl import SFTConfig
@@ -90,6 +91,7 @@ def build_trainer(recipe: Recipe) -> LlavaTrainer:
         ValueError: naming the field or the row that cannot be used.
     """
     arguments = SFTConfig(output_dir=recipe.output_dir, **trainer_settings(recipe))
+    check_reports(arguments.report_to)
     # Adapters start from random numbers, before the Trainer sets its seed.
     set_seed(arguments.seed)
     processor = load_processor(recipe)
@@ -145,6 +147,21 @@ def build_trainer(recipe: Recipe) -> LlavaTrainer:
         processing_class=processor,
         callbacks=[StreamReport(fates)] if isinstance(dataset, IterableDataset) else None,
     )
+
+
+def check_reports(names: list[str]) -> None:
+    """Refuse a logger that is not there, before the model is loaded.
+
+    Raises:
+        ValueError: naming it.
+    """
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name not in installed:
+            raise ValueError(
+                f"got trainer.report_to={name!r}, which is not installed; expected none, or one of those that are "
+                f"({', '.join(installed)}): install its package, or take it out"
+            )
 
 
 def repeat_stream(dataset: IterableDataset, arguments: SFTConfig) -> IterableDataset:

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Sampler
 from transformers import ProgressCallback
 from trl import SFTTrainer
@@ -192,6 +193,15 @@ class LlavaTrainer(SFTTrainer):
                 matrices, others = split_for_muon(model, groups, rate=self.recipe.muon_learning_rate)
                 self.optimizer = MuonWithAdamW(matrices, others, **settings)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except TypeError as error:
+            raise ValueError(
+                f"got trainer.lr_scheduler_kwargs={self.args.lr_scheduler_kwargs} ({error}); expected those that "
+                f"{self.args.lr_scheduler_type.value} takes"
+            ) from error
 
     def _parameter_groups(self, model: nn.Module) -> list[dict]:
         rates = {
