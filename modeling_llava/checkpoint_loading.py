@@ -6,6 +6,7 @@ floats, a slow processor gets float32 (`inference_dtype`); fewer bits have names
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,19 @@ class CheckpointMixin:
         super().save_pretrained(save_directory, *args, state_dict=renamed, **kwargs)
         text = json.dumps(written_config, indent=2, sort_keys=True) + "\n"
         (Path(save_directory) / "config.json").write_text(text, encoding="utf-8")
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args, **kwargs) -> Any:
+        """As in PyTorch; weights may also have the names that `save_pretrained` gives them by default.
+
+        So a Trainer resumes, and loads the best model, from what it saved of a model in any layout.
+        """
+        own = self.state_dict().keys()
+        layout = layout_of(self.config)
+        if layout != "any_llava":
+            state_dict = {
+                key if key in own else rename_to_ours(key, layout): value for key, value in state_dict.items()
+            }
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
 
 def refuse_unfit(info: dict[str, Any], weights: dict[str, Weight], name: str) -> None:

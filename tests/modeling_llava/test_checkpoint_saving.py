@@ -42,6 +42,24 @@ def test_original_with_a_named_tower(tmp_path):
     assert after == before | {"mm_vision_tower": str(tmp_path / "tower")}
 
 
+@pytest.mark.parametrize("layout", ["any_llava", "original", "transformers"])
+def test_a_trainer_reads_back_what_it_saved(tmp_path, layout):
+    """With `load_state_dict(weights, False)`, where it resumes or loads the best model."""
+    folders.write_v15(tmp_path)
+    loaded = AutoModelForVision2Seq.from_pretrained(tmp_path / "checkpoint")
+    if layout != "original":
+        loaded.save_pretrained(tmp_path / "other", layout=layout)
+        loaded = AnyLlavaForConditionalGeneration.from_pretrained(tmp_path / "other")
+    loaded.save_pretrained(tmp_path / "saved")
+    expected = {name: value.clone() for name, value in loaded.state_dict().items() if "vision_tower" not in name}
+    for parameter in loaded.parameters():
+        parameter.data.zero_()
+    loaded.load_state_dict(read_weights(tmp_path / "saved"), False)
+    found = loaded.state_dict()
+    assert_equal_weights({name: found[name] for name in expected}, expected)
+    assert tuple(loaded.load_state_dict(found)) == ([], [])
+
+
 def test_original_with_its_own_tower(tmp_path):
     tower = folders.make_tower("clip")
     folders.save_tower(folders.make_tower("clip", seed=6), tmp_path / "tower")
