@@ -41,7 +41,9 @@ def describe_settings(recipe: Recipe, arguments: SFTConfig, dataset: Dataset | I
     settings["number of processes"] = arguments.world_size
     is_packed = recipe.tokens_per_batch is not None
     settings["rows"] = describe_rows(dataset, packed=is_packed) if isinstance(dataset, Dataset) else "streaming"
-    return json.loads(json.dumps(settings))
+    # Of a recipe that is made in Python, fields of LoraConfig may be sets and objects.
+    text = json.dumps(settings, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    return json.loads(text)
 
 
 def fixed_lengths(recipe: Recipe, arguments: SFTConfig) -> tuple[str, ...]:

@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from peft import EvaConfig
 from trl import SFTConfig
 
 from modeling_llava.training.recipe import read_recipe
@@ -79,6 +80,16 @@ def test_what_only_one_version_knows_is_not_compared(tmp_path):
     settings.pop("trainer.seed")
     write_settings(tmp_path, settings)
     check_settings(tmp_path, describe(tmp_path, PACKED))
+
+
+def test_fields_of_peft_are_compared_whatever_they_hold(tmp_path):
+    recipe = read_recipe(write_recipe(tmp_path, **PACKED, output_dir=str(tmp_path)))
+    recipe.lora = {"target_modules": {"q_proj", "k_proj"}, "eva_config": EvaConfig()}
+    arguments = SFTConfig(output_dir=str(tmp_path), **trainer_settings(recipe))
+    settings = describe_settings(recipe, arguments, IterableDataset.from_generator(list))
+    assert settings["lora.target_modules"] == ["k_proj", "q_proj"]
+    write_settings(tmp_path, settings)
+    check_settings(tmp_path, settings)
 
 
 def test_rows_that_are_others_are_refused(tmp_path):
