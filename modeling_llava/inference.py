@@ -60,7 +60,7 @@ def load_for_inference(
     base = {} if base_model is None else {"base_model": base_model}
     base |= {} if visual_tokens is None else {"visual_tokens": visual_tokens}
     chosen = {} if template is None else {"template": template}
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _find_device(device)
     load = AutoModelForVision2Seq.from_pretrained if quantization is None else _quantizing_loader(quantization, device)
     try:
         processor = AutoProcessor.from_pretrained(name, **chosen, **base)
@@ -105,6 +105,17 @@ def prepare_for_answering(model: PreTrainedModel, device: torch.device | None = 
     fuse_norms(language_model)
     if not (getattr(model, "is_quantized", False) or getattr(model, "_hf_peft_config_loaded", False)):
         fuse_projections(language_model)
+
+
+def _find_device(device: str | torch.device | None) -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    try:
+        found = torch.device(device or ("cuda" if has_gpu else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"got device={device!r}; expected cpu or cuda: {str(error).splitlines()[0]}") from error
+    if found.type == "cuda" and not has_gpu:
+        raise ValueError(f"got device={device!r} on a machine without GPU; expected cpu: leave device out")
+    return found
 
 
 def _quantizing_loader(quantization: str, device: torch.device) -> Callable[..., PreTrainedModel]:
@@ -198,13 +209,14 @@ class ChatSession:
             checks = {"limits": image_processor.limits, "urls": image_processor.urls}
         content = [{"type": "image", "image": load_image(image, **checks)} for image in images]
         question_message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
-        pieces = []
-        with closing(self.answer([*self.messages, question_message], **settings)) as answer:
+        # Who calls `reset` meanwhile begins another list.
+        messages, pieces = self.messages, []
+        with closing(self.answer([*messages, question_message], **settings)) as answer:
             for piece in answer:
                 pieces.append(piece)
                 yield piece
         answer_message = {"role": "assistant", "content": [{"type": "text", "text": "".join(pieces)}]}
-        self.messages += [question_message, answer_message]
+        messages += [question_message, answer_message]
 
     def answer(
         self,

@@ -204,6 +204,22 @@ def test_a_conversation_that_cannot_be_answered_is_refused(messages, message):
         read(ChatSession(*load("llama")).answer(messages))
 
 
+@pytest.mark.parametrize("device, message", [("gpu", "expected cpu or cuda"), ("cuda", "without GPU; expected cpu")])
+def test_a_device_that_is_not_there_is_refused(device, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        load_for_inference(device=device)
+
+
+def test_an_answer_that_ends_after_a_reset_is_not_remembered():
+    session = ChatSession(*load("llama"))
+    answer = session.ask("What?", **SETTINGS)
+    next(answer)
+    session.reset()
+    assert read(answer)
+    assert session.messages == []
+
+
 def test_visual_tokens_are_refused_for_a_model_with_the_processor_of_transformers(tmp_path):
     for part in build_transformers_own():
         part.save_pretrained(tmp_path)
