@@ -67,7 +67,7 @@ def choose_parts(text: str | None) -> tuple[str, ...]:
     """
     if text is None:
         return PARTS
-    names = tuple(text.split(","))
+    names = tuple(dict.fromkeys(text.split(",")))
     unknown = [name for name in names if name not in PARTS]
     if unknown:
         raise ValueError(f"got --only {text}; expected some of {','.join(PARTS)}")
@@ -84,6 +84,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error(f"got --rounds {arguments.rounds}; expected at least 1")
     try:
         parts = choose_parts(arguments.only)
     except ValueError as error:

@@ -79,7 +79,7 @@ def render_run(results: dict[str, Any]) -> str:
         f"{results['rounds']} rounds; {versions}. `{results['command']}`. Limits: {limits}."
     )
     title = f"## {results['size']} on {results['device']}"
-    if "--only" in results["command"].split():
+    if "--only" in results["command"]:
         title += f": {', '.join(results['parts'])}"
     sections = [title, textwrap.fill(facts, 119, break_on_hyphens=False)]
     for part, rows in results["parts"].items():

@@ -41,6 +41,8 @@ def prepare(device: str) -> None:
     """Once before anything is measured."""
     if device == "cpu":
         torch.set_num_threads(1)
+    elif not torch.cuda.is_available():
+        sys.exit(f"got --device {device} on a machine without GPU; expected --device cpu")
 
 
 def default_dtype(device: str) -> torch.dtype:

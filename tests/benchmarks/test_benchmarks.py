@@ -86,6 +86,7 @@ def test_a_file_that_is_no_result_is_refused(tmp_path):
 def test_an_unknown_part_is_refused():
     with pytest.raises(ValueError, match="got --only chat,poetry; expected some of"):
         command.choose_parts("chat,poetry")
+    assert command.choose_parts("chat,memory,chat") == ("chat", "memory")
 
 
 def test_a_part_that_fails_is_named_and_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
