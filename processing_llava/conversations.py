@@ -263,7 +263,9 @@ def _find_value(record: dict[str, Any], keys: tuple[str, str], row_id: str) -> A
 
 def read_images(record: dict[str, Any], row_id: str) -> list[Any]:
     images = _find_value(record, ("images", "image"), row_id)
-    return [] if images is None else images if isinstance(images, list) else [images]
+    if images is None:
+        return []
+    return list(images) if isinstance(images, (list, tuple)) else [images]
 
 
 def _read_image(image: Any, folder: ImageFolder | str | Path | None, row_id: str) -> str | bytes | Path | Image.Image:

@@ -99,8 +99,8 @@ def test_rows_of_trl(image_folder):
     collator = LlavaDataCollator(tiny_processor())
     expected = collator([{"images": [picture], "messages": [{"role": "user", "content": items}, answer]}])
     texts = [{"role": "user", "content": "What?"}, answer]
-    for row in ({"images": [picture], "messages": texts}, {"image": picture, "messages": texts}):
-        assert collator([row])["input_ids"].equal(expected["input_ids"])
+    for row in ({"images": [picture]}, {"images": (picture,)}, {"image": picture}):
+        assert collator([{**row, "messages": texts}])["input_ids"].equal(expected["input_ids"])
     assert "pixel_values" not in collator([{"messages": texts}])
     typed = {"images": [picture], "messages": [{"role": "user", "content": "<image>\nWhat?"}, answer]}
     with pytest.raises(ValueError, match="0 <image> placeholders and 1 images; .* what is typed is text"):
