@@ -77,14 +77,15 @@ def find_json_files(source: DataSource) -> tuple[str, ...]:
     Raises:
         ValueError: there is no such configuration.
     """
-    from datasets import load_dataset_builder
-    from datasets.exceptions import DatasetsError
-
     path = Path(source.path)
     if path.suffix in _JSON:
         return (source.path,)
     if not path.is_dir() or _is_saved_dataset(path):
         return ()
+
+    from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetsError
+
     try:
         # `datasets` tells by their names which files are of the split.
         splits = load_dataset_builder(source.path, source.name).config.data_files or {}
