@@ -28,7 +28,7 @@ from .chat_cache import ChatCache
 from .compiled_decoding import build_compile_config
 from .prompt_images import load_features
 from .row_states import RowStates
-from .token_stream import cut_at_end, find_answer_end, read_generation_config
+from .token_stream import cut_at_end, find_answer_end, find_end_token, read_generation_config
 
 MAX_PASS_TOKENS = 2048
 """Requests stop joining a pass that has this many tokens of prompts: bounds activations and the wait of the others."""
@@ -133,8 +133,8 @@ class BatchedGeneration:
             fixed=compile,
         )
         ends = self._generation_config.eos_token_id
-        self._end_ids = frozenset(ends if isinstance(ends, list) else [ends])
         self._end = find_answer_end(processor)
+        self._end_ids = {*(ends if isinstance(ends, list) else [ends]), find_end_token(processor.tokenizer, self._end)}
         self._rows: list[PreparedRequest] = []
         self._waiting: deque[PreparedRequest] = deque()
 

@@ -95,17 +95,21 @@ def read_generation_config(model: PreTrainedModel) -> GenerationConfig:
 
 
 def find_answer_end(processor: ProcessorMixin) -> str:
-    """The text that the chat template writes behind an answer, where that is no special token, as "###" in `llava_v0`.
+    """What the chat template writes behind an answer: "###" in `llava_v0`, the name of a special token in most others.
 
-    Empty for processors of transformers, and where blanks or a special token end an answer.
+    Empty for processors of transformers, and where nothing but blanks ends an answer.
     """
     if not isinstance(processor, AnyLlavaProcessor) or processor.chat_template is None:
         return ""
     answer = "ANSWER"
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ""}]}]
     prompt = processor.render([*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}])
-    end = str(prompt).rpartition(answer)[2].strip()
-    return "" if end in processor.tokenizer.all_special_tokens else end
+    return str(prompt).rpartition(answer)[2].strip()
+
+
+def find_end_token(tokenizer: PreTrainedTokenizerBase, end: str) -> int | None:
+    """The special token that this is the name of; a model ends with it what its generation_config may not end."""
+    return tokenizer.convert_tokens_to_ids(end) if end in tokenizer.all_special_tokens else None
 
 
 class _QueueStreamer(BaseStreamer):
@@ -178,12 +182,13 @@ class StreamedText:
 
     Args:
         tokenizer: Of the model.
-        end: Where this text comes, the answer has ended before; see `find_answer_end`.
+        end: Where this text or special token comes, the answer has ended before; see `find_answer_end`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, end: str = "") -> None:
         self.tokenizer = tokenizer
         self.end = end
+        self.end_token = find_end_token(tokenizer, end)
         self.ids: list[int] = []
         self.given = ""
         self.has_ended = False
@@ -192,7 +197,7 @@ class StreamedText:
         """The text that this token makes certain."""
         self.ids.append(token)
         text = self._decode()
-        self.has_ended = bool(self.end) and self.end in text
+        self.has_ended = token == self.end_token or (bool(self.end) and self.end in text)
         text = text.rstrip("\ufffd")
         if not self.has_ended:
             parts = (self.end[:length] for length in range(len(self.end) - 1, 0, -1))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from modeling_llava import AnyLlavaForConditionalGeneration
+from modeling_llava.batched_generation import AnswerRequest, generate_answers
 from modeling_llava.chat_cache import ChatCache
 from modeling_llava.inference import EMBEDDED_MODEL, ChatSession, load_for_inference
 from processing_llava.conversation_templates import load_template
@@ -189,6 +190,18 @@ def test_an_answer_ends_where_the_format_ends_it(template, expected):
     text = read(session.ask("What is this?", images=[CAT], max_new_tokens=len(ids)))
     assert text.startswith(expected) and (text == expected) == (template == "llava_v0")
     assert (session.statistics.num_new_tokens < len(ids)) == (template == "llava_v0")
+
+
+def test_an_answer_ends_with_the_token_that_ends_it_in_the_format(monkeypatch):
+    """Whatever the model says of itself, as where `template` chooses another format."""
+    model, processor = build_text_model("llama")
+    monkeypatch.setattr(model.generation_config, "eos_token_id", processor.tokenizer.pad_token_id)
+    ids = follow_script(model, processor, "A cat.</s>USER: What else?")
+    messages = [user("What is this?", CAT)]
+    assert read(ChatSession(model, processor).answer(messages, max_new_tokens=len(ids))) == "A cat."
+    follow_script(model, processor, "A cat.</s>USER: What else?")
+    (answer,) = generate_answers(model, processor, [AnswerRequest(messages, max_new_tokens=len(ids))])
+    assert answer.text == "A cat." and answer.ids[-1] == processor.tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize(

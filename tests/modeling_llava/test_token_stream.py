@@ -48,7 +48,8 @@ def test_nothing_from_the_end_on_is_given(tokenizer, text):
 
 
 @pytest.mark.parametrize(
-    "template, end", [("llava_v0", "###"), ("v0_mmtag", "###"), ("vicuna_v1", ""), ("plain", ""), ("phi_3", "<|end|>")]
+    "template, end",
+    [("llava_v0", "###"), ("v0_mmtag", "###"), ("vicuna_v1", "</s>"), ("plain", ""), ("phi_3", "<|end|>")],
 )
 def test_the_end_of_an_answer_is_what_the_template_writes_behind_it(template, end):
     assert find_answer_end(tiny_processor(template=template)) == end
