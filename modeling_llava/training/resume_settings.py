@@ -57,11 +57,15 @@ def fixed_lengths(recipe: Recipe, arguments: SFTConfig) -> tuple[str, ...]:
 
 
 def describe_rows(dataset: Dataset, *, packed: bool) -> str:
-    """Number and digest of the rows in their order; of packed ones with their lengths, which decide the batches."""
+    """Number and digest of the rows in their order; of packed ones with their lengths, which decide the batches.
+
+    Rows that did not come from `load_rows` may have no ids, and are known by their number only.
+    """
     columns = dataset.with_format(None)
     digest = hashlib.sha256()
     for name in ("id", "num_tokens", "num_images") if packed else ("id",):
-        digest.update(json.dumps(columns[name][:]).encode())
+        if name in columns.column_names:
+            digest.update(json.dumps(columns[name][:]).encode())
     return f"{len(dataset):,} with digest {digest.hexdigest()[:16]}"
 
 
