@@ -29,7 +29,7 @@ class DataSource:
     """Rows from one place.
 
     Raises:
-        ValueError: a weight that is not positive.
+        ValueError: a weight that is not positive, or a `shuffle_buffer` that is, or has, nothing to draw from.
     """
 
     path: str
@@ -43,13 +43,20 @@ class DataSource:
     split: str = "train"
     """Of a dataset that has several."""
     streaming: bool = False
-    """Read while training, without a copy on disk."""
+    """Read while training, without a copy on disk, in the order of the files."""
+    shuffle_buffer: int | None = None
+    """Of a source that is streaming: each row is drawn from the next so many, by the seed."""
     weight: float | None = None
     """Share of a mixture, as a ratio to the other weights; for all sources or none."""
 
     def __post_init__(self) -> None:
         if self.weight is not None and not (0 < self.weight < math.inf):
             raise ValueError(f"got weight={self.weight} for {self.path}; expected a positive number; correct it")
+        if self.shuffle_buffer is not None and not (self.streaming and self.shuffle_buffer > 0):
+            raise ValueError(
+                f"got shuffle_buffer={self.shuffle_buffer} for {self.path} with streaming={self.streaming}; expected "
+                "a positive number, and streaming: true: other rows are shuffled as a whole"
+            )
 
     @property
     def images(self) -> ImageFolder | None:

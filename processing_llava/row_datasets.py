@@ -70,7 +70,7 @@ def load_rows(
 
     Args:
         sources: At least one.
-        seed: Of the draw.
+        seed: Of the draws.
         processor: Counts tokens, which a limit needs. The dataset then has two columns more: `num_tokens`, image
             features counted, and `num_images`. They are read with `with_format(None)`; rows do not show them.
         max_length: Longest row in tokens; None for no limit.
@@ -99,6 +99,10 @@ def load_rows(
             "each of them or for none"
         )
     parts = [_load_source(source, on_bad_row) for source in sources]
+    parts = [
+        part if source.shuffle_buffer is None else part.shuffle(seed, buffer_size=source.shuffle_buffer)
+        for part, source in zip(parts, sources)
+    ]
     fates = FateCounts()
     if processor is not None:
         fit = partial(_fit_batch, processor=processor, max_length=max_length, too_long=too_long, on_bad_row=on_bad_row)

@@ -153,6 +153,11 @@ class Recipe:
             )
         if self.muon_learning_rate is not None and self.uses_lora:
             raise ValueError(f"got muon_learning_rate with stage {self.stage!r}; expected 'finetune'")
+        if Path(self.output_dir).resolve() == Path(self.model).resolve():
+            raise ValueError(
+                f"got output_dir {self.output_dir!r}, where the model to train lies; expected another folder, since "
+                "the model would be written over"
+            )
         self._check_trainer()
 
     def _check_trainer(self) -> None:

@@ -162,6 +162,19 @@ def test_sources_without_weights_follow_each_other(folder):
     assert [row["id"] for row in load_rows(sources)[0]] == ["0", "a1", "0", "b1"]
 
 
+def test_streaming_rows_are_drawn_from_a_buffer(folder):
+    source = {"path": write_json(folder / "a.json", 90), "image_folder": str(folder), "streaming": True}
+    in_order, drawn, again, other = (
+        [row["id"] for row in load_rows([DataSource(**source, shuffle_buffer=buffer)], seed=seed)[0]]
+        for buffer, seed in ((None, 0), (30, 0), (30, 0), (30, 1))
+    )
+    assert sorted(drawn) == sorted(in_order) and len(set(drawn)) == 90
+    assert drawn == again and len({tuple(order) for order in (in_order, drawn, other)}) == 3
+    assert max(in_order.index(row) - place for place, row in enumerate(drawn)) <= 30
+    with pytest.raises(ValueError, match="streaming: true"):
+        DataSource(path="a.json", shuffle_buffer=30)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_mixture_follows_weights_and_seed(folder, streaming):
     options = {"image_folder": str(folder)}

@@ -64,6 +64,7 @@ def test_a_setting_without_a_value_takes_the_key_out(tmp_path):
             "got learning_rat in trainer of .*; expected fields of SFTConfig, such as learning_ra",
         ),
         ("trainer.zzz=1", "got zzz in trainer of .*; expected fields of SFTConfig$"),
+        ("output_dir=./some/model", "where the model to train lies"),
         ("trainer.output_dir=a", "got trainer.output_dir; expected output_dir at the top"),
         ("trainer.max_length=100", "got trainer.max_length, which cuts; expected max_length at the top"),
         ("trainer.learning_rate=fast", "got learning_rate='fast' in trainer of .*; expected float"),
