@@ -146,6 +146,11 @@ class Recipe:
             )
         if self.lora and not self.uses_lora:
             raise ValueError(f"got lora settings for stage {self.stage!r}; expected stage 'lora' or 'qlora'")
+        if self.lora.get("init_lora_weights") == "eva":
+            raise ValueError(
+                "got lora.init_lora_weights='eva', which looks at data first; expected another: here it would "
+                "begin with random numbers"
+            )
         if str(self.lora.get("init_lora_weights")).startswith("pissa_niter_"):
             raise ValueError(
                 f"got lora.init_lora_weights={self.lora['init_lora_weights']!r}, whose random start is not the same "
@@ -173,6 +178,11 @@ class Recipe:
             raise ValueError(
                 f"got trainer.gradient_accumulation_steps={self.trainer['gradient_accumulation_steps']}; expected at "
                 "least 1"
+            )
+        if self.trainer.get("train_sampling_strategy") not in (None, "random", "sequential"):
+            raise ValueError(
+                f"got trainer.train_sampling_strategy={self.trainer['train_sampling_strategy']!r}, which takes rows "
+                "for tokens; expected 'random' or 'sequential': tokens_per_batch makes batches without padding"
             )
         for name in ("chat_template_path", "eos_token"):
             if self.trainer.get(name) is not None:
