@@ -1,5 +1,6 @@
 """Loading a model for answering, and ChatSession: a conversation about pictures that streams."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -73,6 +74,10 @@ def load_for_inference(
         loaded = load(name, **base)
     except OSError as error:
         reason = str(error).strip().split("\n")[0]
+        adapter = Path(name, "adapter_config.json")
+        if adapter.is_file():
+            base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+            reason = f"it is an adapter of {base!r}, to be found from {str(Path.cwd())!r} or on the Hub ({reason})"
         raise ValueError(f"got model {name!r}; expected a folder or a Hub id of a LLaVA: {reason}") from error
     if template is not None and not is_ours:
         processor.chat_template = load_template(template)

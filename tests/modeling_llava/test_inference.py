@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.batched_generation import AnswerRequest, generate_answers
@@ -27,6 +28,7 @@ from tests.modeling_llava.session_models import (
     read,
     user,
 )
+from tests.tiny import save_tiny_checkpoint, tiny_processor
 
 
 def test_statistics_count_what_they_say(watched):
@@ -222,6 +224,18 @@ def test_a_device_that_is_not_there_is_refused(device, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=message):
         load_for_inference(device=device)
+
+
+def test_an_adapter_says_which_base_was_not_found(tmp_path, monkeypatch):
+    save_tiny_checkpoint(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    model = AnyLlavaForConditionalGeneration.from_pretrained("base")
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained("adapter")
+    tiny_processor().save_pretrained("adapter")
+    load_for_inference(str(tmp_path / "adapter"))
+    monkeypatch.chdir(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="it is an adapter of 'base', to be found from"):
+        load_for_inference(str(tmp_path / "adapter"))
 
 
 def test_an_answer_that_ends_after_a_reset_is_not_remembered():
