@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
-from modeling_llava.inference import ChatSession
+from modeling_llava.chat_session import ChatSession
 from processing_llava import AnyLlavaProcessor
 
 from .models import SIZES, TILE_SIZE, build_pair, build_processor

@@ -16,8 +16,9 @@ from transformers import AutoConfig, PreTrainedModel
 from modeling_llava.attention_map import AnswerAttention, read_attention
 from modeling_llava.auto import AutoModelForVision2Seq
 from modeling_llava.chat_cache import ChatCache
+from modeling_llava.chat_session import AnswerStatistics, ChatSession
 from modeling_llava.doctor import count_free_bytes
-from modeling_llava.inference import EMBEDDED_MODEL, AnswerStatistics, ChatSession, load_for_inference
+from modeling_llava.inference import EMBEDDED_MODEL, load_for_inference
 from modeling_llava.inference_dtype import is_slow_on_processor
 from processing_llava.conversation_templates import load_template
 from processing_llava.original_folder import read_json

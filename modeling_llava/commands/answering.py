@@ -47,7 +47,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _session(options: argparse.Namespace, limits):
-    from modeling_llava.inference import EMBEDDED_MODEL, ChatSession, load_for_inference
+    from modeling_llava.chat_session import ChatSession
+    from modeling_llava.inference import EMBEDDED_MODEL, load_for_inference
     from processing_llava import AnyLlavaProcessor
 
     model, processor = load_for_inference(

@@ -14,7 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from modeling_llava import AnyLlavaForConditionalGeneration, batched_generation
 from modeling_llava.batched_generation import AnswerRequest, BatchedGeneration, generate_answers
 from modeling_llava.chat_cache import ChatCache
-from modeling_llava.inference import ChatSession, load_for_inference
+from modeling_llava.chat_session import ChatSession
+from modeling_llava.inference import load_for_inference
 from modeling_llava.row_states import RowStates
 from processing_llava.conversation_templates import load_template
 from tests.conftest import GOLDENS

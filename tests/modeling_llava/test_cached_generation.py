@@ -14,7 +14,7 @@ from transformers import (
 
 from modeling_llava.cached_generation import CachedGeneration, build_states
 from modeling_llava.chat_cache import ChatCache
-from modeling_llava.inference import ChatSession
+from modeling_llava.chat_session import ChatSession
 from tests.modeling_llava.session_models import (
     CAT,
     DOG,

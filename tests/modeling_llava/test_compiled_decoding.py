@@ -14,8 +14,9 @@ from modeling_llava import batched_generation, cached_generation
 from modeling_llava.batched_generation import AnswerRequest, generate_answers
 from modeling_llava.cached_generation import CachedGeneration
 from modeling_llava.chat_cache import ChatCache
+from modeling_llava.chat_session import ChatSession
 from modeling_llava.compiled_decoding import build_compile_config, build_static_states, decode_ahead
-from modeling_llava.inference import ChatSession, prepare_for_answering
+from modeling_llava.inference import prepare_for_answering
 from modeling_llava.quantization import quantize_to_int8
 from modeling_llava.token_stream import StreamedText
 from tests.tiny import tiny_model, tiny_processor

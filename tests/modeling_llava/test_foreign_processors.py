@@ -4,8 +4,8 @@ import pytest
 from PIL import Image
 
 from modeling_llava.batched_generation import AnswerRequest, generate_answers
+from modeling_llava.chat_session import ChatSession
 from modeling_llava.foreign_processors import protect_messages
-from modeling_llava.inference import ChatSession
 from tests.modeling_llava.test_batched_generation import build_transformers_own
 from tests.tiny import tiny_processor
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from modeling_llava import AnyLlavaForConditionalGeneration, packed_linear
-from modeling_llava.inference import EMBEDDED_MODEL, ChatSession, load_for_inference
+from modeling_llava.chat_session import ChatSession
+from modeling_llava.inference import EMBEDDED_MODEL, load_for_inference
 from modeling_llava.inference_dtype import is_slow_on_processor
 from modeling_llava.packed_linear import PackedLinear, pack_linear_layers
 from tests.tiny import TEXT_CONFIGS, batch, random_images, save_tiny_checkpoint, text_ids, tiny_model, tiny_processor

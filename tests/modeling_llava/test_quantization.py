@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from modeling_llava import AnyLlavaForConditionalGeneration
+from modeling_llava.chat_session import ChatSession
 from modeling_llava.fused_projections import Columns, fuse_projections
-from modeling_llava.inference import EMBEDDED_MODEL, ChatSession, load_for_inference
+from modeling_llava.inference import EMBEDDED_MODEL, load_for_inference
 from modeling_llava.int8_linear import Int8Linear
 from modeling_llava.quantization import ON_GPU, quantize_to_int8
 from modeling_llava.tiny_llava.evaluate import evaluate
