@@ -12,7 +12,14 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationMixin, LogitsProcessorList, StaticCache, SuppressTokensLogitsProcessor
+from transformers import (
+    DynamicCache,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+    SuppressTokensLogitsProcessor,
+)
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.candidate_generator import (
     AssistedCandidateGenerator,
@@ -78,7 +85,7 @@ class AnyLlavaGenerationMixin(GenerationMixin):
         processors = super()._get_logits_processor(*args, encoder_input_ids=encoder_input_ids, **kwargs)
         if 0 <= image_token_id < vocab_size:
             # An answer can hold no image. First, since what draws leaves one token over.
-            return LogitsProcessorList([ForbidImageToken([image_token_id], self.device), *processors])
+            return LogitsProcessorList([ForbidImageToken(image_token_id), *processors])
         return TextOnlyLogitsProcessorList(processors, vocab_size=vocab_size) if processors else processors
 
     def _get_candidate_generator(self, *args, **kwargs) -> CandidateGenerator:
@@ -122,8 +129,16 @@ class AnyLlavaGenerationMixin(GenerationMixin):
         generator.assistant_kwargs["mm_encoder_outputs"] = {"image": encoded}
 
 
-class ForbidImageToken(SuppressTokensLogitsProcessor):
+class ForbidImageToken(LogitsProcessor):
     """For image tokens that have a logit, as in transformers' own checkpoints."""
+
+    def __init__(self, image_token_id: int) -> None:
+        self.image_token_id = image_token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores = scores.clone()
+        scores[:, self.image_token_id] = -torch.inf
+        return scores
 
 
 class TextOnlyLogitsProcessorList(LogitsProcessorList):
