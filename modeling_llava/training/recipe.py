@@ -136,6 +136,9 @@ class Recipe:
         for name in ("tokens_per_batch", "images_per_batch"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"got {name}={getattr(self, name)}; expected at least 1; leave it out for padding")
+        for name in ("projector_learning_rate", "vision_tower_learning_rate", "muon_learning_rate"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ValueError(f"got {name}={getattr(self, name)}; expected 0 or more")
         if self.feature_cache is not None and self.train_vision_tower:
             raise ValueError("got feature_cache for a tower that trains; expected a frozen one: take one of them out")
         if self.muon_learning_rate is not None and self.projector_learning_rate is not None:

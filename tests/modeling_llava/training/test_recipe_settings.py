@@ -65,6 +65,7 @@ def test_a_setting_without_a_value_takes_the_key_out(tmp_path):
         ),
         ("trainer.zzz=1", "got zzz in trainer of .*; expected fields of SFTConfig$"),
         ("output_dir=./some/model", "where the model to train lies"),
+        ("projector_learning_rate=-1e-4", "expected 0 or more"),
         ("lora.init_lora_weights=eva", "begin with random numbers"),
         ("trainer.train_sampling_strategy=group_by_length", "expected 'random' or 'sequential'"),
         ("trainer.output_dir=a", "got trainer.output_dir; expected output_dir at the top"),
