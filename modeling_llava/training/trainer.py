@@ -159,10 +159,11 @@ class LlavaTrainer(SFTTrainer):
         Every process has to call it: each may hold a share of the weights.
         """
         state_dict = self.accelerator.get_state_dict(self.model_wrapped)
-        # Under torch_compile these are the names of a wrapper.
-        state_dict = {name.removeprefix("_orig_mod."): value for name, value in state_dict.items()}
+        # DeepSpeed gives the others nothing.
         if not self.is_world_process_zero():
             return
+        # Under torch_compile these are the names of a wrapper.
+        state_dict = {name.removeprefix("_orig_mod."): value for name, value in state_dict.items()}
         model = self.accelerator.unwrap_model(self.model)
         dtype = getattr(torch, self.recipe.output_dtype)
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
