@@ -97,14 +97,20 @@ def read_generation_config(model: PreTrainedModel) -> GenerationConfig:
 def find_answer_end(processor: ProcessorMixin) -> str:
     """What the chat template writes behind an answer: "###" in `llava_v0`, the name of a special token in most others.
 
-    Empty for processors of transformers, and where nothing but blanks ends an answer.
+    Empty for processors of transformers, where nothing but blanks ends an answer, and for a template that writes none.
     """
     if not isinstance(processor, AnyLlavaProcessor) or processor.chat_template is None:
         return ""
-    answer = "ANSWER"
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ""}]}]
-    prompt = processor.render([*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}])
-    return str(prompt).rpartition(answer)[2].strip()
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "ANSWER"}]}
+    # A template may refuse a question with an image, or without one.
+    for images in ([], [{"type": "image"}]):
+        question = {"role": "user", "content": [*images, {"type": "text", "text": "QUESTION"}]}
+        try:
+            prompt = processor.render([question, answer])
+        except ValueError:
+            continue
+        return str(prompt).rpartition("ANSWER")[2].strip()
+    return ""
 
 
 def find_end_token(tokenizer: PreTrainedTokenizerBase, end: str) -> int | None:

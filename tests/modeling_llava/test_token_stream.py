@@ -55,6 +55,21 @@ def test_the_end_of_an_answer_is_what_the_template_writes_behind_it(template, en
     assert find_answer_end(tiny_processor(template=template)) == end
 
 
+@pytest.mark.parametrize("refused, end", [("image", "!!"), ("text", "!!"), ("assistant", "")])
+def test_a_template_may_refuse_what_it_is_asked_about(refused, end):
+    processor = tiny_processor()
+    template = "{% for message in messages %}"
+    if refused == "assistant":
+        template += "{% if message.role == 'assistant' %}{{ raise_exception('no') }}{% endif %}"
+    else:
+        template += (
+            "{% if message.role == 'user' and (message.content | length == 2) == " + str(refused == "image").lower()
+        ) + " %}{{ raise_exception('no') }}{% endif %}"
+    template += "{{ message.content[-1].text }}{% endfor %}!!"
+    processor.chat_template = template
+    assert find_answer_end(processor) == end
+
+
 def test_an_answer_cut_in_a_character_shows_the_whole_ones(tokenizer):
     ids = tokenizer("ok 𓀀𓀁", add_special_tokens=False)["input_ids"][:-1]
     streamed = StreamedText(tokenizer)
