@@ -73,7 +73,7 @@ def test_each_part_has_its_learning_rate(workspace):
         stage="finetune",
         model="unused",
         data=["unused"],
-        output_dir="unused",
+        output_dir="out",
         train_vision_tower=True,
         projector_learning_rate=2.0,
         vision_tower_learning_rate=3.0,
