@@ -85,7 +85,7 @@ def build_trainer(kind: str, folder: Path, arguments: dict[str, Any], *, stage: 
         use_packed_attention(model)
         if device == "cuda":
             fuse_norms(model.model.language_model)
-        recipe = Recipe(stage=stage, model="", data=[DataSource(path="rows.json")], output_dir="")
+        recipe = Recipe(stage=stage, model="", data=[DataSource(path="rows.json")], output_dir="out")
         if stage == "lora":
             model = add_lora(model, LORA, trained_parts=recipe.trained_parts, autocast=arguments["bf16"])
         return LlavaTrainer(
