@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import BatchFeature, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
-from processing_llava.messages import check_messages
+from processing_llava.messages import check_question
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .cached_generation import limit_new_tokens
@@ -82,9 +82,7 @@ def prepare_request(
         FileNotFoundError: if there is no picture at a path.
     """
     messages = request.messages
-    check_messages(messages)
-    if messages[-1]["role"] != "user":
-        raise ValueError(f"got {len(messages)} messages; expected the last from the user")
+    check_question(messages)
     for name, kinds in {"max_new_tokens": int, "temperature": Real, "top_p": Real, "seed": int}.items():
         if not isinstance(getattr(request, name), kinds):
             raise ValueError(f"got {name}={getattr(request, name)!r}; expected a number")

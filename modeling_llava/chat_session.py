@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from processing_llava.image_loading import load_image
-from processing_llava.messages import check_messages
+from processing_llava.messages import check_question
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .cached_generation import CachedGeneration, check_compiles, limit_new_tokens
@@ -76,6 +76,7 @@ class ChatSession:
         self.cache.bind(model)
         self.scope = scope
         self.compile = compile
+        self._end = find_answer_end(processor)
         self.messages: list[dict[str, Any]] = []
         self.statistics: AnswerStatistics | None = None
         """Of the last answer, also of one that was stopped."""
@@ -138,9 +139,7 @@ class ChatSession:
         """
         started = time.perf_counter()
         read_generation_config(self.model)
-        check_messages(messages)
-        if messages[-1]["role"] != "user":
-            raise ValueError(f"got {len(messages)} messages; expected the last from the user")
+        check_question(messages)
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         inputs = encode_messages(messages, self.processor)
@@ -153,7 +152,7 @@ class ChatSession:
         generate = partial(
             generation.run, max_new_tokens=max_new_tokens, use_cache=True, do_sample=False, logits_processor=sampler
         )
-        text, times = StreamedText(self.processor.tokenizer, end=find_answer_end(self.processor)), []
+        text, times = StreamedText(self.processor.tokenizer, end=self._end), []
         worker = self.cache.compiled_worker if self.compile else None
         try:
             with closing(stream_tokens(generate, lock=self.cache.lock, worker=worker)) as tokens:

@@ -33,6 +33,17 @@ def check_messages(messages: Any) -> None:
             raise ValueError(f"got message {number} with {error}; correct it") from None
 
 
+def check_question(messages: Any) -> None:
+    """Refuses what is no conversation that a model can answer.
+
+    Raises:
+        ValueError: as `check_messages`, or if the last message is not from the user.
+    """
+    check_messages(messages)
+    if messages[-1]["role"] != "user":
+        raise ValueError(f"got {len(messages)} messages; expected the last from the user")
+
+
 def list_pictures(messages: list[dict[str, Any]]) -> Iterator[Any]:
     """The pictures of a conversation that was checked, in reading order.
 
