@@ -27,6 +27,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import DynamicCache, PreTrainedConfig
 
+from processing_llava.image_layouts import ImageLayout
+
 from .configuration_llava import AnyLlavaConfig
 from .generation import count_spare_tokens
 from .inference_dtype import is_slow_on_processor
@@ -122,11 +124,11 @@ def predict_generation(
             model = AnyLlavaForConditionalGeneration._from_config(copy.deepcopy(config), dtype=dtype).eval()
         with FakeTensorMode(allow_non_fake_inputs=True), _LiveBytes() as live, torch.no_grad():
             model.to_empty(device="cpu").tie_weights()
-            size, num_image_tokens = _plan_largest_image(model)
-            num_prompt_tokens = num_text_tokens + num_images * num_image_tokens
+            size, layout = _plan_largest_image(model)
+            num_prompt_tokens = num_text_tokens + num_images * layout.num_tokens
             live.peak = start = live.current
 
-            images = _encode(model, num_images=num_rows * num_images, size=size)
+            images = _encode(model, num_images=num_rows * num_images, size=size, num_tiles=layout.num_tiles)
             peaks, live.peak = [live.peak], live.current
             cache = _read(model, num_rows=num_rows, num_tokens=num_prompt_tokens)
             cached_token = _count_states(cache) // num_prompt_tokens
@@ -167,34 +169,30 @@ def _count_weights(model: AnyLlavaForConditionalGeneration, quantization: str | 
     return num_bytes - int(saved * sum(linear.weight.numel() for linear in linears))
 
 
-def _plan_largest_image(model: AnyLlavaForConditionalGeneration) -> tuple[list[int] | None, int]:
-    """The (height, width) that takes most memory, None where images are not tiled, and its tokens."""
+def _plan_largest_image(model: AnyLlavaForConditionalGeneration) -> tuple[list[int] | None, ImageLayout]:
+    """The (height, width) that takes most memory, None where images are not tiled, and its layout."""
     side = model.config.vision_config.image_size
     sizes = model.config.image_grid_pinpoints
     tile = (3, side, side)
     if sizes is None:
-        return None, model.model.plan_images(torch.empty(1, *tile))[0].num_tokens
+        return None, model.model.plan_images(torch.empty(1, *tile))[0]
     layouts = model.model.plan_images(torch.empty(len(sizes), 1, *tile), sizes)
-    size, layout = max(zip(sizes, layouts), key=lambda pair: (pair[1].num_tokens, pair[1].num_tiles))
-    return size, layout.num_tokens
+    return max(zip(sizes, layouts), key=lambda pair: (pair[1].num_tokens, pair[1].num_tiles))
 
 
 def _count_states(cache: DynamicCache) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def _encode(model: AnyLlavaForConditionalGeneration, *, num_images: int, size: list[int] | None) -> Any:
+def _encode(
+    model: AnyLlavaForConditionalGeneration, *, num_images: int, size: list[int] | None, num_tiles: int
+) -> Any:
     """Pixels and what the model makes of them, both of which live until the answer ends."""
     if num_images == 0:
         return None
     side = model.config.vision_config.image_size
-    tile = (3, side, side)
-    if size is None:
-        pixel_values = torch.empty(num_images, *tile, dtype=model.dtype)
-        return pixel_values, model.model.get_image_features(pixel_values)
-    sizes = [size] * num_images
-    num_tiles = model.model.plan_images(torch.empty(num_images, 1, *tile), sizes)[0].num_tiles
-    pixel_values = torch.empty(num_images, num_tiles, *tile, dtype=model.dtype)
+    tiles, sizes = ((), None) if size is None else ((num_tiles,), [size] * num_images)
+    pixel_values = torch.empty(num_images, *tiles, 3, side, side, dtype=model.dtype)
     return pixel_values, model.model.get_image_features(pixel_values, sizes)
 
 
