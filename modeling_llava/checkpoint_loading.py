@@ -182,9 +182,9 @@ class CheckpointMixin:
 
         So a Trainer resumes, and loads the best model, from what it saved of a model in any layout.
         """
-        own = self.state_dict().keys()
         layout = layout_of(self.config)
         if layout != "any_llava":
+            own = self.state_dict().keys()
             state_dict = {
                 key if key in own else rename_to_ours(key, layout): value for key, value in state_dict.items()
             }
