@@ -29,7 +29,7 @@ NO_EFFECT = {
     "dataset_kwargs": "rows are read as the recipe's data says",
     "dataset_num_proc": "rows are counted by all processors",
     "dataset_text_field": "rows are conversations",
-    "eval_packing": "nothing is evaluated during a run",
+    "eval_packing": "tokens_per_batch packs what is evaluated too",
     "model_init_kwargs": "the model is loaded as stage and attn_implementation say",
     "packing": "tokens_per_batch packs, pictures too",
     "packing_strategy": "tokens_per_batch packs, pictures too",
@@ -66,6 +66,9 @@ class Recipe:
     model: str
     """Folder or Hub id of the model to start from."""
     data: list[DataSource]
+    eval_data: list[DataSource] = field(default_factory=list)
+    """Rows whose loss is measured after each epoch, or when `trainer.eval_strategy` says; none of them is trained on.
+    As in every Trainer it is the mean of batches, so it depends a little on `per_device_eval_batch_size`."""
     data_manifest: str | None = None
     """YAML file that says where the data comes from, for the model card; see `export/data_manifest.py`."""
     output_dir: str
@@ -122,6 +125,12 @@ class Recipe:
             raise ValueError(f"got bad_rows={self.bad_rows!r}; expected one of {', '.join(ON_BAD_ROW)}")
         if not self.data:
             raise ValueError("got no data; expected at least one {path: ..., image_folder: ...}")
+        for source in self.eval_data:
+            if source.streaming or source.weight is not None:
+                raise ValueError(
+                    f"got eval_data {source.path!r} that is streaming or has a weight; expected neither: each of its "
+                    "rows is evaluated once"
+                )
         if self.vision_tower_learning_rate is not None and not self.train_vision_tower:
             raise ValueError(
                 "got vision_tower_learning_rate for a frozen tower; expected none: set train_vision_tower: true"
@@ -182,6 +191,12 @@ class Recipe:
                 f"got trainer.gradient_accumulation_steps={self.trainer['gradient_accumulation_steps']}; expected at "
                 "least 1"
             )
+        strategy = str(self.trainer.get("eval_strategy", "epoch" if self.eval_data else "no"))
+        if (strategy != "no") != bool(self.eval_data):
+            raise ValueError(
+                f"got trainer.eval_strategy={strategy!r} and {len(self.eval_data)} sources of eval_data; expected "
+                "'epoch' or 'steps' with rows to evaluate, or neither"
+            )
         if self.trainer.get("train_sampling_strategy") not in (None, "random", "sequential"):
             raise ValueError(
                 f"got trainer.train_sampling_strategy={self.trainer['train_sampling_strategy']!r}, which takes rows "
@@ -227,8 +242,9 @@ def read_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"got {path}; expected a mapping with stage, model, output_dir, and data as a list")
     for setting in settings:
         apply_setting(fields, setting)
-    if isinstance(fields.get("data"), list):
-        fields["data"] = [build(DataSource, source, where=f"data of {path}") for source in fields["data"]]
+    for name in ("data", "eval_data"):
+        if isinstance(fields.get(name), list):
+            fields[name] = [build(DataSource, source, where=f"{name} of {path}") for source in fields[name]]
     if "image_limits" in fields:
         fields["image_limits"] = build(ImageLimits, fields["image_limits"], where=f"image_limits of {path}")
     check_fields(fields.get("trainer", {}), SFTConfig, where=f"trainer of {path}")

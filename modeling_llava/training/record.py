@@ -58,6 +58,7 @@ class TrainingRecord(TrainerCallback):
             "base_model": None if base.exists() else recipe.model,
             "previous": json.loads(previous.read_text(encoding="utf-8")) if previous.is_file() else None,
             "data": [describe_source(source) for source in recipe.data],
+            "eval_data": [describe_source(source) for source in recipe.eval_data],
             "data_manifest": [dataclasses.asdict(entry) for entry in manifest],
             "rows": len(dataset) if isinstance(dataset, Dataset) else None,
         }
@@ -80,13 +81,19 @@ class TrainingRecord(TrainerCallback):
             "steps": state.global_step,
             "first_step": self.first_step,
             "seconds": round(time.perf_counter() - self.start, 3),
-            "losses": [{"step": log["step"], "loss": log["loss"]} for log in state.log_history if "loss" in log],
+            "losses": read_losses(state, "loss"),
+            "eval_losses": read_losses(state, "eval_loss"),
             "hardware": describe_hardware(),
             "versions": describe_versions(),
         }
         path = Path(args.output_dir) / RECORD_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def read_losses(state: TrainerState, name: str) -> list[dict[str, float]]:
+    """Step and value of each loss of this name."""
+    return [{"step": log["step"], "loss": log[name]} for log in state.log_history if name in log]
 
 
 def describe_source(source: DataSource) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from trl import SFTConfig
 from modeling_llava.fused_norms import fuse_norms
 from modeling_llava.packed_attention import NAME, packed_attention_forward
 from processing_llava.collator import LlavaDataCollator
+from processing_llava.data_sources import DataSource
+from processing_llava.fate_counts import FateCounts
+from processing_llava.processing_llava import AnyLlavaProcessor
 from processing_llava.row_datasets import load_rows
 
 from .checkpoints import check_resumable, explain_full_disk, find_checkpoint, refuse_checkpoints
@@ -55,7 +59,8 @@ def trainer_settings(recipe: Recipe) -> dict[str, Any]:
     bf16 = recipe.stage == "qlora" or (has_gpu and torch.cuda.is_bf16_supported())
     # A GPU would wait while pictures are prepared; on a processor the same cores do both.
     machine = {"use_cpu": not has_gpu, "bf16": bf16, "dataloader_num_workers": 4 if has_gpu else 0}
-    return TRAINER_DEFAULTS | machine | recipe.trainer
+    evaluation = {"eval_strategy": "epoch"} if recipe.eval_data else {}
+    return TRAINER_DEFAULTS | machine | evaluation | recipe.trainer
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> Path:
@@ -104,27 +109,15 @@ def build_trainer(recipe: Recipe) -> LlavaTrainer:
     for part, (total, trained) in count_parameters(model).items():
         logger.warning(f"{part}: {trained:,} of {total:,} parameters train")
 
-    is_measured = recipe.max_length is not None or recipe.tokens_per_batch is not None or recipe.bad_rows == "skip"
-    dataset, fates = load_rows(
-        recipe.data,
-        seed=arguments.seed,
-        processor=processor if is_measured else None,
-        max_length=recipe.max_length,
-        too_long=recipe.too_long,
-        on_bad_row=recipe.bad_rows,
-        num_proc=os.cpu_count(),
-    )
-    for fate, number in fates.items():
-        logger.warning(f"{number:,} rows: {fate}")
-    if next(iter(dataset), None) is None:
-        found = ", ".join(f"{number:,} {fate}" for fate, number in fates.items()) or "none at all"
-        raise ValueError(f"got no row to train on ({found}); expected at least one: raise max_length, or correct data")
+    dataset, fates = read_rows(recipe.data, recipe, processor, seed=arguments.seed)
+    eval_dataset, _ = read_rows(recipe.eval_data, recipe, processor) if recipe.eval_data else (None, None)
 
     read_features = None
     if recipe.feature_cache is not None:
         model.to(arguments.device)
         cache = FeatureCache(base, processor, recipe.feature_cache, bf16=arguments.bf16)
-        cache.add(dataset, on_bad_row=recipe.bad_rows)
+        for rows in (dataset, eval_dataset) if recipe.eval_data else (dataset,):
+            cache.add(rows, on_bad_row=recipe.bad_rows)
         read_features = cache.read
 
     if isinstance(dataset, IterableDataset):
@@ -142,11 +135,39 @@ def build_trainer(recipe: Recipe) -> LlavaTrainer:
         arguments,
         recipe=recipe,
         train_dataset=dataset,
+        eval_dataset=eval_dataset,
         batch_sampler=batch_sampler,
         data_collator=collator,
         processing_class=processor,
         callbacks=[StreamReport(fates)] if isinstance(dataset, IterableDataset) else None,
     )
+
+
+def read_rows(
+    sources: Sequence[DataSource], recipe: Recipe, processor: AnyLlavaProcessor, *, seed: int = 0
+) -> tuple[Dataset | IterableDataset, FateCounts]:
+    """The rows of some sources of a recipe, and what became of them, which is logged.
+
+    Raises:
+        ValueError: naming a row that cannot be used, or if none is left.
+    """
+    is_measured = recipe.max_length is not None or recipe.tokens_per_batch is not None or recipe.bad_rows == "skip"
+    dataset, fates = load_rows(
+        sources,
+        seed=seed,
+        processor=processor if is_measured else None,
+        max_length=recipe.max_length,
+        too_long=recipe.too_long,
+        on_bad_row=recipe.bad_rows,
+        num_proc=os.cpu_count(),
+    )
+    name = "eval_data" if sources is recipe.eval_data else "data"
+    for fate, number in fates.items():
+        logger.warning(f"{number:,} rows of {name}: {fate}")
+    if next(iter(dataset), None) is None:
+        found = ", ".join(f"{number:,} {fate}" for fate, number in fates.items()) or "none at all"
+        raise ValueError(f"got no row in {name} ({found}); expected at least one: raise max_length, or correct data")
+    return dataset, fates
 
 
 def check_reports(names: list[str]) -> None:

@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 
 RATES = ("rows_per_second", "tokens_per_second", "useful", "seconds_left")
 """`useful` is the share of tokens that are not padding."""
-COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm", *RATES)
+COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", *RATES)
 
 
 class RunLog(TrainerCallback):
@@ -64,6 +64,10 @@ class RunLog(TrainerCallback):
         self._restart_counts(step=state.global_step)
         return rates
 
+    def leave_out(self, seconds: float) -> None:
+        """Let an evaluation not count as time that steps took."""
+        self.start += seconds
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -75,7 +79,7 @@ class RunLog(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs
     ) -> None:
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
+        if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
             return
         place = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
         self.lines.append({name: logs[name] for name in COLUMNS if name in logs} | place)
@@ -150,11 +154,15 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     # Not pyplot: it keeps figures, and looks for a screen.
     from matplotlib.figure import Figure
 
-    steps = [int(line["step"]) for line in lines]
     figure = Figure(figsize=(8, 6), layout="constrained")
-    for axes, name in zip(figure.subplots(2, 1, sharex=True), ("loss", "tokens_per_second")):
-        axes.plot(steps, [float(line[name]) for line in lines])
-        axes.set_ylabel(name.replace("_", " "))
+    for axes, names in zip(figure.subplots(2, 1, sharex=True), (("loss", "eval_loss"), ("tokens_per_second",))):
+        for name in names:
+            # What a line does not have is empty in the file, from which a resumed run reads it.
+            points = [(int(line["step"]), float(line[name])) for line in lines if line.get(name) not in (None, "")]
+            axes.plot(*zip(*points), label=name.replace("_", " "))
+        if len(axes.lines) > 1:
+            axes.legend()
+        axes.set_ylabel(names[0].replace("_", " "))
         axes.grid(alpha=0.3)
     axes.set_xlabel("step")
     figure.savefig(path, dpi=100)

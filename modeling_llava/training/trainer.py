@@ -138,6 +138,8 @@ class LlavaTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= self.run_log.take_rates(self.state, num_processes=self.args.world_size)
+        elif "eval_runtime" in logs:
+            self.run_log.leave_out(logs["eval_runtime"])
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
