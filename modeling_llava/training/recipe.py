@@ -14,6 +14,7 @@ from processing_llava.image_limits import ImageLimits
 from processing_llava.row_lengths import ON_BAD_ROW, check_length_options
 
 from .recipe_fields import RecipeLoader, apply_setting, build, check_fields
+from .trainer_fields import check_trainer
 
 STAGES = {
     "align": ("mm_projector", "image_newline"),
@@ -23,33 +24,6 @@ STAGES = {
 }
 """The parts of the model that each stage trains as a whole; the last two train adapters beside them."""
 OUTPUT_DTYPES = ("float32", "bfloat16", "float16")
-NO_EFFECT = {
-    "assistant_only_loss": "what the template marks as written by the assistant is learned, and nothing else",
-    "completion_only_loss": "what the template marks as written by the assistant is learned, and nothing else",
-    "dataset_kwargs": "rows are read as the recipe's data says",
-    "dataset_num_proc": "rows are counted by all processors",
-    "dataset_text_field": "rows are conversations",
-    "eval_packing": "tokens_per_batch packs what is evaluated too",
-    "model_init_kwargs": "the model is loaded as stage and attn_implementation say",
-    "packing": "tokens_per_batch packs, pictures too",
-    "packing_strategy": "tokens_per_batch packs, pictures too",
-    "pad_to_multiple_of": "batches are as long as their longest row",
-    "pad_token": "it is that of the model's tokenizer",
-    "padding_free": "tokens_per_batch packs, pictures too",
-    "resume_from_checkpoint": "`llava train --resume` goes on with a run",
-    "shuffle_dataset": "the sampler shuffles, unless train_sampling_strategy says otherwise",
-    "truncation_mode": "no row is ever cut: see too_long",
-    "trust_remote_code": "the models of this package need no code of a repository",
-}
-"""Fields of SFTConfig that would change nothing, and what decides instead."""
-NO_EFFECT_PACKED = {
-    "data_seed": "seed decides the order of the rows",
-    "dataloader_drop_last": "every row is used once in each epoch",
-    "length_column_name": "tokens_per_batch decides which rows are a batch",
-    "per_device_train_batch_size": "tokens_per_batch decides which rows are a batch",
-    "train_sampling_strategy": "tokens_per_batch decides which rows are a batch",
-}
-"""Those that change nothing in a recipe with tokens_per_batch."""
 
 
 @dataclass(kw_only=True)
@@ -175,42 +149,7 @@ class Recipe:
                 f"got output_dir {self.output_dir!r}, where the model to train lies; expected another folder, since "
                 "the model would be written over"
             )
-        self._check_trainer()
-
-    def _check_trainer(self) -> None:
-        if "output_dir" in self.trainer:
-            raise ValueError("got trainer.output_dir; expected output_dir at the top of the recipe")
-        if self.trainer.get("max_length") is not None:
-            raise ValueError("got trainer.max_length, which cuts; expected max_length at the top of the recipe")
-        if self.trainer.get("remove_unused_columns"):
-            raise ValueError(
-                "got trainer.remove_unused_columns=True, which leaves no column to train on; expected false, or none"
-            )
-        if self.trainer.get("gradient_accumulation_steps", 1) < 1:
-            raise ValueError(
-                f"got trainer.gradient_accumulation_steps={self.trainer['gradient_accumulation_steps']}; expected at "
-                "least 1"
-            )
-        strategy = str(self.trainer.get("eval_strategy", "epoch" if self.eval_data else "no"))
-        if (strategy != "no") != bool(self.eval_data):
-            raise ValueError(
-                f"got trainer.eval_strategy={strategy!r} and {len(self.eval_data)} sources of eval_data; expected "
-                "'epoch' or 'steps' with rows to evaluate, or neither"
-            )
-        if self.trainer.get("train_sampling_strategy") not in (None, "random", "sequential"):
-            raise ValueError(
-                f"got trainer.train_sampling_strategy={self.trainer['train_sampling_strategy']!r}, which takes rows "
-                "for tokens; expected 'random' or 'sequential': tokens_per_batch makes batches without padding"
-            )
-        for name in ("chat_template_path", "eos_token"):
-            if self.trainer.get(name) is not None:
-                raise ValueError(
-                    f"got trainer.{name}, which changes rows after they were measured; expected template at the top "
-                    "of the recipe"
-                )
-        for name, reason in (NO_EFFECT | (NO_EFFECT_PACKED if self.tokens_per_batch is not None else {})).items():
-            if name in self.trainer:
-                raise ValueError(f"got trainer.{name}, which has no effect here; expected none: {reason}")
+        check_trainer(self.trainer, is_packed=self.tokens_per_batch is not None, num_eval_sources=len(self.eval_data))
 
     @property
     def uses_lora(self) -> bool:

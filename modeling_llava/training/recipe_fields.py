@@ -81,7 +81,10 @@ def build(kind: type[T], fields: dict[str, Any], *, where: str) -> T:
 
 
 def check_fields(fields: dict[str, Any], kind: type, *, where: str, untyped: tuple[str, ...] = ()) -> None:
-    """Refuse unknown and missing fields of a dataclass, and values of another type, those of `untyped` excepted.
+    """Refuse unknown and missing fields of a dataclass, and values of another type or beside the choices of a field.
+
+    Args:
+        untyped: Fields whose type says less than what they take.
 
     Raises:
         ValueError: naming `where`, the field, and what was expected.
@@ -107,6 +110,9 @@ def check_fields(fields: dict[str, Any], kind: type, *, where: str, untyped: tup
     for name, value in fields.items():
         if name not in untyped:
             check_type(name, value, types[name], where=where)
+        choices = known[name].metadata.get("choices")
+        if choices is not None and value not in (*choices, known[name].default):
+            raise ValueError(f"got {name}={value!r} in {where}; expected one of {', '.join(choices)}")
 
 
 def check_type(name: str, value: Any, expected: Any, *, where: str) -> None:

@@ -29,6 +29,11 @@ def load_processor(recipe: Recipe) -> AnyLlavaProcessor:
             f"got model {recipe.model!r} with transformers' {type(processor).__name__}; expected one that trains: "
             "take the original checkpoint, or one of this package"
         )
+    if recipe.image_aspect_ratio == "anyres" and not processor.image_processor.image_grid_pinpoints:
+        raise ValueError(
+            f"got image_aspect_ratio 'anyres' for {recipe.model!r}, which has no image_grid_pinpoints; expected a "
+            "model with them: make one with `llava assemble`"
+        )
     if recipe.image_aspect_ratio is not None:
         processor.image_processor.image_aspect_ratio = recipe.image_aspect_ratio
     processor.image_processor.limits = recipe.image_limits

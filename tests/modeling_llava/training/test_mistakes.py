@@ -20,6 +20,7 @@ def error_of(recipe, *settings: str, capsys) -> str:
             "trainer.report_to=nowhere",
             "got trainer.report_to='nowhere', which is not installed; expected none, or one",
         ),
+        ("image_aspect_ratio=anyres", "got image_aspect_ratio 'anyres' for"),
         ("trainer.report_to=[tensorboard, nowhere]", "got trainer.report_to='nowhere'"),
         ("trainer.lr_scheduler_kwargs={waves: 1}", "got trainer.lr_scheduler_kwargs={'waves': 1} (get_cosine"),
         pytest.param(

@@ -6,7 +6,8 @@ import pytest
 import yaml
 from trl import SFTConfig
 
-from modeling_llava.training.recipe import NO_EFFECT, NO_EFFECT_PACKED, Recipe, read_recipe
+from modeling_llava.training.recipe import Recipe, read_recipe
+from modeling_llava.training.trainer_fields import NO_EFFECT, NO_EFFECT_PACKED
 
 FIELDS = {
     "stage": "lora",
@@ -109,6 +110,9 @@ def test_mistakes_are_named(tmp_path, setting, message):
         ({"trainer": {"learning_rat": 1}}, "got learning_rat in trainer of"),
         ({"lora": {"rank": 1}}, "got rank in lora of"),
         ({"data": ["a.json"]}, "got 'a.json' as data of .*; expected a mapping"),
+        ({"trainer": {"log_level": "loud"}}, "got log_level='loud' in trainer of .*; expected one of .*, info"),
+        ({"trainer": {"num_train_epochs": 0}}, "got trainer.num_train_epochs=0 and no max_steps"),
+        ({"trainer": {"load_best_model_at_end": True}}, "expected eval_data"),
         ({"max_length": "long"}, "got max_length='long' in"),
     ],
 )
