@@ -5,7 +5,6 @@ Whatever can be refused is refused here, before a request takes part in a pass w
 
 import copy
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from .cached_generation import limit_new_tokens
 from .foreign_processors import encode_messages
 from .generation import ForbidImageToken
 from .prompt_images import PromptImage, read_images
-from .token_stream import build_sampler
+from .token_stream import build_sampler, check_numbers
 
 
 @dataclass(frozen=True)
@@ -83,14 +82,9 @@ def prepare_request(
     """
     messages = request.messages
     check_question(messages)
-    for name, kinds in {"max_new_tokens": int, "temperature": Real, "top_p": Real, "seed": int}.items():
-        if not isinstance(getattr(request, name), kinds):
-            raise ValueError(f"got {name}={getattr(request, name)!r}; expected a number")
-    if request.max_new_tokens < 1:
-        raise ValueError(f"got max_new_tokens={request.max_new_tokens}; expected at least 1")
-    sampler = build_sampler(
-        temperature=request.temperature, top_p=request.top_p, seed=request.seed, device=model.device
-    )
+    drawing = {"temperature": request.temperature, "top_p": request.top_p, "seed": request.seed}
+    check_numbers(max_new_tokens=request.max_new_tokens, **drawing)
+    sampler = build_sampler(**drawing, device=model.device)
     inputs = encode_messages(messages, processor)
     if model.config.model_type == "llava" and "image_sizes" in inputs:
         raise ValueError(

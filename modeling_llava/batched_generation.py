@@ -28,7 +28,7 @@ from .chat_cache import ChatCache
 from .compiled_decoding import build_compile_config
 from .prompt_images import load_features
 from .row_states import RowStates
-from .token_stream import cut_at_end, find_answer_end, find_end_token, read_generation_config
+from .token_stream import cut_at_end, find_answer_end, find_end_token, read_greedy_config
 
 MAX_PASS_TOKENS = 2048
 """Requests stop joining a pass that has this many tokens of prompts: bounds activations and the wait of the others."""
@@ -110,7 +110,7 @@ class BatchedGeneration:
                 f"got a {type(model).__name__}; expected {' or '.join(REUSING_MODEL_TYPES)}, and a language model "
                 "whose states do not depend on the rows beside them: answer one request at a time"
             )
-        self._generation_config = read_generation_config(model)
+        self._generation_config = read_greedy_config(model)
         if self._generation_config.max_time is not None:
             raise ValueError(
                 f"got a model whose generation_config says max_time={self._generation_config.max_time}; expected none "

@@ -17,7 +17,14 @@ from .cached_generation import CachedGeneration, check_compiles, limit_new_token
 from .chat_cache import ChatCache
 from .foreign_processors import encode_messages
 from .token_attention import use_token_attention
-from .token_stream import StreamedText, build_sampler, find_answer_end, read_generation_config, stream_tokens
+from .token_stream import (
+    StreamedText,
+    build_sampler,
+    check_numbers,
+    find_answer_end,
+    read_greedy_config,
+    stream_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -138,8 +145,10 @@ class ChatSession:
                 its last message is not from the user.
         """
         started = time.perf_counter()
-        read_generation_config(self.model)
+        read_greedy_config(self.model)
         check_question(messages)
+        drawing = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        check_numbers(max_new_tokens=max_new_tokens, **drawing)
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         inputs = encode_messages(messages, self.processor)
@@ -147,7 +156,7 @@ class ChatSession:
         max_new_tokens = limit_new_tokens(
             self.model.config, num_prompt_tokens=num_prompt_tokens, max_new_tokens=max_new_tokens
         )
-        sampler = build_sampler(temperature=temperature, top_p=top_p, seed=seed, device=self.model.device)
+        sampler = build_sampler(**drawing, device=self.model.device)
         generation = CachedGeneration(self.model, inputs, self.cache, scope=self.scope, compile=self.compile)
         generate = partial(
             generation.run, max_new_tokens=max_new_tokens, use_cache=True, do_sample=False, logits_processor=sampler

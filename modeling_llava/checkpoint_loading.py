@@ -41,7 +41,7 @@ class CheckpointMixin:
         cls,
         pretrained_model_name_or_path: str | None,
         *model_args,
-        config: PreTrainedConfig | None = None,
+        config: PreTrainedConfig | str | None = None,
         base_model: str | None = None,
         merge_adapter: bool = True,
         quantization: str | None = None,
@@ -83,7 +83,10 @@ class CheckpointMixin:
         name = str(pretrained_model_name_or_path)
         download = select_download(kwargs)
         if not isinstance(config, cls.config_class):
-            raw, _ = PreTrainedConfig.get_config_dict(name if config is None else config, **download)
+            if isinstance(config, PreTrainedConfig):
+                raw = config.to_dict()
+            else:
+                raw, _ = PreTrainedConfig.get_config_dict(name if config is None else config, **download)
             if find_layout(raw) == "any_llava":
                 kwargs = with_default_dtype(kwargs, stored=raw.get("dtype", raw.get("torch_dtype")))
                 return super().from_pretrained(name, *model_args, config=config, **kwargs)

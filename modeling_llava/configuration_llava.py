@@ -90,7 +90,8 @@ class AnyLlavaConfig(PreTrainedConfig):
         self.text_config = _sub_config(text_config, default_model_type="llama")
         self.image_token_id = image_token_id
         self.projector_type = projector_type
-        self.vision_feature_layer = vision_feature_layer
+        layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else list(vision_feature_layer)
+        self.vision_feature_layer = layers[0] if len(layers) == 1 else layers
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.patch_merge_type = patch_merge_type
         self.image_grid_pinpoints = image_grid_pinpoints
@@ -110,9 +111,12 @@ class AnyLlavaConfig(PreTrainedConfig):
     @property
     def vision_feature_layers(self) -> list[int]:
         """The used hidden states as non-negative indices."""
-        layers = self.vision_feature_layer
         num_hidden_states = self.vision_config.num_hidden_layers + 1
-        return [layer % num_hidden_states for layer in (layers if isinstance(layers, list) else [layers])]
+        return [layer % num_hidden_states for layer in self._list_layers()]
+
+    def _list_layers(self) -> list[int]:
+        layers = self.vision_feature_layer
+        return layers if isinstance(layers, list) else [layers]
 
     @property
     def vision_feature_size(self) -> int:
@@ -138,6 +142,13 @@ class AnyLlavaConfig(PreTrainedConfig):
                     f"got a language model with {name}={text_fields[name]}; expected one whose logits are what its "
                     "output layer gives, as in Llama, Mistral, Qwen, Gemma, Gemma 3 and Phi: take another one"
                 )
+        num_layers = self.vision_config.num_hidden_layers
+        layers = self._list_layers()
+        if not layers or not all(-num_layers - 1 <= layer <= num_layers for layer in layers):
+            raise ValueError(
+                f"got vision_feature_layer={self.vision_feature_layer}; expected one or several indices from "
+                f"{-num_layers - 1} to {num_layers}, since the tower has {num_layers} layers"
+            )
         check_projector_type(
             self.projector_type, in_size=self.vision_feature_size, out_size=self.text_config.hidden_size
         )
@@ -149,15 +160,6 @@ class AnyLlavaConfig(PreTrainedConfig):
             )
         check_merge_type(self.patch_merge_type)
         check_visual_tokens(self.visual_tokens)
-        num_hidden_states = self.vision_config.num_hidden_layers + 1
-        layers = self.vision_feature_layer
-        for layer in layers if isinstance(layers, list) else [layers]:
-            if not -num_hidden_states <= layer < num_hidden_states:
-                raise ValueError(
-                    f"got vision_feature_layer={self.vision_feature_layer}; expected indices from "
-                    f"{-num_hidden_states} to {num_hidden_states - 1}, since the tower has "
-                    f"{num_hidden_states - 1} layers"
-                )
         if self.image_grid_pinpoints and self.patch_merge_type != "flat" and self.num_prefix_tokens:
             raise ValueError(
                 f"got vision_feature_select_strategy='cls_patch' with patch_merge_type={self.patch_merge_type!r}; "

@@ -4,9 +4,11 @@ What is surprising: the next token is drawn in a logits processor. `generate` it
 torch's global generator, which all threads of a process share.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
+from numbers import Integral, Real
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
 
@@ -72,7 +74,7 @@ def stream_tokens(
         wait()
 
 
-def read_generation_config(model: PreTrainedModel) -> GenerationConfig:
+def read_greedy_config(model: PreTrainedModel) -> GenerationConfig:
     """The settings with which a model answers, one token at a time.
 
     Raises:
@@ -140,6 +142,26 @@ class _StopOnEvent(StoppingCriteria):
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
+def check_numbers(*, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+    """Refuse what cannot say how an answer is chosen and how long it may be.
+
+    Raises:
+        ValueError: naming the number.
+    """
+    for name, value in {"max_new_tokens": max_new_tokens, "seed": seed}.items():
+        if not isinstance(value, Integral):
+            raise ValueError(f"got {name}={value!r}; expected a whole number")
+    for name, value in {"temperature": temperature, "top_p": top_p}.items():
+        if not isinstance(value, Real):
+            raise ValueError(f"got {name}={value!r}; expected a number")
+    if max_new_tokens < 1:
+        raise ValueError(f"got max_new_tokens={max_new_tokens}; expected at least 1")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"got temperature={temperature}; expected 0 (the likeliest answer) or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"got top_p={top_p}; expected more than 0 and at most 1 (every token)")
+
+
 def build_sampler(*, temperature: float, top_p: float, seed: int, device: torch.device) -> LogitsProcessorList:
     """Logits processors that leave one token over, for `generate` with `do_sample=False`.
 
@@ -148,14 +170,7 @@ def build_sampler(*, temperature: float, top_p: float, seed: int, device: torch.
         top_p: Draw from the likeliest tokens whose probabilities add up to this.
         seed: The same tokens as with `torch.manual_seed(seed)` and `do_sample=True`.
         device: Of the logits.
-
-    Raises:
-        ValueError: if a number is out of its range.
     """
-    if temperature < 0:
-        raise ValueError(f"got temperature={temperature}; expected 0 (the likeliest answer) or more")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"got top_p={top_p}; expected more than 0 and at most 1 (every token)")
     if temperature == 0:
         return LogitsProcessorList()
     sampler = [TemperatureLogitsWarper(float(temperature))]

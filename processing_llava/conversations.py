@@ -95,7 +95,16 @@ def convert_record(record: Any, index: int, *, image_folder: ImageFolder | str |
         turns = turns[1:]
     _check_turns(turns, row_id)
     image_items = [item for turn in turns for item in turn["content"] if item["type"] == "image"]
-    images = [item.pop("image") for item in image_items if "image" in item] or read_images(record, row_id)
+    own = [item.pop("image") for item in image_items if "image" in item]
+    images = read_images(record, row_id)
+    if own and images:
+        raise RefusedRecord(
+            row_id,
+            "two keys for one thing",
+            f"{len(own)} images in the messages and {len(images)} beside them",
+            "expected one place for all of them; take the others out",
+        )
+    images = own or images
     if len(image_items) != len(images):
         raise RefusedRecord(
             row_id,

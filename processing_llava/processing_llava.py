@@ -20,6 +20,7 @@ from .messages import check_messages, list_pictures
 from .original_processor import OriginalProcessorMixin
 from .prompts import Prompt, count_images, encode_prompt, render_prompt
 from .role_markers import TREATMENTS, find_role_markers, treat_role_markers
+from .text_encoder import list_control_tokens
 
 IMAGE_BACKENDS = {
     "pil": AnyLlavaImageProcessorPil,
@@ -172,12 +173,22 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
             skip_tensor_conversion=self.skip_tensor_conversion,
         )
 
-    def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False, **variables) -> Prompt:
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        **variables,
+    ) -> Prompt:
         """One conversation in the words of the chat template.
 
         Args:
             messages: `[{"role": ..., "content": text or [{"type": "image"}, {"type": "text", "text": ...}]}]`.
+            chat_template: Instead of the processor's own.
             add_generation_prompt: End where the assistant begins to write.
+            continue_final_message: End inside the last message, for the model to go on with.
             **variables: Of the template.
 
         Raises:
@@ -185,16 +196,22 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
                 role marker and those are refused.
         """
         check_messages(messages)
-        template = variables.pop("chat_template", None) or self.chat_template
+        template = chat_template or self.chat_template
         if template is None:
             raise ValueError("got a processor without chat template; expected one: set processor.chat_template")
         if self.role_markers != "keep":
             markers = find_role_markers(template, self.tokenizer, image_token=self.image_token)
             messages = treat_role_markers(messages, markers, refuse=self.role_markers == "refuse")
-        variables = self.tokenizer.special_tokens_map | variables
         try:
             # Templates of language models may expect texts where these messages have items.
-            return render_prompt(messages, template, add_generation_prompt=add_generation_prompt, **variables)
+            return render_prompt(
+                messages,
+                template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                control_tokens=list_control_tokens(self.tokenizer, image_token=self.image_token),
+                **self.tokenizer.special_tokens_map | variables,
+            )
         except (TemplateError, TypeError) as error:
             raise ValueError(
                 f"got messages that the chat template cannot write ({error}); expected what it knows; change the "
@@ -219,7 +236,6 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
 
         User text is never read as control tokens, with or without `tokenize`.
         """
-        kwargs = {"chat_template": chat_template} | kwargs
         processor_kwargs = dict(processor_kwargs or {})
         for name in _PROCESSOR_KWARGS & set(kwargs):
             processor_kwargs[name] = kwargs.pop(name)
@@ -229,6 +245,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         prompts = [
             self.render(
                 messages,
+                chat_template=chat_template,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 **kwargs,
@@ -280,7 +297,8 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
 
     def _check_rows(self, prompts: list[str], images: Any, *, num_images: int) -> None:
         placeholders = [count_images(prompt, self.image_token) for prompt in prompts]
-        nested = isinstance(images, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in images)
+        nested = bool(images) and isinstance(images, (list, tuple))
+        nested = nested and all(isinstance(row, (list, tuple)) for row in images)
         if nested:
             if len(images) != len(prompts):
                 raise ValueError(

@@ -98,13 +98,6 @@ def render_prompt(
     )
 
 
-def list_control_tokens(tokenizer: PreTrainedTokenizerFast, *, image_token: str) -> list[str]:
-    """The literals that act as control tokens when a template writes them: added tokens and the image token."""
-    everything = "".join(token.content for token in tokenizer.added_tokens_decoder.values())
-    encoder = load_text_encoder(tokenizer, image_token=image_token, template_text=everything)
-    return [*{**encoder.control_tokens, image_token: None}]
-
-
 def count_images(prompt: str, image_token: str) -> int:
     """How many images a prompt asks for: an `image_token` that a user typed does not count."""
     return sum(prompt.count(image_token, start, end) for start, end in _template_spans(prompt))

@@ -16,7 +16,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from .prompts import list_control_tokens, render_prompt
+from .prompts import render_prompt
+from .text_encoder import list_control_tokens
 
 TREATMENTS = ("keep", "neutralize", "refuse")
 INVISIBLE = "\u200b"

@@ -64,6 +64,13 @@ class TextEncoder:
         return encoding.ids, encoding.offsets
 
 
+def list_control_tokens(tokenizer: PreTrainedTokenizerFast, *, image_token: str) -> list[str]:
+    """The literals that act as control tokens when a template writes them: added tokens and the image token."""
+    added_tokens = tokenizer.added_tokens_decoder.values()
+    acting = [token.content for token in added_tokens if token.special or not _SIGNS.isdisjoint(token.content)]
+    return [*dict.fromkeys([*acting, image_token])]
+
+
 def load_text_encoder(tokenizer: PreTrainedTokenizerFast, *, image_token: str, template_text: str = "") -> TextEncoder:
     """The encoder that belongs to a tokenizer in its present state. Cached: a large vocabulary takes a second.
 

@@ -161,7 +161,16 @@ def test_ten_sessions_at_once_answer_as_each_would_alone(temperature):
 
 @pytest.mark.parametrize(
     "settings, message",
-    [({"temperature": -1}, "temperature=-1"), ({"top_p": 0.0}, "top_p=0.0"), ({"top_p": 1.5}, "top_p=1.5")],
+    [
+        ({"temperature": -1}, "temperature=-1"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": "1"}, "temperature='1'"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"seed": None}, "seed=None"),
+    ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):

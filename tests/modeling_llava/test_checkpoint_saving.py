@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageTextToText,
+    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
 )
@@ -153,6 +154,15 @@ def test_names_are_those_of_published_checkpoints(tmp_path):
         "multi_modal_projector.linear_2",
         "vision_tower.vision_model",
     }
+
+
+def test_a_config_of_transformers_is_translated(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path, layout="transformers")
+    config = LlavaConfig.from_pretrained(tmp_path)
+    loaded = AnyLlavaForConditionalGeneration.from_pretrained(tmp_path, config=config)
+    assert loaded.config.vision_feature_layers == model.config.vision_feature_layers
+    assert torch.equal(loaded.model.mm_projector[0].weight, model.model.mm_projector[0].weight)
 
 
 @pytest.mark.parametrize("tied", [False, True])

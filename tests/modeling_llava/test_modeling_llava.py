@@ -376,6 +376,7 @@ def test_save_and_load_are_bit_exact(tmp_path, merge):
         ({"projector_type": "mlp0x_gelu"}, "projector_type='mlp0x_gelu'"),
         ({"projector_type": "identity"}, "size 24 and a text model of size 32"),
         ({"vision_feature_layer": 5}, "the tower has 4 layers"),
+        ({"vision_feature_layer": []}, "expected one or several indices"),
         ({"vision_feature_select_strategy": "default"}, "expected one of patch, cls_patch"),
         ({"patch_merge_type": "unpad"}, "expected one of flat, spatial, spatial_unpad"),
         (
@@ -409,3 +410,9 @@ def test_layouts_of_model_and_processor_are_the_same_function():
 def test_language_models_that_change_their_logits_are_refused():
     with pytest.raises(ValueError, match="got a language model with final_logit_softcapping=30.0"):
         AnyLlavaConfig(text_config={"model_type": "gemma2"})
+
+
+def test_one_layer_in_a_list_is_that_layer():
+    """The original code has one index only, and would look a list up."""
+    assert tiny_config(vision_feature_layer=[-2]).vision_feature_layer == -2
+    assert tiny_config(vision_feature_layer=(1, -2)).vision_feature_layer == [1, -2]

@@ -136,6 +136,7 @@ def test_records_that_cannot_be_used_are_named(record, message):
 
 ANSWER = {"from": "gpt", "value": "A"}
 QUESTION = {"from": "human", "value": "Q"}
+OWN_IMAGE = [{"type": "image", "image": b"1"}, {"type": "text", "text": "Q"}]
 
 
 @pytest.mark.parametrize(
@@ -168,6 +169,7 @@ QUESTION = {"from": "human", "value": "Q"}
         ({"conversations": [QUESTION, ANSWER], "audios": ["a.wav"]}, "video or audio"),
         ({"conversations": [QUESTION, ANSWER], "messages": [QUESTION, ANSWER]}, "two keys for one thing"),
         ({"conversations": [QUESTION, ANSWER], "image": "1.jpg", "images": ["2.jpg"]}, "two keys for one thing"),
+        ({"messages": [{"role": "user", "content": OWN_IMAGE}, ANSWER], "images": [b"2"]}, "two keys for one thing"),
         ({"messages": [QUESTION, ANSWER | {"tool_calls": [{"id": "1"}]}]}, "tool calls"),
         ({"messages": [QUESTION, ANSWER | {"weight": 0}]}, "weight of an answer"),
         ({"messages": [{"role": "user", "content": ["Q"]}]}, "malformed content"),

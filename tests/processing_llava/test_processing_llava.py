@@ -360,3 +360,17 @@ def test_model_input_names_are_what_a_call_returns(image_aspect_ratio, with_size
     assert (
         set(inputs) == set(processor.model_input_names) == {"input_ids", "attention_mask", "pixel_values", *with_sizes}
     )
+
+
+def test_a_template_that_cuts_messages_writes_them_and_pieces_stay_text(processor):
+    """Qwen3's cuts answers at the end of a thought."""
+    template = "{% for message in messages %}{{ message.content[0].text.split('|')[-1] }}</s>{% endfor %}"
+    end = processor.tokenizer.eos_token_id
+    for text in ("a</s>b|c", "a|</s>c", "a</s>|</s></s>"):
+        prompt = processor.render([{"role": "user", "content": [_text(text)]}], chat_template=template)
+        assert prompt == f"{text.split('|')[-1]}</s>"
+        assert processor(text=prompt)["input_ids"][0].count(end) == 1
+
+
+def test_no_images_are_no_lists_of_images(processor):
+    assert "pixel_values" not in processor(images=[], text="hello")
