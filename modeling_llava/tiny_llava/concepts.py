@@ -112,27 +112,27 @@ NEW_CONCEPTS: dict[str, str] = {
 
 # Drawings the model is taught to be unsure of: real things and signs, but far from every concept above.
 UNSURE_SLUGS: str = (
-    "abacus alembic amphora anger-symbol artist-palette atom-symbol axe ballot-box-with-ballot barber-pole bar- "
-    "chart battery biohazard black-nib bookmark boomerang bow-and-arrow boxing-glove briefcase brick bubbles "
+    "abacus alembic amphora anger-symbol artist-palette atom-symbol axe ballot-box-with-ballot barber-pole "
+    "bar-chart battery biohazard black-nib bookmark boomerang bow-and-arrow boxing-glove briefcase brick bubbles "
     "bucket bullseye card-index-dividers carp-streamer carpentry-saw chains chart-increasing check-mark clamp "
     "clapper-board classical-building clipboard clockwise-vertical-arrows coffin coin comet compass construction "
-    "control-knobs copyright coral credit-card cross-mark crystal-ball curling-stone curly-loop dagger dango "
-    "desert diamond-suit diving-mask diya-lamp dna droplet electric-plug exclamation-question-mark factory fax- "
-    "machine feather file-folder film-frames firecracker fireworks flag-in-hole flashlight floppy-disk flute "
-    "folding-hand-fan fishing-pole fleur-de-lis framed-picture funeral-urn gear gem-stone ginger-root globe- "
-    "showing-americas goal-net hamsa headphone headstone hook hourglass-done infinity input-numbers joystick "
+    "control-knobs copyright coral credit-card cross-mark crystal-ball curling-stone curly-loop dagger dango desert "
+    "diamond-suit diving-mask diya-lamp dna droplet electric-plug exclamation-question-mark factory fax-machine "
+    "feather file-folder film-frames firecracker fireworks flag-in-hole flashlight floppy-disk flute "
+    "folding-hand-fan fishing-pole fleur-de-lis framed-picture funeral-urn gear gem-stone ginger-root "
+    "globe-showing-americas goal-net hamsa headphone headstone hook hourglass-done infinity input-numbers joystick "
     "keycap-5 kite knot label ladder landslide latin-cross left-arrow level-slider link lipstick low-battery "
     "magic-wand magnet maracas medical-symbol memo microbe microscope military-medal mirror mirror-ball moai "
-    "money-bag mosque mount-fuji mouse-trap nazar-amulet nesting-dolls newspaper no-entry nut-and-bolt oden oil- "
-    "drum ok-button oyster package pager paintbrush paperclip peace-symbol performing-arts petri-dish pill pinata "
-    "play-button plunger postal-horn postbox prayer-beads prohibited puzzle-piece pushpin radio radioactive "
+    "money-bag mosque mount-fuji mouse-trap nazar-amulet nesting-dolls newspaper no-entry nut-and-bolt oden "
+    "oil-drum ok-button oyster package pager paintbrush paperclip peace-symbol performing-arts petri-dish pill "
+    "pinata play-button plunger postal-horn postbox prayer-beads prohibited puzzle-piece pushpin radio radioactive "
     "railway-track razor recycling-symbol red-envelope registered right-arrow ring-buoy rock roller-coaster "
-    "roller-skate safety-pin satellite satellite-antenna scroll sewing-needle shield shopping-cart skateboard "
-    "skis sled slot-machine soap sos-button speaker-high-volume spider-web spiral-shell splatter sponge "
-    "stethoscope stop-sign straight-ruler syringe telescope test-tube thread thermometer ticket tokyo-tower "
-    "toothbrush tornado trackball treasure-chest triangular-ruler trident-emblem trombone up-arrow vibration-mode "
-    "video-game volcano warning wastebasket water-wave wheel wheel-of-dharma wheelchair-symbol wind-chime window "
-    "wireless wood world-map x-ray yin-yang yo-yo zzz"
+    "roller-skate safety-pin satellite satellite-antenna scroll sewing-needle shield shopping-cart skateboard skis "
+    "sled slot-machine soap sos-button speaker-high-volume spider-web spiral-shell splatter sponge stethoscope "
+    "stop-sign straight-ruler syringe telescope test-tube thread thermometer ticket tokyo-tower toothbrush tornado "
+    "trackball treasure-chest triangular-ruler trident-emblem trombone up-arrow vibration-mode video-game volcano "
+    "warning wastebasket water-wave wheel wheel-of-dharma wheelchair-symbol wind-chime window wireless wood "
+    "world-map x-ray yin-yang yo-yo zzz"
 )
 UNSURE_HELDOUT_SLUGS: str = (
     "aerial-tramway balance-scale broken-chain broom bowling calendar chess-pawn club-suit dvd ferris-wheel "
@@ -146,7 +146,7 @@ FXEMOJI_SLUGS: dict[str, str] = {
     "dog": "dogside", "dog-face": "dog", "cat": "catside", "cat-face": "cat", "tiger": "tigerside",
     "tiger-face": "tiger", "pig": "pigside", "pig-face": "pig", "mouse": "mouseside", "mouse-face": "mouse",
     "ewe": "sheep", "panda": "pandaface", "camel": "dromedarycamel", "two-hump-camel": "bactriancamel",
-    "front-facing-baby-chick": "frontfacingchick", "baby-chick": "babychick", "fox": "foxsmiling",
+    "fox": "foxsmiling",
     "spouting-whale": "spurtingwhale", "rabbit-face": "bunny", "lady-beetle": "ladybeetle",
     "eggplant": "aubergine", "ear-of-corn": "earofmaize", "hot-pepper": "chilipepper",
     "pizza": "sliceofpizza", "evergreen-tree": "evergreen", "maple-leaf": "mapleleaf", "fallen-leaf": "fallingleaf",
@@ -168,6 +168,6 @@ ICON_MEANS_OTHER: dict[str, set[str]] = {
 }
 
 PLURAL_NAMES = {"grapes", "cherries", "french fries", "pants", "shorts", "shoes", "glasses", "socks", "scissors"}
-MASS_NAMES = {"corn", "broccoli", "bread", "cheese", "sushi", "popcorn", "ice cream", "coffee", "beer", "wine",
+MASS_NAMES = {"corn", "broccoli", "bread", "cheese", "popcorn", "ice cream", "coffee", "beer", "wine",
               "fire"}
 # fmt: on

@@ -8,6 +8,14 @@ import pytest
 
 from modeling_llava.chat_session import ChatSession
 from modeling_llava.inference import EMBEDDED_MODEL, load_for_inference
+from modeling_llava.tiny_llava.concepts import (
+    CONCEPTS,
+    MASS_NAMES,
+    NEW_CONCEPTS,
+    PLURAL_NAMES,
+    UNSURE_HELDOUT_SLUGS,
+    UNSURE_SLUGS,
+)
 from modeling_llava.tiny_llava.evaluate import evaluate, normalise
 from tests.conftest import ROOT
 
@@ -66,3 +74,15 @@ def test_a_conversation_keeps_the_picture(embedded):
     second = "".join(session.ask("Is it an animal or a vehicle?"))
     third = "".join(session.ask("Is there a guitar?"))
     assert [normalise(answer) for answer in (first, second, third)] == ["a penguin", "an animal", "no"]
+
+
+def test_nothing_is_both_taught_and_unsure():
+    taught = {slug for names in CONCEPTS.values() for slugs in names.values() for slug in slugs.split()}
+    for slugs in (UNSURE_SLUGS, UNSURE_HELDOUT_SLUGS, *NEW_CONCEPTS.values()):
+        words = slugs.split()
+        assert taught.isdisjoint(words) and len(set(words)) == len(words)
+        # Words that a line break cut.
+        assert not [word for word in words if word.endswith("-")]
+    assert set(UNSURE_SLUGS.split()).isdisjoint(UNSURE_HELDOUT_SLUGS.split())
+    names = {name for names in CONCEPTS.values() for name in names}
+    assert names >= PLURAL_NAMES | MASS_NAMES
