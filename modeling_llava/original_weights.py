@@ -78,7 +78,7 @@ def _rename(weights: dict[str, Weight]) -> dict[str, Weight]:
 
 
 def is_used(key: str, config: PreTrainedConfig) -> bool:
-    """Whether a weight has a place: not what pruning removes from a tower, nor buffers that are computed today."""
+    """Whether a weight has a place: not what pruning removes from a tower, nor buffers, which are computed."""
     if key.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")):
         return False
     if key == "model.image_newline":

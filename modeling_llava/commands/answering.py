@@ -1,6 +1,7 @@
 """`llava ask` and `llava chat`."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ def add_commands(commands) -> None:
         help="pictures (paths, data URIs, - for standard input), then the question",
     )
     _add_options(ask)
-    ask.add_argument("--json", action="store_true", help="print the answer and how it came about as JSON")
+    ask.add_argument("--json", action="store_true", help="print the answer, its settings and what it took as JSON")
     ask.set_defaults(run=run_ask)
 
     chat = commands.add_parser("chat", help="talk about pictures")
@@ -93,7 +94,8 @@ def run_ask(options: argparse.Namespace) -> None:
     settings = _settings(options)
     answer = "".join(session.ask(question, images=images, **settings))
     record = {"question": question, "images": sources, "answer": answer, "model": options.model or "embedded"}
-    print(json.dumps(record | settings, ensure_ascii=False))
+    took = dataclasses.asdict(session.statistics)
+    print(json.dumps(record | settings | took, ensure_ascii=False))
 
 
 def _open_image(source: str, limits):

@@ -70,7 +70,7 @@ def describe_rows(dataset: Dataset, *, packed: bool) -> str:
 
 
 def check_settings(checkpoint: str | Path, settings: dict[str, Any]) -> None:
-    """Refuse a checkpoint of a run with other settings; one of an earlier version does not know them.
+    """Refuse a checkpoint of a run with other settings; one of the Trainer's alone does not know them.
 
     Args:
         settings: As `describe_settings` gives them.

@@ -49,6 +49,7 @@ def test_ask_gives_one_answer_from_every_kind_of_source(checkpoint, picture, cap
     record = json.loads(ask(picture, "What is this?", "--model", checkpoint, "--json", capsys=capsys))
     assert record["answer"].strip() == expected
     assert record["images"] == [picture]
+    assert record["num_new_tokens"] > 0 and record["seconds_to_first_token"] > 0
 
 
 def test_ask_takes_several_pictures_a_system_text_and_a_template(checkpoint, picture, capsys):
