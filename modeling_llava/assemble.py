@@ -4,18 +4,17 @@ Weights are copied, nothing is resized: the image token gets the first id after 
 positions never reach the embedding table.
 """
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from processing_llava.conversation_templates import load_template
 from processing_llava.model_parts import read_image_processor, read_tokenizer, read_vision_config
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .configuration_llava import AnyLlavaConfig
+from .model_names import explain_missing
 from .modeling_llava import AnyLlavaForConditionalGeneration
+from .original_layout import merge_ids
 from .vision_towers import vision_tower_family
 
 
@@ -46,7 +45,7 @@ def assemble(
         ValueError: if there is no such part, or it cannot be used in a LLaVA.
     """
     chat_template = load_template(template)
-    with _explain_missing("vision_tower", vision_tower):
+    with explain_missing(vision_tower, part="vision_tower", kind=""):
         vision_config = read_vision_config(vision_tower)
         vision_tower_family(vision_config)
         tower = AutoModel.from_pretrained(vision_tower, config=vision_config, dtype=torch.float32)
@@ -56,7 +55,7 @@ def assemble(
             image_aspect_ratio=image_aspect_ratio,
             image_grid_pinpoints=image_grid_pinpoints,
         )
-    with _explain_missing("language_model", language_model):
+    with explain_missing(language_model, part="language_model", kind=""):
         text_model = AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32)
         tokenizer = read_tokenizer(language_model)
     processor = AnyLlavaProcessor(
@@ -83,16 +82,10 @@ def assemble(
     _copy_weights(text_model.get_output_embeddings(), model.lm_head)
     _check_text_logits(text_model, model)
     model.generation_config = text_model.generation_config
-    model.generation_config.eos_token_id = _end_token_ids(processor.tokenizer, text_model)
+    model.generation_config.eos_token_id = merge_ids(
+        text_model.generation_config.eos_token_id, processor.tokenizer.eos_token_id
+    )
     return model.eval(), processor
-
-
-@contextlib.contextmanager
-def _explain_missing(part: str, name: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"got {part} {name!r}; expected a folder or a Hub id: {error}") from error
 
 
 def _copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
@@ -113,12 +106,3 @@ def _check_text_logits(text_model: PreTrainedModel, model: AnyLlavaForConditiona
             f"got a language model of type {text_model.config.model_type!r} whose logits differ by {difference:.2g} "
             "from a linear layer on its last hidden state; expected a plain output layer"
         )
-
-
-def _end_token_ids(tokenizer: PreTrainedTokenizerBase, text_model: PreTrainedModel) -> list[int]:
-    """What ends an answer: what the language model says, and the tokenizer's own end token."""
-    ids = text_model.generation_config.eos_token_id
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
-        ids = [*ids, tokenizer.eos_token_id]
-    return ids

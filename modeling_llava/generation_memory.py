@@ -32,6 +32,7 @@ from processing_llava.image_layouts import ImageLayout
 from .configuration_llava import AnyLlavaConfig
 from .generation import count_spare_tokens
 from .inference_dtype import is_slow_on_processor
+from .model_names import explain_missing
 from .modeling_llava import AnyLlavaForConditionalGeneration
 from .original_layout import translate_config
 
@@ -60,14 +61,11 @@ def read_config(name: str) -> AnyLlavaConfig:
     Raises:
         ValueError: if there is none, or it is another model.
     """
-    try:
+    with explain_missing(name):
         raw, _ = PreTrainedConfig.get_config_dict(name)
         if not raw:
             raise OSError(f"there is no config.json in {name}")
         return AnyLlavaConfig.from_dict(translate_config(raw, name=name))
-    except OSError as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"got model {name!r}; expected a folder or a Hub id of a LLaVA: {reason}") from error
 
 
 WEIGHT_BITS = {"int8": 8, "fp8": 8, "int4": 4.25, "nf4": 4.13}

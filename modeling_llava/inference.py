@@ -52,7 +52,7 @@ def load_for_inference(
     base = {} if base_model is None else {"base_model": base_model}
     base |= {} if visual_tokens is None else {"visual_tokens": visual_tokens}
     chosen = {} if template is None else {"template": template}
-    device = _find_device(device)
+    device = find_device(device)
     load = AutoModelForVision2Seq.from_pretrained if quantization is None else _quantizing_loader(quantization, device)
     try:
         processor = AutoProcessor.from_pretrained(name, **chosen, **base)
@@ -103,14 +103,22 @@ def prepare_for_answering(model: PreTrainedModel, device: torch.device | None = 
         fuse_projections(language_model)
 
 
-def _find_device(device: str | torch.device | None) -> torch.device:
-    has_gpu = torch.cuda.is_available()
+def find_device(device: str | torch.device | None) -> torch.device:
+    """The device of this name; the first GPU by default, or the processor where there is none.
+
+    Raises:
+        ValueError: if this machine does not have it.
+    """
+    num_gpus = torch.cuda.device_count()
     try:
-        found = torch.device(device or ("cuda" if has_gpu else "cpu"))
+        found = torch.device(device or ("cuda" if num_gpus else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"got device={device!r}; expected cpu or cuda: {str(error).splitlines()[0]}") from error
-    if found.type == "cuda" and not has_gpu:
-        raise ValueError(f"got device={device!r} on a machine without GPU; expected cpu: leave device out")
+    if found.type == "cuda" and (found.index or 0) >= num_gpus:
+        raise ValueError(
+            f"got device={str(found)!r}; expected cpu, or cuda:N below the {num_gpus} GPUs of this machine: leave "
+            "device out"
+        )
     return found
 
 

@@ -18,8 +18,9 @@ from modeling_llava.auto import AutoModelForVision2Seq
 from modeling_llava.chat_cache import ChatCache
 from modeling_llava.chat_session import AnswerStatistics, ChatSession
 from modeling_llava.doctor import count_free_bytes
-from modeling_llava.inference import EMBEDDED_MODEL, load_for_inference
-from modeling_llava.inference_dtype import is_slow_on_processor
+from modeling_llava.generation_memory import choose_dtype
+from modeling_llava.inference import EMBEDDED_MODEL, find_device, load_for_inference
+from modeling_llava.model_names import explain_missing
 from processing_llava.conversation_templates import load_template
 from processing_llava.original_folder import read_json
 from processing_llava.processing_llava import AnyLlavaProcessor
@@ -107,7 +108,7 @@ class ModelMenu:
         free_bytes: Callable[[torch.device], int] = count_free_bytes,
     ) -> None:
         self.names = _label(names or [EMBEDDED_MODEL])
-        self.device = _find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = find_device(device)
         self.free_bytes = free_bytes
         self.loaded: dict[str, LoadedModel] = {}
         """Least recently used first."""
@@ -225,19 +226,15 @@ def estimate_bytes(name: str, device: torch.device) -> int:
     Raises:
         ValueError: if there is no such model.
     """
-    try:
+    with explain_missing(name):
         # The adapter second: a model that was downloaded for use without a network may hold no word on it.
         if read_json(name, "config.json", {}) is None and (adapter := read_json(name, "adapter_config.json", {})):
             name = adapter["base_model_name_or_path"]
         config = AutoConfig.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(f"got model {name!r}; expected a folder or a Hub id of a LLaVA") from error
     with torch.device("meta"):
         model = AutoModelForVision2Seq.from_config(config)
-    dtype = config.dtype or torch.float32
-    if device.type == "cpu" and is_slow_on_processor(dtype):
-        dtype = torch.float32
-    return sum(tensor.numel() for tensor in model.state_dict().values()) * dtype.itemsize
+    num_weights = sum(tensor.numel() for tensor in model.state_dict().values())
+    return num_weights * choose_dtype(config, device).itemsize
 
 
 def _label(names: list[str]) -> dict[str, str]:
@@ -253,17 +250,6 @@ def _label(names: list[str]) -> dict[str, str]:
         namesakes = sum(known == label or known.startswith(f"{label} (") for known in labels)
         labels[f"{label} ({namesakes + 1})" if namesakes else label] = name
     return labels
-
-
-def _find_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    num_gpus = torch.cuda.device_count()
-    if device is None or (device.type == "cuda" and (device.index or 0) >= num_gpus):
-        raise ValueError(f"got device {name!r}; expected cpu, or cuda:N below the {num_gpus} GPUs of this machine")
-    return device
 
 
 def _free_memory() -> None:

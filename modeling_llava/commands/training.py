@@ -49,6 +49,8 @@ def add_commands(commands) -> None:
 
 
 def run_check_data(options: argparse.Namespace) -> int:
+    from modeling_llava.inference import EMBEDDED_MODEL
+    from modeling_llava.model_names import load_training_processor
     from processing_llava.data_check import RecordCheck, check_sources
     from processing_llava.data_sources import DataSource
     from processing_llava.image_limits import read_limits
@@ -56,7 +58,7 @@ def run_check_data(options: argparse.Namespace) -> int:
 
     kept = {name: getattr(options, name) for name in ("image_folder", "follow_links", "name", "split", "streaming")}
     sources = [DataSource(path=path, **kept) for path in options.sources]
-    processor = _load_processor(options)
+    processor = load_training_processor(options.model or EMBEDDED_MODEL, template=options.template)
     processor.image_processor.limits = read_limits(options.image_limit)
     check = RecordCheck(
         processor,
@@ -73,22 +75,6 @@ def run_check_data(options: argparse.Namespace) -> int:
         Path(options.json).write_text(json.dumps(report.to_dict(), indent=1) + "\n")
     print(make_printable(report.format_table()))
     return int(bool(report.refusals))
-
-
-def _load_processor(options: argparse.Namespace):
-    from transformers import AutoProcessor
-
-    from modeling_llava.inference import EMBEDDED_MODEL
-    from processing_llava import AnyLlavaProcessor
-
-    chosen = {} if options.template is None else {"template": options.template}
-    try:
-        processor = AutoProcessor.from_pretrained(options.model or EMBEDDED_MODEL, **chosen)
-    except OSError as error:
-        raise ValueError(f"got model {options.model!r}; expected a folder or a Hub id of a LLaVA: {error}") from error
-    if not isinstance(processor, AnyLlavaProcessor):
-        raise ValueError(f"got model {options.model!r} of transformers' own layout; expected one that trains here")
-    return processor
 
 
 def _preview(options: argparse.Namespace, sources: list, check) -> None:

@@ -1,9 +1,10 @@
 """The model and the processor that a recipe starts from."""
 
 import torch
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from modeling_llava import AutoModelForVision2Seq
+from modeling_llava.model_names import load_training_processor
 from modeling_llava.packed_attention import use_packed_attention
 from processing_llava import AnyLlavaProcessor
 
@@ -16,19 +17,9 @@ def load_processor(recipe: Recipe) -> AnyLlavaProcessor:
     """The processor of the model, with the conversation format, the image mode and the image limits of the recipe.
 
     Raises:
-        ValueError: if there is no such model, or its processor is transformers' own, which marks no answers.
+        ValueError: as `load_training_processor`, or if the model was not made for the image mode.
     """
-    chosen = {"template": recipe.template, "backend": recipe.image_backend}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    try:
-        processor = AutoProcessor.from_pretrained(recipe.model, **chosen)
-    except OSError as error:
-        raise ValueError(f"got model {recipe.model!r}; expected a folder or a Hub id of a LLaVA: {error}") from error
-    if not isinstance(processor, AnyLlavaProcessor):
-        raise ValueError(
-            f"got model {recipe.model!r} with transformers' {type(processor).__name__}; expected one that trains: "
-            "take the original checkpoint, or one of this package"
-        )
+    processor = load_training_processor(recipe.model, template=recipe.template, backend=recipe.image_backend)
     if recipe.image_aspect_ratio == "anyres" and not processor.image_processor.image_grid_pinpoints:
         raise ValueError(
             f"got image_aspect_ratio 'anyres' for {recipe.model!r}, which has no image_grid_pinpoints; expected a "

@@ -10,9 +10,11 @@ from tests.modeling_llava.session_models import build_transformers_own
 from tests.tiny import save_tiny_checkpoint, tiny_processor
 
 
-@pytest.mark.parametrize("device, message", [("gpu", "expected cpu or cuda"), ("cuda", "without GPU; expected cpu")])
+@pytest.mark.parametrize(
+    "device, message", [("gpu", "expected cpu or cuda"), ("cuda", "expected cpu, or cuda:N below the 0 GPUs")]
+)
 def test_a_device_that_is_not_there_is_refused(device, message, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match=message):
         load_for_inference(device=device)
 
