@@ -6,6 +6,7 @@ what is trained on.
 """
 
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -37,6 +38,7 @@ TEMPLATE_FILES = {
 }
 """Format name to file of `templates/`. Names with one file are written alike by the original, byte for byte."""
 
+_IMAGE_TEXT = re.compile(r'\{%- set image_text = ("(?:[^"\\]|\\.)*") -%\}')
 _FOLDER = Path(__file__).parent / "templates"
 
 
@@ -59,3 +61,15 @@ def load_template(name: str, *, image: str = "<image>") -> str:
     shared = (_FOLDER / "_content.jinja").read_text(encoding="utf-8")
     own = (_FOLDER / f"{TEMPLATE_FILES[name]}.jinja").read_text(encoding="utf-8")
     return f"{{%- set image_text = {json.dumps(image)} -%}}\n{shared}{own}"
+
+
+def change_template(stored: str | None, name: str) -> str:
+    """The chat template of another conversation format, for a model that was trained with the stored one.
+
+    It writes the same for an image: start and end tokens belong to the model, and not to the format.
+
+    Raises:
+        ValueError: as `load_template`.
+    """
+    image_text = _IMAGE_TEXT.match(stored or "")
+    return load_template(name) if image_text is None else load_template(name, image=json.loads(image_text[1]))

@@ -12,7 +12,7 @@ from transformers import AddedToken, AutoConfig, PreTrainedConfig, PreTrainedTok
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
-from .conversation_templates import load_template
+from .conversation_templates import change_template, load_template
 from .model_parts import has_tokenizer, read_image_processor, read_tokenizer, read_vision_config
 from .original_folder import OriginalFolder, find_file
 
@@ -61,7 +61,7 @@ class OriginalProcessorMixin(ProcessorMixin):
             return cls(**read_original_parts(folder, template=template))
         processor = super().from_pretrained(name, **kwargs)
         if template is not None:
-            processor.chat_template = load_template(template)
+            processor.chat_template = change_template(processor.chat_template, template)
         return processor
 
 

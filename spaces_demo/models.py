@@ -21,7 +21,7 @@ from modeling_llava.doctor import count_free_bytes
 from modeling_llava.generation_memory import choose_dtype
 from modeling_llava.inference import EMBEDDED_MODEL, find_device, load_for_inference
 from modeling_llava.model_names import explain_missing
-from processing_llava.conversation_templates import load_template
+from processing_llava.conversation_templates import change_template
 from processing_llava.original_folder import read_json
 from processing_llava.processing_llava import AnyLlavaProcessor
 
@@ -52,7 +52,7 @@ class Settings:
         """The processor with this template and tile mode; the given one is left as it is."""
         processor = copy(processor)
         if self.template != AS_TRAINED:
-            processor.chat_template = load_template(self.template)
+            processor.chat_template = change_template(processor.chat_template, self.template)
         if self.tile_mode != AS_TRAINED:
             if not isinstance(processor, AnyLlavaProcessor):
                 raise ValueError(

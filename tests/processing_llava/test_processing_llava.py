@@ -374,3 +374,12 @@ def test_a_template_that_cuts_messages_writes_them_and_pieces_stay_text(processo
 
 def test_no_images_are_no_lists_of_images(processor):
     assert "pixel_values" not in processor(images=[], text="hello")
+
+
+@pytest.mark.parametrize("image", ["<image>", "<im_start><image><im_end>"])
+def test_another_format_writes_the_same_for_an_image(tmp_path, image):
+    processor = tiny_processor()
+    processor.chat_template = load_template("llava_v0", image=image)
+    processor.save_pretrained(tmp_path)
+    chosen = AutoProcessor.from_pretrained(tmp_path, template="vicuna_v1")
+    assert chosen.chat_template == load_template("vicuna_v1", image=image)
