@@ -18,13 +18,11 @@ from transformers.utils import logging
 from .conversations import read_images
 from .messages import check_messages
 from .processing_llava import AnyLlavaProcessor
+from .prompt_inputs import IGNORED_LABEL
 from .prompts import count_images, encode_prompt
 from .row_lengths import ON_BAD_ROW, read_image_sizes
 
 logger = logging.get_logger(__name__)
-
-IGNORED_LABEL = -100
-"""The label that cross entropy skips."""
 
 
 class LlavaDataCollator:

@@ -117,6 +117,8 @@ def read_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or Hub repository, exact where it is a `tokenizer.model`.
 
+    It pads on the left, where `generate` needs it; trainers say themselves where they pad.
+
     Args:
         name: Folder or Hub id.
         text_config: Decides the class where the files do not; needed if config.json is an original LLaVA's.
@@ -132,7 +134,9 @@ def read_tokenizer(
     if sentencepiece_file and (prefer_sentencepiece or find_file(name, "tokenizer.json", download) is None):
         for filename in _SIDE_FILES:
             find_file(name, filename, download)
-        return load_sentencepiece_tokenizer(Path(sentencepiece_file).parent)
+        tokenizer = load_sentencepiece_tokenizer(Path(sentencepiece_file).parent)
+        tokenizer.padding_side = "left"
+        return tokenizer
     # The class that AutoTokenizer finds for an original folder may change what its tokenizer.json says.
     is_original_file = text_config is not None and find_file(name, "tokenizer.json", download)
     tokenizer_class = PreTrainedTokenizerFast if is_original_file else AutoTokenizer
@@ -149,4 +153,5 @@ def read_tokenizer(
             f"got tokenizer files in {name!r} from which transformers builds a tokenizer that encodes every text to "
             "nothing; expected tokenizer.model or tokenizer.json"
         )
+    tokenizer.padding_side = "left"
     return tokenizer

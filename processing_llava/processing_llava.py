@@ -5,22 +5,26 @@ those never become special tokens or image placeholders (see `prompts.py`); and 
 image's tokens as ids, so the expanded prompt is never tokenised.
 """
 
-from collections.abc import Iterator
+import re
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from transformers import AddedToken, BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import ImagesKwargs, MultiModalData, TextKwargs
+from transformers.utils import logging
 
 from .image_layouts import check_visual_tokens, plan_image
 from .image_processing_fast import AnyLlavaImageProcessor
 from .image_processing_llava import AnyLlavaImageProcessorPil, flatten_images
 from .messages import check_messages, list_pictures
 from .original_processor import OriginalProcessorMixin
-from .prompts import Prompt, count_images, encode_prompt, render_prompt
+from .prompt_inputs import PromptInputs, encode_prompts
+from .prompts import Prompt, count_images, render_prompt
 from .role_markers import TREATMENTS, find_role_markers, treat_role_markers
 from .text_encoder import list_control_tokens
+
+logger = logging.get_logger(__name__)
 
 IMAGE_BACKENDS = {
     "pil": AnyLlavaImageProcessorPil,
@@ -139,7 +143,11 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         merged = self._merge_kwargs(
             self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
-        prompts = [text] if isinstance(text, str) else list(text or [])
+        prompts = [text] if isinstance(text, str) else text or []
+        if not isinstance(prompts, (list, tuple)) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(
+                f"got {type(text).__name__} as text; expected a string or a list of strings, behind the images"
+            )
         image_inputs, num_image_tokens = {}, []
         if images is not None:
             flat_images = flatten_images(images)
@@ -157,9 +165,12 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
             self._check_rows(prompts, [[] for _ in prompts], num_images=0)
         text_inputs = {}
         if text is not None:
-            text_inputs = self._encode(
+            text_inputs = encode_prompts(
                 prompts,
-                iter(num_image_tokens),
+                self.tokenizer,
+                image_token=self.image_token,
+                image_token_id=self.image_token_id,
+                num_image_tokens=iter(num_image_tokens),
                 return_assistant_tokens_mask=bool(return_assistant_tokens_mask),
                 **merged["text_kwargs"],
             )
@@ -167,8 +178,9 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
             _, text_inputs["text_replacement_offsets"] = self.get_text_with_replacements(
                 [_hide_user_text(prompt) for prompt in prompts], [self.image_token * num for num in num_image_tokens]
             )
-        return BatchFeature(
+        return PromptInputs(
             {**text_inputs, **image_inputs},
+            image_token_id=self.image_token_id,
             tensor_type=merged["text_kwargs"].get("return_tensors"),
             skip_tensor_conversion=self.skip_tensor_conversion,
         )
@@ -239,6 +251,17 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         processor_kwargs = dict(processor_kwargs or {})
         for name in _PROCESSOR_KWARGS & set(kwargs):
             processor_kwargs[name] = kwargs.pop(name)
+        for name, value in kwargs.items():
+            # Whoever serves many models hands None to those that do not know a thing.
+            if value is not None and not re.search(
+                rf"\b{re.escape(name)}\b", chat_template or self.chat_template or ""
+            ):
+                logger.warning(f"got {name}={value!r}, of which neither template nor processor knows; it is ignored")
+        if add_generation_prompt and continue_final_message:
+            raise ValueError(
+                "got add_generation_prompt and continue_final_message; expected one of them: a new answer, or more "
+                "of the last message"
+            )
         is_list = isinstance(conversation, (list, tuple)) and len(conversation) > 0
         is_batched = is_list and isinstance(conversation[0], (list, tuple))
         conversations = conversation if is_batched else [conversation]
@@ -264,7 +287,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         )
         if return_dict:
             return encoded
-        return encoded["input_ids"] if is_batched or return_tensors else encoded["input_ids"][0]
+        return encoded["input_ids"]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The placeholders of one image as text, for engines that expand prompts themselves."""
@@ -325,62 +348,6 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
                 "prompt: a row could get the image of another"
             )
 
-    def _encode(
-        self,
-        prompts: list[str],
-        num_image_tokens: Iterator[int],
-        *,
-        return_assistant_tokens_mask: bool,
-        padding: bool | str = False,
-        padding_side: str | None = None,
-        max_length: int | None = None,
-        truncation: bool | str | None = None,
-        pad_to_multiple_of: int | None = None,
-        return_attention_mask: bool | None = None,
-        return_tensors: str | None = None,
-        add_special_tokens: bool = True,
-        return_mm_token_type_ids: bool = False,
-        **unused,
-    ) -> dict[str, list]:
-        rows, masks = [], []
-        for index, prompt in enumerate(prompts):
-            counts = [next(num_image_tokens) for _ in range(count_images(prompt, self.image_token))]
-            ids, mask = encode_prompt(
-                prompt,
-                self.tokenizer,
-                image_token=self.image_token,
-                image_token_id=self.image_token_id,
-                num_image_tokens=counts,
-                add_special_tokens=add_special_tokens,
-            )
-            if truncation and max_length is not None and len(ids) > max_length:
-                if self.image_token_id in ids[max_length:]:
-                    raise ValueError(
-                        f"got a prompt of {len(ids)} tokens in row {index}; expected at most "
-                        f"max_length={max_length}, since cutting it would cut an image: raise max_length"
-                    )
-                ids, mask = ids[:max_length], mask[:max_length]
-            rows.append(ids)
-            masks.append(mask)
-        encoded = self.tokenizer.pad(
-            {"input_ids": rows},
-            padding=padding,
-            padding_side=padding_side,
-            max_length=max_length,
-            pad_to_multiple_of=pad_to_multiple_of,
-            return_attention_mask=return_attention_mask,
-        )
-        if return_assistant_tokens_mask:
-            side = padding_side or self.tokenizer.padding_side
-            encoded["assistant_masks"] = [
-                _pad(mask, length=len(row), side=side) for mask, row in zip(masks, encoded["input_ids"])
-            ]
-        if return_mm_token_type_ids:
-            encoded["mm_token_type_ids"] = [
-                [int(token == self.image_token_id) for token in row] for row in encoded["input_ids"]
-            ]
-        return encoded
-
     @property
     def model_input_names(self) -> list[str]:
         names = dict.fromkeys(self.tokenizer.model_input_names + self.image_processor.model_input_names)
@@ -395,8 +362,3 @@ def _hide_user_text(prompt: str) -> str:
     for start, end in prompt.user_spans if isinstance(prompt, Prompt) else ():
         text = text[:start] + " " * (end - start) + text[end:]
     return text
-
-
-def _pad(mask: list[int], *, length: int, side: str) -> list[int]:
-    padding = [0] * (length - len(mask))
-    return mask + padding if side == "right" else padding + mask

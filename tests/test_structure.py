@@ -18,6 +18,7 @@ HUB_FILES = {
         "image_processing_llava",
         "messages",
         "processing_llava",
+        "prompt_inputs",
         "prompts",
         "role_markers",
         "text_encoder",

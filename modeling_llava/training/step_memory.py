@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig
 
 from modeling_llava.doctor import count_free_bytes
-from processing_llava.collator import IGNORED_LABEL
+from processing_llava.prompt_inputs import IGNORED_LABEL
 
 from .recipe import Recipe
 from .supervised_loss import MAX_LOGITS

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from processing_llava.collator import IGNORED_LABEL
+from processing_llava.prompt_inputs import IGNORED_LABEL
 
 MAX_LOGITS = 2**25
 """How many logits exist at a time, 128 MiB in float32. A batch with more is scored in chunks, again in backward."""

@@ -4,8 +4,9 @@ import PIL.Image
 import pytest
 import transformers
 
-from processing_llava.collator import IGNORED_LABEL, LlavaDataCollator
+from processing_llava.collator import LlavaDataCollator
 from processing_llava.conversations import convert_record
+from processing_llava.prompt_inputs import IGNORED_LABEL
 from tests.tiny import PATCH_SIZE, TILE_SIZE, tiny_processor
 
 PATCHES = (TILE_SIZE // PATCH_SIZE) ** 2

@@ -1,6 +1,7 @@
 """AnyLlavaProcessor: placeholders and images per row, ids, padding, and what the Auto classes store."""
 
 import base64
+import pickle
 import threading
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
+from modeling_llava.inference import EMBEDDED_MODEL
 from processing_llava import AnyLlavaProcessor, ImageLimits
 from processing_llava.conversation_templates import load_template
 from processing_llava.text_encoder import TextEncoder
@@ -383,3 +385,63 @@ def test_another_format_writes_the_same_for_an_image(tmp_path, image):
     processor.save_pretrained(tmp_path)
     chosen = AutoProcessor.from_pretrained(tmp_path, template="vicuna_v1")
     assert chosen.chat_template == load_template("vicuna_v1", image=image)
+
+
+def test_rows_are_cut_where_the_tokenizer_says():
+    processor = tiny_processor()
+    text = "a b c d e f"
+    whole = processor(text=text)["input_ids"][0]
+    assert processor(text=text, truncation=True, max_length=4)["input_ids"] == [whole[:4]]
+    processor.tokenizer.truncation_side = "left"
+    assert processor(text=text, truncation=True, max_length=4)["input_ids"] == [whole[-4:]]
+    processor.tokenizer.model_max_length = 3
+    assert processor(text=text, truncation=True)["input_ids"] == [whole[-3:]]
+    prompt = processor.render([question("What?", picture())])
+    with pytest.raises(ValueError, match="cutting it would cut an image"):
+        processor(text=prompt, images=[picture()], truncation=True, max_length=8)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"text": 5}, "got int as text; expected a string"),
+        ({"text": [None]}, "got list as text"),
+        ({"text": picture(), "images": "Hi"}, "got Image as text; expected a string or a list of strings, behind"),
+        ({"text": "Hi", "return_offsets_mapping": True}, "got return_offsets_mapping; expected none of it"),
+        ({"text": "Hi", "return_length": True, "stride": 3}, "got return_length, stride"),
+    ],
+)
+def test_what_cannot_be_encoded_is_refused(processor, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        processor(**arguments)
+
+
+def test_one_conversation_is_a_batch_of_one(processor):
+    messages = [question("What?")]
+    ids = processor.apply_chat_template(messages, tokenize=True)
+    assert ids == processor.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    assert processor.apply_chat_template([messages], tokenize=True) == ids
+    with pytest.raises(ValueError, match="got add_generation_prompt and continue_final_message"):
+        processor.apply_chat_template(messages, add_generation_prompt=True, continue_final_message=True)
+
+
+def test_an_argument_that_nothing_knows_is_named(processor, caplog):
+    processor.apply_chat_template([question("What?")], paddding=True, documents=None)
+    assert [record for record in caplog.records if "paddding=True" in record.message]
+    assert not [record for record in caplog.records if "documents" in record.message]
+
+
+def test_labels_hold_no_images(processor):
+    inputs = processor.apply_chat_template(
+        [question("What?", picture())], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    is_image = inputs["input_ids"] == processor.image_token_id
+    expected = inputs["input_ids"].masked_fill(is_image, -100)
+    # Workers of a data loader send batches, which a trainer moves.
+    for batch in (inputs, pickle.loads(pickle.dumps(inputs)), inputs.to("cpu")):
+        batch["labels"] = batch["input_ids"].clone()
+        assert torch.equal(batch["labels"], expected)
+
+
+def test_tokenizers_pad_where_generation_needs_it():
+    assert AutoProcessor.from_pretrained(EMBEDDED_MODEL).tokenizer.padding_side == "left"

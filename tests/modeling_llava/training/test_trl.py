@@ -56,6 +56,28 @@ def test_supervised(checkpoint, tmp_path, given):
     assert "language_model" in changed_parts(trainer, checkpoint)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_whole_conversations_are_learned_without_their_images(checkpoint, tmp_path, workers):
+    """TRL copies the ids into the labels, also those of images, which are outside the vocabulary."""
+    messages = [question + answer for question, answer in zip(questions(), answers(COLORS))]
+    dataset = Dataset.from_dict({"messages": messages, "images": pictures()})
+    settings = SETTINGS | {"learning_rate": 0.0, "max_steps": 1, "dataloader_num_workers": workers}
+    trainer = SFTTrainer(
+        AutoModelForVision2Seq.from_pretrained(checkpoint),
+        SFTConfig(str(tmp_path), **settings, max_length=None),
+        train_dataset=dataset,
+        processing_class=AutoProcessor.from_pretrained(checkpoint),
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    is_image = batch["input_ids"] == trainer.model.config.image_token_id
+    assert is_image.any() and (batch["labels"][is_image] == -100).all()
+    assert (batch["labels"][~is_image & batch["attention_mask"].bool()] != -100).all()
+    trainer.train()
+    with torch.no_grad():
+        expected = trainer.model.eval()(**batch).loss.item()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-4)
+
+
 def test_supervised_with_our_collator(checkpoint, tmp_path):
     rows = [
         {"id": color, "images": picture, "messages": question + answer}
