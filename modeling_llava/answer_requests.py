@@ -80,6 +80,8 @@ def prepare_request(
         ValueError: if a picture or a setting is refused, or the request is too long for the model.
         FileNotFoundError: if there is no picture at a path.
     """
+    if not isinstance(request, AnswerRequest):
+        raise ValueError(f"got a {type(request).__name__} as a request; expected an AnswerRequest")
     messages = request.messages
     check_question(messages)
     drawing = {"temperature": request.temperature, "top_p": request.top_p, "seed": request.seed}

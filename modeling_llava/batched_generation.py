@@ -54,6 +54,8 @@ def generate_answers(
     Raises:
         ValueError: at the first answer, if the model cannot be used so.
     """
+    if isinstance(requests, AnswerRequest):
+        raise ValueError("got one AnswerRequest; expected a list of them, or what gives one after the other")
     batch = BatchedGeneration(
         model, processor, max_rows=max_rows, max_cache_tokens=max_cache_tokens, cache=cache, compile=compile
     )

@@ -104,6 +104,11 @@ class ChatSession:
         Raises:
             ValueError: if a picture or a setting is refused.
         """
+        if not isinstance(question, str) or not isinstance(images, (list, tuple)):
+            raise ValueError(
+                f"got a {type(question).__name__} and a {type(images).__name__}; expected a question and a list of "
+                "pictures"
+            )
         checks = {}
         if isinstance(self.processor, AnyLlavaProcessor):
             image_processor = self.processor.image_processor

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    Cache,
     DynamicCache,
     GenerationMixin,
     LogitsProcessor,
@@ -36,6 +37,8 @@ class AnyLlavaGenerationMixin(GenerationMixin):
     def generate(self, inputs: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         """As in transformers; rows whose image tokens do not match their images are refused before any work.
 
+        With `past_key_values` the images are those behind the tokens whose states these are.
+
         Raises:
             ValueError: with the numbers of the first row that disagrees.
         """
@@ -45,8 +48,13 @@ class AnyLlavaGenerationMixin(GenerationMixin):
             kwargs = {name: value for name, value in kwargs.items() if name not in ("pixel_values", "image_sizes")}
         elif input_ids is not None:
             layouts = self.model.plan_images(pixel_values, kwargs.get("image_sizes"))
-            image_mask_BL = self.model.get_image_mask(input_ids, None)
+            states = kwargs.get("past_key_values")
+            num_known = 0 if states is None else states.get_seq_length()
+            image_mask_BL = self.model.get_image_mask(input_ids[:, num_known:], None)
             self.model.check_image_tokens(image_mask_BL, [layout.num_tokens for layout in layouts])
+        if self.training and self.is_activation_checkpointing:
+            # Layers that are computed again keep no states.
+            kwargs["use_cache"] = False
         images = {name: kwargs[name] for name in ("pixel_values", "image_sizes") if kwargs.get(name) is not None}
         outer_images = _IMAGES.set(images)
         try:
@@ -54,8 +62,15 @@ class AnyLlavaGenerationMixin(GenerationMixin):
         finally:
             _IMAGES.reset(outer_images)
 
+    # transformers looks for `inputs_embeds` among these names.
     def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, *args, past_key_values=None, is_first_iteration: bool | None = False, **kwargs
+        self,
+        input_ids: torch.Tensor,
+        *args,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
     ) -> dict[str, Any]:
         # transformers never calls a step of an assistant the first one, and drops the images from all others. No
         # assistant has a static cache, whose length would have to be fetched from the GPU at every token.
@@ -65,6 +80,7 @@ class AnyLlavaGenerationMixin(GenerationMixin):
             input_ids,
             *args,
             past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration or cache_is_empty,
             **kwargs,
         )
@@ -199,6 +215,8 @@ def replace_image_tokens(input_ids: torch.LongTensor, *, vocab_size: int) -> tor
 
     An id that the row holds anyway adds nothing to what a repetition penalty punishes.
     """
+    if input_ids.shape[1] == 0:  # where embeddings were given
+        return input_ids
     has_embedding = (input_ids >= 0) & (input_ids < vocab_size)
     largest_ids = input_ids.where(has_embedding, 0).amax(dim=1, keepdim=True)
     return input_ids.where(has_embedding, largest_ids)

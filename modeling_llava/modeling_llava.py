@@ -87,11 +87,17 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
             image_sizes: `[I, 2]` original (height, width) in pixels; needed for tiled images.
 
         Raises:
-            ValueError: if sizes are missing or do not match the images.
+            ValueError: if sizes are missing or do not match the images, or the tower was made for other pictures.
         """
         config = self.config
+        side = config.vision_config.image_size
+        if tuple(pixel_values.shape[-2:]) != (side, side):
+            raise ValueError(
+                f"got pixel_values of {pixel_values.shape[-2]} by {pixel_values.shape[-1]} pixels; expected {side} by "
+                f"{side}: leave the image processor's size as it is"
+            )
         tile = {
-            "tile_size": config.vision_config.image_size,
+            "tile_size": side,
             "patches_per_side": config.patches_per_side,
             "prefix_tokens": config.num_prefix_tokens,
             "patch_merge_type": config.patch_merge_type,

@@ -213,11 +213,12 @@ def test_a_request_that_fails_stops_no_other():
         12: (ask("a", temperature="1"), "temperature='1'"),
         13: (ask("a", max_new_tokens=None), "max_new_tokens=None"),
         14: (ask("a", seed=1.5), "seed=1.5"),
+        15: ("hi", "got a str as a request"),
     }
     good = {0: MIXED[0], 2: MIXED[1], 5: MIXED[2]}
-    requests = [good[index] if index in good else bad[index][0] for index in range(15)]
+    requests = [good[index] if index in good else bad[index][0] for index in range(16)]
     answers = {answer.index: answer for answer in generate_answers(model, processor, requests, max_cache_tokens=448)}
-    assert set(answers) == set(range(15))
+    assert set(answers) == set(range(16))
     for index, (_, message) in bad.items():
         assert isinstance(answers[index].error, ValueError) and message in str(answers[index].error)
         assert answers[index].ids == []

@@ -177,6 +177,12 @@ def test_settings_out_of_range_are_refused(settings, message):
         read(ChatSession(*load("llama")).ask("What?", **settings))
 
 
+@pytest.mark.parametrize("question, images", [("What?", b"1"), (None, [])])
+def test_a_question_of_another_kind_is_refused(question, images):
+    with pytest.raises(ValueError, match="expected a question and a list of pictures"):
+        read(ChatSession(*load("llama")).ask(question, images=images))
+
+
 @pytest.mark.parametrize("name, value", [("num_beams", 2), ("prompt_lookup_num_tokens", 3), ("stop_strings", ["a"])])
 def test_a_model_that_is_to_do_more_than_one_token_at_a_time_is_refused(name, value, monkeypatch):
     session = ChatSession(*load("llama"))

@@ -244,3 +244,40 @@ def test_tiled_images():
             **GREEDY,
         )
         assert together[index, -NEW_TOKENS:].tolist() == alone[0, -NEW_TOKENS:].tolist()
+
+
+def test_embeddings_will_do_for_ids(model):
+    inputs = prompt()
+    expected = model.generate(**inputs, **GREEDY)
+    ids, text = inputs["input_ids"], model.get_input_embeddings()
+    with torch.no_grad():
+        embeds = text(ids.where(ids != IMAGE_TOKEN_ID, 0))
+        embeds[ids == IMAGE_TOKEN_ID] = model.get_image_features(inputs["pixel_values"]).pooler_output[0]
+    length = ids.shape[1]
+    assert torch.equal(model.generate(inputs_embeds=embeds, **GREEDY), expected[:, length:])
+    assert torch.equal(model.generate(ids, inputs_embeds=embeds, **GREEDY), expected)
+
+
+def test_a_further_turn_brings_its_own_images_only(model):
+    first = prompt()
+    answered = model.generate(**first, **GREEDY, return_dict_in_generate=True)
+    states = answered.past_key_values
+    ids = torch.tensor([[*answered.sequences[0].tolist(), *IMAGE, *text_ids(4)]])
+    new_images = random_images(2)[1:]
+    expected = model.generate(ids, pixel_values=torch.cat([first["pixel_values"], new_images]), **GREEDY)
+    found = model.generate(ids, pixel_values=new_images, past_key_values=states, **GREEDY)
+    assert torch.equal(found, expected)
+
+
+def test_a_model_that_trains_with_checkpointing_answers_as_without(model):
+    expected = model.generate(**prompt(), **GREEDY)
+    model.activation_checkpointing_enable()
+    assert torch.equal(model.train().generate(**prompt(), **GREEDY), expected)
+
+
+def test_pictures_of_another_size_are_refused(model):
+    """DINOv2 would take them, and only some of their features would be looked at."""
+    inputs = prompt()
+    larger = torch.nn.functional.interpolate(inputs["pixel_values"], scale_factor=2)
+    with pytest.raises(ValueError, match=f"pixels; expected {TILE_SIZE} by {TILE_SIZE}"):
+        model.generate(**inputs | {"pixel_values": larger}, **GREEDY)
