@@ -35,12 +35,13 @@ def _build_fp8() -> QuantizationConfigMixin:
     return TorchAoConfig(weights, modules_to_not_convert=KEPT_MODULES)
 
 
-def _build_nf4() -> QuantizationConfigMixin:
+def four_bit_config() -> BitsAndBytesConfig:
+    """QLoRA's 4-bit weights for the language model; tower, projector and output layer stay as they are."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
         llm_int8_skip_modules=KEPT_MODULES,
     )
 
@@ -50,7 +51,7 @@ ON_PROCESSOR = "int8"
 ON_GPU: dict[str, tuple[str, Callable[[], QuantizationConfigMixin]]] = {
     "int4": ("torchao", _build_int4),
     "fp8": ("torchao", _build_fp8),
-    "nf4": ("bitsandbytes", _build_nf4),
+    "nf4": ("bitsandbytes", four_bit_config),
 }
 """Name to package and settings: weights of 4 bits; weights and inputs of 8-bit floats, for which a GPU needs units
 (Ada, Hopper and later); QLoRA's weights of 4 bits."""

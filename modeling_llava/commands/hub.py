@@ -1,7 +1,6 @@
 """`llava export` and `llava push`."""
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -43,12 +42,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _export_settings(options: argparse.Namespace):
-    from modeling_llava.export.card_facts import read_facts
+    from modeling_llava.export.card_facts import CardFacts, read_facts
     from modeling_llava.export.data_manifest import read_manifest
     from modeling_llava.export.export_settings import ExportSettings
+    from modeling_llava.yaml_fields import build
 
     given = {"license": options.license, "base_model": options.base_model}
-    facts = replace(read_facts(options.card), **{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    facts = build(CardFacts, vars(read_facts(options.card)) | given, where="the command line")
     data = [] if options.data_manifest is None else read_manifest(options.data_manifest)
     kept = {name: getattr(options, name) for name in ("repo_id", "layout", "with_code", "keep_card", "image_folder")}
     return ExportSettings(facts=facts, data=data, **kept)

@@ -4,18 +4,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
-
 import hub_cards
+from modeling_llava.yaml_fields import build
 
 from .card_vocabulary import LICENSES
-from .data_manifest import DataEntry, build, build_entries, read_yaml
-from .figures import add_source, refuse_loose_figures
+from .data_manifest import DataEntry, build_entries
+from .figures import add_source, read_sourced_yaml, refuse_loose_figures
 
 PUBLISHED_FOLDER = Path(hub_cards.__file__).parent / "published"
 
 
-@strict
 @dataclass(kw_only=True)
 class PublishedFigures:
     """Figures that somebody else measured.
@@ -40,7 +38,6 @@ class PublishedFigures:
         return add_source(self.values, self.source)
 
 
-@strict
 @dataclass(kw_only=True)
 class CardFacts:
     """The words and names of a card. Figures in its texts are refused: they belong into results files.
@@ -102,6 +99,21 @@ class CardFacts:
     def published_figures(self) -> list[PublishedFigures]:
         return [build(PublishedFigures, item, where="figures") for item in self.figures]
 
+    def require_license(self) -> str:
+        """The licence.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self.license is None:
+            raise ValueError(
+                "got no licence; expected one: give --license, such as apache-2.0 or cc-by-4.0, or a --card with it"
+            )
+        return self.license
+
+    def choose_title(self, repo_id: str) -> str:
+        return self.title or repo_id.split("/")[-1]
+
 
 def read_facts(card: str | None) -> CardFacts:
     """The facts of a YAML file, or of a published model by its name.
@@ -112,7 +124,7 @@ def read_facts(card: str | None) -> CardFacts:
     if card is None:
         return CardFacts()
     if Path(card).suffix in (".yaml", ".yml"):
-        return build(CardFacts, read_yaml(Path(card)), where=card)
+        return build(CardFacts, read_sourced_yaml(Path(card)), where=card)
     published = read_published()
     if card not in published:
         raise ValueError(f"got card {card!r}; expected a YAML file or one of {', '.join(sorted(published))}")
@@ -123,6 +135,6 @@ def read_published() -> dict[str, CardFacts]:
     """The facts of every published model whose card is ready, by its name."""
     found = {}
     for path in sorted(PUBLISHED_FOLDER.glob("*.yaml")):
-        models = read_yaml(path)["models"]
+        models = read_sourced_yaml(path)["models"]
         found |= {name: build(CardFacts, fields, where=f"{path.name}: {name}") for name, fields in models.items()}
     return found

@@ -6,16 +6,13 @@ TRAINING_DATA_SUMMARY.md are filled from it.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
-
-import yaml
-from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
+from typing import Any
 
 import hub_cards
+from modeling_llava.yaml_fields import build
 
 from .card_vocabulary import LICENSES
-from .figures import add_source, refuse_loose_figures
+from .figures import read_sourced_yaml, refuse_loose_figures
 
 DATA_KINDS = {
     "public": "Publicly available datasets",
@@ -31,10 +28,7 @@ NOT_STATED = "not stated"
 KNOWN_DATA = Path(hub_cards.__file__).parent / "known_data.yaml"
 """Datasets of published LLaVAs."""
 
-T = TypeVar("T")
 
-
-@strict
 @dataclass(kw_only=True)
 class DataEntry:
     """One source of training data.
@@ -89,7 +83,7 @@ def read_manifest(path: str | Path) -> list[DataEntry]:
     Raises:
         ValueError: naming the file and the field.
     """
-    entries = read_yaml(Path(path))
+    entries = read_sourced_yaml(Path(path))
     if not isinstance(entries, list):
         raise ValueError(f"got {path}; expected a list of {{name, kind, license, personal_data, contact, ...}}")
     return build_entries(entries, where=str(path))
@@ -101,36 +95,8 @@ def build_entries(entries: list[Any], *, where: str) -> list[DataEntry]:
     Raises:
         ValueError: naming `where` and the field or key.
     """
-    known = read_yaml(KNOWN_DATA) if any(isinstance(entry, str) for entry in entries) else {}
+    known = read_sourced_yaml(KNOWN_DATA) if any(isinstance(entry, str) for entry in entries) else {}
     for entry in entries:
         if isinstance(entry, str) and entry not in known:
             raise ValueError(f"got data {entry!r} in {where}; expected fields, or one of {', '.join(known)}")
     return [build(DataEntry, known[entry] if isinstance(entry, str) else entry, where=where) for entry in entries]
-
-
-def read_yaml(path: Path) -> Any:
-    """The content of a YAML file, whose numbers know its name.
-
-    Raises:
-        ValueError: naming it, if there is none, or it is not YAML.
-    """
-    if not path.is_file():
-        raise ValueError(f"got {str(path)!r}; expected a YAML file: there is none at this path")
-    try:
-        return add_source(yaml.safe_load(path.read_text(encoding="utf-8")), path.name)
-    except yaml.YAMLError as error:
-        raise ValueError(f"got {path}, which is not YAML: {error}") from error
-
-
-def build(kind: type[T], fields: Any, *, where: str) -> T:
-    """An object of a strict dataclass.
-
-    Raises:
-        ValueError: naming `where` and the field that is unknown, missing, or of another type.
-    """
-    if not isinstance(fields, dict):
-        raise ValueError(f"got {fields!r} in {where}; expected the fields of a {kind.__name__}")
-    try:
-        return kind(**fields)
-    except (TypeError, StrictDataclassError) as error:
-        raise ValueError(f"got {where}: {error}; expected the fields of a {kind.__name__}") from error

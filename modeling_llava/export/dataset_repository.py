@@ -26,12 +26,11 @@ def write_dataset_repository(
     Raises:
         ValueError: if a record or picture cannot be read, or the licence is missing.
     """
-    if facts.license is None:
-        raise ValueError("got no licence; expected one: give --license, such as cc-by-4.0, or a --card with it")
+    license_id = facts.require_license()
     counts = write_parquet(source, out / "data")
     parts = [Part(name=entry.name, kind="data", license=entry.license) for entry in data]
-    conflicts = find_conflicts(facts.license, parts)
-    title = facts.title or repo_id.split("/")[-1]
+    conflicts = find_conflicts(license_id, parts)
+    title = facts.choose_title(repo_id)
     body = (
         build_environment()
         .get_template("dataset.md.jinja")
@@ -49,7 +48,7 @@ def write_dataset_repository(
     )
     size = next((name for end, name in SIZE_CATEGORIES if counts["rows"] < end), "n>1T")
     metadata = DatasetCardData(
-        license=facts.license,
+        license=license_id,
         license_name=facts.license_name,
         license_link=facts.license_link,
         language=facts.language,

@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 
 import hub_cards
+from modeling_llava.yaml_fields import read_yaml
 
 RESULTS_FOLDER = "results"
 """Where a model folder keeps the results of its evaluations, one JSON file each."""
@@ -57,6 +58,15 @@ def add_source(value: Any, source: str) -> Any:
 def read_sourced_json(path: Path, *, root: Path) -> Any:
     """The content of a JSON file, whose numbers know their path from `root`."""
     return add_source(json.loads(path.read_text(encoding="utf-8")), path.relative_to(root).as_posix())
+
+
+def read_sourced_yaml(path: Path) -> Any:
+    """The content of a YAML file, whose numbers know its name.
+
+    Raises:
+        ValueError: as `read_yaml`.
+    """
+    return add_source(read_yaml(path), path.name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import BadRequestError, HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from .model_card import HUB_RESULTS_FILE
 from .remote_code import collect_modules
 from .repository import KINDS
-from .repository_check import check_repository
+from .repository_check import check_repository, read_card
 from .run_files import CARRIED_FILES
 
 IGNORED_FOLDERS = ("__pycache__", ".cache", ".git")
@@ -112,7 +110,7 @@ def _check_owner(user: dict[str, Any], repo_id: str) -> None:
 def _push(api: HfApi, folder: Path, repo_id: str, kind: str, *, private: bool, pull_request: bool) -> str:
     repo_type = KINDS[kind]
     if not pull_request:
-        sdk = _read_sdk(folder) if repo_type == "space" else None
+        sdk = read_card(folder / "README.md")[0]["sdk"] if repo_type == "space" else None
         api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk)
     if private and not pull_request and not api.repo_info(repo_id, repo_type=repo_type).private:
         raise ValueError(f"got {repo_id}, which exists and is public; expected a private one: give --public to go on")
@@ -134,8 +132,3 @@ def _push(api: HfApi, folder: Path, repo_id: str, kind: str, *, private: bool, p
             raise ValueError(f"got 400 from the Hub for {repo_id} ({reason}): {_CARD_REFUSED}") from error
         raise ValueError(f"got files that the Hub refuses for {repo_id}: {error}; expected smaller ones") from error
     return commit.pr_url if pull_request else commit.commit_url
-
-
-def _read_sdk(folder: Path) -> str:
-    block = REGEX_YAML_BLOCK.search((folder / "README.md").read_text(encoding="utf-8"))
-    return yaml.safe_load(block.group(2))["sdk"]

@@ -15,6 +15,7 @@ from transformers import AutoProcessor, BatchFeature, PreTrainedModel, Processor
 
 from modeling_llava.auto import AutoModelForVision2Seq
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
+from modeling_llava.quantization import four_bit_config
 from processing_llava.original_folder import OriginalFolder, read_json
 
 from .run_files import RECORD_FILE
@@ -113,8 +114,6 @@ def _merge(
 
 
 def _load_4_bits(model_class: type, base_model: str) -> PreTrainedModel:
-    from modeling_llava.training.lora import four_bit_config
-
     return model_class.from_pretrained(base_model, dtype=torch.bfloat16, quantization_config=four_bit_config())
 
 

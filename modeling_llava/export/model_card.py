@@ -61,8 +61,7 @@ class ModelDescription:
     conflicts: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.facts.license is None:
-            raise ValueError("got no licence; expected one: give --license, such as apache-2.0, or a --card with it")
+        license_id = self.facts.require_license()
         if not self.base_models:
             raise ValueError(
                 "got no base model on the Hub; expected the id of the model it was made from: give --base-model"
@@ -70,11 +69,11 @@ class ModelDescription:
         licenses = self.facts.base_licenses
         parts = [Part(name=name, kind="base model", license=licenses.get(name)) for name in self.base_models]
         parts += [Part(name=entry.name, kind="data", license=entry.license) for entry in self.data]
-        self.conflicts = find_conflicts(self.facts.license, parts)
+        self.conflicts = find_conflicts(license_id, parts)
 
     @property
     def title(self) -> str:
-        return self.facts.title or self.repo_id.split("/")[-1]
+        return self.facts.choose_title(self.repo_id)
 
 
 def write_model_card(model: ModelDescription) -> str:

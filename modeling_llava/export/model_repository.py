@@ -16,9 +16,11 @@ from transformers import AutoProcessor, PreTrainedConfig, ProcessorMixin
 import hub_cards
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.original_layout import TRANSFORMERS_CONFIGS, write_transformers_config
+from modeling_llava.yaml_fields import build
 from processing_llava import AnyLlavaProcessor
 from processing_llava.original_folder import is_original, read_json
 
+from .card_facts import CardFacts
 from .export_settings import Exported, ExportSettings
 from .figures import add_source
 from .merged_adapter import PROJECTOR
@@ -203,7 +205,8 @@ def _add_card(source: Path, out: Path, settings: ExportSettings, **details: Any)
     if card is not None:
         bases = card.data.base_model
         bases = [bases] if isinstance(bases, str) else bases
-        facts = replace(facts, license=card.data.license, base_model=bases)
+        kept = vars(facts) | {"license": card.data.license, "base_model": bases}
+        facts = build(CardFacts, kept, where=str(source / "README.md"))
     model = ModelDescription(
         repo_id=settings.repo_id,
         facts=facts,

@@ -53,21 +53,26 @@ def find_problems(folder: Path, kind: str) -> Iterator[str]:
     if not card.is_file():
         yield "README.md is missing"
         return
-    text = card.read_text(encoding="utf-8")
-    block = REGEX_YAML_BLOCK.search(text)
     try:
-        metadata = yaml.safe_load(block.group(2)) if block else None
+        metadata, text = read_card(card)
     except yaml.YAMLError as error:
         yield f"the metadata of README.md is not YAML ({error})"
         return
     if not isinstance(metadata, dict):
         yield "README.md does not begin with metadata between two lines of ---"
         return
-    yield from _find_text_problems(folder, text[block.end() :])
+    yield from _find_text_problems(folder, text)
     yield from _find_license_problems(folder, metadata)
     yield from _METADATA_CHECKS[kind](folder, metadata)
     for name in ("base_model", "datasets", "models"):
         yield from _find_id_problems(metadata, name)
+
+
+def read_card(path: Path) -> tuple[Any, str]:
+    """The metadata of a README.md, None if it has none, and the text after them."""
+    text = path.read_text(encoding="utf-8")
+    block = REGEX_YAML_BLOCK.search(text)
+    return (yaml.safe_load(block.group(2)), text[block.end() :]) if block else (None, text)
 
 
 def is_absolute_path(value: str) -> bool:

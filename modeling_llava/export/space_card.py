@@ -22,9 +22,7 @@ def write_space_card(folder: Path, *, facts: CardFacts, repo_id: str) -> None:
     pin = _GRADIO_PIN.search(requirements.read_text(encoding="utf-8")) if requirements.is_file() else None
     if pin is None:
         raise ValueError(f"got {folder} without gradio==VERSION in requirements.txt; expected the version to run on")
-    if facts.license is None:
-        raise ValueError("got no licence; expected one: give --license, such as apache-2.0, or a --card with it")
-    title = facts.title or repo_id.split("/")[-1]
+    title = facts.choose_title(repo_id)
     metadata = SpaceCardData(
         title=title,
         emoji="\N{VOLCANO}",
@@ -33,7 +31,7 @@ def write_space_card(folder: Path, *, facts: CardFacts, repo_id: str) -> None:
         sdk="gradio",
         sdk_version=pin.group(1),
         app_file="app.py",
-        license=facts.license,
+        license=facts.require_license(),
         models=facts.base_model or None,
         tags=["llava", *facts.tags],
     )

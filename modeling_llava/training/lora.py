@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 LORA_DEFAULTS = {"r": 128, "lora_alpha": 256, "lora_dropout": 0.05, "bias": "none"}
 """Those of LLaVA v1.5."""
@@ -134,14 +134,3 @@ def find_words(model: PreTrainedModel) -> list[str]:
     """The last words of the names of all linear layers inside the language model."""
     layers = model.base_model.language_model.named_modules()
     return sorted({name.rsplit(".", 1)[-1] for name, module in layers if isinstance(module, nn.Linear)})
-
-
-def four_bit_config() -> BitsAndBytesConfig:
-    """QLoRA's 4-bit weights for the language model; tower, projector and output layer stay as they are."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
-        llm_int8_skip_modules=["model.vision_tower", "model.mm_projector", "lm_head"],
-    )

@@ -9,11 +9,11 @@ import yaml
 from peft import LoraConfig
 from trl import SFTConfig
 
+from modeling_llava.yaml_fields import FieldsLoader, build, check_fields, read_yaml
 from processing_llava.data_sources import DataSource
 from processing_llava.image_limits import ImageLimits
 from processing_llava.row_lengths import ON_BAD_ROW, check_length_options
 
-from .recipe_fields import RecipeLoader, apply_setting, build, check_fields
 from .trainer_fields import check_trainer
 
 STAGES = {
@@ -170,13 +170,7 @@ def read_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
     Raises:
         ValueError: naming the file or the setting, if they make no recipe.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"got recipe {str(path)!r}; expected a YAML file: there is none at this path")
-    try:
-        fields = yaml.load(path.read_text(), RecipeLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"got {path}, which is not YAML; expected a recipe: {error}") from error
+    fields = read_yaml(Path(path))
     if not isinstance(fields, dict):
         raise ValueError(f"got {path}; expected a mapping with stage, model, output_dir, and data as a list")
     for setting in settings:
@@ -190,3 +184,33 @@ def read_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
     # Its type lacks the names with a number, such as pissa_niter_16, which Recipe refuses with a reason.
     check_fields(fields.get("lora", {}), LoraConfig, where=f"lora of {path}", untyped=("init_lora_weights",))
     return build(Recipe, fields, where=str(path))
+
+
+def apply_setting(fields: dict[str, Any], setting: str) -> None:
+    """Set, or take out, one key of a recipe that was read.
+
+    Args:
+        setting: `KEY=VALUE`; see `read_recipe`.
+
+    Raises:
+        ValueError: naming the setting, if it has no place.
+    """
+    key, equals, text = setting.partition("=")
+    if not key or not equals:
+        raise ValueError(f"got {setting!r}; expected KEY=VALUE, such as trainer.learning_rate=1e-4")
+    *parents, last = key.split(".")
+    place: Any = fields
+    try:
+        value = yaml.load(text, FieldsLoader)
+        for name in parents:
+            place = place[int(name)] if isinstance(place, list) else place.setdefault(name, {})
+        name = int(last) if isinstance(place, list) else last
+        if text:
+            place[name] = value
+        else:
+            del place[name]
+    except (AttributeError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"got {setting!r}; expected a key of the recipe and a value in YAML, such as trainer.learning_rate=1e-4 "
+            "or data.0.path=rows.json; or nothing after = for a key that is there, to take it out"
+        ) from error

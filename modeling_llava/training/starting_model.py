@@ -6,9 +6,10 @@ from transformers import PreTrainedModel
 from modeling_llava import AutoModelForVision2Seq
 from modeling_llava.model_names import load_training_processor
 from modeling_llava.packed_attention import use_packed_attention
+from modeling_llava.quantization import four_bit_config
 from processing_llava import AnyLlavaProcessor
 
-from .lora import add_lora, four_bit_config, refuse_adapter
+from .lora import add_lora, refuse_adapter
 from .recipe import Recipe
 from .trainer import freeze_all_but
 

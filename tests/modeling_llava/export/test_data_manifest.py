@@ -34,11 +34,11 @@ def test_datasets_of_published_models_are_known_by_name(tmp_path):
         ([SQUARES | {"kind": "synthetic"}], "got synthetic data squares without made_by"),
         ([SQUARES | {"kind": "crawled"}], "got crawled data squares without domains"),
         ([SQUARES | {"note": "94% are red"}], "got the figure '94%' in data squares; expected figures in files"),
-        ([SQUARES | {"size": 3}], "unexpected keyword argument 'size'"),
-        ([SQUARES | {"rows": "many"}], "rows"),
-        ([{"kind": "public"}], "name"),
+        ([SQUARES | {"size": 3}], "got size in .*; expected fields of DataEntry, such as name, kind"),
+        ([SQUARES | {"rows": "many"}], "got rows='many' in .*; expected int"),
+        ([{"kind": "public"}], "without name; expected name, kind"),
         (["imagenet"], "got data 'imagenet' in .*; expected fields, or one of lcs_558k"),
-        ([3], "got 3 in .*; expected the fields of a DataEntry"),
+        ([3], "got 3 as .*; expected a mapping"),
     ],
 )
 def test_wrong_entries(tmp_path, content, message):
@@ -66,13 +66,26 @@ def test_facts_of_a_card(tmp_path):
     [
         ({"summary": "Right in 94% of cases."}, "got the figure '94%' in summary"),
         ({"limits": ["Wrong in 6% of cases."]}, "got the figure '6%' in limits"),
-        ({"licence": "mit"}, "unexpected keyword argument 'licence'"),
-        ({"language": "en"}, "language"),
+        ({"licence": "mit"}, "got licence in .*; expected fields of CardFacts, such as title"),
+        ({"language": "en"}, "got language='en' in"),
     ],
 )
 def test_wrong_facts(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         read_facts(write(tmp_path, content))
+
+
+def test_words_and_dates_of_a_card_are_text(tmp_path):
+    """YAML 1.1 takes the code of Norwegian for false, and has a type for days."""
+    (tmp_path / "facts.yaml").write_text("language: [en, no]\nreleased: 2024-01-01")
+    facts = read_facts(str(tmp_path / "facts.yaml"))
+    assert (facts.language, facts.released) == (["en", "no"], "2024-01-01")
+
+
+def test_a_fact_that_stands_twice_is_refused(tmp_path):
+    (tmp_path / "facts.yaml").write_text("license: mit\ntitle: Squares\nlicense: apache-2.0")
+    with pytest.raises(ValueError, match=r"facts.yaml, which is not YAML(.|\n)*got 'license' twice(.|\n)* line 3,"):
+        read_facts(str(tmp_path / "facts.yaml"))
 
 
 def test_a_note_on_published_figures_holds_none():

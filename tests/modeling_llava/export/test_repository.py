@@ -361,11 +361,18 @@ def test_a_card_that_somebody_wrote_is_kept(trained, tmp_path, capsys):
     assert "Apache License" in (tmp_path / "out" / "LICENSE").read_text()
 
 
-def test_a_card_to_keep_says_licence_and_base(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "metadata, message",
+    [
+        ("license: mit", "README.md without license or base_model; expected both"),
+        ("license: [mit]\nbase_model: someone/vicuna", "README.md; expected str"),
+    ],
+)
+def test_a_card_to_keep_says_licence_and_base(tmp_path, capsys, metadata, message):
     save_tiny_checkpoint(tmp_path / "model")
-    (tmp_path / "model" / "README.md").write_text("---\nlicense: mit\n---\n\n# By hand\n")
+    (tmp_path / "model" / "README.md").write_text(f"---\n{metadata}\n---\n\n# By hand\n")
     assert main(["export", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--keep-card"]) == 2
-    assert "README.md without license or base_model; expected both" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,10 @@ def test_a_key_that_stands_twice_is_refused(tmp_path, text, key, line):
         read_recipe(tmp_path / "recipe.yaml")
 
 
+def test_a_date_is_text(tmp_path):
+    assert read(tmp_path, "output_dir=2024-01-01").output_dir == "2024-01-01"
+
+
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.e-4", "+.1e-3", "1.0e-4"])
 def test_numbers_in_scientific_notation_are_numbers(tmp_path, text):
     (tmp_path / "recipe.yaml").write_text(

@@ -1,25 +1,26 @@
-"""The fields of a recipe: read from YAML, set beside the file, and checked by the dataclass that takes them.
+"""The fields of a recipe, card or manifest: read from YAML, and checked by the dataclass that takes them.
 
-What is surprising: YAML 1.1, which PyYAML reads, takes 1e-4 for text because it has no point, and no for false. Here
-the one is a number, and the other a word, as `save_strategy: no` means it.
+What is surprising: YAML 1.1, which PyYAML reads, takes 1e-4 for text because it has no point, no for false, and
+2024-01-01 for a date. Here the first is a number, and the others text, as `save_strategy: no` means it.
 """
 
 import dataclasses
 import difflib
 import re
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from huggingface_hub.dataclasses import type_validator
 
-_BOOLEAN = "tag:yaml.org,2002:bool"
+_BOOLEAN, _DATE = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"
 
 
-class RecipeLoader(yaml.SafeLoader):
-    """Reads 1e-4 as a number and "no" as a word, as everybody else, and refuses a key that stands there twice."""
+class FieldsLoader(yaml.SafeLoader):
+    """Reads 1e-4 as a number, "no" and dates as text, and refuses a key that stands there twice."""
 
     yaml_implicit_resolvers = {
-        letter: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOLEAN]
+        letter: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOLEAN, _DATE)]
         for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -35,40 +36,24 @@ class RecipeLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-RecipeLoader.add_implicit_resolver(
+FieldsLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
-RecipeLoader.add_implicit_resolver(_BOOLEAN, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+FieldsLoader.add_implicit_resolver(_BOOLEAN, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
-def apply_setting(fields: dict[str, Any], setting: str) -> None:
-    """Set, or take out, one key of a recipe that was read.
-
-    Args:
-        setting: `KEY=VALUE`; see `read_recipe`.
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file.
 
     Raises:
-        ValueError: naming the setting, if it has no place.
+        ValueError: naming it, if there is none, or it is not YAML.
     """
-    key, equals, text = setting.partition("=")
-    if not key or not equals:
-        raise ValueError(f"got {setting!r}; expected KEY=VALUE, such as trainer.learning_rate=1e-4")
-    *parents, last = key.split(".")
-    place: Any = fields
+    if not path.is_file():
+        raise ValueError(f"got {str(path)!r}; expected a YAML file: there is none at this path")
     try:
-        value = yaml.load(text, RecipeLoader)
-        for name in parents:
-            place = place[int(name)] if isinstance(place, list) else place.setdefault(name, {})
-        name = int(last) if isinstance(place, list) else last
-        if text:
-            place[name] = value
-        else:
-            del place[name]
-    except (AttributeError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"got {setting!r}; expected a key of the recipe and a value in YAML, such as trainer.learning_rate=1e-4 "
-            "or data.0.path=rows.json; or nothing after = for a key that is there, to take it out"
-        ) from error
+        return yaml.load(path.read_text(encoding="utf-8"), FieldsLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"got {path}, which is not YAML; expected fields in YAML: {error}") from error
 
 
 T = TypeVar("T")
