@@ -6,6 +6,7 @@ on standard error and exit code 2.
 
 import argparse
 import sys
+from importlib.metadata import version
 
 from spaces_demo.command import add_options as add_demo_options
 from spaces_demo.command import run as run_demo
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llava", description="Ask, assemble, train and share LLaVA models.")
+    parser.add_argument("--version", action="version", version=f"anyllava {version('anyllava')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     answering.add_commands(commands)
     demo = commands.add_parser("demo", help="a web page to talk with models about pictures")

@@ -117,6 +117,11 @@ def open_dataset(source: DataSource) -> "Dataset | IterableDataset":
     from datasets.exceptions import DatasetsError
 
     path = Path(source.path)
+    if path.is_file() and path.suffix not in _BUILDERS:
+        raise ValueError(
+            f"got the data {source.path!r}; expected a file that ends in {', '.join(ROW_FILES)}: write its rows as "
+            "JSON, as README.md does with those of a CSV file"
+        )
     options = {"split": source.split, "streaming": source.streaming}
     try:
         if _is_saved_dataset(path):

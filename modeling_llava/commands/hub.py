@@ -62,9 +62,14 @@ def run_export(options: argparse.Namespace) -> None:
 
 
 def run_push(options: argparse.Namespace) -> None:
+    from huggingface_hub.utils import validate_repo_id
+
     from modeling_llava.export.hub_upload import push_repository
     from modeling_llava.export.repository import prepare_repository
 
+    if "/" not in options.repo_id:
+        raise ValueError(f"got repo-id {options.repo_id!r}; expected OWNER/NAME")
+    validate_repo_id(options.repo_id)
     with TemporaryDirectory(prefix="llava-push-") as scratch:
         out = Path(scratch) / options.repo_id.split("/")[-1]
         exported = prepare_repository(Path(options.source), out, _export_settings(options))

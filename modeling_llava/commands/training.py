@@ -66,14 +66,20 @@ def run_check_data(options: argparse.Namespace) -> int:
         too_long=options.too_long,
         decode=not options.headers_only,
     )
-    if options.json:
-        Path(options.json).touch()  # whether it can be written is known before the work
+    for name in filter(None, (options.json, options.html)):
+        if any(Path(name).resolve() == Path(path).resolve() for path in options.sources):
+            raise ValueError(f"got {name!r} as data and as the file to write; expected another file to write")
+        Path(name).touch()  # whether it can be written is known before the work
+    if options.show is not None and options.show < 1:
+        raise ValueError(f"got --show {options.show}; expected at least 1")
     report = check_sources(sources, check, workers=options.workers, show_progress=sys.stderr.isatty())
     if report.lengths and (options.show or options.html):
         _preview(options, sources, check)
     if options.json:
         Path(options.json).write_text(json.dumps(report.to_dict(), indent=1) + "\n")
     print(make_printable(report.format_table()))
+    if not report.num_records:
+        raise ValueError(f"got no records in {', '.join(options.sources)}; expected at least one")
     return int(bool(report.refusals))
 
 

@@ -68,9 +68,11 @@ def merge_adapter(
         before, merged, processor = _merge(adapter, base_model=base_model, base_bits=base_bits)
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split("\n")[:2])
+        named = (read_json(adapter, "adapter_config.json", {}) or {}).get("base_model_name_or_path")
         raise ValueError(
-            f"got adapter {adapter!r} and base {base_model or 'of its own choice'}, which cannot be put together: "
-            f"{reason}; expected a folder or Hub id of each, made for each other"
+            f"got adapter {adapter!r} and base {base_model or named!r}, looked for from {str(Path.cwd())!r}, which "
+            f"cannot be put together: {reason}; expected a folder or Hub id of each, made for each other: give "
+            "base_model, if its own is somewhere else"
         ) from error
     report = compare(before, _compute_logits(merged, processor), base_bits=base_bits)
     merged.save_pretrained(out)

@@ -72,7 +72,9 @@ class TrainingRecord(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero:
+        path = Path(args.output_dir) / RECORD_FILE
+        # A run that was over when it was resumed has its record.
+        if not state.is_world_process_zero or (state.global_step == self.first_step and path.is_file()):
             return
         counts = count_parameters(model)
         record = self.origin | {
@@ -86,7 +88,6 @@ class TrainingRecord(TrainerCallback):
             "hardware": describe_hardware(),
             "versions": describe_versions(),
         }
-        path = Path(args.output_dir) / RECORD_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
 

@@ -225,6 +225,11 @@ def test_check_data_drops_keeps_and_splits_long_rows(checkpoint, tmp_path, capsy
         (["DATA", "--image-limit", "max_pixels=many"], "got 'max_pixels=many'; expected NAME=NUMBER"),
         (["DATA", "--image-limit", "pixels=5"], "got 'pixels=5'; expected NAME=NUMBER with one of max_bytes"),
         (["DATA", "--workers", "0"], "got 0 workers"),
+        (["DATA", "--json", "DATA"], "as data and as the file to write"),
+        (["DATA", "--html", "DATA"], "as data and as the file to write"),
+        (["DATA", "--show", "-1"], "got --show -1"),
+        (["EMPTY"], "got no records"),
+        (["TABLE"], "expected a file that ends in .json, .jsonl, .parquet, .arrow"),
         (["BROKEN"], "no JSON after 1 records"),
         (["DATA", "--json", "/"], "Is a directory"),
         (["DATA", "--html", "/missing/page.html"], "/missing/page.html"),
@@ -232,7 +237,10 @@ def test_check_data_drops_keeps_and_splits_long_rows(checkpoint, tmp_path, capsy
 )
 def test_mistakes_of_check_data_end_in_one_line_and_code_2(arguments, message, tmp_path, capsys):
     (tmp_path / "broken.json").write_text('[{"id": 1},')
+    (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "table.csv").write_text("image,question,answer")
     paths = {"DATA": write_data(tmp_path, "A"), "BROKEN": str(tmp_path / "broken.json")}
+    paths |= {"EMPTY": str(tmp_path / "empty.json"), "TABLE": str(tmp_path / "table.csv")}
     arguments = [paths.get(argument, argument) for argument in arguments]
     assert main(["check-data", *arguments, "--image-folder", str(tmp_path)]) == 2
     captured = capsys.readouterr()

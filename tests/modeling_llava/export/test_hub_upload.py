@@ -202,6 +202,12 @@ def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(pushes, name, mes
     assert "Traceback" not in pushes[name]["err"]
 
 
+@pytest.mark.parametrize("repo_id", ["model", "bad id/model", "alice/mo--del"])
+def test_a_name_that_no_repository_may_have_is_refused_before_anything_is_read(repo_id, capsys):
+    assert main(["push", "no-such-folder", "--repo-id", repo_id, "--dry-run"]) == 2
+    assert repo_id in capsys.readouterr().err
+
+
 def test_offline_is_said(hub, shelf, tmp_path):
     arguments = json.dumps([str(shelf / "model"), "--repo-id", "alice/model"])
     code = "import json, sys; from modeling_llava.cli import main; print(main(['push', *json.loads(sys.argv[1])]))"

@@ -119,7 +119,7 @@ def test_a_base_of_another_size(adapter, tmp_path, capsys):
     "arguments, message",
     [
         (["--base-bits", "8"], "got 8 bits; expected 4 or 16"),
-        (["--base-model", "someone/nothing"], "and base someone/nothing, which cannot be put together"),
+        (["--base-model", "someone/nothing"], "and base 'someone/nothing', looked for from"),
     ],
 )
 def test_wrong_arguments(adapter, tmp_path, capsys, arguments, message):

@@ -59,6 +59,13 @@ def test_a_second_stage_holds_the_record_of_the_first(workspace):
     assert [stage["recipe"]["stage"] for stage in stages] == ["align", "finetune"]
 
 
+def test_a_run_that_was_over_keeps_its_record(workspace):
+    trainer = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "disable_tqdm": True}
+    recipe = read_recipe(write_recipe(workspace, trainer=trainer, output_dir=str(workspace / "over")))
+    record = read_record(train(recipe))
+    assert read_record(train(recipe, resume=True)) == record
+
+
 def test_a_wrong_manifest_stops_the_run_before_it_trains(workspace):
     (workspace / "wrong.yaml").write_text(yaml.safe_dump([{"name": "squares", "kind": "found"}]))
     fields = {"data_manifest": str(workspace / "wrong.yaml"), "output_dir": str(workspace / "never")}
