@@ -25,7 +25,7 @@ from .original_layout import (
     write_original_config,
     write_transformers_config,
 )
-from .original_weights import TOWER, complete_tower, gather_original_weights
+from .original_weights import TOWER, complete_tower, gather_original_weights, is_used
 from .packed_linear import PackedLinear
 from .weight_files import Weight, find_base_dtype, read_model
 
@@ -105,7 +105,8 @@ class CheckpointMixin:
         if is_original:
             weights = gather_original_weights(folder, config)
         else:
-            weights = {rename_to_ours(key, "transformers"): item for key, item in read_model(name, download).items()}
+            named = {rename_to_ours(key, "transformers"): item for key, item in read_model(name, download).items()}
+            weights = {key: item for key, item in named.items() if is_used(key, config)}
         config.dtype = config.dtype or find_base_dtype(weights)
         kwargs = with_default_dtype(kwargs, stored=config.dtype)
         wants_info = kwargs.pop("output_loading_info", False)

@@ -100,7 +100,7 @@ class AnyLlavaConfig(PreTrainedConfig):
         self.lm_head_bias = lm_head_bias
         if tie_word_embeddings is None:
             tie_word_embeddings = self.text_config.tie_word_embeddings
-        self._check()
+        self.check()
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,7 +134,12 @@ class AnyLlavaConfig(PreTrainedConfig):
     def patches_per_side(self) -> int:
         return self.vision_config.image_size // self.vision_config.patch_size
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Refuse fields that make no model, also where they were set after this was made.
+
+        Raises:
+            ValueError: naming the field.
+        """
         text_fields = self.text_config.to_dict()
         for name in LOGIT_TRANSFORMS:
             if text_fields.get(name) not in (None, 1.0):

@@ -63,6 +63,7 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
 
     def __init__(self, config: AnyLlavaConfig) -> None:
         super().__init__(config)
+        config.check()
         text_size = config.text_config.hidden_size
         self.vision_tower = build_vision_tower(config.vision_config, num_layers=max(config.vision_feature_layers))
         self.mm_projector = build_projector(

@@ -412,6 +412,12 @@ def test_language_models_that_change_their_logits_are_refused():
         AnyLlavaConfig(text_config={"model_type": "gemma2"})
 
 
+def test_a_configuration_is_checked_when_a_model_is_made_of_it(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="got visual_tokens=0"):
+        AnyLlavaForConditionalGeneration.from_pretrained(tmp_path, visual_tokens=0)
+
+
 def test_one_layer_in_a_list_is_that_layer():
     """The original code has one index only, and would look a list up."""
     assert tiny_config(vision_feature_layer=[-2]).vision_feature_layer == -2
