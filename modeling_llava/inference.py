@@ -11,6 +11,7 @@ from transformers import AutoProcessor, PreTrainedModel
 from processing_llava.conversation_templates import load_template
 from processing_llava.processing_llava import AnyLlavaProcessor
 
+from . import block_attention
 from .auto import AutoModelForVision2Seq
 from .cached_generation import REUSING_MODEL_TYPES
 from .fused_norms import fuse_norms
@@ -96,6 +97,9 @@ def prepare_for_answering(model: PreTrainedModel, device: torch.device | None = 
     if device.type == "cpu":
         pack_linear_layers(model)
         use_token_attention(model)
+        vision_tower = model.base_model.vision_tower
+        if vision_tower.config._attn_implementation == "sdpa":
+            vision_tower.set_attn_implementation(block_attention.NAME)
         return
     language_model = model.base_model.language_model
     fuse_norms(language_model)

@@ -10,11 +10,12 @@ On a GPU it is one call where the products are six, so it is left out there only
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .block_attention import block_attention_forward
+
 NAME = "any_llava_token"
-"""The `attn_implementation` of a language model that decodes with it; all else it computes as "sdpa" does."""
+"""The `attn_implementation` of a language model that decodes with it, and reads prompts with `block_attention`."""
 
 
 def use_token_attention(model: PreTrainedModel) -> None:
@@ -60,7 +61,7 @@ def token_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """An attention function of transformers' AttentionInterface; `[B, L, H, D]` comes back."""
     if query_BHLD.shape[2] > 1 or not (query_BHLD.device.type == "cpu" or torch.compiler.is_compiling()):
-        return sdpa_attention_forward(
+        return block_attention_forward(
             module, query_BHLD, key_BKTD, value_BKTD, attention_mask, scaling=scaling, **kwargs
         )
     query_BKGD = query_BHLD[:, :, 0].unflatten(1, (key_BKTD.shape[1], -1))
