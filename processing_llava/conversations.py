@@ -15,13 +15,15 @@ turn, and the white space around the turn goes. What is surprising:
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from .image_folders import ImageFolder
-from .record_files import RefusedRecord, stream_records
+from .messages import PICTURE_KEYS, shorten
+from .record_files import RefusedRecord
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 """Role names of data files to those of messages."""
@@ -30,27 +32,6 @@ _IMAGE = "<image>"
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 ADDRESS = re.compile(r"data:|[A-Za-z][A-Za-z0-9+.-]*://", flags=re.IGNORECASE)
 """How a text begins that is no path."""
-
-
-def read_conversations(path: str | Path, image_folder: ImageFolder | str | Path | None = None) -> list[dict[str, Any]]:
-    """All rows of a data file.
-
-    Args:
-        path: `.json` (a list of records) or JSON Lines.
-        image_folder: Where image paths start and have to stay; without it, a record with a path is refused.
-
-    Raises:
-        ValueError: naming the file or the record that cannot be used; see `stream_records` and `convert_record`.
-    """
-    return list(stream_conversations(path, image_folder))
-
-
-def stream_conversations(
-    path: str | Path, image_folder: ImageFolder | str | Path | None = None
-) -> Iterator[dict[str, Any]]:
-    """The rows of a data file one by one."""
-    for index, record in enumerate(stream_records(path)):
-        yield convert_record(record, index, image_folder=image_folder)
 
 
 def convert_record(record: Any, index: int, *, image_folder: ImageFolder | str | Path | None = None) -> dict[str, Any]:
@@ -76,68 +57,80 @@ def convert_record(record: Any, index: int, *, image_folder: ImageFolder | str |
     if isinstance(record, RefusedRecord):
         raise record
     if not isinstance(record, dict):
-        raise RefusedRecord(str(index), "not a record", _shorten(record), "expected a JSON object; correct the file")
+        raise RefusedRecord(str(index), "not a record", shorten(record), "expected a JSON object; correct the file")
     row_id = str(record["id"]) if record.get("id") is not None else str(index)
+    with _naming(row_id):
+        return {"id": row_id, **_convert(record, image_folder)}
+
+
+def _convert(record: dict[str, Any], image_folder: ImageFolder | str | Path | None) -> dict[str, Any]:
     for key in _OTHER_MEDIA:
         if record.get(key):
-            raise RefusedRecord(
-                row_id,
+            raise _Fault(
                 "video or audio",
-                f"{key!r}: {_shorten(record[key])}",
+                f"{key!r}: {shorten(record[key])}",
                 "expected images and text; take the record out",
             )
-    messages = [_convert_turn(turn, row_id) for turn in _read_turns(record, row_id)]
+    messages = [_convert_turn(turn) for turn in _read_turns(record)]
     system = messages[:1] if messages and messages[0]["role"] == "system" else []
     turns = messages[len(system) :]
     if record.get("system"):
-        system = _add_system(record["system"], system, row_id)
+        system = _add_system(record["system"], system)
     if turns and turns[0]["role"] == "assistant":
         turns = turns[1:]
-    _check_turns(turns, row_id)
+    _check_turns(turns)
     image_items = [item for turn in turns for item in turn["content"] if item["type"] == "image"]
     own = [item.pop("image") for item in image_items if "image" in item]
-    images = read_images(record, row_id)
+    images = _list_images(record)
     if own and images:
-        raise RefusedRecord(
-            row_id,
+        raise _Fault(
             "two keys for one thing",
             f"{len(own)} images in the messages and {len(images)} beside them",
             "expected one place for all of them; take the others out",
         )
     images = own or images
     if len(image_items) != len(images):
-        raise RefusedRecord(
-            row_id,
+        raise _Fault(
             "images and placeholders differ",
             f"{len(image_items)} {_IMAGE} and {len(images)} images",
             "expected equal numbers; correct the record or take it out",
         )
-    images = [_read_image(image, image_folder, row_id) for image in images]
-    return {"id": row_id, "images": images, "messages": system + turns}
+    images = [_read_image(image, image_folder) for image in images]
+    return {"images": images, "messages": system + turns}
+
+
+class _Fault(ValueError):
+    """What is wrong with a record: the reason, what was got, and the remedy of a `RefusedRecord`."""
+
+
+@contextmanager
+def _naming(row_id: str) -> Iterator[None]:
+    try:
+        yield
+    except _Fault as fault:
+        raise RefusedRecord(row_id, *fault.args) from fault.__cause__
 
 
 def drops_first_turn(record: dict[str, Any]) -> bool:
     """Whether `convert_record`, which took this record, leaves out a first turn of the assistant."""
-    roles = [ROLES[turn["role"] if "role" in turn else turn["from"]] for turn in _read_turns(record, row_id="")]
+    roles = [ROLES[turn["role"] if "role" in turn else turn["from"]] for turn in _read_turns(record)]
     return roles[1 if roles[0] == "system" else 0] == "assistant"
 
 
-def _add_system(text: Any, system: list[dict[str, Any]], row_id: str) -> list[dict[str, Any]]:
+def _add_system(text: Any, system: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if system:
-        raise RefusedRecord(
-            row_id,
+        raise _Fault(
             "two system messages",
-            f"a system message beside the turns ({_shorten(text)}) and one among them",
+            f"a system message beside the turns ({shorten(text)}) and one among them",
             "expected one; take the other out",
         )
-    return [_convert_turn({"role": "system", "content": text}, row_id)]
+    return [_convert_turn({"role": "system", "content": text})]
 
 
-def _read_turns(record: dict[str, Any], row_id: str) -> list[Any]:
-    turns = _find_value(record, ("messages", "conversations"), row_id)
+def _read_turns(record: dict[str, Any]) -> list[Any]:
+    turns = _find_value(record, ("messages", "conversations"))
     if turns is None:
-        raise RefusedRecord(
-            row_id,
+        raise _Fault(
             "no conversation",
             f"keys {sorted(map(str, record))}",
             "expected 'conversations' or 'messages'; convert the file",
@@ -146,63 +139,56 @@ def _read_turns(record: dict[str, Any], row_id: str) -> list[Any]:
         # datasets gives a sequence of structs as a struct of sequences
         turns = [dict(zip(turns, values)) for values in zip(*turns.values())]
     if not isinstance(turns, list):
-        raise RefusedRecord(row_id, "malformed turn", _shorten(turns), "expected a list of turns; correct the record")
+        raise _Fault("malformed turn", shorten(turns), "expected a list of turns; correct the record")
     return turns
 
 
-def _convert_turn(turn: Any, row_id: str) -> dict[str, Any]:
+def _convert_turn(turn: Any) -> dict[str, Any]:
     role_key, content_key = ("role", "content") if isinstance(turn, dict) and "role" in turn else ("from", "value")
     role, content = (turn.get(role_key), turn.get(content_key)) if isinstance(turn, dict) else (None, None)
     if not isinstance(role, str) or not isinstance(content, (str, list)):
-        raise RefusedRecord(
-            row_id,
+        raise _Fault(
             "malformed turn",
-            f"turn {_shorten(turn)}",
+            f"turn {shorten(turn)}",
             f"expected a text in {content_key!r} and its author in {role_key!r}; correct the record",
         )
     if role not in ROLES:
-        raise RefusedRecord(
-            row_id, "unknown role", f"role {role!r}", f"expected one of {', '.join(ROLES)}; correct the record"
-        )
+        raise _Fault("unknown role", f"role {role!r}", f"expected one of {', '.join(ROLES)}; correct the record")
     if ROLES[role] == "assistant":
-        _check_answer(turn, row_id)
+        _check_answer(turn)
     if isinstance(content, list):
-        items = [_convert_item(item, row_id) for item in content]
+        items = [_convert_item(item) for item in content]
     elif ROLES[role] == "user" and _IMAGE in content:
         items = _split_at_images(content)
     else:
         items = [{"type": "text", "text": content}]
-    _check_unicode(items, row_id)
+    _check_unicode(items)
     return {"role": ROLES[role], "content": items}
 
 
-def _check_answer(turn: dict[str, Any], row_id: str) -> None:
+def _check_answer(turn: dict[str, Any]) -> None:
     if turn.get("tool_calls"):
-        raise RefusedRecord(
-            row_id, "tool calls", f"tool calls {_shorten(turn['tool_calls'])}", "expected text; take the record out"
-        )
+        raise _Fault("tool calls", f"tool calls {shorten(turn['tool_calls'])}", "expected text; take the record out")
     if turn.get("weight") not in (None, 1):
         # Every answer of a row is learned: only the template tells what is.
-        raise RefusedRecord(
-            row_id,
+        raise _Fault(
             "weight of an answer",
             f"an answer of weight {turn['weight']!r}",
             "expected 1, which is learned; take the answer and what follows it out, or the record",
         )
 
 
-def _convert_item(item: Any, row_id: str) -> dict[str, Any]:
+def _convert_item(item: Any) -> dict[str, Any]:
     """Columnar data sets fill every item with the keys of all others: only what its type needs is kept."""
     kind = item.get("type") if isinstance(item, dict) else None
     if kind == "text" and isinstance(item.get("text"), str):
         return {"type": "text", "text": item["text"]}
     if kind == "image":
-        image = next((item[key] for key in ("image", "path", "url") if item.get(key) is not None), None)
+        image = next((item[key] for key in PICTURE_KEYS if item.get(key) is not None), None)
         return {"type": "image"} if image is None else {"type": "image", "image": image}
-    raise RefusedRecord(
-        row_id,
+    raise _Fault(
         "malformed content",
-        f"item {_shorten(item)}",
+        f"item {shorten(item)}",
         'expected {"type": "text", "text": ...} or {"type": "image"}; correct the record',
     )
 
@@ -225,25 +211,24 @@ def _split_at_images(text: str) -> list[dict[str, str]]:
     return items
 
 
-def _check_unicode(items: list[dict[str, Any]], row_id: str) -> None:
+def _check_unicode(items: list[dict[str, Any]]) -> None:
     for item in items:
         try:
             item.get("text", "").encode()
         except UnicodeEncodeError as error:
             # JSON can spell half of a surrogate pair, which no tokenizer takes
-            raise RefusedRecord(
-                row_id, "text that is not Unicode", str(error), "expected whole characters; correct the record"
+            raise _Fault(
+                "text that is not Unicode", str(error), "expected whole characters; correct the record"
             ) from error
 
 
-def _check_turns(turns: list[dict[str, Any]], row_id: str) -> None:
+def _check_turns(turns: list[dict[str, Any]]) -> None:
     if not turns:
-        raise RefusedRecord(row_id, "no turns", "no turns", "expected at least one of the user; take the record out")
+        raise _Fault("no turns", "no turns", "expected at least one of the user; take the record out")
     for number, turn in enumerate(turns):
         expected = ("user", "assistant")[number % 2]
         if turn["role"] != expected:
-            raise RefusedRecord(
-                row_id,
+            raise _Fault(
                 "wrong order of turns",
                 f"a turn of the {turn['role']} at position {number}",
                 f"expected the {expected}: user and assistant in turn, a system message only at the start; correct "
@@ -251,61 +236,56 @@ def _check_turns(turns: list[dict[str, Any]], row_id: str) -> None:
             )
         answer = "".join(item["text"] for item in turn["content"] if item["type"] == "text")
         if turn["role"] == "assistant" and not answer.strip():
-            raise RefusedRecord(
-                row_id,
+            raise _Fault(
                 "empty answer",
                 f"an empty answer at position {number}",
                 "expected text to learn; take the record out",
             )
 
 
-def _find_value(record: dict[str, Any], keys: tuple[str, str], row_id: str) -> Any:
+def _find_value(record: dict[str, Any], keys: tuple[str, str]) -> Any:
     """What one of two keys holds; the other must be missing or empty."""
     given = [key for key in keys if record.get(key) is not None]
     filled = [key for key in given if not (isinstance(record[key], (str, list, dict)) and not record[key])]
     if len(filled) > 1:
-        raise RefusedRecord(
-            row_id, "two keys for one thing", f"{' and '.join(map(repr, keys))}", "expected one; take the other out"
-        )
+        raise _Fault("two keys for one thing", f"{' and '.join(map(repr, keys))}", "expected one; take the other out")
     return record[(filled or given)[0]] if given else None
 
 
 def read_images(record: dict[str, Any], row_id: str) -> list[Any]:
-    images = _find_value(record, ("images", "image"), row_id)
+    """What a record holds in `image` or `images`.
+
+    Raises:
+        RefusedRecord: naming the row, if it has both.
+    """
+    with _naming(row_id):
+        return _list_images(record)
+
+
+def _list_images(record: dict[str, Any]) -> list[Any]:
+    images = _find_value(record, ("images", "image"))
     if images is None:
         return []
     return list(images) if isinstance(images, (list, tuple)) else [images]
 
 
-def _read_image(image: Any, folder: ImageFolder | str | Path | None, row_id: str) -> str | bytes | Path | Image.Image:
+def _read_image(image: Any, folder: ImageFolder | str | Path | None) -> str | bytes | Path | Image.Image:
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
     if isinstance(image, str) and image[:5].lower() != "data:":
         if ADDRESS.match(image):
             # Whoever opens it later, such as `datasets`, may read any file of the machine, or a host of its network.
-            raise RefusedRecord(
-                row_id,
+            raise _Fault(
                 "image address",
-                f"the image address {_shorten(image)}",
+                f"the image address {shorten(image)}",
                 "expected a path or bytes; download it",
             )
         if folder is None:
-            raise RefusedRecord(
-                row_id, "image path without a folder", f"the image path {_shorten(image)}", "set image_folder"
-            )
+            raise _Fault("image path without a folder", f"the image path {shorten(image)}", "set image_folder")
         try:
             return (folder if isinstance(folder, ImageFolder) else ImageFolder(folder)).find(image)
         except ValueError as error:
-            raise RefusedRecord(
-                row_id, "image outside its folder", f"an image elsewhere ({error})", "correct the record"
-            ) from error
+            raise _Fault("image outside its folder", f"an image elsewhere ({error})", "correct the record") from error
     if not isinstance(image, (str, bytes, Path, Image.Image)):
-        raise RefusedRecord(
-            row_id, "malformed image", f"image {_shorten(image)}", "expected a path or bytes; correct the record"
-        )
+        raise _Fault("malformed image", f"image {shorten(image)}", "expected a path or bytes; correct the record")
     return image
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

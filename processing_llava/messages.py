@@ -24,7 +24,7 @@ def check_messages(messages: Any) -> None:
         ValueError: naming the message.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise ValueError(f"got the conversation {_shorten(messages)}; expected a list of messages; give at least one")
+        raise ValueError(f"got the conversation {shorten(messages)}; expected a list of messages; give at least one")
     for number, message in enumerate(messages):
         try:
             _check_message(message)
@@ -71,12 +71,12 @@ def _find_picture(item: dict[str, Any]) -> Any:
 
 def _check_message(message: Any) -> None:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ValueError(f'{_shorten(message)}; expected {{"role": ..., "content": ...}}')
+        raise ValueError(f'{shorten(message)}; expected {{"role": ..., "content": ...}}')
     content = message.get("content")
     if content is None and message["role"] != "user" and message.get("tool_calls"):
         return
     if not isinstance(content, (str, list, tuple)):
-        raise ValueError(f"the content {_shorten(content)}; expected a text or a list of items")
+        raise ValueError(f"the content {shorten(content)}; expected a text or a list of items")
     for item in () if isinstance(content, str) else content:
         _check_item(item)
 
@@ -84,13 +84,13 @@ def _check_message(message: Any) -> None:
 def _check_item(item: Any) -> None:
     kind = item.get("type") if isinstance(item, dict) else None
     if not isinstance(kind, str):
-        raise ValueError(f'the item {_shorten(item)}; expected {{"type": "text", "text": ...}} or {{"type": "image"}}')
+        raise ValueError(f'the item {shorten(item)}; expected {{"type": "text", "text": ...}} or {{"type": "image"}}')
     if kind == "text" and not isinstance(item.get("text"), str):
-        raise ValueError(f"the text {_shorten(item.get('text'))}; expected a string")
+        raise ValueError(f"the text {shorten(item.get('text'))}; expected a string")
     if kind == "image" and not isinstance(item.get("base64"), (str, type(None))):
-        raise ValueError(f"the base64 {_shorten(item['base64'])}; expected a string")
+        raise ValueError(f"the base64 {shorten(item['base64'])}; expected a string")
     if kind == "image_url" and not (isinstance(item.get("image_url"), dict) and "url" in item["image_url"]):
-        raise ValueError(f'the image_url {_shorten(item.get("image_url"))}; expected {{"url": ...}}')
+        raise ValueError(f'the image_url {shorten(item.get("image_url"))}; expected {{"url": ...}}')
 
 
 def _check_strings(value: Any, *, depth: int = 0) -> None:
@@ -111,6 +111,7 @@ def _check_strings(value: Any, *, depth: int = 0) -> None:
             _check_strings(item, depth=depth + 1)
 
 
-def _shorten(value: Any) -> str:
+def shorten(value: Any) -> str:
+    """At most 80 characters of a value, for a message about it."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -7,9 +7,9 @@ import PIL.Image
 import pytest
 
 from processing_llava.conversation_templates import load_template
-from processing_llava.conversations import convert_record, read_conversations, stream_conversations
+from processing_llava.conversations import convert_record
 from processing_llava.prompts import render_prompt
-from processing_llava.record_files import RefusedRecord
+from processing_llava.record_files import RefusedRecord, stream_records
 
 IMAGE = {"type": "image"}
 
@@ -249,13 +249,14 @@ RECORDS = [llava_record(("human", "Q"), ("gpt", "A")), llava_record(("human", "<
 def test_image_folder_is_put_in_front(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps(RECORDS), encoding="utf-8")
-    assert read_conversations(path, tmp_path / "images")[1]["images"] == [tmp_path / "images" / "1.jpg"]
+    _, row = (convert_record(item, 0, image_folder=tmp_path / "images") for item in stream_records(path))
+    assert row["images"] == [tmp_path / "images" / "1.jpg"]
 
 
 def test_reading_stops_at_a_line_that_is_not_json(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("\n\n".join(map(json.dumps, RECORDS)) + "\nnot json\n", encoding="utf-8")
-    rows = stream_conversations(path, tmp_path)
+    rows = (convert_record(item, 0, image_folder=tmp_path) for item in stream_records(path))
     assert [next(rows)["images"], next(rows)["images"]] == [[], [tmp_path / "1.jpg"]]
     with pytest.raises(ValueError, match="'data.jsonl, line 4'; expected a JSON list, or one record in each line"):
         next(rows)
