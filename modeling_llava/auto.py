@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from processing_llava.image_processing_fast import AnyLlavaImageProcessor
 from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
-from processing_llava.original_folder import OriginalFolder, is_original
+from processing_llava.original_folder import TEXT_MODEL_OF_TYPE, OriginalFolder, is_original
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .configuration_llava import AnyLlavaConfig
@@ -35,14 +35,6 @@ from .modeling_llava import AnyLlavaForConditionalGeneration, AnyLlavaModel
 from .original_layout import TRANSFORMERS_CONFIGS, translate_config
 
 logger = logging.get_logger(__name__)
-
-# fmt: off
-ORIGINAL_MODEL_TYPES = (
-    "llava", "llava_llama", "llava_mistral", "llava_mixtral", "llava_qwen", "llava_qwen2", "llava_qwen_moe",
-    "llava_gemma", "llava_mpt",
-)
-"""Every model_type under which original checkpoints are published."""
-# fmt: on
 
 
 class AutoModelForVision2Seq(_BaseAutoModelClass):
@@ -106,7 +98,7 @@ def register() -> None:
     """Register with transformers; calling it again changes nothing."""
     model_type = AnyLlavaConfig.model_type
     AutoConfig.register(model_type, AnyLlavaConfig, exist_ok=True)
-    for original_type in ORIGINAL_MODEL_TYPES:
+    for original_type in TEXT_MODEL_OF_TYPE:
         AutoConfig.register(original_type, build_dispatch_config(original_type), exist_ok=True)
     AutoModel.register(AnyLlavaConfig, AnyLlavaModel, exist_ok=True)
     AutoModelForImageTextToText.register(AnyLlavaConfig, AnyLlavaForConditionalGeneration, exist_ok=True)

@@ -96,8 +96,9 @@ class CachedGeneration:
 
         In a call of its own, so that nothing holds on to the copy that the cache gave while an answer is made.
         """
-        past = build_states(self.model)
-        if self.compile:
+        if not self.compile:
+            past = build_states(self.model)
+        else:
             past = build_static_states(self.model, len(keys) + max_new_tokens, made=self.cache.static_states)
         if past is not None:
             # The last token is always computed: the answer begins with its logits.

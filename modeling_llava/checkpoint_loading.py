@@ -153,7 +153,7 @@ class CheckpointMixin:
         layout = layout or layout_of(self.config)
         check_layout(layout)
         kwargs["save_original_format"] = False
-        if layout == "any_llava" or getattr(self, "_hf_peft_config_loaded", False):
+        if layout == "any_llava" or self._hf_peft_config_loaded:
             return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
         if self.base_model is self:
             raise ValueError(

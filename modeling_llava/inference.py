@@ -103,7 +103,7 @@ def prepare_for_answering(model: PreTrainedModel, device: torch.device | None = 
         return
     language_model = model.base_model.language_model
     fuse_norms(language_model)
-    if not (getattr(model, "is_quantized", False) or getattr(model, "_hf_peft_config_loaded", False)):
+    if not (getattr(model, "is_quantized", False) or model._hf_peft_config_loaded):
         fuse_projections(language_model)
 
 

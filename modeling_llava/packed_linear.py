@@ -50,7 +50,7 @@ def pack_linear_layers(model: PreTrainedModel) -> None:
     packed model can answer, and neither train, nor be saved, nor move to another device.
     """
     has_floats = model.dtype in PACKED_DTYPES and not is_slow_on_processor(model.dtype)
-    if not (torch.backends.mkldnn.is_available() and has_floats) or getattr(model, "_hf_peft_config_loaded", False):
+    if not (torch.backends.mkldnn.is_available() and has_floats) or model._hf_peft_config_loaded:
         return
     embeddings = model.get_input_embeddings().weight
     for name, module in list(model.named_modules()):

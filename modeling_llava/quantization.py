@@ -108,7 +108,7 @@ def quantize_to_int8(model: PreTrainedModel) -> None:
     """
     if torch.backends.quantized.engine == "none":
         raise ValueError("got a PyTorch without int8 kernels; expected one with fbgemm or qnnpack: leave int8 out")
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if model._hf_peft_config_loaded:
         raise ValueError("got quantization='int8' and merge_adapter=False; expected a merged adapter")
     language_model = model.base_model.language_model
     fuse_projections(language_model)

@@ -29,10 +29,9 @@ TEXT_MODEL_OF_CLASS = {
 TEXT_MODEL_OF_TYPE = {
     "llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_mixtral": "mixtral",
     "llava_qwen": "qwen2", "llava_qwen2": "qwen2", "llava_qwen_moe": "qwen2_moe", "llava_gemma": "gemma",
-    "llava_mpt": "mpt", "llama": "llama", "mistral": "mistral", "mixtral": "mixtral", "qwen2": "qwen2",
-    "gemma": "gemma",
+    "llava_mpt": "mpt",
 }
-"""The same by `model_type`, for configurations without a telling class name."""
+"""The same by every `model_type` under which originals are published, for those without a telling class name."""
 # fmt: on
 
 
@@ -112,6 +111,8 @@ class OriginalFolder:
             if class_name in TEXT_MODEL_OF_CLASS:
                 return TEXT_MODEL_OF_CLASS[class_name]
         model_type = self.config.get("model_type", "llava")
+        if model_type in TEXT_MODEL_OF_CLASS.values():
+            return model_type
         if model_type not in TEXT_MODEL_OF_TYPE:
             raise ValueError(
                 f"got {self.name} with model_type={model_type!r} and "
