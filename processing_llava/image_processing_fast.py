@@ -20,16 +20,8 @@ from transformers.image_utils import ChannelDimension, PILImageResampling, SizeD
 
 from .image_arrays import view_pixels
 from .image_layouts import fit_inside, select_grid
-from .image_processing_llava import (
-    AnyLlavaImageProcessorKwargs,
-    AnyLlavaImageProcessorPil,
-    CutImage,
-    TileShape,
-    fit_shorter_side,
-    pad_to_tile,
-    read_tile_shape,
-    shrinks_columns_first,
-)
+from .image_processing_llava import AnyLlavaImageProcessorKwargs, AnyLlavaImageProcessorPil, CutImage
+from .image_tiles import TileShape, fit_shorter_side, pad_to_tile, read_tile_shape, shrinks_columns_first
 
 # C 3 channels, or 4 of which the last means nothing · H height · W width · S side of a tile
 

@@ -16,6 +16,7 @@ HUB_FILES = {
         "image_loading",
         "image_processing_fast",
         "image_processing_llava",
+        "image_tiles",
         "messages",
         "processing_llava",
         "prompt_inputs",

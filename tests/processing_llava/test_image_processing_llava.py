@@ -97,7 +97,7 @@ def test_padding_equals_resizing_a_padded_square(size, monkeypatch):
     expected = process(image_processor("square"), square)
     padding = image_processor("pad", limits=ImageLimits(max_aspect_ratio=30))
     torch.testing.assert_close(process(padding, image), expected, rtol=0, atol=0)
-    monkeypatch.setattr("processing_llava.image_processing_llava.BAND_PIXELS", 3000)
+    monkeypatch.setattr("processing_llava.image_tiles.BAND_PIXELS", 3000)
     torch.testing.assert_close(process(padding, image), expected, rtol=0, atol=0)
 
 

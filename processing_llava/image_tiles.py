@@ -1,0 +1,131 @@
+"""A picture -> the tiles that a vision tower sees, with Pillow, bit for bit as the original LLaVA.
+
+"anyres" stretches the whole image into its first tile, without regard to its aspect ratio, and pads the detail tiles
+with black: slips of the original that every released checkpoint was trained on.
+
+The file is copied into Hub repositories with its siblings.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from transformers.image_utils import SizeDict
+
+from .image_layouts import fit_inside, select_grid
+
+# Rows are padded and resized in bands of about this many pixels, 16 MB in Pillow's four bytes each
+BAND_PIXELS = 4_000_000
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """What the vision tower sees, and how an image gets there."""
+
+    tile_size: int
+    """Side of a tile in pixels."""
+    edge: int
+    """What resizing brings the shorter side to, or both sides where the ratio is not kept; at least `tile_size`."""
+    keeps_ratio: bool
+    """CLIP keeps the aspect ratio and crops the centre; SigLIP stretches."""
+    resample: int
+    """Pillow's filter."""
+
+
+def read_tile_shape(size: SizeDict, crop_size: SizeDict | None, do_center_crop: bool, resample: int) -> TileShape:
+    """The fields of an image processor as what they say of tiles.
+
+    Raises:
+        ValueError: if they make no square of one size.
+    """
+    keeps_ratio = size.shortest_edge is not None
+    edge = size.shortest_edge if keeps_ratio else size.height
+    if edge is None or size.longest_edge is not None or (not keeps_ratio and size.width != edge):
+        raise ValueError(
+            f"got size={dict(size)}; expected {{'shortest_edge': n}} or {{'height': n, 'width': n}}; set it to the "
+            "side that the vision tower takes"
+        )
+    if keeps_ratio and not do_center_crop:
+        raise ValueError(
+            f"got size={dict(size)} with do_center_crop=False; expected a crop, because images that keep their aspect "
+            "ratio are not square; set do_center_crop=True, or size to {'height': n, 'width': n}"
+        )
+    if not do_center_crop:
+        return TileShape(edge, edge, keeps_ratio, resample)
+    tile_size = crop_size.height
+    if tile_size is None or crop_size.width != tile_size or tile_size > edge or (tile_size < edge and not keeps_ratio):
+        raise ValueError(
+            f"got crop_size={dict(crop_size)} with size={dict(size)}; expected a square no larger than the shortest "
+            "edge; correct it, or set do_center_crop=False for a tower that stretches its images"
+        )
+    return TileShape(tile_size, edge, keeps_ratio, resample)
+
+
+def resize_to_tile(image: Image.Image, shape: TileShape) -> np.ndarray:
+    """What the tower's own processor does, as (tile_size, tile_size, 3) bytes."""
+    if not shape.keeps_ratio:
+        return np.asarray(_resize(image, shape.edge, shape.edge, resample=shape.resample))
+    height, width = fit_shorter_side(image.height, image.width, shape.edge)
+    return _crop_centre(_resize(image, height, width, resample=shape.resample), shape.tile_size)
+
+
+def fit_shorter_side(height: int, width: int, edge: int) -> tuple[int, int]:
+    """(height, width) with the shorter side exact and the longer one truncated, as everywhere in CLIP's processing."""
+    short = min(height, width)
+    return tuple(edge if side == short else int(edge * side / short) for side in (height, width))
+
+
+def pad_to_tile(image: Image.Image, shape: TileShape, fill: tuple[int, ...]) -> np.ndarray:
+    """The image in the middle of a square of the colour `fill`, resized, as (tile_size, tile_size, 3) bytes.
+
+    Equal to building that square and resizing it, but the square of a 20000 x 100 image would take 1.6 GB. Pillow
+    resizes a square's rows before its columns and stores bytes in between, so bands of rows can be narrowed one at a
+    time, and rows that are all padding not at all.
+    """
+    side = max(image.size)
+    left, top = (side - image.width) // 2, (side - image.height) // 2
+    narrowed = Image.new("RGB", (shape.edge, side), fill)
+    band_height = max(1, BAND_PIXELS // side)
+    for start in range(0, image.height, band_height):
+        stop = min(start + band_height, image.height)
+        band = Image.new("RGB", (side, stop - start), fill)
+        band.paste(image.crop((0, start, image.width, stop)), (left, 0))
+        narrowed.paste(band.resize((shape.edge, stop - start), shape.resample), (0, top + start))
+    return _crop_centre(narrowed.resize((shape.edge, shape.edge), shape.resample), shape.tile_size)
+
+
+def cut_anyres(image: Image.Image, shape: TileShape, pinpoints: list[list[int]]) -> list[np.ndarray]:
+    """The stretched image, then the detail tiles row by row, each as (tile_size, tile_size, 3) bytes."""
+    tile_size = shape.tile_size
+    grid_height, grid_width = select_grid(image.height, image.width, pinpoints)
+    height, width = fit_inside(image.height, image.width, grid_height, grid_width)
+    canvas = Image.new("RGB", (grid_width, grid_height))
+    resized = _resize(image, height, width, resample=shape.resample)
+    canvas.paste(resized, ((grid_width - width) // 2, (grid_height - height) // 2))
+    pixels = np.asarray(canvas)
+    details = [
+        pixels[top : top + tile_size, left : left + tile_size]
+        for top in range(0, grid_height, tile_size)
+        for left in range(0, grid_width, tile_size)
+    ]
+    return [np.asarray(_resize(image, tile_size, tile_size, resample=shape.resample)), *details]
+
+
+def _resize(image: Image.Image, height: int, width: int, *, resample: int) -> Image.Image:
+    """Pillow 13's resize with any Pillow, so that an image is the same tokens on every machine."""
+    if shrinks_columns_first(image.height, image.width, height, width):
+        image = image.resize((image.width, height), resample)
+    return image.resize((width, height), resample)
+
+
+def shrinks_columns_first(height: int, width: int, new_height: int, new_width: int) -> bool:
+    """Whether Pillow 13 shrinks columns before rows, as they lose most (python-pillow/Pillow#9549).
+
+    Earlier versions always take rows first, and as bytes are stored in between, tall images differ by a level or two.
+    """
+    return height - new_height > max(0, 2 * (width - new_width))
+
+
+def _crop_centre(image: Image.Image, side: int) -> np.ndarray:
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return np.asarray(image.crop((left, top, left + side, top + side)))
