@@ -22,7 +22,8 @@ from transformers.utils import is_torchvision_available
 
 from processing_llava import AnyLlavaImageProcessor, AnyLlavaImageProcessorPil
 from processing_llava.conversation_templates import load_template
-from processing_llava.prompts import encode_prompt, render_prompt
+from processing_llava.prompt_ids import encode_prompt
+from processing_llava.prompts import render_prompt
 from processing_llava.sentencepiece_tokenizer import load_sentencepiece_tokenizer
 
 from .models import GOLDENS

@@ -18,8 +18,9 @@ from transformers.utils import logging
 from .conversations import read_images
 from .messages import check_messages
 from .processing_llava import AnyLlavaProcessor
+from .prompt_ids import encode_prompt
 from .prompt_inputs import IGNORED_LABEL
-from .prompts import count_images, encode_prompt
+from .prompts import count_images
 from .row_lengths import ON_BAD_ROW, read_image_sizes
 
 logger = logging.get_logger(__name__)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerFast
 
-from .prompts import count_images, encode_prompt
+from .prompt_ids import encode_prompt
+from .prompts import count_images
 
 IGNORED_LABEL = -100
 """The label that cross entropy skips."""

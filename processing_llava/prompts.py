@@ -1,9 +1,8 @@
-"""Conversation -> prompt -> ids, so that nothing a user types can act as a control token or an image.
+"""Conversation -> prompt that remembers who wrote what, so that nothing a user types can act as control or image.
 
-A prompt is a `str` that remembers who wrote which characters. Control tokens and image placeholders are read only
-where the template wrote every character; all other text, template and user alike, is tokenised in one go between
-them, so that harmless text gets the ids it always had. What is surprising: text after an image is tokenised like the
-start of a text, since the original LLaVA tokenises the pieces around its images one by one.
+A prompt is a `str` that knows which characters people wrote. Control tokens and image placeholders are read only where
+the template wrote every character; all other text, template and user alike, is tokenised in one go between them, so
+that harmless text gets the ids it always had (`prompt_ids.py`).
 
 Only the standard library and transformers are used; the file is copied into Hub repositories as it is.
 """
@@ -15,10 +14,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
-
-from .text_encoder import ControlToken, load_text_encoder
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
@@ -100,110 +96,15 @@ def render_prompt(
 
 def count_images(prompt: str, image_token: str) -> int:
     """How many images a prompt asks for: an `image_token` that a user typed does not count."""
-    return sum(prompt.count(image_token, start, end) for start, end in _template_spans(prompt))
+    return sum(prompt.count(image_token, start, end) for start, end in list_template_spans(prompt))
 
 
-def encode_prompt(
-    prompt: str,
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    image_token: str,
-    image_token_id: int,
-    num_image_tokens: Iterable[int] = (),
-    add_special_tokens: bool = True,
-) -> tuple[list[int], list[int]]:
-    """Tokenises a prompt.
-
-    Args:
-        prompt: From `render_prompt`; a plain `str` is read as template text from end to end.
-        tokenizer: Fast; it is not changed, and its padding and truncation settings are not used.
-        image_token: The placeholder of one image. The tokenizer need not know it.
-        image_token_id: What stands for one feature of an image; may lie outside the vocabulary.
-        num_image_tokens: For each placeholder in order, how many times `image_token_id` is written.
-        add_special_tokens: Begin with BOS if the tokenizer does and the template did not write it.
-
-    Returns:
-        `input_ids` and the assistant mask, both of length L; the mask is 1 on tokens that overlap an assistant span,
-        and 0 on images.
-
-    Raises:
-        ValueError: if placeholders and `num_image_tokens` differ in number, the tokenizer is not a fast one, or it
-            makes a control token out of plain text.
-    """
-    counts = list(num_image_tokens)
-    if len(counts) != count_images(prompt, image_token):
-        raise ValueError(
-            f"got {count_images(prompt, image_token)} {image_token} placeholders and {len(counts)} numbers of image "
-            "tokens; expected equal numbers; give one image for each placeholder"
-        )
-    supervised = bytearray(len(prompt))
-    for start, end in prompt.assistant_spans if isinstance(prompt, Prompt) else ():
-        supervised[start:end] = b"\1" * (end - start)
-    template_text = "".join(prompt[start:end] for start, end in _template_spans(prompt))
-    encoder = load_text_encoder(tokenizer, image_token=image_token, template_text=template_text)
-    image = ControlToken(image_token, image_token_id, strips_left=False, strips_right=False)
-    remaining_counts = iter(counts)
-    ids, mask = [], []
-    for piece in _split(prompt, {**encoder.control_tokens, image_token: image}):
-        if piece.control is image:
-            count = next(remaining_counts)
-            ids += [image_token_id] * count
-            mask += [0] * count
-        elif piece.control is not None:
-            ids.append(piece.control.token_id)
-            mask.append(int(1 in supervised[piece.start : piece.end]))
-        else:
-            is_start = piece.start == 0 or piece.follows is image
-            token_ids, offsets = encoder.encode_text(prompt[piece.start : piece.end], is_start=is_start)
-            ids += token_ids
-            # A prefix space can have an empty range: it belongs to the character after it.
-            ranges = ((piece.start + first, piece.start + max(last, first + 1)) for first, last in offsets)
-            mask += [int(1 in supervised[first:last]) for first, last in ranges]
-    bos = _leading_bos(tokenizer) if add_special_tokens else []
-    if ids[: len(bos)] != bos:
-        ids, mask = bos + ids, [0] * len(bos) + mask
-    return ids, mask
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A range of a prompt: a control token, or the text after one."""
-
-    start: int
-    end: int
-    control: ControlToken | None
-    follows: ControlToken | None = None
-
-
-def _split(prompt: str, control_tokens: dict[str, ControlToken]) -> Iterator[_Piece]:
-    longest_first = sorted(control_tokens, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, longest_first)))
-    matches = chain.from_iterable(pattern.finditer(prompt, *span) for span in _template_spans(prompt))
-    position, previous = 0, None
-    for match in matches:
-        token = control_tokens[match[0]]
-        start = len(prompt[: match.start()].rstrip()) if token.strips_left else match.start()
-        if position < start:
-            yield _Piece(position, start, control=None, follows=previous)
-        yield _Piece(match.start(), match.end(), control=token)
-        position, previous = match.end(), token
-        if token.strips_right:
-            position = len(prompt) - len(prompt[position:].lstrip())
-    if position < len(prompt):
-        yield _Piece(position, len(prompt), control=None, follows=previous)
-
-
-def _template_spans(prompt: str) -> list[Span]:
+def list_template_spans(prompt: str) -> list[Span]:
     """The ranges that no user wrote: everything, in a plain `str`."""
     user_spans = prompt.user_spans if isinstance(prompt, Prompt) else ()
     starts = [0, *(end for _, end in user_spans)]
     ends = [*(start for start, _ in user_spans), len(prompt)]
     return list(zip(starts, ends))
-
-
-def _leading_bos(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    first_ids = tokenizer.encode("")[:1]
-    return first_ids if first_ids == [tokenizer.bos_token_id] else []
 
 
 def _strings(value: Any) -> Iterator[str]:

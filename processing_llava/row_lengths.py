@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from .image_limits import ImageLimits
 from .image_loading import load_image, read_image_size
 from .processing_llava import AnyLlavaProcessor
-from .prompts import encode_prompt
+from .prompt_ids import encode_prompt
 from .record_files import RefusedRecord
 
 TOO_LONG = ("keep", "drop", "split")

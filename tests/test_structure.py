@@ -19,6 +19,7 @@ HUB_FILES = {
         "image_tiles",
         "messages",
         "processing_llava",
+        "prompt_ids",
         "prompt_inputs",
         "prompts",
         "role_markers",
