@@ -17,10 +17,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .chat_cache import ChatCache, TokenKey
 from .compiled_decoding import build_compile_config, build_static_states, decode_ahead
-from .generation import leave_room
 from .int8_linear import Int8Linear
 from .packed_linear import PackedLinear
 from .prompt_images import PromptImage, load_features, read_images
+from .roomy_states import leave_room
 
 REUSING_MODEL_TYPES = ("any_llava", "llava")
 """Ours, and transformers' own LLaVA 1.5."""

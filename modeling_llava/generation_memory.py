@@ -30,11 +30,11 @@ from transformers import DynamicCache, PreTrainedConfig
 from processing_llava.image_layouts import ImageLayout
 
 from .configuration_llava import AnyLlavaConfig
-from .generation import count_spare_tokens
 from .inference_dtype import is_slow_on_processor
 from .model_names import explain_missing
 from .modeling_llava import AnyLlavaForConditionalGeneration
 from .original_layout import translate_config
+from .roomy_states import count_spare_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ HUB_FILES = {
         "generation",
         "modeling_llava",
         "projectors",
+        "roomy_states",
         "vision_towers",
         "visual_tokens",
     ),

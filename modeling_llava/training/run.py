@@ -1,8 +1,5 @@
 """`llava train RECIPE.yaml`, as a story: model, what trains, rows, batches, memory, training, checkpoint."""
 
-import math
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,6 @@ from trl import SFTConfig
 from modeling_llava.fused_norms import fuse_norms
 from modeling_llava.packed_attention import NAME, packed_attention_forward
 from processing_llava.collator import LlavaDataCollator
-from processing_llava.data_sources import DataSource
-from processing_llava.fate_counts import FateCounts
-from processing_llava.processing_llava import AnyLlavaProcessor
-from processing_llava.row_datasets import load_rows
 
 from .checkpoints import check_resumable, explain_full_disk, find_checkpoint, refuse_checkpoints
 from .feature_cache import FeatureCache
@@ -29,10 +22,10 @@ from .recipe import Recipe
 from .record import TrainingRecord
 from .resume_settings import check_settings
 from .run_log import StreamReport
+from .run_rows import plan_batches, read_rows, repeat_stream
 from .sharding import is_sharded
 from .starting_model import load_model, load_processor
 from .step_memory import estimate_step, format_bytes, free_memory
-from .token_budget import TokenBudgetBatchSampler
 from .trainer import LlavaTrainer, count_parameters
 
 logger = logging.get_logger(__name__)
@@ -143,33 +136,6 @@ def build_trainer(recipe: Recipe) -> LlavaTrainer:
     )
 
 
-def read_rows(
-    sources: Sequence[DataSource], recipe: Recipe, processor: AnyLlavaProcessor, *, seed: int = 0
-) -> tuple[Dataset | IterableDataset, FateCounts]:
-    """The rows of some sources of a recipe, and what became of them, which is logged.
-
-    Raises:
-        ValueError: naming a row that cannot be used, or if none is left.
-    """
-    is_measured = recipe.max_length is not None or recipe.tokens_per_batch is not None or recipe.bad_rows == "skip"
-    dataset, fates = load_rows(
-        sources,
-        seed=seed,
-        processor=processor if is_measured else None,
-        max_length=recipe.max_length,
-        too_long=recipe.too_long,
-        on_bad_row=recipe.bad_rows,
-        num_proc=os.cpu_count(),
-    )
-    name = "eval_data" if sources is recipe.eval_data else "data"
-    for fate, number in fates.items():
-        logger.warning(f"{number:,} rows of {name}: {fate}")
-    if next(iter(dataset), None) is None:
-        found = ", ".join(f"{number:,} {fate}" for fate, number in fates.items()) or "none at all"
-        raise ValueError(f"got no row in {name} ({found}); expected at least one: raise max_length, or correct data")
-    return dataset, fates
-
-
 def check_reports(names: list[str]) -> None:
     """Refuse a logger that is not there, before the model is loaded.
 
@@ -183,49 +149,6 @@ def check_reports(names: list[str]) -> None:
                 f"got trainer.report_to={name!r}, which is not installed; expected none, or one of those that are "
                 f"({', '.join(installed)}): install its package, or take it out"
             )
-
-
-def repeat_stream(dataset: IterableDataset, arguments: SFTConfig) -> IterableDataset:
-    """Streaming rows without an end.
-
-    Where the Trainer does not know the number of rows, it knows of one epoch only: a run that is resumed after the end
-    of a stream would begin with its first rows again.
-
-    Raises:
-        ValueError: if nothing says when to stop.
-    """
-    if arguments.max_steps <= 0:
-        raise ValueError("got streaming data, whose rows are not counted; expected a number of steps: set max_steps")
-    return dataset.repeat(None)
-
-
-def plan_batches(dataset: Dataset | IterableDataset, recipe: Recipe, arguments: SFTConfig) -> TokenBudgetBatchSampler:
-    """Packed batches of a data set whose rows were measured."""
-    if not isinstance(dataset, Dataset):
-        raise ValueError("got tokens_per_batch for data that is streaming; expected data on disk, or padded batches")
-    lengths = dataset.with_format(None)
-    num_tokens = lengths["num_tokens"][:]
-    num_epochs = math.ceil(arguments.num_train_epochs)
-    if arguments.max_steps > 0:
-        # No epoch has fewer batches than this, so there are no more epochs than these.
-        least = math.ceil(sum(num_tokens) / recipe.tokens_per_batch)
-        num_batches = arguments.max_steps * arguments.gradient_accumulation_steps * arguments.world_size
-        num_epochs = math.ceil(num_batches / least)
-    sampler = TokenBudgetBatchSampler(
-        num_tokens,
-        lengths["num_images"][:],
-        max_tokens=recipe.tokens_per_batch,
-        max_images=recipe.images_per_batch,
-        num_epochs=num_epochs,
-        seed=arguments.seed,
-        rank=arguments.process_index,
-        num_ranks=arguments.world_size,
-        batches_per_step=arguments.world_size * arguments.gradient_accumulation_steps,
-        row_ids=lengths["id"],
-    )
-    share = sum(num_tokens) / (sampler.num_batches * recipe.tokens_per_batch)
-    logger.warning(f"{sampler.num_batches:,} packed batches an epoch, {share:.1%} full")
-    return sampler
 
 
 def decide_checkpointing(

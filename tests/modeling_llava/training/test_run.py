@@ -12,10 +12,11 @@ from trl import SFTConfig
 
 from modeling_llava import AutoModelForVision2Seq
 from modeling_llava.cli import main
-from modeling_llava.training import run
+from modeling_llava.training import run, run_rows
 from modeling_llava.training.recipe import Recipe, read_recipe
-from modeling_llava.training.run import build_trainer, train
+from modeling_llava.training.run import build_trainer, train, trainer_settings
 from modeling_llava.training.run_preview import preview
+from modeling_llava.training.run_rows import plan_batches
 from modeling_llava.training.starting_model import load_processor
 from modeling_llava.training.trainer import LlavaTrainer, count_parameters, freeze_all_but, part_of
 from processing_llava import AnyLlavaImageProcessor, AnyLlavaImageProcessorPil, row_lengths
@@ -176,8 +177,8 @@ def test_norms_are_fused_on_a_gpu(workspace, tmp_path, monkeypatch, device, is_s
     monkeypatch.setattr(run, "is_sharded", lambda arguments: is_sharded)
     # A run that believes it has a GPU goes no further than its rows.
     monkeypatch.setattr(SFTConfig, "device", torch.device(device))
-    monkeypatch.setattr(run, "load_rows", lambda *args, **settings: ([], {}))
-    with pytest.raises(ValueError, match="no row to train on"):
+    monkeypatch.setattr(run_rows, "load_rows", lambda *args, **settings: ([], {}))
+    with pytest.raises(ValueError, match="got no row in data"):
         build_trainer(read_recipe(write_recipe(workspace, output_dir=str(tmp_path / "out"))))
     assert len(fused) == is_fused
 
@@ -205,9 +206,9 @@ def test_epochs_that_max_steps_makes_have_equally_many_batches(workspace, tmp_pa
     trainer = {"max_steps": 60, "disable_tqdm": True}
     data = [{"path": str(tmp_path / "rows.json")}]
     recipe = read_recipe(write_recipe(workspace, trainer=trainer, tokens_per_batch=1110, data=data))
-    arguments = SFTConfig(output_dir=str(tmp_path), **run.trainer_settings(recipe))
+    arguments = SFTConfig(output_dir=str(tmp_path), **trainer_settings(recipe))
     rows, _ = load_rows(recipe.data, processor=load_processor(recipe))
-    sampler = run.plan_batches(rows, recipe, arguments)
+    sampler = plan_batches(rows, recipe, arguments)
     for epoch in range(60 // len(sampler) + 1):
         sampler.set_epoch(epoch)
         batches = list(sampler)
@@ -242,13 +243,13 @@ def test_packed_batches_hold_every_row_once_in_each_epoch(workspace, monkeypatch
 def test_data_of_which_no_row_is_left_is_refused(workspace, tmp_path, fields):
     trainer = {} if fields else {"per_device_train_batch_size": 2}
     recipe = write_recipe(workspace, **fields, max_length=2, trainer=trainer, output_dir=str(tmp_path))
-    with pytest.raises(ValueError, match=r"got no row to train on \(12 too long, dropped\); expected at least one"):
+    with pytest.raises(ValueError, match=r"got no row in data \(12 too long, dropped\); expected at least one"):
         build_trainer(read_recipe(recipe))
 
 
 def test_streaming_data_of_which_no_row_is_left_is_refused(workspace, tmp_path):
     data = [{"path": str(workspace / "rows.json"), "image_folder": str(workspace), "streaming": True}]
-    with pytest.raises(ValueError, match=r"got no row to train on \(12 too long, dropped\)"):
+    with pytest.raises(ValueError, match=r"got no row in data \(12 too long, dropped\)"):
         build_trainer(read_recipe(write_recipe(workspace, max_length=2, data=data, output_dir=str(tmp_path))))
 
 
@@ -272,7 +273,7 @@ def test_bad_rows_are_skipped_by_id_where_the_recipe_says_so(workspace, tmp_path
     assert any("in record 'blind'" in message and "nowhere.png" in message for message in skipped)
     counts = [message for message in caplog.messages if "cannot be used, skipped" in message]
     assert counts == [
-        "2 streaming rows read: cannot be used, skipped" if is_streaming else "2 rows: cannot be used, skipped"
+        "2 streaming rows read: cannot be used, skipped" if is_streaming else "2 rows of data: cannot be used, skipped"
     ]
 
 
