@@ -9,7 +9,6 @@ the end, plots. A part that fails is named there, keeps the rows that it gave, a
 command then ends with status 1.
 """
 
-import argparse
 import datetime
 import importlib.metadata
 import json
@@ -23,10 +22,9 @@ from typing import Any
 
 import torch
 
-from .models import SIZES
 from .report import draw, render_table
 from .roofline import describe_hardware, measure_limits
-from .timing import prepare, release_memory
+from .timing import build_parser, prepare, release_memory
 
 PARTS = ("loading", "preprocessing", "decoding", "llama_cpp", "chat", "captioning", "memory", "training")
 PACKAGES = ("anyllava", "torch", "torchvision", "transformers", "trl", "pillow", "llama_cpp_python")
@@ -75,13 +73,9 @@ def choose_parts(text: str | None) -> tuple[str, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--size", default="mid", choices=tuple(SIZES))
+    parser = build_parser(__doc__)
+    parser.prog = "python -m benchmarks"
     parser.add_argument("--only", metavar="NAME,...", help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     arguments = parser.parse_args()
     if arguments.rounds < 1:

@@ -16,46 +16,41 @@ on the first quarter of the requests. Preparing text and pictures counts on both
 `benchmarks.models`.
 """
 
-import argparse
 import random
 from functools import partial
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedModel
 
 from modeling_llava import AnyLlavaConfig
 from modeling_llava.batched_generation import AnswerRequest, generate_answers
 from modeling_llava.inference import prepare_for_answering
-from processing_llava import AnyLlavaImageProcessorPil, AnyLlavaProcessor
+from processing_llava import AnyLlavaProcessor
 
-from .models import IMAGE_TOKEN_ID, SIZES, build_config, build_model, build_peer, build_processor
+from .models import IMAGE_TOKEN_ID, WORDS, build_config, build_model, build_peer, build_processor, draw_noise
 from .report import render_table
 from .roofline import count_operations, count_weights
-from .timing import Row, clock, compare, default_dtype, interleave, prepare
+from .timing import Row, build_parser, clock, compare, default_dtype, interleave, prepare
 
 NUM_REQUESTS = {"cpu": 32, "cuda": 128}
 MAX_ROWS = {"cpu": 16, "cuda": 32}
 PEER_BATCH_SIZES = {"cpu": (1, 2, 4, 8), "cuda": (1, 4, 8, 16, 32)}
 KINDS_OF_ANSWERS = {"words": (0.47, 1, 5), "phrases": (0.23, 8, 24), "paragraphs": (0.30, 60, 200)}
 """Their share of the 665 thousand rows of LLaVA-1.5, and how many tokens they have at least and at most (assumed)."""
-WORDS = ("the", "red", "green", "circle", "left", "right", "picture", "two", "cat", "house")
 
 
 def build_inputs(size: str, *, device: str) -> tuple[PreTrainedModel, PreTrainedModel, AnyLlavaProcessor]:
     """Our model, that of transformers' own class, and a processor for both; none ends an answer by itself."""
-    processor = build_processor()
-    config = build_config("tiny" if size == "mid" else size)
     if size == "mid":
-        sides = {"size": {"shortest_edge": 384}, "crop_size": {"height": 384, "width": 384}}
-        processor.image_processor = AnyLlavaImageProcessorPil(**sides)
-        processor.patch_size = 32
+        processor = build_processor(384, 32)
         text = LlamaConfig(
             vocab_size=32000, hidden_size=512, num_hidden_layers=24, num_attention_heads=8, intermediate_size=1376
         )
         vision = CLIPVisionConfig(image_size=384, patch_size=32)
         config = AnyLlavaConfig(vision, text, image_token_id=IMAGE_TOKEN_ID)
+    else:
+        processor, config = build_processor(), build_config(size)
     processor.tokenizer.pad_token = processor.tokenizer.unk_token
     ours = build_model(config, device=device, dtype=default_dtype(device))
     peer = build_peer(ours)
@@ -66,16 +61,15 @@ def build_inputs(size: str, *, device: str) -> tuple[PreTrainedModel, PreTrained
     return ours, peer, processor
 
 
-def draw_requests(num_requests: int, *, seed: int = 0) -> list[AnswerRequest]:
+def draw_requests(num_requests: int) -> list[AnswerRequest]:
     """Requests of mixed lengths, each with pictures of its own."""
-    rng = random.Random(seed)
-    generator = torch.Generator().manual_seed(seed)
+    rng = random.Random(0)
+    generator = torch.Generator().manual_seed(0)
     requests, kinds = [], list(KINDS_OF_ANSWERS.values())
     for _ in range(num_requests):
         content: list[dict[str, Any]] = []
         for _ in range(rng.choice((0, 1, 1, 1, 2))):
-            noise = torch.randint(0, 256, (48, 64, 3), dtype=torch.uint8, generator=generator)
-            content.append({"type": "image", "image": Image.fromarray(noise.numpy()).resize((640, 480))})
+            content.append({"type": "image", "image": draw_noise(generator)})
         question = " ".join(rng.choices(WORDS, k=1 + min(200, int(rng.lognormvariate(3.0, 0.8)))))
         ((_, shortest, longest),) = rng.choices(kinds, weights=[share for share, _, _ in kinds])
         num_new_tokens = rng.randint(shortest, longest)
@@ -159,10 +153,7 @@ def measure(device: str, size: str, rounds: int, *, num_requests: int | None = N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--size", default="mid", choices=tuple(SIZES))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = build_parser(__doc__)
     parser.add_argument("--requests", type=int, help="32 on a CPU, 128 on a GPU")
     arguments = parser.parse_args()
     print(render_table(measure(arguments.device, arguments.size, arguments.rounds, num_requests=arguments.requests)))

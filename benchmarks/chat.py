@@ -10,7 +10,6 @@ they are read again, so that ChatSession has to compute them once more. Those of
 counts the tokens that are new in a turn, and the picture in the first one; not attention.
 """
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,12 +19,13 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from modeling_llava.chat_session import ChatSession
+from modeling_llava.foreign_processors import encode_messages
 from processing_llava import AnyLlavaProcessor
 
-from .models import SIZES, TILE_SIZE, build_pair, build_processor
+from .models import TILE_SIZE, build_pair, build_processor, draw_noise
 from .report import render_table
 from .roofline import count_operations, count_weights
-from .timing import Row, clock, compare, default_dtype, prepare
+from .timing import Row, build_parser, clock, compare, default_dtype, prepare
 
 QUESTIONS = [
     "What do you see in this picture? Describe it in one or two sentences.",
@@ -57,9 +57,7 @@ def record_answers(model: PreTrainedModel) -> list[Answer]:
 
 
 def answer_with_generate(model: PreTrainedModel, processor: AnyLlavaProcessor, messages: list, num_tokens: int) -> str:
-    inputs = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    ).to(model.device)
+    inputs = encode_messages(messages, processor).to(model.device)
     output_ids = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False)
     return processor.decode(output_ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).lstrip()
 
@@ -110,8 +108,7 @@ def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> lis
     prepare(device)
     ours, peer = build_pair(size, device=device, dtype=default_dtype(device))
     processor = build_processor()
-    noise = torch.randint(0, 256, (48, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    image = Image.fromarray(noise.numpy()).resize((640, 480))
+    image = draw_noise(torch.Generator().manual_seed(0))
     times: dict[str, list[list[float]]] = {"peer": [], "ours": []}
     answers = {"peer": record_answers(peer), "ours": record_answers(ours)}
     for _ in range(rounds + 1):
@@ -132,10 +129,7 @@ def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--size", default="mid", choices=tuple(SIZES))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = build_parser(__doc__)
     parser.add_argument("--new-tokens", type=int, default=32)
     arguments = parser.parse_args()
     print(render_table(measure(arguments.device, arguments.size, arguments.rounds, num_tokens=arguments.new_tokens)))

@@ -9,7 +9,6 @@ computed. A compiled peer is compared with ours compiled, or on a CPU, where our
 there only batch 1 is compiled, since compiling takes a minute for each batch.
 """
 
-import argparse
 import copy
 from collections.abc import Iterator
 from functools import partial
@@ -23,20 +22,18 @@ from modeling_llava.inference_dtype import is_slow_on_processor
 from modeling_llava.quantization import quantize_to_int8
 
 from .generation_times import (
-    NUM_TEXT_TOKENS,
     build_prompt,
     compile_ours,
     compile_peer,
     generate,
-    take_turns,
     time_decoding,
     time_encoding,
     time_prefill,
 )
-from .models import SIZES, TILE_SIZE, build_config, build_model, build_pair
+from .models import NUM_TEXT_TOKENS, TILE_SIZE, build_config, build_model, build_pair
 from .report import render_table
 from .roofline import count_operations, count_weights
-from .timing import PEER, Row, compare, default_dtype, prepare, release_memory
+from .timing import PEER, Row, build_parser, compare, default_dtype, prepare, release_memory, take_turns
 
 BATCHES = (1, 8, 32)
 PREFILLED_TOKENS = (576, 2928)
@@ -192,10 +189,7 @@ def _rows(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--size", default="mid", choices=tuple(SIZES))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = build_parser(__doc__)
     parser.add_argument("--new-tokens", type=int, default=32)
     arguments = parser.parse_args()
     rows = measure(arguments.device, arguments.size, arguments.rounds, num_tokens=arguments.new_tokens)

@@ -1,6 +1,5 @@
-"""Timing one generation: encoding, the first token, and the tokens after it, by jobs that take turns."""
+"""Timing one generation: encoding, the first token, and the tokens after it."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,10 +9,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from modeling_llava.compiled_decoding import SMALLEST_LENGTH, build_compile_config, decode_ahead
 from modeling_llava.token_attention import use_token_attention
 
-from .models import IMAGE_TOKEN_ID
+from .models import IMAGE_TOKEN_ID, NUM_TEXT_TOKENS
 from .timing import clock
 
-NUM_TEXT_TOKENS = 64
 STATIC_STATES = {"cache_implementation": "static", "max_cache_len": SMALLEST_LENGTH}
 
 
@@ -85,14 +83,3 @@ def time_prefill(model: PreTrainedModel, prompt: dict, device: str) -> float:
 
 def time_decoding(model: PreTrainedModel, prompt: dict, num_tokens: int, device: str, **settings) -> float:
     return generate(model, prompt, num_tokens, device, **settings)[0]
-
-
-def take_turns(jobs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each job returns in each round; a first round does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for number in range(rounds + 1):
-        for name, job in jobs.items():
-            value = job()
-            if number:
-                seconds[name].append(value)
-    return seconds

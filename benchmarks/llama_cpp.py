@@ -9,7 +9,6 @@ bits on a CPU, 16 on a GPU), and our int8 with llama.cpp's Q8_0, which has 8 bit
 llama.cpp attends to keys and values in the same floats as ours.
 """
 
-import argparse
 import copy
 import importlib.util
 import tempfile
@@ -24,10 +23,10 @@ from transformers import PreTrainedModel
 from modeling_llava.inference import prepare_for_answering
 from modeling_llava.quantization import quantize_to_int8
 
-from .generation_times import compile_ours, take_turns, time_decoding, time_prefill
-from .models import SIZES, build_config, build_model
+from .generation_times import compile_ours, time_decoding, time_prefill
+from .models import build_config, build_model
 from .report import render_table
-from .timing import Row, clock, compare, default_dtype, prepare
+from .timing import Row, build_parser, clock, compare, default_dtype, prepare, take_turns
 
 NUM_PROMPT_TOKENS = 640
 CONTEXT_LENGTH = 1024
@@ -224,10 +223,7 @@ def check_logits(ours: PreTrainedModel, other: LlamaCpp, prompt: dict[str, torch
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--size", default="mid", choices=tuple(SIZES))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = build_parser(__doc__)
     parser.add_argument("--new-tokens", type=int, default=32)
     arguments = parser.parse_args()
     rows = measure(arguments.device, arguments.size, arguments.rounds, num_tokens=arguments.new_tokens)

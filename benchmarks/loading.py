@@ -19,21 +19,21 @@ from pathlib import Path
 
 import torch
 
+from .peak_memory import read_status
 from .report import render_table
-from .timing import Row, compare, default_dtype, run_apart
+from .timing import PEER, Row, build_parser, compare, default_dtype, run_apart
 
 LOADERS = {
-    "transformers": ("transformers", "transformers' own class, its own layout"),
+    PEER: ("transformers", "transformers' own class, its own layout"),
     "transformers-ours": ("transformers", "AnyLLaVA, transformers' layout"),
     "any_llava": ("any_llava", "AnyLLaVA, its own layout"),
     "original": ("original", "AnyLLaVA, original layout, safetensors"),
     "original-bin": ("original-bin", "AnyLLaVA, original layout, two .bin shards"),
 }
 """Name to folder and description."""
-PEER = "transformers"
 SMALL_FILES = (PEER, "transformers-ours")
 """The loaders that need one folder of weights only."""
-SIZES = {
+LOADED_MODELS = {
     # Of the language model: layers and width; and the loaders.
     "tiny": (2, 256, SMALL_FILES),
     "mid": (12, 2048, tuple(LOADERS)),
@@ -89,12 +89,6 @@ def split_to_bin(source: Path, target: Path) -> None:
     (target / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def own_memory() -> int:
-    """Bytes that this process has allocated and touched."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-
 def load_once(loader: str, folder: Path, *, dtype: torch.dtype, device: str) -> dict[str, float]:
     """Load in this process; returns seconds on the wall and peak bytes."""
     from transformers import LlavaForConditionalGeneration
@@ -106,13 +100,13 @@ def load_once(loader: str, folder: Path, *, dtype: torch.dtype, device: str) -> 
     placement = {} if device == "cpu" else {"device_map": device}
     # Makes a GPU ready, which takes longer than loading.
     torch.zeros(1, device=device)
-    before = peak = own_memory()
+    before = peak = read_status("RssAnon")
     is_done = threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not is_done.wait(0.005):
-            peak = max(peak, own_memory())
+            peak = max(peak, read_status("RssAnon"))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -128,13 +122,13 @@ def load_once(loader: str, folder: Path, *, dtype: torch.dtype, device: str) -> 
     assert model.dtype == dtype
     # Weights of 16 bits are read, and others written.
     num_bytes = sum(2 * parameter.numel() + parameter.nbytes for parameter in model.parameters())
-    return {"seconds": seconds, "peak": max(peak, own_memory()) - before, "bytes": num_bytes}
+    return {"seconds": seconds, "peak": max(peak, read_status("RssAnon")) - before, "bytes": num_bytes}
 
 
 def measure(device: str, size: str, rounds: int, *, dtype: torch.dtype | None = None) -> list[Row]:
     """Rows of `benchmarks.timing`: seconds and peak memory of each of our loaders."""
     dtype = dtype or default_dtype(device)
-    layers, hidden_size, loaders = SIZES[size]
+    layers, hidden_size, loaders = LOADED_MODELS[size]
     results: dict[str, list[dict[str, float]]] = {loader: [] for loader in loaders}
     with tempfile.TemporaryDirectory() as name:
         write_layouts(Path(name), layers=layers, hidden_size=hidden_size, loaders=loaders)
@@ -156,10 +150,7 @@ def measure(device: str, size: str, rounds: int, *, dtype: torch.dtype | None = 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--size", default="mid", choices=tuple(SIZES))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = build_parser(__doc__, rounds=5)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="the files are bfloat16")
     parser.add_argument("--measure", nargs=2, metavar=("LOADER", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

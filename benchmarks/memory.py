@@ -25,7 +25,7 @@ from modeling_llava.inference import prepare_for_answering
 from .models import (
     IMAGE_TOKEN_ID,
     NUM_IMAGE_TOKENS,
-    SIZES,
+    NUM_TEXT_TOKENS,
     TILE_SIZE,
     build_config,
     build_model,
@@ -33,10 +33,9 @@ from .models import (
 )
 from .peak_memory import read_peak, start_peak
 from .report import render_table
-from .timing import Row, compare, default_dtype, prepare, release_memory, run_apart
+from .timing import Row, build_parser, compare, default_dtype, prepare, release_memory, run_apart
 
 KINDS = {"cpu": ("peer", "ours", "int8"), "cuda": ("peer", "ours")}
-NUM_TEXT_TOKENS = 64
 GIVING_BACK = {"MALLOC_TRIM_THRESHOLD_": str(2**20)}
 NUM_NEW_TOKENS = {"tiny": 8, "mid": 64, "7b": 256, "13b": 256}
 
@@ -124,9 +123,7 @@ def measure(device: str, size: str, rounds: int) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--size", default="mid", choices=tuple(SIZES))
+    parser = build_parser(__doc__, rounds=None)
     parser.add_argument("--new-tokens", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=2, metavar=("KIND", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,14 +1,16 @@
 """The models that the benchmarks run on: random weights in real shapes, ours and transformers' with the same tensors.
 
+And what they are asked about: a picture of noise, and words.
+
 What is surprising: weights are made where they are used, so that the host never holds a copy of a model on a GPU; and
 the model of transformers' own class holds the very tensors of ours. What it has beyond ours is added: a final norm of
 the tower and rows of the vocabulary for the image token.
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
+from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
@@ -23,8 +25,15 @@ GOLDENS = Path(__file__).parents[1] / "tests" / "goldens"
 TILE_SIZE = 336
 PATCH_SIZE = 14
 NUM_IMAGE_TOKENS = (TILE_SIZE // PATCH_SIZE) ** 2
+NUM_TEXT_TOKENS = 64
 IMAGE_TOKEN_ID = 32000
 """Outside the vocabulary, as the tokenizer of the tests gives it."""
+# fmt: off
+WORDS = (
+    "the", "a", "red", "green", "blue", "circle", "on", "left", "right", "picture", "shows", "two", "cat", "house",
+)
+# fmt: on
+"""Each of them is one token behind a space."""
 
 
 def _shape(hidden_size: int, layers: int, heads: int, intermediate_size: int) -> dict[str, int]:
@@ -37,7 +46,7 @@ def _shape(hidden_size: int, layers: int, heads: int, intermediate_size: int) ->
 
 
 _CLIP_LARGE = _shape(1024, 24, 16, 4096)
-SIZES = {
+SHAPES = {
     # The vision tower, and the language model.
     "tiny": (_shape(64, 2, 2, 128), _shape(64, 2, 2, 128)),
     "mid": (_shape(768, 12, 12, 2048), _shape(768, 12, 12, 2048)),
@@ -47,13 +56,12 @@ SIZES = {
 """An image has 576 tokens in all of them; 7b and 13b are those of LLaVA-1.5."""
 
 
-def build_config(size: str, **overrides: Any) -> AnyLlavaConfig:
-    vision, text = SIZES[size]
+def build_config(size: str) -> AnyLlavaConfig:
+    vision, text = SHAPES[size]
     return AnyLlavaConfig(
         CLIPVisionConfig(image_size=TILE_SIZE, patch_size=PATCH_SIZE, **vision),
         LlamaConfig(vocab_size=32000, max_position_embeddings=4096, **text),
         image_token_id=IMAGE_TOKEN_ID,
-        **overrides,
     )
 
 
@@ -88,12 +96,20 @@ def build_pair(size: str, *, device: str, dtype: torch.dtype) -> tuple[PreTraine
     return ours, peer
 
 
-def build_processor() -> AnyLlavaProcessor:
-    """One that fits all sizes."""
-    sides = {"size": {"shortest_edge": TILE_SIZE}, "crop_size": {"height": TILE_SIZE, "width": TILE_SIZE}}
+def build_processor(
+    side: int = TILE_SIZE, patch_size: int = PATCH_SIZE, *, image_aspect_ratio: str = "pad"
+) -> AnyLlavaProcessor:
+    """One that fits all of `SHAPES`, or towers of another side and patch size."""
+    sides = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     return AnyLlavaProcessor(
-        AnyLlavaImageProcessorPil(**sides),
+        AnyLlavaImageProcessorPil(image_aspect_ratio=image_aspect_ratio, **sides),
         load_sentencepiece_tokenizer(GOLDENS),
         chat_template=load_template("vicuna_v1"),
-        patch_size=PATCH_SIZE,
+        patch_size=patch_size,
     )
+
+
+def draw_noise(generator: torch.Generator) -> Image.Image:
+    """A picture of 64 x 48 random pixels, enlarged to 640 x 480."""
+    noise = torch.randint(0, 256, (48, 64, 3), dtype=torch.uint8, generator=generator)
+    return Image.fromarray(noise.numpy()).resize((640, 480))

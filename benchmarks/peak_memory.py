@@ -1,4 +1,4 @@
-"""The most memory that this process, or PyTorch on a GPU, has held since a moment."""
+"""What memory this process, or PyTorch on a GPU, holds, and the most since a moment."""
 
 from pathlib import Path
 
@@ -10,16 +10,17 @@ def start_peak(device: str) -> int:
     if device == "cpu":
         # Resets VmHWM; see proc_pid_clear_refs(5).
         Path("/proc/self/clear_refs").write_text("5")
-        return _read_status("VmRSS")
+        return read_status("VmRSS")
     torch.cuda.reset_peak_memory_stats()
     return torch.cuda.memory_allocated()
 
 
 def read_peak(device: str) -> int:
     """The most bytes that were held since; on a CPU, mapped files included."""
-    return _read_status("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
+    return read_status("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
 
 
-def _read_status(field: str) -> int:
+def read_status(field: str) -> int:
+    """Bytes by their name in proc_pid_status(5)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

@@ -13,6 +13,7 @@ Pillow's for all. Of a prompt with one image, transformers tokenises a text of p
 import argparse
 import io
 import time
+from itertools import cycle
 from typing import Any
 
 from PIL import Image
@@ -30,13 +31,13 @@ from .models import GOLDENS
 from .report import render_table
 from .timing import Row, compare, interleave, prepare
 
-SIZES = [(1024, 768), (768, 1024), (640, 480), (480, 640), (1280, 720), (500, 375), (800, 800), (1600, 1200)]
+PICTURE_SIZES = [(1024, 768), (768, 1024), (640, 480), (480, 640), (1280, 720), (500, 375), (800, 800), (1600, 1200)]
 """(width, height) in pixels."""
-NUM_IMAGES = {"tiny": 2, "mid": len(SIZES), "7b": len(SIZES), "13b": len(SIZES)}
+NUM_IMAGES = {"tiny": 2, "mid": len(PICTURE_SIZES), "7b": len(PICTURE_SIZES), "13b": len(PICTURE_SIZES)}
 TILE = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 MODES = ("square", "pad", "anyres")
-PEER = "transformers, PIL"
+PILLOW = "transformers, PIL"
 TORCHVISION = "transformers, torchvision"
 EXACT = "AnyLLaVA, pil"
 FAST = "AnyLLaVA, torch"
@@ -46,7 +47,7 @@ def build_backends(mode: str) -> dict[str, Any]:
     """The image processors of one mode by name."""
     ours = {"image_aspect_ratio": mode, "image_grid_pinpoints": PINPOINTS if mode == "anyres" else None}
     theirs = {"image_grid_pinpoints": PINPOINTS} if mode == "anyres" else {"do_pad": mode == "pad"}
-    backends = {PEER: (LlavaNextImageProcessorPil if mode == "anyres" else LlavaImageProcessorPil)(**TILE, **theirs)}
+    backends = {PILLOW: (LlavaNextImageProcessorPil if mode == "anyres" else LlavaImageProcessorPil)(**TILE, **theirs)}
     if is_torchvision_available():
         from transformers import LlavaImageProcessor, LlavaNextImageProcessor
 
@@ -60,9 +61,9 @@ def build_backends(mode: str) -> dict[str, Any]:
 def make_pictures(num_images: int) -> list[Image.Image]:
     names = sorted(path for path in (GOLDENS / "images").glob("*.png") if "tiny" not in path.name)
     pictures = []
-    for number in range(num_images):
-        with Image.open(names[number % len(names)]) as image:
-            pictures.append(image.convert("RGB").resize(SIZES[number % len(SIZES)], Image.Resampling.BICUBIC))
+    for _, name, size in zip(range(num_images), cycle(names), cycle(PICTURE_SIZES)):
+        with Image.open(name) as image:
+            pictures.append(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
     return pictures
 
 
@@ -106,7 +107,7 @@ def compare_images(pictures: list[Image.Image], *, rounds: int) -> list[Row]:
         num_bytes = sum(3 * picture.width * picture.height for picture in pictures) + prepared.nbytes
         notes = {name: describe_difference(backend, backends[EXACT], pictures) for name, backend in backends.items()}
         for ours in (EXACT, FAST):
-            for peer in (name for name in (PEER, TORCHVISION) if name in backends):
+            for peer in (name for name in (PILLOW, TORCHVISION) if name in backends):
                 rows.append(
                     compare(
                         f"{mode}, {ours}",
@@ -129,10 +130,10 @@ def compare_files(pictures: list[Image.Image], *, rounds: int, threads: int) -> 
     threaded.num_threads = threads
 
     def open_and_prepare() -> None:
-        backends[PEER]([Image.open(io.BytesIO(file)) for file in files], return_tensors="pt")
+        backends[PILLOW]([Image.open(io.BytesIO(file)) for file in files], return_tensors="pt")
 
     jobs = {"ours": lambda: backends[FAST](files, return_tensors="pt"), "peer": open_and_prepare}
-    names = {"unit": "images/s", "amount": len(files), "peer_name": PEER}
+    names = {"unit": "images/s", "amount": len(files), "peer_name": PILLOW}
     seconds = interleave(jobs, rounds=rounds, device="cpu", clock=processor_seconds)
     rows = [compare(f"pad, from JPEG files, {FAST}", seconds["ours"], seconds["peer"], **names)]
     if threads > 1:
@@ -177,7 +178,7 @@ def measure(device: str, size: str, rounds: int, *, num_images: int | None = Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=len(SIZES))
+    parser.add_argument("--images", type=int, default=len(PICTURE_SIZES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="also measure so many, by the clock on the wall")
     arguments = parser.parse_args()

@@ -36,8 +36,8 @@ def describe_hardware(device: str) -> str:
     return f"{torch.cuda.get_device_name()}, {torch.cuda.mem_get_info()[1] / 2**30:.0f} GiB, beside {processor}"
 
 
-def measure_limits(device: str, *, rounds: int = 3) -> Limits:
-    """The best of some rounds: other work on the machine can only slow the device down."""
+def measure_limits(device: str) -> Limits:
+    """The best of three rounds: other work on the machine can only slow the device down."""
     limits = {}
     for dtype in DTYPES:
         source = torch.ones(COPIED_BYTES[device] // dtype.itemsize, dtype=dtype, device=device)
@@ -50,7 +50,7 @@ def measure_limits(device: str, *, rounds: int = 3) -> Limits:
             # On some processors twice as fast as the product that torch.mm computes.
             multiply = PackedLinear(nn.Linear(size, size, bias=False, dtype=dtype))
         jobs = {"copy": partial(target.copy_, source), "multiply": partial(multiply, matrix)}
-        seconds = {name: min(times) for name, times in interleave(jobs, rounds=rounds, device=device).items()}
+        seconds = {name: min(times) for name, times in interleave(jobs, rounds=3, device=device).items()}
         limits[str(dtype).removeprefix("torch.")] = {
             "bytes_per_second": 2 * source.nbytes / seconds["copy"],
             "operations_per_second": 2 * size**3 / seconds["multiply"],

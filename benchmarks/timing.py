@@ -1,9 +1,10 @@
-"""How every benchmark measures: jobs that take turns, their seconds, and the rows that results are made of.
+"""How every benchmark measures: its options, jobs that take turns, their seconds, and the rows of results.
 
 On a CPU, seconds are those of the processor on one thread, so that other work on the machine does not count. On a GPU
 they are those on the wall, from an idle device to an idle device: what the host takes to start kernels counts too.
 """
 
+import argparse
 import gc
 import json
 import os
@@ -12,11 +13,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 PEER = "transformers"
+SIZES = ("tiny", "mid", "7b", "13b")
+"""What each of them is, a benchmark says itself."""
 TIME_UNITS = {"s": 1.0, "ms": 1e-3}
 """Seconds of one; any other unit is one of so much a second, and larger is better."""
 
@@ -35,6 +39,16 @@ Row = dict[str, Any]
     dtype       optional: of the arithmetic, e.g. "float32"
     note        optional: what else there is to say
 """
+
+
+def build_parser(description: str, *, rounds: int | None = 3) -> argparse.ArgumentParser:
+    """The options that benchmarks share; None is for one that runs no rounds."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--size", default="mid", choices=SIZES)
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds)
+    return parser
 
 
 def prepare(device: str) -> None:
@@ -58,18 +72,28 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
+def take_turns(jobs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each job returns in each round. All jobs run in every round; a first round does not count."""
+    values: dict[str, list[float]] = {name: [] for name in jobs}
+    for number in range(rounds + 1):
+        for name, job in jobs.items():
+            value = job()
+            if number:
+                values[name].append(value)
+    return values
+
+
 def interleave(
     jobs: dict[str, Callable[[], Any]], *, rounds: int, device: str, clock: Callable[[str], float] = clock
 ) -> dict[str, list[float]]:
-    """Seconds of each job in each round. All jobs run in every round; a first round does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for number in range(rounds + 1):
-        for name, job in jobs.items():
-            start = clock(device)
-            job()
-            if number:
-                seconds[name].append(clock(device) - start)
-    return seconds
+    """Seconds of each job in each round, by `take_turns`."""
+
+    def measure(job: Callable[[], Any]) -> float:
+        start = clock(device)
+        job()
+        return clock(device) - start
+
+    return take_turns({name: partial(measure, job) for name, job in jobs.items()}, rounds)
 
 
 def compare(

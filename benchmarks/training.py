@@ -31,8 +31,8 @@ import torch
 from .peak_memory import read_peak, start_peak
 from .report import render_table
 from .roofline import count_operations
-from .timing import Row, clock, compare, prepare, run_apart
-from .training_inputs import SIZES, build_model, build_processor, write_rows
+from .timing import Row, build_parser, clock, compare, prepare, run_apart
+from .training_inputs import build_model, build_processor, write_rows
 
 PEERS = {
     "trl": "TRL SFTTrainer as it comes",
@@ -240,12 +240,9 @@ def compare_trainers(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--size", default="mid", choices=tuple(SIZES))
+    parser = build_parser(__doc__, rounds=2)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--rows-per-step", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--measure", nargs=3, metavar=("KIND", "STAGE", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device, rows_per_step = arguments.device, arguments.rows_per_step

@@ -6,22 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedModel
 
 from modeling_llava import AnyLlavaConfig
-from processing_llava import AnyLlavaImageProcessorPil, AnyLlavaProcessor
+from processing_llava import AnyLlavaProcessor
 
 from . import models
 from .timing import default_dtype
 
 _BASE_TOWER = {"image_size": 384, "patch_size": 32}
-_SMALL = models.SIZES["tiny"][1]
+_SMALL = models.SHAPES["tiny"][1]
 _LARGE = (
-    models.SIZES["7b"][0] | {"image_size": models.TILE_SIZE, "patch_size": models.PATCH_SIZE},
+    models.SHAPES["7b"][0] | {"image_size": models.TILE_SIZE, "patch_size": models.PATCH_SIZE},
     {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 5504},
 )
-SIZES = {
+TRAINED_SHAPES = {
     # The vision tower, and the language model.
     "tiny": (_BASE_TOWER | _SMALL, _SMALL),
     "mid": (
@@ -31,36 +30,16 @@ SIZES = {
     "7b": _LARGE,
     "13b": _LARGE,
 }
-LORA_SIZES = SIZES | {
-    size: (_LARGE[0], models.SIZES[size][1] | {"max_position_embeddings": 4096}) for size in ("7b", "13b")
+LORA_SHAPES = TRAINED_SHAPES | {
+    size: (_LARGE[0], models.SHAPES[size][1] | {"max_position_embeddings": 4096}) for size in ("7b", "13b")
 }
-WORDS = (
-    "the",
-    "a",
-    "red",
-    "green",
-    "blue",
-    "circle",
-    "on",
-    "left",
-    "right",
-    "picture",
-    "shows",
-    "two",
-    "cat",
-    "house",
-)
 
 
 def build_processor(size: str) -> AnyLlavaProcessor:
     """One for the pictures and the vocabulary of all these models."""
-    processor = models.build_processor()
+    tower, _ = TRAINED_SHAPES[size]
+    processor = models.build_processor(tower["image_size"], tower["patch_size"], image_aspect_ratio="square")
     processor.tokenizer.pad_token = processor.tokenizer.unk_token
-    tower, _ = SIZES[size]
-    side = tower["image_size"]
-    sides = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    processor.image_processor = AnyLlavaImageProcessorPil(image_aspect_ratio="square", **sides)
-    processor.patch_size = tower["patch_size"]
     return processor
 
 
@@ -69,7 +48,7 @@ def build_model(stage: str, size: str, *, device: str, is_peer: bool) -> PreTrai
 
     In float32, but for a LoRA on a GPU, under which what is frozen takes 16 bits.
     """
-    tower, language_model = (LORA_SIZES if stage == "lora" else SIZES)[size]
+    tower, language_model = (LORA_SHAPES if stage == "lora" else TRAINED_SHAPES)[size]
     text = LlamaConfig(vocab_size=32000, pad_token_id=0, **language_model)
     config = AnyLlavaConfig(CLIPVisionConfig(**tower), text, image_token_id=models.IMAGE_TOKEN_ID)
     dtype = default_dtype(device) if stage == "lora" else torch.float32
@@ -77,23 +56,20 @@ def build_model(stage: str, size: str, *, device: str, is_peer: bool) -> PreTrai
     return models.build_peer(ours) if is_peer else ours
 
 
-def write_rows(folder: Path, *, num_rows: int, seed: int = 0) -> None:
+def write_rows(folder: Path, *, num_rows: int) -> None:
     """Write pictures, and rows that show them."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
     rows = []
     for index in range(num_rows):
         images = []
         if rng.random() < 0.62:
             path = folder / f"{index}.jpg"
-            noise = torch.randint(
-                0, 256, (48, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(index)
-            )
-            Image.fromarray(noise.numpy()).resize((640, 480)).save(path)
+            models.draw_noise(torch.Generator().manual_seed(index)).save(path)
             images.append(str(path))
         messages: list[dict[str, Any]] = []
         for turn in range(rng.choice((1, 1, 2, 3))):
-            question = " ".join(rng.choices(WORDS, k=min(200, int(rng.lognormvariate(3.0, 0.8)))))
-            answer = " ".join(rng.choices(WORDS, k=min(250, 1 + int(rng.lognormvariate(2.8, 1.1)))))
+            question = " ".join(rng.choices(models.WORDS, k=min(200, int(rng.lognormvariate(3.0, 0.8)))))
+            answer = " ".join(rng.choices(models.WORDS, k=min(250, 1 + int(rng.lognormvariate(2.8, 1.1)))))
             content = [{"type": "image"}] * len(images) if turn == 0 else []
             messages.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})

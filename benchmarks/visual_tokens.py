@@ -15,7 +15,6 @@ LLaVA-1.5-7B. Writes results.json and visual_tokens.png to `--out`; what it prin
     python -m benchmarks.visual_tokens > benchmarks/results/visual-tokens.md
 """
 
-import argparse
 import datetime
 import json
 import statistics
@@ -35,14 +34,13 @@ from modeling_llava.tiny_llava.evaluate import evaluate
 from modeling_llava.visual_tokens import choose_features
 from processing_llava import AnyLlavaProcessor
 
-from .models import IMAGE_TOKEN_ID, NUM_IMAGE_TOKENS, SIZES, build_config, build_model
+from .models import IMAGE_TOKEN_ID, NUM_IMAGE_TOKENS, NUM_TEXT_TOKENS, build_config, build_model
 from .roofline import describe_hardware
-from .timing import default_dtype, interleave, prepare
+from .timing import build_parser, default_dtype, interleave, prepare
 
 QUESTIONS = Path(__file__).parents[1] / "tests" / "heldout" / "questions.json"
 BLOCKS = {"100 %": (1, 1), "50 %": (1, 2), "25 %": (2, 2), "12 %": (2, 4)}
 """Rows and columns of features that one is left of."""
-NUM_TEXT_TOKENS = 64
 TOTALS = MEAN, ALL = "mean of tasks", "all questions"
 
 PUBLISHED_SCORES = {
@@ -213,14 +211,11 @@ def draw(accuracy: dict[str, Any], times: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__, rounds=5)
     parser.add_argument("--samples", type=int, help="at most so many questions of each task; all by default")
     parser.add_argument("--out", type=Path, default=Path("runs/visual_tokens"))
     parser.add_argument("--questions", type=Path, default=QUESTIONS)
     parser.add_argument("--model", default=EMBEDDED_MODEL, help="folder of a model whose images are one tile")
-    parser.add_argument("--size", default="mid", choices=tuple(SIZES), help="of the model that is timed")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     prepare(arguments.device)
     model, processor = load_for_inference(arguments.model, device=arguments.device)
