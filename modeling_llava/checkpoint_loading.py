@@ -65,7 +65,7 @@ class CheckpointMixin:
             ValueError: naming file, weight, and expected and found shape, if something does not fit.
         """
         if quantization is not None:
-            from .quantization import ON_PROCESSOR, quantize_to_int8, with_quantization
+            from .quantization import ON_PROCESSOR, quantize_to_int8, refuse_unchanged, with_quantization
 
             loaded = cls.from_pretrained(
                 pretrained_model_name_or_path,
@@ -75,8 +75,11 @@ class CheckpointMixin:
                 merge_adapter=merge_adapter,
                 **with_quantization(kwargs, quantization),
             )
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
             if quantization == ON_PROCESSOR:
-                quantize_to_int8(loaded[0] if isinstance(loaded, tuple) else loaded)
+                quantize_to_int8(model)
+            else:
+                refuse_unchanged(model, quantization)
             return loaded
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)

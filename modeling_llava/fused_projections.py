@@ -33,11 +33,12 @@ class Columns(nn.Module):
 
 def fuse_projections(model: nn.Module) -> None:
     """Fuse in place; modules of other classes stay as they are."""
-    for module in list(model.modules()):
+    # Only these, so that the weights of each go when it is fused.
+    for module in [module for module in model.modules() if type(module) in ATTENTIONS + MLPS]:
         if type(module) in ATTENTIONS:
             module.fused_projection = _fuse(module, ("q_proj", "k_proj", "v_proj"))
             module.register_forward_pre_hook(_project_hidden_states, with_kwargs=True)
-        elif type(module) in MLPS:
+        else:
             module.fused_projection = _fuse(module, ("gate_proj", "up_proj"))
             module.register_forward_pre_hook(_project_input)
 

@@ -123,7 +123,8 @@ def _attend_with_kernel(query, key, value, cu_seq_lens, max_length, dropout, sca
     settings = _kernel_settings()
     if groups > 1 and "enable_gqa" not in settings:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+    # Not [0], whose backward fills and copies a tensor.
+    query, key, value = (tensor.squeeze(0).transpose(0, 1).contiguous() for tensor in (query, key, value))
     bounds = cu_seq_lens.to(query.device, torch.int32)
     if scaling is not None and "scale" in settings:
         settings["scale"] = scaling

@@ -100,6 +100,20 @@ def with_quantization(settings: dict[str, Any], quantization: str) -> dict[str, 
     return {"device_map": "cuda"} | settings | {"quantization_config": build_config(), "dtype": torch.bfloat16}
 
 
+def refuse_unchanged(model: PreTrainedModel, quantization: str) -> None:
+    """Refuse a model of which no layer was quantized, since its widths are not those that the kernels take.
+
+    Raises:
+        ValueError: naming it.
+    """
+    layers = [layer for layer in model.base_model.language_model.modules() if isinstance(layer, nn.Linear)]
+    if all(type(layer) is nn.Linear and type(layer.weight.data) is torch.Tensor for layer in layers):
+        raise ValueError(
+            f"got quantization={quantization!r} for a model of which no layer has a width that it takes; expected "
+            "multiples of 128: leave quantization out, or take another"
+        )
+
+
 def quantize_to_int8(model: PreTrainedModel) -> None:
     """Give a language model fused projections with int8 weights, in place; everything else becomes float32.
 

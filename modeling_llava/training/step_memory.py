@@ -220,14 +220,14 @@ def _count_saved(model: nn.Module, batch: dict[str, Any], dtype: torch.dtype) ->
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() in known:
-            return tensor
-        known.add(storage.data_ptr())
-        if current:
-            saved.layers[current[-1]] += storage.nbytes()
-        else:
-            saved.outside += storage.nbytes()
-        return tensor
+        if storage.data_ptr() not in known:
+            known.add(storage.data_ptr())
+            if current:
+                saved.layers[current[-1]] += storage.nbytes()
+            else:
+                saved.outside += storage.nbytes()
+        # An output that its own node saves would keep the graph, and all that it saved, for ever.
+        return tensor.detach()
 
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     with (

@@ -5,13 +5,14 @@ import importlib.util
 import pytest
 import torch
 from torch import nn
+from transformers import AutoProcessor
 
-from modeling_llava import AnyLlavaForConditionalGeneration
+from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
 from modeling_llava.chat_session import ChatSession
 from modeling_llava.fused_projections import Columns, fuse_projections
 from modeling_llava.inference import EMBEDDED_MODEL, load_for_inference
 from modeling_llava.int8_linear import Int8Linear
-from modeling_llava.quantization import ON_GPU, quantize_to_int8
+from modeling_llava.quantization import ON_GPU, quantize_to_int8, refuse_unchanged
 from modeling_llava.tiny_llava.evaluate import evaluate
 from tests.conftest import ROOT
 from tests.tiny import TEXT_CONFIGS, batch, random_images, save_tiny_checkpoint, text_ids, tiny_model
@@ -139,12 +140,28 @@ def test_gpu_names_need_a_gpu_and_a_package(monkeypatch, quantization):
         AnyLlavaForConditionalGeneration.from_pretrained(EMBEDDED_MODEL, quantization=quantization)
 
 
+def test_a_model_of_which_nothing_was_quantized_is_refused():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="got quantization='int4' for a model of which no layer has a width"):
+        refuse_unchanged(model, "int4")
+    # As bitsandbytes does; torchao changes the weights.
+    model.model.language_model.layers[0].mlp.up_proj.__class__ = type("Linear4bit", (nn.Linear,), {})
+    refuse_unchanged(model, "nf4")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("quantization", ON_GPU)
 def test_gpu_quantization_leaves_tower_projector_and_output_layer(quantization, tmp_path):
     pytest.importorskip(ON_GPU[quantization][0], reason=f"needs {ON_GPU[quantization][0]}")
-    model, processor = load_for_inference(EMBEDDED_MODEL, device="cuda", quantization=quantization)
-    plain = AnyLlavaForConditionalGeneration.from_pretrained(EMBEDDED_MODEL, dtype=torch.bfloat16)
+    processor = AutoProcessor.from_pretrained(EMBEDDED_MODEL)
+    config = AnyLlavaConfig.from_pretrained(EMBEDDED_MODEL)
+    # int4 takes multiples of 128.
+    config.text_config.update({"hidden_size": 256, "intermediate_size": 512, "head_dim": 64})
+    config.text_config.update({"num_attention_heads": 4, "num_key_value_heads": 4})
+    AnyLlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    model, processor = load_for_inference(str(tmp_path), device="cuda", quantization=quantization)
+    plain = AnyLlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for name, weight in plain.named_parameters():
         if "language_model.layers" not in name:
             assert torch.equal(model.get_parameter(name).cpu(), weight), name
