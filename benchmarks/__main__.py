@@ -1,12 +1,13 @@
 """Everything that the benchmarks measure, in one run.
 
-    python -m benchmarks [--device cpu] [--size mid] [--only NAME,...] [--rounds 3] [--out runs/benchmarks]
+    python -m benchmarks [--device cpu] [--size mid] [--only NAME[:CHOICE],...] [--rounds 3] [--out runs/benchmarks]
 
 Each part of `PARTS` is a file with `measure(device, size, rounds)`, which gives rows as `timing.Row` describes them
 (none where its peer is not installed), and a command of its own. Ours and the peer take turns within a part. Results
 are written after every row to results.json, for `python -m benchmarks.report`, with the limits of the device and, at
 the end, plots. A part that fails is named there, keeps the rows that it gave, and does not stop the others; the
-command then ends with status 1.
+command then ends with status 1. A choice makes a part shorter: `decoding:1` decodes batches of 1 only,
+`captioning:8` gives the peer batches of 8 at once, and `training:lora` trains adapters only.
 """
 
 import datetime
@@ -27,6 +28,8 @@ from .roofline import describe_hardware, measure_limits
 from .timing import build_parser, prepare, release_memory
 
 PARTS = ("loading", "preprocessing", "decoding", "llama_cpp", "chat", "captioning", "memory", "training")
+CHOICES = {"decoding": "batches", "captioning": "peer_batch_sizes", "training": "stages"}
+"""Parts that can be told to measure less, and the argument of `measure` that says so."""
 PACKAGES = ("anyllava", "torch", "torchvision", "transformers", "trl", "pillow", "llama_cpp_python")
 
 
@@ -57,25 +60,31 @@ def write_results(results: dict[str, Any], folder: Path) -> None:
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def choose_parts(text: str | None) -> tuple[str, ...]:
-    """The parts that a list of names, separated by commas, means.
+def choose_parts(text: str | None) -> dict[str, dict[str, Any]]:
+    """The parts that a list of names, separated by commas, means, with the arguments that their choices are.
 
     Raises:
         ValueError: naming those that there are.
     """
     if text is None:
-        return PARTS
-    names = tuple(dict.fromkeys(text.split(",")))
-    unknown = [name for name in names if name not in PARTS]
-    if unknown:
-        raise ValueError(f"got --only {text}; expected some of {','.join(PARTS)}")
-    return names
+        return {part: {} for part in PARTS}
+    parts: dict[str, dict[str, Any]] = {}
+    for item in text.split(","):
+        name, _, choice = item.partition(":")
+        if name not in PARTS or (choice and name not in CHOICES):
+            raise ValueError(
+                f"got --only {text}; expected some of {','.join(PARTS)}, with a choice behind {', '.join(CHOICES)}"
+            )
+        settings = parts.setdefault(name, {})
+        if choice:
+            settings[CHOICES[name]] = (*settings.get(CHOICES[name], ()), int(choice) if choice.isdecimal() else choice)
+    return parts
 
 
 def main() -> None:
     parser = build_parser(__doc__)
     parser.prog = "python -m benchmarks"
-    parser.add_argument("--only", metavar="NAME,...", help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--only", metavar="NAME[:CHOICE],...", help=f"some of {','.join(PARTS)}")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     arguments = parser.parse_args()
     if arguments.rounds < 1:
@@ -89,9 +98,9 @@ def main() -> None:
     prepare(device)
     results = describe_run(device, size=size, rounds=rounds)
     results["limits"] = measure_limits(device)
-    for part in parts:
+    for part, settings in parts.items():
         try:
-            for row in import_module(f"benchmarks.{part}").measure(device, size, rounds):
+            for row in import_module(f"benchmarks.{part}").measure(device, size, rounds, **settings):
                 results["parts"].setdefault(part, []).append(row)
                 write_results(results, arguments.out)
         except Exception as error:

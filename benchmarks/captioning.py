@@ -17,6 +17,7 @@ on the first quarter of the requests. Preparing text and pictures counts on both
 """
 
 import random
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -53,6 +54,8 @@ def build_inputs(size: str, *, device: str) -> tuple[PreTrainedModel, PreTrained
         processor, config = build_processor(), build_config(size)
     processor.tokenizer.pad_token = processor.tokenizer.unk_token
     ours = build_model(config, device=device, dtype=default_dtype(device))
+    # What ends an answer in the format of the processor: the likeliest token has a score above 0.
+    ours.lm_head.weight.data[processor.tokenizer.eos_token_id].zero_()
     peer = build_peer(ours)
     prepare_for_answering(ours)
     for model in (ours, peer):
@@ -114,7 +117,14 @@ def answer_padded(
     return answers
 
 
-def measure(device: str, size: str, rounds: int, *, num_requests: int | None = None) -> list[Row]:
+def measure(
+    device: str,
+    size: str,
+    rounds: int,
+    *,
+    num_requests: int | None = None,
+    peer_batch_sizes: Sequence[int] | None = None,
+) -> list[Row]:
     """The row of `benchmarks.timing` for this work.
 
     Raises:
@@ -125,7 +135,7 @@ def measure(device: str, size: str, rounds: int, *, num_requests: int | None = N
     ours, peer, processor = build_inputs(size, device=device)
     requests = draw_requests(num_requests)
     seconds = {}
-    for batch_size in PEER_BATCH_SIZES[device]:
+    for batch_size in peer_batch_sizes or PEER_BATCH_SIZES[device]:
         start = clock(device)
         answer_padded(peer, processor, requests[: num_requests // 4], batch_size)
         seconds[batch_size] = clock(device) - start

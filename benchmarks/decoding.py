@@ -10,7 +10,7 @@ there only batch 1 is compiled, since compiling takes a minute for each batch.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -69,7 +69,9 @@ def build_models(size: str, device: str, dtype: torch.dtype) -> dict[str, PreTra
     return models
 
 
-def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> Iterator[Row]:
+def measure(
+    device: str, size: str, rounds: int, *, num_tokens: int = 32, batches: Sequence[int] = BATCHES
+) -> Iterator[Row]:
     """Rows of encoding, prefill and decoding, each when it is known.
 
     Raises:
@@ -87,7 +89,7 @@ def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> Ite
         for num_image_tokens in PREFILLED_TOKENS:
             repeated = features[0].repeat(-(-num_image_tokens // len(features[0])), 1)
             yield from measure_prefill(models, [repeated[:num_image_tokens]], rounds, device=device)
-        for batch in BATCHES:
+        for batch in batches:
             yield from measure_decoding(models, features, rounds, batch=batch, num_tokens=num_tokens, device=device)
         del models
         release_memory()
@@ -144,7 +146,7 @@ def measure_decoding(
     decode = partial(time_decoding, prompt=prompt, num_tokens=num_tokens, device=device)
     jobs = {name: partial(decode, model) for name, model in models.items()}
     if device != "cpu" or batch == 1:
-        jobs[COMPILED] = partial(decode, models["peer"], **compile_peer())
+        jobs[COMPILED] = partial(decode, models["peer"], **compile_peer(models["peer"]))
     if device != "cpu":
         jobs["ours, compiled"] = partial(decode, models["ours"], **compile_ours(models["ours"]))
     amount = batch * (num_tokens - 1)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import CompileConfig, PreTrainedModel, StaticCache, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_llava.compiled_decoding import SMALLEST_LENGTH, build_compile_config, decode_ahead
@@ -11,8 +11,6 @@ from modeling_llava.token_attention import use_token_attention
 
 from .models import IMAGE_TOKEN_ID, NUM_TEXT_TOKENS
 from .timing import clock
-
-STATIC_STATES = {"cache_implementation": "static", "max_cache_len": SMALLEST_LENGTH}
 
 
 class FirstTokenClock(StoppingCriteria):
@@ -41,20 +39,29 @@ def build_prompt(batch: int, features: list[torch.Tensor], device: str) -> dict[
 def compile_ours(model: PreTrainedModel) -> dict[str, Any]:
     """Arguments of `generate` for what `ChatSession(compile=True)` does to the same model."""
     use_token_attention(model)
-    return STATIC_STATES | {"compile_config": build_compile_config(model.device), "custom_generate": decode_ahead}
+    compiled = {"compile_config": build_compile_config(model.device), "custom_generate": decode_ahead}
+    return build_states(model) | compiled
 
 
-def compile_peer() -> dict[str, Any]:
+def compile_peer(model: PreTrainedModel) -> dict[str, Any]:
     """Arguments of `generate` for what transformers compiles by default, and in one graph."""
     config = CompileConfig(fullgraph=True, dynamic=False)
     # Otherwise generate compiles on GPUs only.
     config._compile_all_devices = True
-    return STATIC_STATES | {"compile_config": config}
+    return build_states(model) | {"compile_config": config}
+
+
+def build_states(model: PreTrainedModel) -> dict[str, Any]:
+    """Static states for all rounds: CUDA graphs know their addresses, and would be captured anew for others."""
+    config = model.config.get_text_config(decoder=True)
+    return {"past_key_values": StaticCache(config=config, max_cache_len=SMALLEST_LENGTH)}
 
 
 def generate(model: PreTrainedModel, prompt: dict, num_tokens: int, device: str, **settings) -> tuple[float, list]:
     """Seconds from the first new token to the last one, and the tokens."""
     first_token = FirstTokenClock(device)
+    if "past_key_values" in settings:
+        settings["past_key_values"].reset()
     ids = model.generate(
         **prompt,
         max_new_tokens=num_tokens,

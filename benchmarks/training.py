@@ -6,10 +6,10 @@ Same weights, rows, batches, order, float type and optimizer; the tower is froze
 trained, or adapters in the language model (LoRA) beside the projector. The losses of every step must be equal to 1e-3
 (on a GPU, in 16 bits, 1e-2), or the benchmark fails. Lengths are drawn like those of LLaVA's instruction data: two
 thirds of the rows show an image, a fifth of the tokens is supervised. Each trainer is a process of its own, and they
-take turns; on a GPU, each has four more that prepare batches. The first step is left out. Memory is the peak above
-what was held before the first step. Useful tokens are all but padding. Adapters are trained with gradient
-checkpointing too, which takes time and saves memory: TRL does so by default, `llava train` where a step would not fit
-without it.
+take turns; on a GPU, each has four more that prepare batches. The first step is left out, and on a GPU, where blocks
+are compiled, the second. Memory is the peak above what was held before the first step. Useful tokens are all but
+padding. Adapters are trained with gradient checkpointing too, which takes time and saves memory: TRL does so by
+default, `llava train` where a step would not fit without it.
 
 "mid" is a ViT-B/32 at 384 pixels and a Llama 8x512. 7b and 13b are those of LLaVA-1.5 for LoRA; trained whole, they
 stand for 1.6 billion parameters (CLIP-L/14-336 and a Llama 24x2048), of which weights, gradients and optimizer fit on
@@ -20,7 +20,7 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -39,12 +39,14 @@ PEERS = {
     "trl-plain": "TRL SFTTrainer without gradient checkpointing",
     "trainer": "Trainer on transformers' own class",
 }
-OURS = {"ours": "", "ours-checkpointing": ", checkpointing"}
+OURS = {"ours": "", "ours-checkpointing": ", checkpointing", "ours-compiled": ", compiled blocks"}
 """And to what the names of their rows end in."""
 STAGES = {
     "finetune": ("trl", "trl-plain", "trainer", "ours"),
     "lora": ("trl", "trainer", "ours", "ours-checkpointing"),
 }
+COMPILED_ON = ("cuda",)
+"""Devices on which ours is trained with compiled blocks too; on a processor compiling takes longer than training."""
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
 """Without dropout, since every trainer would draw other numbers; of this rank, since "mid" is narrow."""
 PEER_LORA = LORA | {
@@ -72,6 +74,7 @@ def build_trainer(kind: str, folder: Path, arguments: dict[str, Any], *, stage: 
     from modeling_llava.packed_attention import use_packed_attention
     from modeling_llava.training.lora import add_lora
     from modeling_llava.training.recipe import Recipe
+    from modeling_llava.training.run import compile_blocks
     from modeling_llava.training.trainer import LlavaTrainer
     from processing_llava.collator import LlavaDataCollator
     from processing_llava.data_sources import DataSource
@@ -88,6 +91,8 @@ def build_trainer(kind: str, folder: Path, arguments: dict[str, Any], *, stage: 
         recipe = Recipe(stage=stage, model="", data=[DataSource(path="rows.json")], output_dir="out")
         if stage == "lora":
             model = add_lora(model, LORA, trained_parts=recipe.trained_parts, autocast=arguments["bf16"])
+        if kind == "ours-compiled":
+            compile_blocks(model.get_base_model() if stage == "lora" else model, checkpointing=False)
         return LlavaTrainer(
             model,
             SFTConfig(**arguments, max_length=None, gradient_checkpointing=kind == "ours-checkpointing"),
@@ -169,7 +174,8 @@ def train_once(kind: str, folder: Path, *, stage: str, size: str, device: str, r
     trainer.add_callback(Clock())
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    steps = [later - earlier for earlier, later in zip(times[1:], times[2:])]
+    first = 1 if is_cpu else 2
+    steps = [later - earlier for earlier, later in zip(times[first:], times[first + 1 :])]
     result = {"steps": steps, "losses": losses, "peak": read_peak(device) - before}
     return result | (count_work(trainer) if kind == "ours" else {})
 
@@ -193,7 +199,13 @@ def find_largest_difference(results: dict[str, list[dict[str, Any]]], *, device:
 
 
 def measure(
-    device: str, size: str, rounds: int, *, num_rows: int | None = None, rows_per_step: int | None = None
+    device: str,
+    size: str,
+    rounds: int,
+    *,
+    num_rows: int | None = None,
+    rows_per_step: int | None = None,
+    stages: Sequence[str] = tuple(STAGES),
 ) -> Iterator[Row]:
     """Rows of `benchmarks.timing`: rows and useful tokens a second and peak memory, beside each peer.
 
@@ -204,7 +216,10 @@ def measure(
     options = ("--device", device, "--size", size, "--rows-per-step", str(rows_per_step))
     with tempfile.TemporaryDirectory() as folder:
         write_rows(Path(folder), num_rows=num_rows)
-        for stage, kinds in STAGES.items():
+        for stage in stages:
+            if stage not in STAGES:
+                raise ValueError(f"got stage {stage!r}; expected one of {', '.join(STAGES)}")
+            kinds = STAGES[stage] + (("ours-compiled",) if device in COMPILED_ON else ())
             results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
             for _ in range(rounds):
                 for kind in kinds:

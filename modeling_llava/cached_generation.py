@@ -176,7 +176,8 @@ def check_compiles(model: PreTrainedModel) -> None:
             f"got compile=True for a {type(language_model).__name__}; expected a language model that runs on states "
             "of fixed size: leave compile out"
         )
-    if any(isinstance(module, (Int8Linear, PackedLinear)) for module in language_model.modules()):
+    decoder = [*language_model.modules(), model.get_output_embeddings()]
+    if any(isinstance(module, (Int8Linear, PackedLinear)) for module in decoder):
         raise ValueError(
             "got compile=True for a model that was loaded for answering on a processor; expected one on a GPU: leave "
             "compile out, packed and int8 weights are as fast without"

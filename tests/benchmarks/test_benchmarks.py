@@ -86,7 +86,11 @@ def test_a_file_that_is_no_result_is_refused(tmp_path):
 def test_an_unknown_part_is_refused():
     with pytest.raises(ValueError, match="got --only chat,poetry; expected some of"):
         command.choose_parts("chat,poetry")
-    assert command.choose_parts("chat,memory,chat") == ("chat", "memory")
+    with pytest.raises(ValueError, match="with a choice behind decoding, captioning, training"):
+        command.choose_parts("chat:1")
+    assert command.choose_parts("chat,memory,chat") == {"chat": {}, "memory": {}}
+    chosen = {"decoding": {"batches": (1, 8)}, "training": {"stages": ("lora",)}}
+    assert command.choose_parts("decoding:1,decoding:8,training:lora") == chosen
 
 
 def test_a_part_that_fails_is_named_and_does_not_stop_the_others(tmp_path, monkeypatch, capsys):

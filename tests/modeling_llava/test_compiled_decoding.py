@@ -17,6 +17,7 @@ from modeling_llava.chat_cache import ChatCache
 from modeling_llava.chat_session import ChatSession
 from modeling_llava.compiled_decoding import build_compile_config, build_static_states, decode_ahead
 from modeling_llava.inference import prepare_for_answering
+from modeling_llava.packed_linear import PackedLinear
 from modeling_llava.quantization import quantize_to_int8
 from modeling_llava.token_stream import StreamedText
 from tests.tiny import tiny_model, tiny_processor
@@ -189,6 +190,11 @@ def test_what_cannot_be_compiled_is_refused():
         ChatSession(model, processor, compile=True)
     model, processor = build()
     quantize_to_int8(model)
+    with pytest.raises(ValueError, match="for answering on a processor"):
+        ChatSession(model, processor, compile=True)
+    # Layers may be too small to be packed, where the output layer is not.
+    model, processor = build()
+    model.lm_head = PackedLinear(model.lm_head)
     with pytest.raises(ValueError, match="for answering on a processor"):
         ChatSession(model, processor, compile=True)
 
