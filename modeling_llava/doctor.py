@@ -4,16 +4,16 @@ Of a model that is named, it is what generating takes (`generation_memory.py`); 
 """
 
 import importlib.metadata
-import os
 import platform
 
 import torch
 from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 
+from .free_memory import count_free_bytes, format_bytes
+
 PACKAGES = ("anyllava", "torch", "transformers", "safetensors", "huggingface_hub", "peft", "trl", "datasets", "gradio")
 BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
-GIB = 2**30
 
 
 def report(
@@ -67,25 +67,14 @@ def _versions() -> str:
 def _device() -> str:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        return f"GPU {torch.cuda.get_device_name()}: {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+        return f"GPU {torch.cuda.get_device_name()}: {format_bytes(free)} of {format_bytes(total)} free"
     free = count_free_bytes(torch.device("cpu"))
-    return f"CPU with {torch.get_num_threads()} threads, {free / GIB:.1f} GiB of memory free; no GPU"
-
-
-def count_free_bytes(device: torch.device) -> int:
-    """Memory that a new model can use. sysconf knows no better than free pages outside Linux."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if os.path.exists("/proc/meminfo"):
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return f"CPU with {torch.get_num_threads()} threads, {format_bytes(free)} of memory free; no GPU"
 
 
 def _memory_needs(num_parameters: float) -> str:
     lines = [f"weights of a model with {num_parameters:,.0f} parameters:"]
-    lines += [f"  {dtype}: {num_parameters * size / GIB:.1f} GiB" for dtype, size in BYTES_PER_PARAMETER.items()]
+    lines += [f"  {dtype}: {format_bytes(num_parameters * size)}" for dtype, size in BYTES_PER_PARAMETER.items()]
     return "\n".join(lines)
 
 
@@ -128,7 +117,7 @@ def _generation_needs(
         f"{model}, {num_rows} x {needs.num_prompt_tokens} tokens with {num_images} images, answers of "
         f"{num_new_tokens} tokens:"
     ]
-    lines += [f"  {name}: {size / GIB:.2f} GiB" for name, size in parts.items()]
+    lines += [f"  {name}: {format_bytes(size)}" for name, size in parts.items()]
     try:
         if quantization is not None:
             check_quantization(quantization, device)
@@ -136,8 +125,8 @@ def _generation_needs(
     except ValueError as error:
         return "\n".join([*lines, f"  it does not run: {error}"])
     lines.append(f"  it {'fits' if needs.total <= free else 'does not fit'}")
-    kept = min(needs.cache, DEFAULT_MAX_BYTES) / GIB
-    lines.append(f"  a conversation that goes on keeps up to {kept:.2f} GiB of keys and values beside")
+    kept = format_bytes(min(needs.cache, DEFAULT_MAX_BYTES))
+    lines.append(f"  a conversation that goes on keeps up to {kept} of keys and values beside")
     return "\n".join(lines)
 
 
@@ -150,5 +139,5 @@ def _cached_models() -> str:
         return "no models in the local cache"
     lines = ["models in the local cache:"]
     for repository in sorted(repositories, key=lambda repository: repository.repo_id):
-        lines.append(f"  {repository.repo_id} ({repository.size_on_disk / GIB:.2f} GiB)")
+        lines.append(f"  {repository.repo_id} ({format_bytes(repository.size_on_disk)})")
     return "\n".join(lines)

@@ -31,7 +31,7 @@ from processing_llava.image_layouts import ImageLayout
 
 from .configuration_llava import AnyLlavaConfig
 from .inference_dtype import is_slow_on_processor
-from .model_names import explain_missing
+from .model_names import explain_missing, find_base
 from .modeling_llava import AnyLlavaForConditionalGeneration
 from .original_layout import translate_config
 from .roomy_states import count_spare_tokens
@@ -56,12 +56,13 @@ def read_config(name: str) -> AnyLlavaConfig:
     """The configuration of a LLaVA in any layout.
 
     Args:
-        name: Folder or Hub id.
+        name: Folder or Hub id; of an adapter, it is that of its base.
 
     Raises:
         ValueError: if there is none, or it is another model.
     """
     with explain_missing(name):
+        name = find_base(name)
         raw, _ = PreTrainedConfig.get_config_dict(name)
         if not raw:
             raise OSError(f"there is no config.json in {name}")

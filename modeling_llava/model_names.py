@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from transformers import AutoProcessor
 
 from processing_llava import AnyLlavaProcessor
+from processing_llava.original_folder import read_json
 
 
 @contextlib.contextmanager
@@ -20,6 +21,14 @@ def explain_missing(name: str, *, part: str = "model", kind: str = " of a LLaVA"
     except OSError as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"got {part} {name!r}; expected a folder or a Hub id{kind}: {reason}") from error
+
+
+def find_base(name: str) -> str:
+    """What an adapter of PEFT was trained on; of another model its own name."""
+    # The adapter second: a model that was downloaded for use without a network may hold no word on it.
+    if read_json(name, "config.json", {}) is None and (adapter := read_json(name, "adapter_config.json", {})):
+        return adapter["base_model_name_or_path"]
+    return name
 
 
 def load_training_processor(

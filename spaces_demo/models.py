@@ -17,12 +17,11 @@ from modeling_llava.attention_map import AnswerAttention, read_attention
 from modeling_llava.auto import AutoModelForVision2Seq
 from modeling_llava.chat_cache import ChatCache
 from modeling_llava.chat_session import AnswerStatistics, ChatSession
-from modeling_llava.doctor import count_free_bytes
+from modeling_llava.free_memory import count_free_bytes
 from modeling_llava.generation_memory import choose_dtype
 from modeling_llava.inference import EMBEDDED_MODEL, find_device, load_for_inference
-from modeling_llava.model_names import explain_missing
+from modeling_llava.model_names import explain_missing, find_base
 from processing_llava.conversation_templates import change_template
-from processing_llava.original_folder import read_json
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 GIB = 2**30
@@ -227,10 +226,7 @@ def estimate_bytes(name: str, device: torch.device) -> int:
         ValueError: if there is no such model.
     """
     with explain_missing(name):
-        # The adapter second: a model that was downloaded for use without a network may hold no word on it.
-        if read_json(name, "config.json", {}) is None and (adapter := read_json(name, "adapter_config.json", {})):
-            name = adapter["base_model_name_or_path"]
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(find_base(name))
     with torch.device("meta"):
         model = AutoModelForVision2Seq.from_config(config)
     num_weights = sum(tensor.numel() for tensor in model.state_dict().values())

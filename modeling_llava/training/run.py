@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 from trl import SFTConfig
 
+from modeling_llava.free_memory import format_bytes
 from modeling_llava.fused_norms import fuse_norms
 from modeling_llava.packed_attention import NAME, packed_attention_forward
 from processing_llava.collator import LlavaDataCollator
@@ -25,7 +26,7 @@ from .run_log import StreamReport
 from .run_rows import plan_batches, read_rows, repeat_stream
 from .sharding import is_sharded
 from .starting_model import load_model, load_processor
-from .step_memory import estimate_step, format_bytes, free_memory
+from .step_memory import estimate_step, free_memory
 from .trainer import LlavaTrainer, count_parameters
 
 logger = logging.get_logger(__name__)

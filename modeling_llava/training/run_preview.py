@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from modeling_llava.free_memory import format_bytes
 from processing_llava.preview import format_terminal
 from processing_llava.row_lengths import measure_row, read_image_sizes
 
@@ -16,7 +17,7 @@ from .lora import LORA_DEFAULTS
 from .recipe import Recipe
 from .run import build_trainer, trainer_settings
 from .sharding import is_sharded
-from .step_memory import StepMemory, count_states, estimate_step, format_bytes, free_memory
+from .step_memory import StepMemory, count_states, estimate_step, free_memory
 from .trainer import LlavaTrainer, count_numbers, count_parameters, part_of
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig
 
-from modeling_llava.doctor import count_free_bytes
+from modeling_llava.free_memory import count_free_bytes
 from processing_llava.prompt_inputs import IGNORED_LABEL
 
 from .recipe import Recipe
@@ -133,10 +133,6 @@ def free_memory(model: nn.Module, arguments: SFTConfig) -> int:
     if device.type == "cuda":
         return count_free_bytes(device) + torch.cuda.memory_reserved(device)
     return count_free_bytes(device) // arguments.world_size + count_weights(model)
-
-
-def format_bytes(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def count_states(model: nn.Module, *, optim: str, has_muon: bool) -> dict[str, int]:

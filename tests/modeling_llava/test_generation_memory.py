@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -144,7 +146,12 @@ def test_doctor_prints_what_a_model_takes(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"{checkpoint}, 1 x {64 + 4} tokens" in printed
     assert "weights in int8 and float32" in printed
-    assert "a conversation that goes on keeps up to 0.00 GiB" in printed
+    assert "a conversation that goes on keeps up to" in printed
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": checkpoint}))
+    assert main(["doctor", "--model", str(adapter)]) == 0
+    assert "it fits" in capsys.readouterr().out
     for options, reason in (
         (["--quantization", "int4"], "got quantization='int4' on cpu; expected int8"),
         (["--images", "50"], "expected fewer than 512"),

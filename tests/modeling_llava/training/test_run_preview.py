@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from modeling_llava.cli import main
+from modeling_llava.free_memory import format_bytes
 from modeling_llava.training import run_preview
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import trainer_settings
-from modeling_llava.training.step_memory import format_bytes
 from tests.modeling_llava.training.conftest import write_recipe
 
 TRAINER = {"learning_rate": 1e-3, "per_device_train_batch_size": 2, "disable_tqdm": True}

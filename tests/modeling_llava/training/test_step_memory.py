@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPVisionConfig, LlamaConfig, TrainerCallback
 
 from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
+from modeling_llava.free_memory import format_bytes
 from modeling_llava.training import run
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import build_trainer
@@ -18,7 +19,6 @@ from modeling_llava.training.step_memory import (
     _find_costliest,
     count_states,
     estimate_step,
-    format_bytes,
 )
 from modeling_llava.training.trainer import LlavaTrainer, count_parameters, freeze_all_but
 from tests.modeling_llava.training.conftest import write_recipe
