@@ -90,21 +90,26 @@ class CheckpointMixin:
                 raw = config.to_dict()
             else:
                 raw, _ = PreTrainedConfig.get_config_dict(name if config is None else config, **download)
-            if find_layout(raw) == "any_llava":
+            layout = find_layout(raw)
+            refuse_base_model(base_model, layout, name)
+            if layout == "any_llava":
                 kwargs = with_default_dtype(kwargs, stored=raw.get("dtype", raw.get("torch_dtype")))
                 return super().from_pretrained(name, *model_args, config=config, **kwargs)
             translated = translate_config(raw, name=name, base_model=base_model, **download)
             held = {key: kwargs.pop(key) for key in _NOT_FOR_CONFIG if key in kwargs}
             config, kwargs = cls.config_class.from_dict(translated, return_unused_kwargs=True, **kwargs)
             kwargs |= held
-        elif layout_of(config) == "any_llava":
+        else:
+            layout = layout_of(config)
+            refuse_base_model(base_model, layout, name)
+        if layout == "any_llava":
             kwargs = with_default_dtype(kwargs, stored=config.dtype)
             return super().from_pretrained(name, *model_args, config=config, **kwargs)
 
         adapter = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
         kwargs = {key: value for key, value in kwargs.items() if key not in DOWNLOAD_KWARGS}
         folder = OriginalFolder(name=name, config=config.source_config, base_model=base_model, download=download)
-        is_original = layout_of(config) == "original"
+        is_original = layout == "original"
         if is_original:
             weights = gather_original_weights(folder, config)
         else:
@@ -196,6 +201,19 @@ class CheckpointMixin:
                 key if key in own else rename_to_ours(key, layout): value for key, value in state_dict.items()
             }
         return super().load_state_dict(state_dict, *args, **kwargs)
+
+
+def refuse_base_model(base_model: str | None, layout: str, name: str) -> None:
+    """Refuse a language model for a checkpoint that has its own.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if base_model is not None and layout != "original":
+        raise ValueError(
+            f"got base_model={base_model!r} for {name!r}, which is a complete model; expected it for a LoRA, a "
+            "projector or a delta of the original LLaVA: leave it out"
+        )
 
 
 def refuse_unfit(info: dict[str, Any], weights: dict[str, Weight], name: str) -> None:

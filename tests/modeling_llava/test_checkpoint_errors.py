@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
-from modeling_llava import AutoModelForVision2Seq
+from modeling_llava import AnyLlavaForConditionalGeneration, AutoModelForVision2Seq
 from tests import original_folders as folders
+from tests.tiny import tiny_model
 
 
 @pytest.fixture
@@ -137,3 +138,17 @@ def test_processor_without_tokenizer(checkpoint):
 def test_unknown_template(checkpoint):
     with pytest.raises(ValueError, match="got conversation format 'vicuna_v9'"):
         AutoProcessor.from_pretrained(checkpoint, template="vicuna_v9")
+
+
+@pytest.mark.parametrize(
+    "layout, loader",
+    [
+        ("any_llava", AutoModelForVision2Seq),
+        ("any_llava", AnyLlavaForConditionalGeneration),
+        ("transformers", AnyLlavaForConditionalGeneration),
+    ],
+)
+def test_a_base_for_a_complete_model_is_refused(tmp_path, layout, loader):
+    tiny_model().save_pretrained(tmp_path, layout=layout)
+    with pytest.raises(ValueError, match="got base_model='other' for .*which is a complete model"):
+        loader.from_pretrained(tmp_path, base_model="other")
