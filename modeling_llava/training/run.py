@@ -39,7 +39,7 @@ TRAINER_DEFAULTS = {
     "logging_steps": 10,
     "save_strategy": "no",
     "report_to": "none",
-    "gradient_checkpointing": False,
+    "activation_checkpointing": False,
     "max_length": None,
     "remove_unused_columns": False,
 }
@@ -54,7 +54,11 @@ def trainer_settings(recipe: Recipe) -> dict[str, Any]:
     # A GPU would wait while pictures are prepared; on a processor the same cores do both.
     machine = {"use_cpu": not has_gpu, "bf16": bf16, "dataloader_num_workers": 4 if has_gpu else 0}
     evaluation = {"eval_strategy": "epoch"} if recipe.eval_data else {}
-    return TRAINER_DEFAULTS | machine | evaluation | recipe.trainer
+    settings = TRAINER_DEFAULTS | machine | evaluation | recipe.trainer
+    # The name that TRL and older recipes know, of which transformers warns.
+    if "gradient_checkpointing" in settings:
+        settings["activation_checkpointing"] = settings.pop("gradient_checkpointing")
+    return settings
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> Path:

@@ -61,7 +61,7 @@ def preview_memory(trainer: LlavaTrainer, recipe: Recipe) -> str:
 
 def format_recipe(recipe: Recipe, *, checkpointing: bool) -> str:
     """All fields, and of SFTConfig and LoraConfig what this package or the recipe sets, as YAML: a recipe again."""
-    trainer = trainer_settings(recipe) | {"gradient_checkpointing": checkpointing}
+    trainer = trainer_settings(recipe) | {"activation_checkpointing": checkpointing}
     lora = LORA_DEFAULTS | recipe.lora if recipe.uses_lora else {}
     fields = dataclasses.asdict(recipe) | {"lora": lora, "trainer": trainer}
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
