@@ -14,6 +14,10 @@ from .prompts import count_images
 
 IGNORED_LABEL = -100
 """The label that cross entropy skips."""
+_NOT_MADE = (
+    "return_offsets_mapping", "return_special_tokens_mask", "return_length", "return_overflowing_tokens",
+    "return_token_type_ids", "stride",
+)  # fmt: skip
 
 
 class PromptInputs(BatchFeature):
@@ -112,12 +116,6 @@ def encode_prompts(
             [int(token == image_token_id) for token in row] for row in encoded["input_ids"]
         ]
     return encoded
-
-
-_NOT_MADE = (
-    "return_offsets_mapping", "return_special_tokens_mask", "return_length", "return_overflowing_tokens",
-    "return_token_type_ids", "stride",
-)  # fmt: skip
 
 
 def _find_kept(ids: list[int], longest: int, truncation_side: str, image_token_id: int) -> slice:
