@@ -116,12 +116,12 @@ def find_device(device: str | torch.device | None) -> torch.device:
     num_gpus = torch.cuda.device_count()
     try:
         found = torch.device(device or ("cuda" if num_gpus else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"got device={device!r}; expected cpu or cuda: {str(error).splitlines()[0]}") from error
-    if found.type == "cuda" and (found.index or 0) >= num_gpus:
+    except RuntimeError:
+        found = None
+    if found is None or (found.type == "cuda" and (found.index or 0) >= num_gpus):
         raise ValueError(
-            f"got device={str(found)!r}; expected cpu, or cuda:N below the {num_gpus} GPUs of this machine: leave "
-            "device out"
+            f"got device={str(device)!r}; expected cpu, or cuda:N below the {num_gpus} GPUs of this machine: leave it "
+            "out for the fastest"
         )
     return found
 

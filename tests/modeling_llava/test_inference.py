@@ -11,7 +11,8 @@ from tests.tiny import save_tiny_checkpoint, tiny_processor
 
 
 @pytest.mark.parametrize(
-    "device, message", [("gpu", "expected cpu or cuda"), ("cuda", "expected cpu, or cuda:N below the 0 GPUs")]
+    "device, message",
+    [("gpu", "got device='gpu'; expected cpu, or cuda:N"), ("cuda", "expected cpu, or cuda:N below the 0 GPUs")],
 )
 def test_a_device_that_is_not_there_is_refused(device, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

@@ -37,8 +37,8 @@ def test_the_terminal_answers_the_examples(capsys):
         (["--auth", "ada"], "expected NAME:PASSWORD"),
         (["--model", "no/such-model"], "got model 'no/such-model'"),
         (["--feedback", "/no/such/folder/file"], "No such file"),
-        (["--device", "toaster"], "got device 'toaster'"),
-        (["--device", "cuda:99"], "got device 'cuda:99'"),
+        (["--device", "toaster"], "got device='toaster'"),
+        (["--device", "cuda:99"], "got device='cuda:99'"),
     ],
 )
 def test_mistakes_end_in_one_line_and_code_2(arguments, message, capsys):
