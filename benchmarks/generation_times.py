@@ -3,10 +3,15 @@
 from typing import Any
 
 import torch
-from transformers import CompileConfig, PreTrainedModel, StaticCache, StoppingCriteria, StoppingCriteriaList
+from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from modeling_llava.compiled_decoding import SMALLEST_LENGTH, build_compile_config, decode_ahead
+from modeling_llava.compiled_decoding import (
+    SMALLEST_LENGTH,
+    build_compile_config,
+    build_static_states,
+    decode_ahead,
+)
 from modeling_llava.token_attention import use_token_attention
 
 from .models import IMAGE_TOKEN_ID, NUM_TEXT_TOKENS
@@ -53,8 +58,7 @@ def compile_peer(model: PreTrainedModel) -> dict[str, Any]:
 
 def build_states(model: PreTrainedModel) -> dict[str, Any]:
     """Static states for all rounds: CUDA graphs know their addresses, and would be captured anew for others."""
-    config = model.config.get_text_config(decoder=True)
-    return {"past_key_values": StaticCache(config=config, max_cache_len=SMALLEST_LENGTH)}
+    return {"past_key_values": build_static_states(model, SMALLEST_LENGTH, made={})}
 
 
 def generate(model: PreTrainedModel, prompt: dict, num_tokens: int, device: str, **settings) -> tuple[float, list]:
