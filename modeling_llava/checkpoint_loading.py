@@ -85,26 +85,24 @@ class CheckpointMixin:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         name = str(pretrained_model_name_or_path)
         download = select_download(kwargs)
-        if not isinstance(config, cls.config_class):
+        raw = None
+        if isinstance(config, cls.config_class):
+            layout, stored = layout_of(config), config.dtype
+        else:
             if isinstance(config, PreTrainedConfig):
                 raw = config.to_dict()
             else:
                 raw, _ = PreTrainedConfig.get_config_dict(name if config is None else config, **download)
-            layout = find_layout(raw)
-            refuse_base_model(base_model, layout, name)
-            if layout == "any_llava":
-                kwargs = with_default_dtype(kwargs, stored=raw.get("dtype", raw.get("torch_dtype")))
-                return super().from_pretrained(name, *model_args, config=config, **kwargs)
+            layout, stored = find_layout(raw), raw.get("dtype", raw.get("torch_dtype"))
+        refuse_base_model(base_model, layout, name)
+        if layout == "any_llava":
+            kwargs = with_default_dtype(kwargs, stored=stored)
+            return super().from_pretrained(name, *model_args, config=config, **kwargs)
+        if raw is not None:
             translated = translate_config(raw, name=name, base_model=base_model, **download)
             held = {key: kwargs.pop(key) for key in _NOT_FOR_CONFIG if key in kwargs}
             config, kwargs = cls.config_class.from_dict(translated, return_unused_kwargs=True, **kwargs)
             kwargs |= held
-        else:
-            layout = layout_of(config)
-            refuse_base_model(base_model, layout, name)
-        if layout == "any_llava":
-            kwargs = with_default_dtype(kwargs, stored=config.dtype)
-            return super().from_pretrained(name, *model_args, config=config, **kwargs)
 
         adapter = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
         kwargs = {key: value for key, value in kwargs.items() if key not in DOWNLOAD_KWARGS}
