@@ -11,6 +11,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, islice
 from typing import Any
 
@@ -121,14 +122,21 @@ def _choose_markers(texts: Iterable[str], control_tokens: Iterable[str]) -> "_Ma
     free = list(islice((chr(code) for code in chain.from_iterable(_PRIVATE_USE) if chr(code) not in used), 2))
     if len(free) < 2:
         raise ValueError("got messages with every private-use character; expected two left over; remove some of them")
-    return _Markers(*free, tuple(sorted(control_tokens, key=len, reverse=True)))
+    return _Markers(*free, _compile_literals(tuple(control_tokens)))
+
+
+@lru_cache(maxsize=16)
+def _compile_literals(literals: tuple[str, ...]) -> re.Pattern[str] | None:
+    """What finds the longest of them; None of none."""
+    longest_first = sorted(literals, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if literals else None
 
 
 @dataclass(frozen=True)
 class _Markers:
     opening: str
     closing: str
-    control_tokens: tuple[str, ...]
+    control_tokens: re.Pattern[str] | None
 
     def mark(self, value: Any) -> Any:
         """Puts markers around strings, inside their outer white space: templates may trim that."""
@@ -137,9 +145,8 @@ class _Markers:
             if not core:
                 return value
             before, after = value.split(core, 1)
-            if self.control_tokens:
-                pattern = "|".join(map(re.escape, self.control_tokens))
-                core = re.sub(pattern, rf"{self.opening}\g<0>{self.closing}", core)
+            if self.control_tokens is not None:
+                core = self.control_tokens.sub(rf"{self.opening}\g<0>{self.closing}", core)
             return f"{before}{self.opening}{core}{self.closing}{after}"
         if isinstance(value, dict):
             return {
@@ -169,7 +176,7 @@ class _Markers:
                 spans.append((open_starts.pop(), position - num_before))
             else:
                 num_lone += 1
-        if (num_lone or open_starts) and not self.control_tokens:
+        if (num_lone or open_starts) and self.control_tokens is None:
             raise ValueError(
                 "got a chat template that cuts messages into pieces; expected the control tokens to look for in each "
                 "piece; pass control_tokens=list_control_tokens(tokenizer, image_token=...)"

@@ -64,11 +64,19 @@ class TextEncoder:
         return encoding.ids, encoding.offsets
 
 
-def list_control_tokens(tokenizer: PreTrainedTokenizerFast, *, image_token: str) -> list[str]:
-    """The literals that act as control tokens when a template writes them: added tokens and the image token."""
+def list_control_tokens(tokenizer: PreTrainedTokenizerFast, *, image_token: str) -> tuple[str, ...]:
+    """The literals that act as control tokens when a template writes them: added tokens and the image token.
+
+    Cached: some tokenizers have thousands, and every prompt asks.
+    """
+    return _list_control_tokens(tokenizer, image_token, len(tokenizer))
+
+
+@lru_cache(maxsize=16)
+def _list_control_tokens(tokenizer: PreTrainedTokenizerFast, image_token: str, num_tokens: int) -> tuple[str, ...]:
     added_tokens = tokenizer.added_tokens_decoder.values()
     acting = [token.content for token in added_tokens if token.special or not _SIGNS.isdisjoint(token.content)]
-    return [*dict.fromkeys([*acting, image_token])]
+    return tuple(dict.fromkeys([*acting, image_token]))
 
 
 def load_text_encoder(tokenizer: PreTrainedTokenizerFast, *, image_token: str, template_text: str = "") -> TextEncoder:
