@@ -13,6 +13,7 @@ from modeling_llava.compiled_decoding import (
     decode_ahead,
 )
 from modeling_llava.token_attention import use_token_attention
+from processing_llava.transformers_versions import KV_CACHE
 
 from .models import IMAGE_TOKEN_ID, NUM_TEXT_TOKENS
 from .timing import clock
@@ -58,14 +59,14 @@ def compile_peer(model: PreTrainedModel) -> dict[str, Any]:
 
 def build_states(model: PreTrainedModel) -> dict[str, Any]:
     """Static states for all rounds: CUDA graphs know their addresses, and would be captured anew for others."""
-    return {"past_key_values": build_static_states(model, SMALLEST_LENGTH, made={})}
+    return {KV_CACHE: build_static_states(model, SMALLEST_LENGTH, made={})}
 
 
 def generate(model: PreTrainedModel, prompt: dict, num_tokens: int, device: str, **settings) -> tuple[float, list]:
     """Seconds from the first new token to the last one, and the tokens."""
     first_token = FirstTokenClock(device)
-    if "past_key_values" in settings:
-        settings["past_key_values"].reset()
+    if KV_CACHE in settings:
+        settings[KV_CACHE].reset()
     ids = model.generate(
         **prompt,
         max_new_tokens=num_tokens,

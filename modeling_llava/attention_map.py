@@ -88,12 +88,12 @@ def read_attention(
 
     # One cache for whole sequences: a sliding window would move the columns of the pictures.
     cache = DynamicCache()
-    model(input_ids=input_ids[:, : start - 1], past_key_values=cache, logits_to_keep=1, **images)
+    model(input_ids=input_ids[:, : start - 1], cache=cache, logits_to_keep=1, **images)
     steps = []
     with _eager_attention(model.model.language_model):
         for first in range(start - 1, end - 1, QUERIES_PER_STEP):
             queries = input_ids[:, first : min(first + QUERIES_PER_STEP, end - 1)]
-            outputs = model(input_ids=queries, past_key_values=cache, logits_to_keep=1, output_attentions=True)
+            outputs = model(input_ids=queries, cache=cache, logits_to_keep=1, output_attentions=True)
             to_prompt = [layer[0, :, :, : start - 1].float().mean(0).cpu() for layer in outputs.attentions]
             steps.append(torch.stack(to_prompt)[..., is_image.cpu()])
     of_tokens = torch.cat(steps, dim=1)

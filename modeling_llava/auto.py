@@ -13,7 +13,6 @@ import transformers.models.auto
 import transformers.processing_utils
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
@@ -23,6 +22,9 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+# transformers 5.17 shows a stand-in for it where torchvision is not installed (utils/import_utils.py there).
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
 from processing_llava.image_processing_fast import AnyLlavaImageProcessor

@@ -15,6 +15,8 @@ from transformers import BatchFeature, Cache, DynamicCache, PreTrainedConfig, Pr
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from processing_llava.transformers_versions import KV_CACHE
+
 from .chat_cache import ChatCache, TokenKey
 from .compiled_decoding import build_compile_config, build_static_states, decode_ahead
 from .int8_linear import Int8Linear
@@ -71,7 +73,7 @@ class CachedGeneration:
         keys[0] = self.scope + str(keys[0]).encode()
         past = self._recall_states(keys, max_new_tokens=max_new_tokens)
         if past is not None:
-            settings["past_key_values"] = past
+            settings[KV_CACHE] = past
         if self.compile:
             settings["compile_config"] = build_compile_config(device)
             # Transformers keeps the streamer from a loop that is not its own.

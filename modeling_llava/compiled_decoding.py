@@ -17,6 +17,8 @@ from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, P
 from transformers.generation import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from processing_llava.transformers_versions import KV_CACHE
+
 SMALLEST_LENGTH = 1024
 """Of the states, in tokens: an image of 576 and a few turns. Longer ones double it, and are compiled anew."""
 
@@ -61,7 +63,7 @@ def decode_ahead(
     reads a token when the step after it runs. An answer that ends before its greatest length has thus taken one step
     too many, after which the states hold its last token too.
     """
-    states, pad_token = model_kwargs["past_key_values"], generation_config._pad_token_tensor
+    states, pad_token = model_kwargs[KV_CACHE], generation_config._pad_token_tensor
     step = model.get_compiled_call(generation_config.compile_config)
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     is_unfinished_B = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -85,7 +87,7 @@ def decode_ahead(
                 if streamer is not None:
                     streamer.end()
                 return input_ids[:, : input_ids.shape[1] - len(pending)]
-        outputs = step(input_ids=tokens_B[:, None], past_key_values=states, use_cache=True, return_dict=True)
+        outputs = step(input_ids=tokens_B[:, None], **{KV_CACHE: states}, use_cache=True, return_dict=True)
 
 
 class _Transfer(NamedTuple):

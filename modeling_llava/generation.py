@@ -24,6 +24,14 @@ from transformers.generation.candidate_generator import (
     CandidateGenerator,
     PromptLookupCandidateGenerator,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from processing_llava.transformers_versions import (
+    CAN_PREFILL_IMAGES_IN_CHUNKS,
+    KV_CACHE,
+    OTHER_KV_CACHE,
+    is_checkpointing,
+)
 
 from .roomy_states import leave_room
 
@@ -35,25 +43,35 @@ class AnyLlavaGenerationMixin(GenerationMixin):
     def generate(self, inputs: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         """As in transformers; rows whose image tokens do not match their images are refused before any work.
 
-        With `past_key_values` the images are those behind the tokens whose states these are.
+        With a KV cache (`past_key_values`, or `cache` as transformers calls it from 5.24 on) the images are those
+        behind the tokens that it holds.
 
         Raises:
             ValueError: with the numbers of the first row that disagrees.
         """
+        if OTHER_KV_CACHE in kwargs:
+            kwargs[KV_CACHE] = kwargs.pop(OTHER_KV_CACHE)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         pixel_values = kwargs.get("pixel_values")
         if pixel_values is None:
             kwargs = {name: value for name, value in kwargs.items() if name not in ("pixel_values", "image_sizes")}
         elif input_ids is not None:
             layouts = self.model.plan_images(pixel_values, kwargs.get("image_sizes"))
-            states = kwargs.get("past_key_values")
+            states = kwargs.get(KV_CACHE)
             num_known = 0 if states is None else states.get_seq_length()
             image_mask_BL = self.model.get_image_mask(input_ids[:, num_known:], None)
             self.model.check_image_tokens(image_mask_BL, [layout.num_tokens for layout in layouts])
-        if self.training and self.is_activation_checkpointing:
+        if self.training and is_checkpointing(self):
             # Layers that are computed again keep no states.
             kwargs["use_cache"] = False
         images = {name: kwargs[name] for name in ("pixel_values", "image_sizes") if kwargs.get(name) is not None}
+        settings = kwargs.get("generation_config") or self.generation_config
+        chunk_size = kwargs.get("prefill_chunk_size", settings.prefill_chunk_size)
+        if images and chunk_size is not None and not CAN_PREFILL_IMAGES_IN_CHUNKS:
+            raise ValueError(
+                f"got images and prefill_chunk_size={chunk_size} with a transformers below 5.23, which gives all "
+                "images to the first chunk; expected a newer one: leave prefill_chunk_size out, or update transformers"
+            )
         outer_images = _IMAGES.set(images)
         try:
             return super().generate(inputs, **kwargs)
@@ -65,27 +83,51 @@ class AnyLlavaGenerationMixin(GenerationMixin):
         self,
         input_ids: torch.Tensor,
         *args,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs,
     ) -> dict[str, Any]:
         # transformers never calls a step of an assistant the first one, and drops the images from all others. No
         # assistant has a static cache, whose length would have to be fetched from the GPU at every token.
-        is_static = isinstance(past_key_values, StaticCache)
-        cache_is_empty = past_key_values is None or (not is_static and past_key_values.get_seq_length() == 0)
+        states: Cache | None = kwargs.get(KV_CACHE)
+        is_static = isinstance(states, StaticCache)
+        is_first_iteration = is_first_iteration or states is None or (not is_static and states.get_seq_length() == 0)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            kwargs.pop("mm_encoder_outputs", None)
         return super().prepare_inputs_for_generation(
-            input_ids,
-            *args,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration or cache_is_empty,
-            **kwargs,
+            input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        *,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Encode the images if that was not done, and give each copy of a row all images of that row."""
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            encoded = self.get_image_features(pixel_values, image_sizes, return_dict=True)
+        if encoded is not None and expand_size > 1:
+            images = self.model.complete_features(encoded).pooler_output
+            embeds = kwargs.get("inputs_embeds")
+            image_mask_BL = self.model.get_image_mask(input_ids if embeds is None else None, embeds)
+            counts = self.model.check_image_tokens(image_mask_BL, [len(features_ND) for features_ND in images])
+            rows = torch.arange(len(images)).split(counts)
+            copies = [images[image] for row in rows for image in row.tolist() * expand_size]
+            encoded = BaseModelOutputWithPooling(pooler_output=copies)
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, input_ids=input_ids, **kwargs
+        )
+        return input_ids, kwargs if encoded is None else kwargs | {"mm_encoder_outputs": {"image": encoded}}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict[str, Any], *args, **kwargs) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        states = model_kwargs.get("past_key_values")
+        states = model_kwargs.get(KV_CACHE)
         if type(states) is DynamicCache and not states.offloading:
             leave_room(states)
 
@@ -111,6 +153,7 @@ class AnyLlavaGenerationMixin(GenerationMixin):
             if "image" in assistant.input_modalities:
                 self._show_images(generator)
             elif type(generator) is AssistedCandidateGenerator:
+                generator.assistant_kwargs.pop("mm_encoder_outputs", None)
                 return TextDraftGenerator(generator)
         return generator
 

@@ -28,6 +28,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import DynamicCache, PreTrainedConfig
 
 from processing_llava.image_layouts import ImageLayout
+from processing_llava.transformers_versions import KV_CACHE
 
 from .configuration_llava import AnyLlavaConfig
 from .inference_dtype import is_slow_on_processor
@@ -201,7 +202,7 @@ def _read(
     """Compute so many tokens, and logits of the last one; returns the cache with their states."""
     cache = DynamicCache(config=model.config.text_config) if cache is None else cache
     embeds_BLD = torch.empty(num_rows, num_tokens, model.config.text_config.hidden_size, dtype=model.dtype)
-    outputs = model.model.language_model(inputs_embeds=embeds_BLD, past_key_values=cache, use_cache=True)
+    outputs = model.model.language_model(inputs_embeds=embeds_BLD, **{KV_CACHE: cache}, use_cache=True)
     model.lm_head(outputs.last_hidden_state[:, -1:]).float()
     return cache
 

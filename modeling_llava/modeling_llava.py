@@ -16,19 +16,20 @@ embedding lookup; and `generate` runs steps 1 and 2 once, then passes the result
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.auto import AutoModel
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from processing_llava.image_layouts import ImageLayout, plan_image
+from processing_llava.transformers_versions import CAN_CAPTURE_LAYERS, KV_CACHE
 
 from .checkpoint_loading import CheckpointMixin
 from .configuration_llava import AnyLlavaConfig
@@ -38,13 +39,28 @@ from .vision_towers import build_vision_tower
 from .visual_tokens import choose_features
 
 
+@dataclass
+class AnyLlavaModelOutputWithPast(BaseModelOutputWithPast):
+    """The language model's output, and what it saw."""
+
+    image_hidden_states: torch.FloatTensor | None = None
+    """`[N, D]`: the features of all images in reading order."""
+
+
+@dataclass
+class AnyLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """As `AnyLlavaModelOutputWithPast`, with logits and loss."""
+
+    image_hidden_states: torch.FloatTensor | None = None
+
+
 class AnyLlavaPreTrainedModel(CheckpointMixin, PreTrainedModel):
     config_class = AnyLlavaConfig
     config: AnyLlavaConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [KV_CACHE]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -175,7 +191,8 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
         """The tower's output over tiles, with all hidden states that `select_features` takes; a frozen tower has no
         gradient, which gradient checkpointing would give it."""
         if len(self.config.vision_feature_layers) > 1:
-            kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or self.config.vision_feature_layers
+            layers = self.config.vision_feature_layers if CAN_CAPTURE_LAYERS else True
+            kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or layers
         trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and (trains or pixel_values.requires_grad)):
             return self.vision_tower(pixel_values, return_dict=True, **kwargs)
@@ -196,6 +213,13 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
         if self.config.scale_image_features:
             features_TPD = features_TPD * math.sqrt(features_TPD.shape[-1])
         return features_TPD
+
+    def complete_features(self, encoded: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:
+        """Encoded images with `pooler_output`, from what `select_features` gives of one tile for each if need be."""
+        if encoded.pooler_output is not None:
+            return encoded
+        images = self.keep_features(self.project_features(encoded.last_hidden_state))
+        return BaseModelOutputWithPooling(pooler_output=images)
 
     def merge_tiles(self, features_TPD: torch.Tensor, layout: ImageLayout) -> torch.Tensor:
         """One image's features `[N, D]`: the overview tile, then the detail tiles as the layout says."""
@@ -223,8 +247,9 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         image_sizes: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> LlavaModelOutputWithPast:
+    ) -> AnyLlavaModelOutputWithPast:
         """Hidden states of the language model, one for each position of `input_ids`.
 
         Args:
@@ -235,6 +260,7 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`. Without pooler_output
                 its last_hidden_state `[I, P, V]` is what `select_features` gives of one tile for each image, and is
                 projected here: so a frozen tower's features can be kept while the projector trains.
+            cache: The KV cache, as transformers calls `past_key_values` from 5.24 on; either name will do.
 
         Raises:
             ValueError: if image tokens and features disagree in a row, or inputs contradict each other.
@@ -247,9 +273,8 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
 
         has_images = pixel_values is not None or encoded is not None
         image_mask_BL = self.get_image_mask(input_ids, inputs_embeds if has_images else None)
-        if encoded is not None and encoded.pooler_output is None:
-            images = self.keep_features(self.project_features(encoded.last_hidden_state))
-            encoded = BaseModelOutputWithPooling(pooler_output=images)
+        if encoded is not None:
+            encoded = self.complete_features(encoded)
         # Before the tower runs, which takes longest.
         if pixel_values is not None:
             features_per_image = [layout.num_tokens for layout in self.plan_images(pixel_values, image_sizes)]
@@ -277,13 +302,13 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             return_dict=True,
+            **{KV_CACHE: past_key_values if cache is None else cache},
             **kwargs,
         )
-        return LlavaModelOutputWithPast(
+        return AnyLlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **{KV_CACHE: outputs.get(KV_CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=features_ND,
@@ -311,8 +336,11 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
         image_embed = embeddings(torch.tensor(image_token_id, device=inputs_embeds.device))
         return (inputs_embeds == image_embed).all(-1)
 
-    def check_image_tokens(self, image_mask_BL: torch.Tensor, features_per_image: list[int]) -> None:
+    def check_image_tokens(self, image_mask_BL: torch.Tensor, features_per_image: list[int]) -> list[int]:
         """Refuse rows whose image tokens are not those of whole images, so that no row gets another row's image.
+
+        Returns:
+            The number of images of each row; nothing while this is compiled.
 
         Raises:
             ValueError: with the numbers of the first row that disagrees.
@@ -321,12 +349,14 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
         if torch.compiler.is_compiling():
             # A number for the host would be waited for at every step, which CUDA graphs cannot hold.
             torch._assert_async(image_mask_BL.sum() == num_features_of_all, "image tokens and features disagree")
-            return
+            return []
         remaining = list(reversed(features_per_image))
+        images_per_row = []
         for row, num_tokens in enumerate(image_mask_BL.sum(dim=1).tolist()):
-            num_features = 0
+            num_features, num_left = 0, len(remaining)
             while num_features < num_tokens and remaining:
                 num_features += remaining.pop()
+            images_per_row.append(num_left - len(remaining))
             if num_features != num_tokens:
                 if not features_per_image:
                     raise ValueError(
@@ -344,6 +374,7 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
                 f"{num_features_of_all - sum(remaining)} image tokens; expected equal numbers: "
                 f"{len(remaining)} images have no place in the text"
             )
+        return images_per_row
 
 
 def splice_features(
@@ -408,8 +439,9 @@ class AnyLlavaForConditionalGeneration(AnyLlavaPreTrainedModel, AnyLlavaGenerati
         logits_to_keep: int | torch.Tensor = 0,
         image_sizes: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> LlavaCausalLMOutputWithPast:
+    ) -> AnyLlavaCausalLMOutputWithPast:
         """Logits `[B, L, vocabulary]`, and the mean loss over `labels` where given.
 
         Args:
@@ -426,6 +458,7 @@ class AnyLlavaForConditionalGeneration(AnyLlavaPreTrainedModel, AnyLlavaGenerati
             inputs_embeds=inputs_embeds,
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
+            cache=cache,
             return_dict=True,
             **kwargs,
         )
@@ -437,10 +470,10 @@ class AnyLlavaForConditionalGeneration(AnyLlavaPreTrainedModel, AnyLlavaGenerati
             # Images are not to be written, and their token may lie outside the vocabulary.
             labels = labels.masked_fill(labels == self.config.image_token_id, -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
-        return LlavaCausalLMOutputWithPast(
+        return AnyLlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{KV_CACHE: outputs.get(KV_CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,

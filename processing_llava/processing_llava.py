@@ -23,6 +23,7 @@ from .prompt_inputs import PromptInputs, encode_prompts
 from .prompts import Prompt, count_images, render_prompt
 from .role_markers import TREATMENTS, find_role_markers, treat_role_markers
 from .text_encoder import list_control_tokens
+from .transformers_versions import pop_replacement_offsets
 
 logger = logging.get_logger(__name__)
 
@@ -143,6 +144,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         merged = self._merge_kwargs(
             self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
+        wants_offsets = pop_replacement_offsets(merged)
         prompts = [text] if isinstance(text, str) else text or []
         if not isinstance(prompts, (list, tuple)) or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(
@@ -174,7 +176,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
                 return_assistant_tokens_mask=bool(return_assistant_tokens_mask),
                 **merged["text_kwargs"],
             )
-        if merged["return_text_replacement_offsets"]:
+        if wants_offsets:
             _, text_inputs["text_replacement_offsets"] = self.get_text_with_replacements(
                 [_hide_user_text(prompt) for prompt in prompts], [self.image_token * num for num in num_image_tokens]
             )

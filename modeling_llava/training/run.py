@@ -16,6 +16,7 @@ from modeling_llava.free_memory import format_bytes
 from modeling_llava.fused_norms import fuse_norms
 from modeling_llava.packed_attention import NAME, packed_attention_forward
 from processing_llava.collator import LlavaDataCollator
+from processing_llava.transformers_versions import CHECKPOINTING_FIELD
 
 from .checkpoints import check_resumable, explain_full_disk, find_checkpoint, refuse_checkpoints
 from .feature_cache import FeatureCache
@@ -39,7 +40,7 @@ TRAINER_DEFAULTS = {
     "logging_steps": 10,
     "save_strategy": "no",
     "report_to": "none",
-    "activation_checkpointing": False,
+    CHECKPOINTING_FIELD: False,
     "max_length": None,
     "remove_unused_columns": False,
 }
@@ -55,9 +56,9 @@ def trainer_settings(recipe: Recipe) -> dict[str, Any]:
     machine = {"use_cpu": not has_gpu, "bf16": bf16, "dataloader_num_workers": 4 if has_gpu else 0}
     evaluation = {"eval_strategy": "epoch"} if recipe.eval_data else {}
     settings = TRAINER_DEFAULTS | machine | evaluation | recipe.trainer
-    # The name that TRL and older recipes know, of which transformers warns.
-    if "gradient_checkpointing" in settings:
-        settings["activation_checkpointing"] = settings.pop("gradient_checkpointing")
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        if name in recipe.trainer:
+            settings[CHECKPOINTING_FIELD] = settings.pop(name)
     return settings
 
 

@@ -10,7 +10,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
@@ -18,6 +17,7 @@ from transformers import (
     LlavaConfig,
     pipeline,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration, AnyLlavaModel, AutoModelForVision2Seq
 from processing_llava import AnyLlavaImageProcessorPil, AnyLlavaProcessor

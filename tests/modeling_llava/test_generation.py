@@ -5,6 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, RepetitionPenaltyLogitsProcessor
 
 from modeling_llava import AnyLlavaForConditionalGeneration
+from processing_llava.transformers_versions import CAN_PREFILL_IMAGES_IN_CHUNKS
 from tests.tiny import (
     IMAGE_TOKEN_ID,
     PATCH_SIZE,
@@ -76,6 +77,10 @@ def greedy_by_hand(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 )
 def test_greedy(model, tower_calls, settings):
     inputs = prompt(num_images=2)
+    if "prefill_chunk_size" in settings and not CAN_PREFILL_IMAGES_IN_CHUNKS:
+        with pytest.raises(ValueError, match="below 5.23"):
+            model.generate(**inputs, **GREEDY, **settings)
+        return
     expected = greedy_by_hand(model, inputs)
     tower_calls.clear()
     generated = model.generate(**inputs, **GREEDY, **settings)
@@ -271,7 +276,7 @@ def test_a_further_turn_brings_its_own_images_only(model):
 
 def test_a_model_that_trains_with_checkpointing_answers_as_without(model):
     expected = model.generate(**prompt(), **GREEDY)
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     assert torch.equal(model.train().generate(**prompt(), **GREEDY), expected)
 
 

@@ -21,6 +21,7 @@ from modeling_llava.training.step_memory import (
     estimate_step,
 )
 from modeling_llava.training.trainer import LlavaTrainer, count_parameters, freeze_all_but
+from processing_llava.transformers_versions import is_checkpointing
 from tests.modeling_llava.training.conftest import write_recipe
 from tests.tiny import tiny_model, tiny_processor
 
@@ -147,7 +148,7 @@ def test_activations_are_within_a_quarter_of_a_measured_peak(workspace, tmp_path
     memory = estimate(trainer)
     plain = memory.activations + memory.gradients
     assert plain / 1.25 < measure_peak(trainer) < plain * 1.25
-    trainer.model.activation_checkpointing_enable()
+    trainer.model.gradient_checkpointing_enable()
     checkpointed = memory.checkpointed + memory.gradients
     assert checkpointed / 1.25 < measure_peak(trainer) < checkpointed * 1.25
     assert checkpointed < plain / 2
@@ -169,12 +170,12 @@ def test_checkpointing_is_decided_from_free_memory(workspace, tmp_path, monkeypa
     monkeypatch.setattr(run, "free_memory", lambda model, arguments: free)
     caplog.clear()
     trainer = build_trainer(recipe)
-    assert trainer.args.gradient_checkpointing is trainer.args.activation_checkpointing is expected
+    assert trainer.args.gradient_checkpointing is expected
     lines = [message for message in caplog.messages if "gradient checkpointing is" in message]
     assert len(lines) == 1
     assert format_bytes(needed) in lines[0] and format_bytes(free) in lines[0]
     trainer.train()
-    assert trainer.model.is_activation_checkpointing is expected
+    assert is_checkpointing(trainer.model) is expected
 
 
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
@@ -182,7 +183,7 @@ def test_checkpointing_is_decided_from_free_memory(workspace, tmp_path, monkeypa
 def test_the_recipe_decides_first(workspace, tmp_path, monkeypatch, name, value):
     monkeypatch.setattr(run, "free_memory", lambda model, arguments: 10**15 if value else 0)
     recipe = read_recipe(write_recipe(workspace, trainer=TRAINER | {name: value}, output_dir=str(tmp_path)))
-    assert build_trainer(recipe).args.activation_checkpointing is value
+    assert build_trainer(recipe).args.gradient_checkpointing is value
 
 
 @pytest.mark.parametrize("trains", [False, True])
@@ -212,7 +213,7 @@ def test_a_frozen_tower_has_no_gradient_with_checkpointing(workspace, tmp_path, 
         lambda module, inputs, output: has_gradient.append(output.last_hidden_state.requires_grad)
     )
     trainer.train()
-    assert trainer.model.is_activation_checkpointing
+    assert is_checkpointing(trainer.model)
     assert has_gradient == [expected]
 
 
