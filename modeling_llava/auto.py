@@ -22,15 +22,13 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
-
-# transformers 5.17 shows a stand-in for it where torchvision is not installed (utils/import_utils.py there).
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
 from processing_llava.image_processing_fast import AnyLlavaImageProcessor
 from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
 from processing_llava.original_folder import TEXT_MODEL_OF_TYPE, OriginalFolder, is_original
 from processing_llava.processing_llava import AnyLlavaProcessor
+from processing_llava.transformers_versions import AutoImageProcessor, warn_of_other_versions
 
 from .configuration_llava import AnyLlavaConfig
 from .modeling_llava import AnyLlavaForConditionalGeneration, AnyLlavaModel
@@ -98,6 +96,7 @@ EXPORTED = {
 
 def register() -> None:
     """Register with transformers; calling it again changes nothing."""
+    warn_of_other_versions()
     model_type = AnyLlavaConfig.model_type
     AutoConfig.register(model_type, AnyLlavaConfig, exist_ok=True)
     for original_type in TEXT_MODEL_OF_TYPE:

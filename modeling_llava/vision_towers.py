@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from processing_llava.transformers_versions import HAS_OLD_DINOV2_NAMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,24 @@ VISION_TOWER_FAMILIES = {
         prune=_remove_mask_token,
     ),
 }
+
+DINOV2_NAMES = {
+    "q_proj": "attention.query",
+    "k_proj": "attention.key",
+    "v_proj": "attention.value",
+    "o_proj": "output.dense",
+}
+"""Weights of an attention layer as transformers calls them from 5.18 on, and before. Newer versions read both."""
+if HAS_OLD_DINOV2_NAMES:
+    _layer = r"vision_tower\.encoder\.layer\.(\d+)\.attention\."
+    register_checkpoint_conversion_mapping(
+        "any_llava",
+        [
+            WeightRenaming(_layer + new, rf"vision_tower.encoder.layer.\1.attention.{old}")
+            for new, old in DINOV2_NAMES.items()
+        ],
+        overwrite=True,
+    )
 
 
 def vision_tower_family(config: PreTrainedConfig) -> VisionTowerFamily:

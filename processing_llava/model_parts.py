@@ -5,7 +5,6 @@ from typing import Any
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -15,6 +14,7 @@ from transformers import (
 from .image_processing_llava import AnyLlavaImageProcessorPil
 from .original_folder import find_file
 from .sentencepiece_tokenizer import load_sentencepiece_tokenizer
+from .transformers_versions import AutoImageProcessor
 
 _CLIP_LARGE = {
     "model_type": "clip_vision_model",

@@ -10,6 +10,9 @@ from typing import Any
 
 import transformers
 from transformers import PreTrainedModel
+
+# transformers 5.17 shows a stand-in for it where torchvision is not installed (utils/import_utils.py there).
+from transformers.models.auto.image_processing_auto import AutoImageProcessor as AutoImageProcessor
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -23,6 +26,8 @@ KV_CACHE = "cache" if VERSION >= (5, 24) else "past_key_values"
 OTHER_KV_CACHE = "past_key_values" if VERSION >= (5, 24) else "cache"
 CAN_PREFILL_IMAGES_IN_CHUNKS = VERSION >= (5, 23)
 """Whether `prefill_chunk_size` gives each chunk of a prompt its own images."""
+HAS_OLD_DINOV2_NAMES = VERSION < (5, 18)
+"""Whether DINOv2 calls its weights as it was published; models of ours that newer versions wrote have others."""
 CHECKPOINTING_FIELD = "activation_checkpointing" if VERSION >= (5, 23) else "gradient_checkpointing"
 """The field of TrainingArguments; from 5.23 on they warn of the old name."""
 CAN_CAPTURE_LAYERS = VERSION >= (5, 23)
@@ -33,7 +38,7 @@ def warn_of_other_versions() -> None:
     """Say once that this version of transformers was not tested."""
     if not FIRST <= VERSION <= LAST:
         first, last = (".".join(map(str, version)) for version in (FIRST, LAST))
-        logger.warning(
+        logger.warning_once(
             f"got transformers {transformers.__version__}; AnyLLaVA is tested with {first} to {last}: if something "
             f"fails, pip install 'transformers>={first},<={last}.99'"
         )

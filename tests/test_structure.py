@@ -24,6 +24,7 @@ HUB_FILES = {
         "prompts",
         "role_markers",
         "text_encoder",
+        "transformers_versions",
     ),
     "modeling_llava": (
         "configuration_llava",

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import processing_llava
+from processing_llava.transformers_versions import FIRST, LAST
 
 PACKAGES = (Path(__file__).parents[1], Path(processing_llava.__file__).parent)
 ENTRY_MODULES = ("modeling_llava", "processing_llava")
@@ -41,7 +42,11 @@ _SIBLING = re.compile(r"^from (?:\.|processing_llava\.)(\w+) import", flags=re.M
 
 def write_remote_code(folder: Path) -> list[str]:
     """Put the code beside a saved model and processor, name it in their configurations; returns the file names."""
-    header = f"# AnyLLaVA {version('anyllava')}, Apache-2.0; for trust_remote_code=True. Copied by `llava export`.\n"
+    first, last = (".".join(map(str, tested)) for tested in (FIRST, LAST))
+    header = (
+        f"# AnyLLaVA {version('anyllava')}, Apache-2.0; for trust_remote_code=True. Copied by `llava export`.\n"
+        f"# Tested with transformers {first} to {last}.\n"
+    )
     modules = collect_modules()
     for name, text in modules.items():
         (folder / f"{name}.py").write_text(header + text, encoding="utf-8")

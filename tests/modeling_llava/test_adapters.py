@@ -1,5 +1,6 @@
 """What the original leaves behind when it does not train everything: LoRA folders, projectors, deltas."""
 
+import importlib.metadata
 import json
 
 import pytest
@@ -70,6 +71,8 @@ def test_kept_adapter_can_be_trained_on(run):
     folder, model = run
     write_lora(folder / "result", model)
     loaded = AutoModelForVision2Seq.from_pretrained(folder / "result", merge_adapter=False)
+    if importlib.metadata.version("peft") < MIN_PEFT_VERSION:
+        pytest.skip(f"transformers {transformers.__version__} asks for PEFT {MIN_PEFT_VERSION} before it does this")
     loaded.enable_adapters()
     inputs = folders.example_inputs(model)
     loaded.train()
