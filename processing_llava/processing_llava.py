@@ -6,6 +6,7 @@ image's tokens as ids, so the expanded prompt is never tokenised.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .original_processor import OriginalProcessorMixin
 from .prompt_inputs import PromptInputs, encode_prompts
 from .prompts import Prompt, count_images, render_prompt
 from .role_markers import TREATMENTS, find_role_markers, treat_role_markers
-from .text_encoder import list_control_tokens
+from .text_encoder import check_learn_tokens, list_control_tokens
 from .transformers_versions import pop_replacement_offsets
 
 logger = logging.get_logger(__name__)
@@ -53,6 +54,8 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         role_markers: What becomes of a line of a user that begins with a role marker of the template, such as
             "ASSISTANT:": "neutralize" puts an invisible character into it, "refuse" raises, "keep" leaves it.
         visual_tokens: As in AnyLlavaConfig: most tokens of an image; None for all.
+        learn_tokens: Special tokens that count as such in what the assistant says, such as "<loc_1>"; in all other
+            text of messages, and all other tokens, are spelled in characters.
 
     Raises:
         ValueError: another `role_markers`, or a wrong `visual_tokens`.
@@ -69,6 +72,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         image_token: str = "<image>",
         role_markers: str = "neutralize",
         visual_tokens: int | None = None,
+        learn_tokens: Sequence[str] = (),
     ) -> None:
         if role_markers not in TREATMENTS:
             raise ValueError(f"got role_markers={role_markers!r}; expected one of {', '.join(TREATMENTS)}")
@@ -78,6 +82,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         self.num_prefix_tokens = num_prefix_tokens
         self.patch_merge_type = patch_merge_type
         self.visual_tokens = visual_tokens
+        self.learn_tokens = learn_tokens
         self.image_token = image_token
         if image_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
@@ -207,9 +212,11 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
 
         Raises:
             ValueError: if there is no template, it cannot write these messages, they are malformed, or a user typed a
-                role marker and those are refused.
+                role marker and those are refused; or for `learn_tokens` that cannot be learned.
         """
         check_messages(messages)
+        if self.learn_tokens:
+            check_learn_tokens(self.learn_tokens, self.tokenizer, image_token=self.image_token)
         template = chat_template or self.chat_template
         if template is None:
             raise ValueError("got a processor without chat template; expected one: set processor.chat_template")
@@ -224,6 +231,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 control_tokens=list_control_tokens(self.tokenizer, image_token=self.image_token),
+                learn_tokens=self.learn_tokens,
                 **self.tokenizer.special_tokens_map | variables,
             )
         except (TemplateError, TypeError) as error:

@@ -9,7 +9,7 @@ Only the standard library, tokenizers and transformers are used; the file is cop
 """
 
 import json
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -131,6 +131,33 @@ def _list_acting_tokens(
         for token_id, token in tokenizer.added_tokens_decoder.items()
         if token.special or token.content == image_token or not _SIGNS.isdisjoint(token.content)
     )
+
+
+def check_learn_tokens(learn_tokens: Sequence[str], tokenizer: PreTrainedTokenizerFast, *, image_token: str) -> None:
+    """Refuses what an answer cannot hold.
+
+    Raises:
+        ValueError: no list, no token of this tokenizer, or one that begins, ends or pads texts or stands for an image.
+    """
+    if isinstance(learn_tokens, str):
+        raise ValueError(f"got learn_tokens={learn_tokens!r}; expected a list of tokens; put it into one")
+    reserved = {image_token, tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+    for token in learn_tokens:
+        if not isinstance(token, str) or tokenizer.backend_tokenizer.token_to_id(token) is None:
+            raise ValueError(
+                f"got {token!r} in learn_tokens, which is no token of the tokenizer; expected tokens that were added: "
+                "call processor.tokenizer.add_tokens, and model.resize_token_embeddings"
+            )
+        if token in reserved:
+            raise ValueError(
+                f"got {token!r} in learn_tokens; expected tokens that answers are made of; take it out: the template "
+                "and the collator write it where it belongs"
+            )
+
+
+def list_special_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
+    """What is spelled in characters where people write it, unless it is learned."""
+    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
 
 
 def load_text_encoder(tokenizer: PreTrainedTokenizerFast, *, image_token: str, template_text: str = "") -> TextEncoder:
