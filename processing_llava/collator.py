@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
 from .conversations import read_images
-from .messages import check_messages
+from .messages import check_messages, find_picture, list_image_items
 from .processing_llava import AnyLlavaProcessor
 from .prompt_ids import encode_prompt
 from .prompt_inputs import IGNORED_LABEL
@@ -30,8 +30,8 @@ logger = logging.get_logger(__name__)
 class LlavaDataCollator:
     """Turns rows `{"id", "images", "messages"}` into `input_ids`, `labels` and `pixel_values`.
 
-    Rows of TRL will do: `id` may be missing, `image` may hold a single picture, and where all contents are texts, the
-    pictures stand in front of what the user says first.
+    Rows of TRL will do: `id` may be missing, `image` may hold a single picture, items of the messages may hold theirs,
+    and where all contents are texts, the pictures stand in front of what the user says first.
 
     A padded batch has `attention_mask` beside them, a packed one `position_ids` and the bounds of its rows.
 
@@ -214,7 +214,19 @@ def _complete(row: dict[str, Any]) -> dict[str, Any]:
             f"got row {row['id']!r} with the keys {sorted(row.keys() - {'id'})}; expected 'messages', and 'images' if "
             "it has some; put prompt and completion into one list of messages"
         )
-    return {**row, "images": read_images(row, row["id"])}
+    images = read_images(row, row["id"])
+    try:
+        check_messages(row["messages"])
+        own = [find_picture(item) for item in list_image_items(row["messages"])]
+    except ValueError as error:
+        raise ValueError(f"got row {row['id']!r} that cannot be written ({error}); correct the row") from error
+    own = [picture for picture in own if picture is not None]
+    if own and images:
+        raise ValueError(
+            f"got row {row['id']!r} with {len(own)} images in its messages and {len(images)} beside them; expected "
+            "one place for all of them; take the others out"
+        )
+    return {**row, "images": own or images}
 
 
 def _place_images(messages: list[dict[str, Any]], num_images: int, image_token: str) -> list[dict[str, Any]]:

@@ -26,9 +26,10 @@ from PIL import Image, ImageFile
 from .image_arrays import image_from_levels, read_levels
 from .image_containers import cut_to_pixels, read_orientation, strip_metadata
 from .image_limits import DEFAULT_LIMITS, ImageLimits, check_image_size, check_num_bytes
+from .messages import unwrap_picture
 
 Pixels = Image.Image | np.ndarray | torch.Tensor
-ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Pixels
+ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Pixels | dict
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _PHONE_FORMAT = "MPO"
@@ -68,9 +69,10 @@ def load_image(
     """Loads one image, upright and in RGB.
 
     Args:
-        source: Encoded bytes, a `pathlib.Path`, a "data:...;base64," URI, a URL, a binary file object, a PIL image, or
-            an array of levels or of floats of 0..1. Encoded images are JPEG, PNG, WebP, GIF or BMP, told by their
-            content; of an animation, the first picture is taken. Any other text is refused.
+        source: Encoded bytes, a `pathlib.Path`, a "data:...;base64," URI, a URL, a binary file object, a PIL image, an
+            array of levels or of floats of 0..1, or the `{"bytes": ..., "path": ...}` of `datasets`. Encoded images
+            are JPEG, PNG, WebP, GIF or BMP, told by their content; of an animation, the first picture is taken. Any
+            other text is refused.
         limits: What is refused.
         urls: Fetches URLs. Without it they are refused, since a server that fetches whatever address it is sent
             reaches hosts that the sender could not.
@@ -147,6 +149,7 @@ def read_image_size(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS
 
 def _open(source: ImageSource, *, limits: ImageLimits, urls: UrlReader | None = None) -> tuple[Image.Image, int]:
     """The image with its header read and its size checked, and its EXIF orientation."""
+    source = unwrap_picture(source)
     if isinstance(source, ImageFile.ImageFile) and source.format not in (*FORMATS, _PHONE_FORMAT):
         raise ValueError(
             f"got an image that is read from a {source.format} file; expected one of {', '.join(FORMATS)}; if it is "

@@ -11,6 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from datasets import (
     Dataset,
     Features,
@@ -26,6 +28,7 @@ from transformers.utils import logging
 from .conversations import ADDRESS, convert_record, drops_first_turn
 from .data_sources import DataSource, find_json_files, open_dataset, stream_files
 from .fate_counts import FateCounts
+from .image_arrays import image_from_levels, read_levels
 from .image_folders import ImageFolder
 from .processing_llava import AnyLlavaProcessor
 from .record_files import RefusedRecord
@@ -193,6 +196,8 @@ def _pack_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pack_image(image: Any) -> dict[str, Any]:
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        image = image_from_levels(read_levels(image)[0])
     return Image().encode_example(str(image) if isinstance(image, Path) else image)
 
 
