@@ -28,7 +28,14 @@ from .chat_cache import ChatCache
 from .compiled_decoding import build_compile_config
 from .prompt_images import load_features
 from .row_states import RowStates
-from .token_stream import cut_at_end, find_answer_end, find_end_token, read_greedy_config
+from .token_stream import (
+    cut_at_end,
+    decode_answer,
+    find_answer_end,
+    find_end_token,
+    list_learn_tokens,
+    read_greedy_config,
+)
 
 MAX_PASS_TOKENS = 2048
 """Requests stop joining a pass that has this many tokens of prompts: bounds activations and the wait of the others."""
@@ -271,6 +278,5 @@ class BatchedGeneration:
         return num_tokens > 0 and self._end in self.processor.tokenizer.decode(ids[-num_tokens:])
 
     def _decode(self, ids: list[int]) -> str:
-        # White space before an answer belongs to the template.
-        text = self.processor.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+        text = decode_answer(ids, self.processor.tokenizer, learn_tokens=list_learn_tokens(self.processor))
         return cut_at_end(text, self._end)

@@ -22,6 +22,7 @@ from .token_stream import (
     build_sampler,
     check_numbers,
     find_answer_end,
+    list_learn_tokens,
     read_greedy_config,
     stream_tokens,
 )
@@ -166,7 +167,8 @@ class ChatSession:
         generate = partial(
             generation.run, max_new_tokens=max_new_tokens, use_cache=True, do_sample=False, logits_processor=sampler
         )
-        text, times = StreamedText(self.processor.tokenizer, end=self._end), []
+        learn_tokens = list_learn_tokens(self.processor)
+        text, times = StreamedText(self.processor.tokenizer, end=self._end, learn_tokens=learn_tokens), []
         worker = self.cache.compiled_worker if self.compile else None
         try:
             with closing(stream_tokens(generate, lock=self.cache.lock, worker=worker)) as tokens:

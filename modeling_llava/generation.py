@@ -15,6 +15,7 @@ from transformers import (
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
+    ProcessorMixin,
     StaticCache,
     SuppressTokensLogitsProcessor,
 )
@@ -25,6 +26,7 @@ from transformers.generation.candidate_generator import (
     PromptLookupCandidateGenerator,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
 
 from processing_llava.transformers_versions import (
     CAN_PREFILL_IMAGES_IN_CHUNKS,
@@ -34,6 +36,8 @@ from processing_llava.transformers_versions import (
 )
 
 from .roomy_states import leave_room
+
+logger = logging.get_logger(__name__)
 
 _IMAGES: ContextVar[dict[str, torch.Tensor]] = ContextVar("_IMAGES")
 """The images of the innermost running `generate`, which has dropped them when it makes its assistant ready."""
@@ -52,6 +56,11 @@ class AnyLlavaGenerationMixin(GenerationMixin):
         if OTHER_KV_CACHE in kwargs:
             kwargs[KV_CACHE] = kwargs.pop(OTHER_KV_CACHE)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if isinstance(kwargs.get("tokenizer"), ProcessorMixin):
+            # transformers' server has one object for both, and stop strings need a tokenizer.
+            kwargs["tokenizer"] = kwargs["tokenizer"].tokenizer
+        if input_ids is not None:
+            self._warn_of_length(input_ids.shape[1])
         pixel_values = kwargs.get("pixel_values")
         if pixel_values is None:
             kwargs = {name: value for name, value in kwargs.items() if name not in ("pixel_values", "image_sizes")}
@@ -77,6 +86,16 @@ class AnyLlavaGenerationMixin(GenerationMixin):
             return super().generate(inputs, **kwargs)
         finally:
             _IMAGES.reset(outer_images)
+
+    def _warn_of_length(self, num_tokens: int) -> None:
+        # MPT's name is the second one.
+        text_config = self.config.get_text_config(decoder=True).to_dict()
+        longest = text_config.get("max_position_embeddings", text_config.get("max_seq_len"))
+        if longest is not None and num_tokens > longest:
+            logger.warning_once(
+                f"got a prompt of more than {longest} tokens, for which this model was made; expected a shorter one: "
+                "answers to it may make no sense"
+            )
 
     # transformers looks for `inputs_embeds` among these names.
     def prepare_inputs_for_generation(

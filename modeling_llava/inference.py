@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from processing_llava.conversation_templates import load_template
 from processing_llava.processing_llava import AnyLlavaProcessor
@@ -14,6 +14,7 @@ from processing_llava.processing_llava import AnyLlavaProcessor
 from . import block_attention
 from .auto import AutoModelForVision2Seq
 from .cached_generation import REUSING_MODEL_TYPES
+from .foreign_processors import complete_processor
 from .fused_norms import fuse_norms
 from .fused_projections import fuse_projections
 from .inference_dtype import is_slow_on_processor
@@ -63,6 +64,8 @@ def load_for_inference(
                 f"got visual_tokens for model {name!r} with transformers' {type(processor).__name__}; expected a "
                 "model with our processor: take the original checkpoint, or leave visual_tokens out"
             )
+        if not is_ours:
+            complete_processor(processor, AutoConfig.from_pretrained(name), name=name)
         loaded = load(name, **base)
     except OSError as error:
         reason = str(error).strip().split("\n")[0]

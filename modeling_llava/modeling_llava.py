@@ -38,6 +38,9 @@ from .projectors import build_projector
 from .vision_towers import build_vision_tower
 from .visual_tokens import choose_features
 
+MISMATCH = "Image features and image tokens do not match"
+"""Transformers' words, by which trainers of TRL (1.16) know that their `max_length` has cut an image."""
+
 
 @dataclass
 class AnyLlavaModelOutputWithPast(BaseModelOutputWithPast):
@@ -361,18 +364,18 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
                 if not features_per_image:
                     raise ValueError(
                         f"got {num_tokens} image tokens in row {row} and no image features; expected equal numbers: "
-                        "pass pixel_values or mm_encoder_outputs"
+                        f"pass pixel_values or mm_encoder_outputs ({MISMATCH})"
                     )
                 raise ValueError(
                     f"got {num_tokens} image tokens in row {row} and images with {num_features} features; expected "
                     "equal numbers: let the processor expand the prompt, do not cut it, and load the processor with "
-                    f"visual_tokens={self.config.visual_tokens}, as this model"
+                    f"visual_tokens={self.config.visual_tokens}, as this model ({MISMATCH})"
                 )
         if remaining:
             raise ValueError(
                 f"got {len(features_per_image)} images with {num_features_of_all} features and "
                 f"{num_features_of_all - sum(remaining)} image tokens; expected equal numbers: "
-                f"{len(remaining)} images have no place in the text"
+                f"{len(remaining)} images have no place in the text ({MISMATCH})"
             )
         return images_per_row
 

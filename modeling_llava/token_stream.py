@@ -6,7 +6,7 @@ torch's global generator, which all threads of a process share.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from numbers import Integral, Real
 from queue import SimpleQueue
@@ -190,6 +190,23 @@ class _DrawWithSeed(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter(-1, drawn, 0.0)
 
 
+def decode_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase, *, learn_tokens: Sequence[str] = ()) -> str:
+    """The text of an answer, without special tokens but those that were learned.
+
+    White space before an answer belongs to the template.
+    """
+    if not learn_tokens:
+        return tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+    added = tokenizer.added_tokens_decoder
+    hidden = {id for id, token in added.items() if token.special and token.content not in learn_tokens}
+    return tokenizer.decode([id for id in ids if id not in hidden]).lstrip()
+
+
+def list_learn_tokens(processor: ProcessorMixin) -> Sequence[str]:
+    """The special tokens that answers may hold; processors of transformers do not tell."""
+    return processor.learn_tokens if isinstance(processor, AnyLlavaProcessor) else ()
+
+
 def cut_at_end(text: str, end: str) -> str:
     """The text before its end, which may be empty; all of it where there is none."""
     return text.partition(end)[0] if end else text
@@ -198,16 +215,17 @@ def cut_at_end(text: str, end: str) -> str:
 class StreamedText:
     """Decodes tokens as they come, to the text that all of them together decode to.
 
-    White space before an answer belongs to the template. What may be half a character or a part of the end is held
-    back.
+    What may be half a character or a part of the end is held back.
 
     Args:
         tokenizer: Of the model.
+        learn_tokens: As in `decode_answer`.
         end: Where this text or special token comes, the answer has ended before; see `find_answer_end`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, end: str = "") -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, end: str = "", learn_tokens: Sequence[str] = ()) -> None:
         self.tokenizer = tokenizer
+        self.learn_tokens = learn_tokens
         self.end = end
         self.end_token = find_end_token(tokenizer, end)
         self.ids: list[int] = []
@@ -230,7 +248,7 @@ class StreamedText:
         return self._give(cut_at_end(self._decode(), self.end))
 
     def _decode(self) -> str:
-        return self.tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()
+        return decode_answer(self.ids, self.tokenizer, learn_tokens=self.learn_tokens)
 
     def _give(self, text: str) -> str:
         # SentencePiece gives up the whole characters before half a one, too, until it is whole.

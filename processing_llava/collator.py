@@ -7,7 +7,7 @@ A packed batch is one row with all rows end to end: `position_ids` restart with 
 their bounds, for an attention function that keeps them apart (`modeling_llava/packed_attention.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
 from .conversations import read_images
-from .messages import check_messages
+from .messages import check_messages, find_picture, list_image_items
 from .processing_llava import AnyLlavaProcessor
 from .prompt_ids import encode_prompt
 from .prompt_inputs import IGNORED_LABEL
 from .prompts import count_images
 from .row_lengths import ON_BAD_ROW, read_image_sizes
+from .text_encoder import check_learn_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -29,8 +30,8 @@ logger = logging.get_logger(__name__)
 class LlavaDataCollator:
     """Turns rows `{"id", "images", "messages"}` into `input_ids`, `labels` and `pixel_values`.
 
-    Rows of TRL will do: `id` may be missing, `image` may hold a single picture, and where all contents are texts, the
-    pictures stand in front of what the user says first.
+    Rows of TRL will do: `id` may be missing, `image` may hold a single picture, items of the messages may hold theirs,
+    and where all contents are texts, the pictures stand in front of what the user says first.
 
     A padded batch has `attention_mask` beside them, a packed one `position_ids` and the bounds of its rows.
 
@@ -41,6 +42,9 @@ class LlavaDataCollator:
         packed: Put the rows end to end instead of padding them.
         read_features: Gives the tower features `[I, P, V]` of images. The batch then holds them as
             `mm_encoder_outputs`, and neither reads nor prepares pictures.
+        learn_tokens: Special tokens of the tokenizer that count as such in answers, instead of those of the processor,
+            which keeps them. All other special tokens that a row holds as text are spelled in characters, as they
+            are for whoever asks.
         on_bad_row: "raise", or "skip" rows that cannot be trained on: a batch then has fewer rows, each skipped one is
             logged with its reason, and `skipped` holds the ids. For a batch without any other row, the first row of
             the last batch stands in. Workers of a data loader have a collator each.
@@ -57,9 +61,13 @@ class LlavaDataCollator:
         packed: bool = False,
         read_features: Callable[[list[str]], torch.Tensor] | None = None,
         on_bad_row: str = "raise",
+        learn_tokens: Sequence[str] | None = None,
     ) -> None:
         if on_bad_row not in ON_BAD_ROW:
             raise ValueError(f"got on_bad_row={on_bad_row!r}; expected one of {', '.join(ON_BAD_ROW)}")
+        if learn_tokens is not None:
+            check_learn_tokens(learn_tokens, processor.tokenizer, image_token=processor.image_token)
+            processor.learn_tokens = list(learn_tokens)
         self.processor = processor
         self.max_length = max_length
         self.packed = packed
@@ -206,7 +214,19 @@ def _complete(row: dict[str, Any]) -> dict[str, Any]:
             f"got row {row['id']!r} with the keys {sorted(row.keys() - {'id'})}; expected 'messages', and 'images' if "
             "it has some; put prompt and completion into one list of messages"
         )
-    return {**row, "images": read_images(row, row["id"])}
+    images = read_images(row, row["id"])
+    try:
+        check_messages(row["messages"])
+        own = [find_picture(item) for item in list_image_items(row["messages"])]
+    except ValueError as error:
+        raise ValueError(f"got row {row['id']!r} that cannot be written ({error}); correct the row") from error
+    own = [picture for picture in own if picture is not None]
+    if own and images:
+        raise ValueError(
+            f"got row {row['id']!r} with {len(own)} images in its messages and {len(images)} beside them; expected "
+            "one place for all of them; take the others out"
+        )
+    return {**row, "images": own or images}
 
 
 def _place_images(messages: list[dict[str, Any]], num_images: int, image_token: str) -> list[dict[str, Any]]:

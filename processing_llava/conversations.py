@@ -19,10 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 
 from .image_folders import ImageFolder
-from .messages import PICTURE_KEYS, shorten
+from .messages import IMAGE_TYPES, check_item, find_picture, is_missing, shorten, unwrap_picture
 from .record_files import RefusedRecord
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -39,8 +41,8 @@ def convert_record(record: Any, index: int, *, image_folder: ImageFolder | str |
 
     Args:
         record: A dict with `conversations` or `messages`, and perhaps `system`. `image` or `images` may be missing,
-            one, or a list, each a path, data URI, bytes, PIL image, or the `{"bytes", "path"}` of `datasets`; items
-            of `messages` can hold theirs instead. A `RefusedRecord` is raised.
+            one, or a list, each a path, data URI, bytes, PIL image, array, or the `{"bytes", "path"}` of `datasets`;
+            items of `messages` can hold theirs instead, as `list_pictures` finds them. A `RefusedRecord` is raised.
         index: Position in the data; the id of a record that has none.
         image_folder: Where image paths start and have to stay. Without it only bytes, PIL images and `pathlib.Path`
             objects are images: a text could name any file of the machine.
@@ -58,14 +60,14 @@ def convert_record(record: Any, index: int, *, image_folder: ImageFolder | str |
         raise record
     if not isinstance(record, dict):
         raise RefusedRecord(str(index), "not a record", shorten(record), "expected a JSON object; correct the file")
-    row_id = str(record["id"]) if record.get("id") is not None else str(index)
+    row_id = str(index) if is_missing(record.get("id")) else str(record["id"])
     with _naming(row_id):
         return {"id": row_id, **_convert(record, image_folder)}
 
 
 def _convert(record: dict[str, Any], image_folder: ImageFolder | str | Path | None) -> dict[str, Any]:
     for key in _OTHER_MEDIA:
-        if record.get(key):
+        if not is_missing(record.get(key)):
             raise _Fault(
                 "video or audio",
                 f"{key!r}: {shorten(record[key])}",
@@ -74,7 +76,7 @@ def _convert(record: dict[str, Any], image_folder: ImageFolder | str | Path | No
     messages = [_convert_turn(turn) for turn in _read_turns(record)]
     system = messages[:1] if messages and messages[0]["role"] == "system" else []
     turns = messages[len(system) :]
-    if record.get("system"):
+    if not is_missing(record.get("system")):
         system = _add_system(record["system"], system)
     if turns and turns[0]["role"] == "assistant":
         turns = turns[1:]
@@ -183,8 +185,12 @@ def _convert_item(item: Any) -> dict[str, Any]:
     kind = item.get("type") if isinstance(item, dict) else None
     if kind == "text" and isinstance(item.get("text"), str):
         return {"type": "text", "text": item["text"]}
-    if kind == "image":
-        image = next((item[key] for key in PICTURE_KEYS if item.get(key) is not None), None)
+    try:
+        check_item(item)
+    except ValueError as error:
+        raise _Fault("malformed content", str(error), "correct the record") from error
+    if kind in IMAGE_TYPES:
+        image = find_picture(item)
         return {"type": "image"} if image is None else {"type": "image", "image": image}
     raise _Fault(
         "malformed content",
@@ -246,7 +252,7 @@ def _check_turns(turns: list[dict[str, Any]]) -> None:
 def _find_value(record: dict[str, Any], keys: tuple[str, str]) -> Any:
     """What one of two keys holds; the other must be missing or empty."""
     given = [key for key in keys if record.get(key) is not None]
-    filled = [key for key in given if not (isinstance(record[key], (str, list, dict)) and not record[key])]
+    filled = [key for key in given if not is_missing(record[key])]
     if len(filled) > 1:
         raise _Fault("two keys for one thing", f"{' and '.join(map(repr, keys))}", "expected one; take the other out")
     return record[(filled or given)[0]] if given else None
@@ -263,15 +269,23 @@ def read_images(record: dict[str, Any], row_id: str) -> list[Any]:
 
 
 def _list_images(record: dict[str, Any]) -> list[Any]:
-    images = _find_value(record, ("images", "image"))
-    if images is None:
-        return []
-    return list(images) if isinstance(images, (list, tuple)) else [images]
+    # pandas makes arrays of lists.
+    given = {
+        key: value.tolist() if isinstance(value, np.ndarray) and value.dtype == object else value
+        for key, value in record.items()
+        if key in ("images", "image")
+    }
+    images = _find_value(given, ("images", "image"))
+    images = images if isinstance(images, (list, tuple)) else [images]
+    return [image for image in images if not is_missing(image)]
 
 
-def _read_image(image: Any, folder: ImageFolder | str | Path | None) -> str | bytes | Path | Image.Image:
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
+def _read_image(
+    image: Any, folder: ImageFolder | str | Path | None
+) -> str | bytes | Path | Image.Image | np.ndarray | torch.Tensor:
+    image = unwrap_picture(image)
+    if isinstance(image, (bytearray, memoryview)):
+        image = bytes(image)
     if isinstance(image, str) and image[:5].lower() != "data:":
         if ADDRESS.match(image):
             # Whoever opens it later, such as `datasets`, may read any file of the machine, or a host of its network.
@@ -286,6 +300,6 @@ def _read_image(image: Any, folder: ImageFolder | str | Path | None) -> str | by
             return (folder if isinstance(folder, ImageFolder) else ImageFolder(folder)).find(image)
         except ValueError as error:
             raise _Fault("image outside its folder", f"an image elsewhere ({error})", "correct the record") from error
-    if not isinstance(image, (str, bytes, Path, Image.Image)):
+    if not isinstance(image, (str, bytes, Path, Image.Image, np.ndarray, torch.Tensor)):
         raise _Fault("malformed image", f"image {shorten(image)}", "expected a path or bytes; correct the record")
     return image

@@ -7,7 +7,7 @@ once there is more to check than one process does while another starts.
 
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -18,12 +18,13 @@ from typing import Any
 from tqdm import tqdm
 
 from .conversations import convert_record, drops_first_turn
-from .data_report import CheckReport
+from .data_report import ANY, CheckReport
 from .data_sources import DataSource, open_records
 from .image_folders import ImageFolder
 from .processing_llava import AnyLlavaProcessor
 from .record_files import RefusedRecord
-from .row_lengths import MeasuredRow, check_length_options, fit_row, read_image_sizes
+from .row_lengths import MeasuredRow, check_length_options, find_spelled_tokens, fit_row, read_image_sizes
+from .text_encoder import list_special_tokens
 
 CHUNK_SIZE = 100
 NUM_CHUNKS_FOR_ONE = 30
@@ -56,6 +57,7 @@ class RecordCheck:
         self.max_length = max_length
         self.too_long = too_long
         self.decode = decode
+        self._special_tokens = list_special_tokens(processor.tokenizer)
 
     def __call__(
         self, record: Any, index: int, *, image_folder: ImageFolder | None = None
@@ -68,6 +70,11 @@ class RecordCheck:
             return fit_row(row, self.processor, sizes, max_length=self.max_length, too_long=self.too_long)
         except RefusedRecord as refused:
             return [], [refused]
+
+    def find_spelled_tokens(self, rows: Sequence[MeasuredRow]) -> list[str]:
+        """The special tokens that the rows of a record hold as text."""
+        messages = [message for measured in rows for message in measured.row["messages"]]
+        return find_spelled_tokens(messages, self._special_tokens, self.processor.learn_tokens)
 
 
 def check_sources(
@@ -146,6 +153,8 @@ def _check_chunk(chunk: Chunk, check: RecordCheck) -> CheckReport:
         rows, refused = check(record, index, image_folder=source.images)
         report.count(rows, refused, source=source.path)
         report.num_cut += bool(rows) and drops_first_turn(record)
+        if spelled := check.find_spelled_tokens(rows):
+            report.spelled.update([ANY, *spelled])
     return report
 
 

@@ -13,6 +13,7 @@ from .row_lengths import FITS, MeasuredRow
 
 PERCENTILES = (50, 90, 99, 100)
 
+ANY = "any"
 _NUM_IDS = 5
 
 
@@ -33,6 +34,8 @@ class CheckReport:
     num_records: int = 0
     num_cut: int = 0
     """Usable records whose first turn is one of the assistant, which is left out."""
+    spelled: Counter = field(default_factory=Counter)
+    """For each special token how many usable records spell it in characters; "any" counts records."""
     num_supervised: int = 0
     """Tokens that are learned."""
     lengths: array = field(default_factory=lambda: array("L"))
@@ -54,10 +57,18 @@ class CheckReport:
         """Counts in what is known of other records."""
         self.num_records += other.num_records
         self.num_cut += other.num_cut
+        self.spelled += other.spelled
         self.num_supervised += other.num_supervised
         self.lengths += other.lengths
         self.fates += other.fates
         self.refusals += other.refusals
+
+    def _format_spelled(self) -> str:
+        names = [name for name, _ in self.spelled.most_common() if name != ANY]
+        tokens = ", ".join(f"{name} {self.spelled[name]:,}" for name in names[:_NUM_IDS])
+        return (
+            f"{self.spelled[ANY]:,}: {tokens}{', ...' if len(names) > _NUM_IDS else ''} (--learn-token, for answers)"
+        )
 
     def percentiles(self) -> dict[int, int]:
         """For each of `PERCENTILES` the length in tokens that so many rows do not exceed."""
@@ -72,6 +83,7 @@ class CheckReport:
             "records": self.num_records,
             "usable_rows": len(self.lengths),
             "first_turns_left_out": self.num_cut,
+            "spelled_special_tokens": dict(self.spelled),
             "fates": dict(self.fates),
             "tokens": sum(self.lengths),
             "supervised_tokens": self.num_supervised,
@@ -89,6 +101,7 @@ class CheckReport:
             "usable rows": f"{len(self.lengths):,}",
             **{f"  {fate}": f"{count:,}" for fate, count in self.fates.items() if fate != FITS},
             **({"  first turn left out": f"{self.num_cut:,}"} if self.num_cut else {}),
+            **({"  spell tokens": self._format_spelled()} if self.spelled else {}),
             "tokens": f"{num_tokens:,}",
             "supervised tokens": f"{self.num_supervised:,}{share}",
             "tokens a row, up to": spread or "-",

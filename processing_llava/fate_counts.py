@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch.utils.data import get_worker_info
 
-from .row_lengths import CUT, DROPPED, FITS, KEPT, PART, SKIPPED
+from .row_lengths import CUT, DROPPED, FITS, KEPT, PART, SKIPPED, SPELLED
 
-_COLUMNS = {fate: column for column, fate in enumerate((FITS, KEPT, PART, DROPPED, SKIPPED, CUT))}
+_COLUMNS = {fate: column for column, fate in enumerate((FITS, KEPT, PART, DROPPED, SKIPPED, CUT, SPELLED))}
 _MOST_WORKERS = 1024
 
 

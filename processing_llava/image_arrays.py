@@ -61,7 +61,7 @@ def read_levels(
     if min(low, 255 - high) < 0 or not (are_levels or is_rescaled):
         raise ValueError(
             f"got an image array of {array.dtype} from {low:g} to {high:g}; expected levels of 0..255, or floats of "
-            "0..1; scale it"
+            "0..1; pass image / white, with the value that means white"
         )
     return (array * 255 if is_rescaled else array).astype(np.uint8), is_rescaled
 

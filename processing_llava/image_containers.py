@@ -71,7 +71,7 @@ def strip_metadata(data: bytes, *, max_pieces: int, max_frames: int) -> tuple[by
     if frame and num_frames > max_frames:
         raise ValueError(
             f"got an animation of {num_frames} pictures; expected at most {max_frames}; send one of them, or allow it "
-            "with ImageLimits(max_frames=...)"
+            "with ImageLimits(max_frames=...) or --image-limit max_frames=..."
         )
     return b"".join(data[start:stop] for _, start, stop in kept), read_orientation(next(exif, b""))
 
@@ -127,7 +127,7 @@ def _limit(pieces: Iterator[Piece], max_pieces: int) -> Iterator[Piece]:
         if number >= max_pieces:
             raise ValueError(
                 f"got an image file of more than {max_pieces} pieces; expected fewer chunks, segments or blocks; save "
-                "the image again, or allow it with ImageLimits(max_pieces=...)"
+                "the image again, or allow it with ImageLimits(max_pieces=...) or --image-limit max_pieces=..."
             )
         yield piece
 

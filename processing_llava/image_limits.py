@@ -63,7 +63,7 @@ def check_num_bytes(num_bytes: int, *, limits: ImageLimits = DEFAULT_LIMITS) -> 
     if num_bytes > limits.max_bytes:
         raise ValueError(
             f"got an image of {num_bytes} bytes or more; expected at most {limits.max_bytes}; compress the image, or "
-            "allow it with ImageLimits(max_bytes=...)"
+            "allow it with ImageLimits(max_bytes=...) or --image-limit max_bytes=..."
         )
 
 
@@ -84,5 +84,5 @@ def check_image_size(height: int, width: int, *, limits: ImageLimits = DEFAULT_L
         if value > allowed:
             raise ValueError(
                 f"got an image of {width} x {height} pixels; expected {name} of at most {allowed}, not {value:.10g}; "
-                f"resize or crop the image, or allow it with ImageLimits({name}=...)"
+                f"resize or crop the image, or allow it with ImageLimits({name}=...) or --image-limit {name}=..."
             )

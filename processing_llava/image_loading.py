@@ -7,7 +7,8 @@ machine; paths are `pathlib.Path`. EXIF orientation is applied (the original LLa
 goes, transparent pixels become white (a bare `convert("RGB")` shows the colour that hides below them), and 16-bit
 grey is scaled (Pillow clips it, so that nearly everything turns white).
 
-Only the standard library, Pillow, numpy and torch are used, and the file is copied into Hub repositories as it is.
+Only the standard library, Pillow, numpy, torch and transformers are used, and the file is copied into Hub
+repositories as it is.
 """
 
 import base64
@@ -17,22 +18,46 @@ import os
 import re
 import stat
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageFile
+from transformers.utils import logging
 
 from .image_arrays import image_from_levels, read_levels
 from .image_containers import cut_to_pixels, read_orientation, strip_metadata
 from .image_limits import DEFAULT_LIMITS, ImageLimits, check_image_size, check_num_bytes
+from .messages import unwrap_picture
+
+logger = logging.get_logger(__name__)
 
 Pixels = Image.Image | np.ndarray | torch.Tensor
-ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Pixels
+ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Pixels | dict
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _PHONE_FORMAT = "MPO"
 """What Pillow calls a JPEG with a second one behind it, where it is asked for any format."""
+
+SAVE_IT = "save it as PNG or JPEG"
+OPEN_IT = f"{SAVE_IT}, or, if it is your own, pass PIL.Image.open(path).copy()"
+OTHER_FORMATS = {
+    "TIFF": (rb"II\*\x00|MM\x00\*", OPEN_IT),
+    "AVIF": (rb".{4}ftyp(avif|avis)", OPEN_IT),
+    "HEIC": (
+        rb".{4}ftyp(hei[cxms]|hev[cx]|mif1|msf1)",
+        f"{SAVE_IT}; iPhones take JPEG with Settings, Camera, Formats, Most Compatible",
+    ),
+    "JPEG 2000": (rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51", OPEN_IT),
+    "ICO": (rb"\x00\x00\x01\x00", SAVE_IT),
+    "PSD": (rb"8BPS", SAVE_IT),
+    "JPEG XL": (rb"\xff\x0a|\x00\x00\x00\x0cJXL ", SAVE_IT),
+    "PDF": (rb"%PDF-", "save its page as PNG"),
+    "SVG": (rb"(\xef\xbb\xbf)?\s*(<svg|<[?!].*<svg)", "draw it in a browser and save it as PNG"),
+}
+"""How files of other formats begin, and what to do with them."""
 
 # EXIF orientation -> what brings the stored pixels upright; 1 means "leave as it is"
 UPRIGHT = {
@@ -68,9 +93,10 @@ def load_image(
     """Loads one image, upright and in RGB.
 
     Args:
-        source: Encoded bytes, a `pathlib.Path`, a "data:...;base64," URI, a URL, a binary file object, a PIL image, or
-            an array of levels or of floats of 0..1. Encoded images are JPEG, PNG, WebP, GIF or BMP, told by their
-            content; of an animation, the first picture is taken. Any other text is refused.
+        source: Encoded bytes, a `pathlib.Path`, a "data:...;base64," URI, a URL, a binary file object, a PIL image, an
+            array of levels or of floats of 0..1, or the `{"bytes": ..., "path": ...}` of `datasets`. Encoded images
+            are JPEG, PNG, WebP, GIF or BMP, told by their content; of an animation, the first picture is taken. Any
+            other text is refused.
         limits: What is refused.
         urls: Fetches URLs. Without it they are refused, since a server that fetches whatever address it is sent
             reaches hosts that the sender could not.
@@ -99,18 +125,22 @@ def load_pixels(
     urls: UrlReader | None = None,
 ) -> Image.Image:
     """As `load_image`, for callers that take the pixels and drop the image: it may hold metadata still."""
-    image, orientation = _open(source, limits=limits, urls=urls)
-    try:
-        image.load()
-    except DAMAGE as error:
-        raise ValueError(
-            f"got an image that cannot be decoded ({_shorten(error)}); expected a whole image; save it again"
-        ) from error
-    if orientation != 1:
-        image = image.transpose(UPRIGHT[orientation])
-        # Whoever loads it once more must not turn it again.
-        image.info.pop("exif", None)
-    return _to_rgb(image)
+    with _naming(source):
+        image, orientation = _open(source, limits=limits, urls=urls)
+        has_16_bits = _has_16_bits(image)
+        try:
+            image.load()
+        except DAMAGE as error:
+            raise ValueError(
+                f"got an image that cannot be decoded ({_shorten(error)}); expected a whole image; save it again"
+            ) from error
+        if has_16_bits:
+            _warn_of_few_levels(image)
+        if orientation != 1:
+            image = image.transpose(UPRIGHT[orientation])
+            # Whoever loads it once more must not turn it again.
+            image.info.pop("exif", None)
+        return _to_rgb(image)
 
 
 def clean_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
@@ -122,8 +152,9 @@ def clean_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) ->
         FileNotFoundError: there is no file at the path.
         ValueError: as `load_image`.
     """
-    data = _read_bytes(source, limits=limits, urls=None)
-    image = load_image(data, limits=limits)
+    with _naming(source):
+        data = _read_bytes(source, limits=limits, urls=None)
+        image = load_image(data, limits=limits)
     stripped, orientation = strip_metadata(data, max_pieces=limits.max_pieces, max_frames=limits.max_frames)
     kept = cut_to_pixels(stripped, max_pieces=limits.max_pieces) if orientation == 1 else None
     if kept is not None:
@@ -140,17 +171,37 @@ def read_image_size(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS
         FileNotFoundError: there is no file at the path.
         ValueError: as `load_image`, but for pixels that cannot be decoded.
     """
-    image, orientation = _open(source, limits=limits)
+    with _naming(source):
+        image, orientation = _open(source, limits=limits)
     # Orientations from 5 on exchange the sides.
     return image.size if orientation >= 5 else image.size[::-1]
 
 
+@contextmanager
+def _naming(source: ImageSource) -> Iterator[None]:
+    """Errors that name the file, where there is one: not its folders, which errors may show to strangers."""
+    path = source
+    if isinstance(source, dict):
+        path = source.get("path")
+    elif isinstance(source, ImageFile.ImageFile):
+        path = source.filename
+    is_path = isinstance(path, os.PathLike) or (isinstance(path, str) and path is not source)
+    name = _shorten(os.path.basename(os.fsdecode(path))) if is_path else ""
+    try:
+        yield
+    except ValueError as error:
+        if not name or name in str(error):
+            raise
+        raise ValueError(f"{error}; the file is {name!r}") from error
+
+
 def _open(source: ImageSource, *, limits: ImageLimits, urls: UrlReader | None = None) -> tuple[Image.Image, int]:
     """The image with its header read and its size checked, and its EXIF orientation."""
+    source = unwrap_picture(source)
     if isinstance(source, ImageFile.ImageFile) and source.format not in (*FORMATS, _PHONE_FORMAT):
         raise ValueError(
             f"got an image that is read from a {source.format} file; expected one of {', '.join(FORMATS)}; if it is "
-            'your own, pass image.convert("RGB")'
+            "your own, pass image.copy()"
         )
     if isinstance(source, Image.Image):
         image, orientation = source, read_orientation(source.info.get("exif", b""))
@@ -260,6 +311,9 @@ def _open_file(data: bytes, *, limits: ImageLimits) -> tuple[Image.Image, int]:
             "PIL.Image.MAX_IMAGE_PIXELS"
         ) from None
     except DAMAGE:
+        for name, (start, remedy) in OTHER_FORMATS.items():
+            if re.match(start, data[:1000], flags=re.DOTALL):
+                raise ValueError(f"got a file of {name}; expected one of {', '.join(FORMATS)}; {remedy}") from None
         raise ValueError(
             f"got {len(data)} bytes that are no image of a known format (they start with {data[:12]!r}); expected one "
             f"of {', '.join(FORMATS)}; convert the image"
@@ -273,10 +327,15 @@ def _open_file(data: bytes, *, limits: ImageLimits) -> tuple[Image.Image, int]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F", "LAB"):
+    if image.mode in ("I", "F"):
         raise ValueError(
-            f"got an image of mode {image.mode}, whose range of values is unknown; expected levels in 0..255; scale "
-            "the image and convert it to RGB"
+            f"got an image of mode {image.mode}, whose range of values is unknown; expected levels in 0..255; pass "
+            "numpy.asarray(image) / white, with the value that means white"
+        )
+    if image.mode == "LAB":
+        raise ValueError(
+            "got an image of mode LAB; expected RGB; pass PIL.ImageCms.profileToProfile(image, "
+            'PIL.ImageCms.createProfile("LAB"), PIL.ImageCms.createProfile("sRGB"), outputMode="RGB")'
         )
     if image.mode.startswith("I;16"):
         image = _scale_levels(image)
@@ -289,6 +348,30 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         on_white.paste(image, mask=image)
         return on_white
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    """Of each channel; of more than one, Pillow keeps the upper 8."""
+    if image.mode.startswith("I;16"):
+        return True
+    tiles = image.tile if isinstance(image, ImageFile.ImageFile) else []
+    return any(";16" in str(tile.args) for tile in tiles)
+
+
+def _warn_of_few_levels(image: Image.Image) -> None:
+    """Cameras of 10 to 14 bits write levels that end far below the white of their file."""
+    if image.mode.startswith("I;16"):
+        highest = image.getextrema()[1]
+    else:
+        channels = image.split()[: 1 if image.mode in ("L", "LA") else 3]
+        upper = max(channel.getextrema()[1] for channel in channels)
+        highest = upper << 8 | 0xFF if upper else 0
+    num_bits = max(8, int(highest).bit_length())
+    if highest and num_bits <= 14:
+        logger.warning_once(
+            f"got a 16-bit picture whose levels need {num_bits} bits: white is 65535, so it is read as a dark one; if "
+            f"its camera has {num_bits} bits, pass numpy.asarray(image) / {2**num_bits - 1}"
+        )
 
 
 def _scale_levels(image: Image.Image) -> Image.Image:

@@ -7,11 +7,13 @@ Only the standard library is used, and the file is copied into Hub repositories 
 """
 
 from collections.abc import Iterator
+from numbers import Real
 from typing import Any
 
 PICTURE_KEYS = ("image", "path", "url")
 """Where an image item can hold its picture, beside "base64"; all of them are transformers'."""
 
+IMAGE_TYPES = ("image", "image_url")
 
 MAX_DEPTH = 100
 """What reads messages goes down with them, and Python does not go down forever."""
@@ -44,29 +46,62 @@ def check_question(messages: Any) -> None:
         raise ValueError(f"got {len(messages)} messages; expected the last from the user")
 
 
+def is_missing(value: Any) -> bool:
+    """Whether this is a spelling of nothing, as JSON, pandas and `datasets` have them.
+
+    They are None, NaN, a text of blanks, no bytes, and a list or dict of nothing else, such as
+    `{"bytes": None, "path": None}`.
+    """
+    if isinstance(value, Real):
+        return bool(value != value)
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, (list, tuple)):
+        return all(map(is_missing, value))
+    if isinstance(value, dict):
+        return all(map(is_missing, value.values()))
+    return value is None or (isinstance(value, (bytes, bytearray)) and not value)
+
+
 def list_pictures(messages: list[dict[str, Any]]) -> Iterator[Any]:
     """The pictures of a conversation that was checked, in reading order.
 
     Raises:
         ValueError: an image item without one.
     """
+    for item in list_image_items(messages):
+        picture = find_picture(item)
+        if picture is None:
+            raise ValueError('got an image item without a picture; expected {"type": "image", "image": ...}')
+        yield picture
+
+
+def list_image_items(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The items of a conversation that was checked which stand for images."""
     for message in messages:
         content = message.get("content")
         for item in content if isinstance(content, (list, tuple)) else ():
-            if item["type"] == "image_url":
-                yield item["image_url"]["url"]
-            elif item["type"] == "image":
-                yield _find_picture(item)
+            if item["type"] in IMAGE_TYPES:
+                yield item
 
 
-def _find_picture(item: dict[str, Any]) -> Any:
-    sources = [item[key] for key in PICTURE_KEYS if item.get(key) is not None]
-    if item.get("base64") is not None:
-        # transformers takes it with and without the beginning of a data URI
-        sources.append("data:;base64," + item["base64"].rpartition(",")[2])
-    if not sources:
-        raise ValueError('got an image item without a picture; expected {"type": "image", "image": ...}')
-    return sources[0]
+def find_picture(item: dict[str, Any]) -> Any:
+    """The picture that an image item holds, whatever it is; None for a place without one."""
+    if item["type"] == "image_url":
+        sources = [item["image_url"]["url"]]
+    else:
+        sources = [item.get(key) for key in PICTURE_KEYS]
+        if item.get("base64"):
+            # transformers takes it with and without the beginning of a data URI
+            sources.append("data:;base64," + item["base64"].rpartition(",")[2])
+    return next((source for source in sources if not is_missing(source)), None)
+
+
+def unwrap_picture(picture: Any) -> Any:
+    """What the `{"bytes": ..., "path": ...}` of `datasets` holds; every other picture as it is."""
+    if not isinstance(picture, dict):
+        return picture
+    return next((picture[key] for key in ("bytes", "path") if not is_missing(picture.get(key))), None)
 
 
 def _check_message(message: Any) -> None:
@@ -78,10 +113,15 @@ def _check_message(message: Any) -> None:
     if not isinstance(content, (str, list, tuple)):
         raise ValueError(f"the content {shorten(content)}; expected a text or a list of items")
     for item in () if isinstance(content, str) else content:
-        _check_item(item)
+        check_item(item)
 
 
-def _check_item(item: Any) -> None:
+def check_item(item: Any) -> None:
+    """Refuses what is no item of a content.
+
+    Raises:
+        ValueError: whose text begins with what is wrong, for messages that say where it is.
+    """
     kind = item.get("type") if isinstance(item, dict) else None
     if not isinstance(kind, str):
         raise ValueError(f'the item {shorten(item)}; expected {{"type": "text", "text": ...}} or {{"type": "image"}}')

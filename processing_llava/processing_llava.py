@@ -6,6 +6,7 @@ image's tokens as ids, so the expanded prompt is never tokenised.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ from transformers.utils import logging
 from .image_layouts import check_visual_tokens, plan_image
 from .image_processing_fast import AnyLlavaImageProcessor
 from .image_processing_llava import AnyLlavaImageProcessorPil, flatten_images
-from .messages import check_messages, list_pictures
+from .messages import check_messages, is_missing, list_pictures
 from .original_processor import OriginalProcessorMixin
 from .prompt_inputs import PromptInputs, encode_prompts
 from .prompts import Prompt, count_images, render_prompt
 from .role_markers import TREATMENTS, find_role_markers, treat_role_markers
-from .text_encoder import list_control_tokens
+from .text_encoder import check_learn_tokens, list_control_tokens
 from .transformers_versions import pop_replacement_offsets
 
 logger = logging.get_logger(__name__)
@@ -34,6 +35,9 @@ IMAGE_BACKENDS = {
 }
 """Image processors by the name that `from_pretrained(backend=...)` takes; "torchvision" is what transformers calls the
 fast ones."""
+
+PLACEHOLDERS = ("<image>", "<|image|>", "<|image_pad|>", "[IMG]", "<start_of_image>", "<image_soft_token>")
+"""Of models of many families, which people write into prompts for another one."""
 
 # Old callers (TRL, pipelines) pass these beside template variables instead of inside `processor_kwargs`.
 _PROCESSOR_KWARGS = set(TextKwargs.__annotations__) | set(ImagesKwargs.__annotations__)
@@ -53,6 +57,8 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         role_markers: What becomes of a line of a user that begins with a role marker of the template, such as
             "ASSISTANT:": "neutralize" puts an invisible character into it, "refuse" raises, "keep" leaves it.
         visual_tokens: As in AnyLlavaConfig: most tokens of an image; None for all.
+        learn_tokens: Special tokens that count as such in what the assistant says, such as "<loc_1>"; in all other
+            text of messages, and all other tokens, are spelled in characters.
 
     Raises:
         ValueError: another `role_markers`, or a wrong `visual_tokens`.
@@ -69,6 +75,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         image_token: str = "<image>",
         role_markers: str = "neutralize",
         visual_tokens: int | None = None,
+        learn_tokens: Sequence[str] = (),
     ) -> None:
         if role_markers not in TREATMENTS:
             raise ValueError(f"got role_markers={role_markers!r}; expected one of {', '.join(TREATMENTS)}")
@@ -78,6 +85,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         self.num_prefix_tokens = num_prefix_tokens
         self.patch_merge_type = patch_merge_type
         self.visual_tokens = visual_tokens
+        self.learn_tokens = learn_tokens
         self.image_token = image_token
         if image_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
@@ -125,7 +133,8 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
 
         Args:
             images: One picture, one list for each prompt, or a flat list in reading order for prompts with as many
-                pictures each. A picture is a PIL image, array, `pathlib.Path`, bytes or data URI; other texts are
+                pictures each. In a list for each prompt, None, and any other spelling of nothing, is a prompt without
+                pictures. A picture is a PIL image, array, `pathlib.Path`, bytes or data URI; other texts are
                 refused, but for URLs that `image_processor.urls` fetches.
             text: Prompts, as `render` or `apply_chat_template` return them. In a plain `str` every special token
                 counts: render user text with a template instead of formatting it yourself.
@@ -139,6 +148,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         Raises:
             ValueError: if placeholders and images of a row do not match, or truncation would cut an image.
         """
+        images = None if is_missing(images) else images
         if text is None and images is None:
             raise ValueError("got neither text nor images; expected at least one of them")
         merged = self._merge_kwargs(
@@ -152,6 +162,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
             )
         image_inputs, num_image_tokens = {}, []
         if images is not None:
+            images = _drop_missing(images, num_rows=len(prompts))
             flat_images = flatten_images(images)
             if text is not None:
                 self._check_rows(prompts, images, num_images=len(flat_images))
@@ -207,9 +218,11 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
 
         Raises:
             ValueError: if there is no template, it cannot write these messages, they are malformed, or a user typed a
-                role marker and those are refused.
+                role marker and those are refused; or for `learn_tokens` that cannot be learned.
         """
         check_messages(messages)
+        if self.learn_tokens:
+            check_learn_tokens(self.learn_tokens, self.tokenizer, image_token=self.image_token)
         template = chat_template or self.chat_template
         if template is None:
             raise ValueError("got a processor without chat template; expected one: set processor.chat_template")
@@ -224,6 +237,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 control_tokens=list_control_tokens(self.tokenizer, image_token=self.image_token),
+                learn_tokens=self.learn_tokens,
                 **self.tokenizer.special_tokens_map | variables,
             )
         except (TemplateError, TypeError) as error:
@@ -334,13 +348,13 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
                 if expected != num_row_images:
                     raise ValueError(
                         f"got {expected} {self.image_token} placeholders and {num_row_images} images in row {row}; "
-                        "expected equal numbers"
+                        f"expected equal numbers: {self._explain_places(prompts)}"
                     )
             return
         if sum(placeholders) != num_images:
             raise ValueError(
                 f"got {sum(placeholders)} {self.image_token} placeholders and {num_images} images; expected equal "
-                "numbers"
+                f"numbers: {self._explain_places(prompts)}"
             )
         row = next((row for row, count in enumerate(placeholders) if count != placeholders[0]), None)
         if row is not None:
@@ -350,12 +364,34 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
                 "prompt: a row could get the image of another"
             )
 
+    def _explain_places(self, prompts: list[str]) -> str:
+        """What to do about other numbers of placeholders than of images."""
+        place = 'an item {"type": "image"} in the content of a message is one'
+        if any(prompt.count(self.image_token) > count_images(prompt, self.image_token) for prompt in prompts):
+            return f"an {self.image_token} that is typed in a message is text; {place}"
+        for prompt in prompts:
+            other = next((name for name in PLACEHOLDERS if name in prompt and name != self.image_token), None)
+            if other is not None:
+                return f"this model writes {self.image_token}, not {other}; {place}"
+        return f"{place}, or {self.image_token} in a prompt that no template wrote; and each takes one image"
+
     @property
     def model_input_names(self) -> list[str]:
         names = dict.fromkeys(self.tokenizer.model_input_names + self.image_processor.model_input_names)
         if self.image_processor.image_aspect_ratio != "anyres":
             del names["image_sizes"]
         return list(names)
+
+
+def _drop_missing(images: Any, *, num_rows: int) -> Any:
+    """Images without what holds no picture: one list for each prompt where there is one entry for each."""
+    if not isinstance(images, (list, tuple)):
+        return images
+    lacks_some = any(map(is_missing, images))
+    are_rows = all(isinstance(entry, (list, tuple)) or is_missing(entry) for entry in images)
+    if are_rows or (lacks_some and len(images) == num_rows):
+        return [[image for image in flatten_images(entry) if not is_missing(image)] for entry in images]
+    return [image for image in flatten_images(images) if not is_missing(image)]
 
 
 def _hide_user_text(prompt: str) -> str:

@@ -92,7 +92,11 @@ class _Piece:
 def _split(prompt: str, control_tokens: dict[str, ControlToken]) -> Iterator[_Piece]:
     longest_first = sorted(control_tokens, key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, longest_first)))
-    matches = chain.from_iterable(pattern.finditer(prompt, *span) for span in list_template_spans(prompt))
+    learned_spans = prompt.learned_spans if isinstance(prompt, Prompt) else ()
+    # A learned word that is no control token is found like any other word.
+    learned = (match for span in learned_spans if (match := pattern.fullmatch(prompt, *span)))
+    written = chain.from_iterable(pattern.finditer(prompt, *span) for span in list_template_spans(prompt))
+    matches = sorted(chain(written, learned), key=lambda match: match.start())
     position, previous = 0, None
     for match in matches:
         token = control_tokens[match[0]]

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from .prompt_ids import encode_prompt
 from .prompts import count_images
+
+logger = logging.get_logger(__name__)
 
 IGNORED_LABEL = -100
 """The label that cross entropy skips."""
@@ -93,6 +96,12 @@ def encode_prompts(
         )
         rows.append(ids)
         masks.append(mask)
+    # As transformers' tokenizers do.
+    if max_length is None and not truncation and max(map(len, rows), default=0) > tokenizer.model_max_length:
+        logger.warning_once(
+            f"got a prompt of more than {tokenizer.model_max_length} tokens, the model_max_length of the tokenizer; "
+            "expected a shorter one: the model may not be able to read it"
+        )
     if truncation:
         longest = tokenizer.model_max_length if max_length is None else max_length
         places = [_find_kept(ids, longest, tokenizer.truncation_side, image_token_id) for ids in rows]

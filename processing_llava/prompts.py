@@ -34,13 +34,23 @@ class Prompt(str):
         text: What the model reads.
         user_spans: Ranges that came from messages, whatever their role. In order, not empty, not overlapping.
         assistant_spans: Ranges inside `{% generation %}`: what the model learns to write.
+        learned_spans: Ranges of tokens that the assistant may write; each lies in a range of both others.
     """
 
     user_spans: tuple[Span, ...]
     assistant_spans: tuple[Span, ...]
+    learned_spans: tuple[Span, ...]
 
-    def __new__(cls, text: str, *, user_spans: Iterable[Span] = (), assistant_spans: Iterable[Span] = ()) -> "Prompt":
+    def __new__(
+        cls,
+        text: str,
+        *,
+        user_spans: Iterable[Span] = (),
+        assistant_spans: Iterable[Span] = (),
+        learned_spans: Iterable[Span] = (),
+    ) -> "Prompt":
         prompt = super().__new__(cls, text)
+        prompt.learned_spans = tuple(learned_spans)
         prompt.user_spans = tuple(user_spans)
         prompt.assistant_spans = tuple(assistant_spans)
         return prompt
@@ -53,6 +63,7 @@ def render_prompt(
     add_generation_prompt: bool = False,
     continue_final_message: bool = False,
     control_tokens: Iterable[str] = (),
+    learn_tokens: Iterable[str] = (),
     **template_variables: Any,
 ) -> Prompt:
     """Writes a conversation in the words of a chat template.
@@ -67,6 +78,7 @@ def render_prompt(
         add_generation_prompt: End where the assistant begins to write.
         continue_final_message: End inside the last message, for the model to go on with.
         control_tokens: Needed for templates that cut messages into pieces: these literals are marked one by one.
+        learn_tokens: Tokens that count as such where the assistant wrote them, inside `{% generation %}`.
         **template_variables: Of the template; trusted, like the template.
 
     Raises:
@@ -88,11 +100,24 @@ def render_prompt(
         (start - bisect_left(positions, start), min(end - bisect_left(positions, end), len(text)))
         for start, end in chain.from_iterable(generation_spans)
     ]
+    assistant_spans = [(start, end) for start, end in assistant_spans if start < end]
+    user_spans = markers.pair(marked, positions)
     return Prompt(
         text,
-        user_spans=markers.pair(marked, positions),
-        assistant_spans=[(start, end) for start, end in assistant_spans if start < end],
+        user_spans=user_spans,
+        assistant_spans=assistant_spans,
+        learned_spans=_find_learned(text, user_spans, assistant_spans, compile_literals(tuple(learn_tokens))),
     )
+
+
+def _find_learned(
+    text: str, user_spans: list[Span], assistant_spans: list[Span], learned: re.Pattern[str] | None
+) -> list[Span]:
+    """The learned tokens in what the assistant wrote; the template's own words around it are no part of that."""
+    if learned is None:
+        return []
+    overlaps = ((max(start, first), min(end, last)) for start, end in user_spans for first, last in assistant_spans)
+    return [match.span() for start, end in overlaps if start < end for match in learned.finditer(text, start, end)]
 
 
 def count_images(prompt: str, image_token: str) -> int:
@@ -122,11 +147,11 @@ def _choose_markers(texts: Iterable[str], control_tokens: Iterable[str]) -> "_Ma
     free = list(islice((chr(code) for code in chain.from_iterable(_PRIVATE_USE) if chr(code) not in used), 2))
     if len(free) < 2:
         raise ValueError("got messages with every private-use character; expected two left over; remove some of them")
-    return _Markers(*free, _compile_literals(tuple(control_tokens)))
+    return _Markers(*free, compile_literals(tuple(control_tokens)))
 
 
 @lru_cache(maxsize=16)
-def _compile_literals(literals: tuple[str, ...]) -> re.Pattern[str] | None:
+def compile_literals(literals: tuple[str, ...]) -> re.Pattern[str] | None:
     """What finds the longest of them; None of none."""
     longest_first = sorted(literals, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first))) if literals else None

@@ -10,6 +10,7 @@ Hub repositories as it is.
 """
 
 import re
+from collections.abc import Hashable
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +18,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from .prompts import render_prompt
-from .text_encoder import list_control_tokens
+from .text_encoder import list_control_tokens, read_tokenizer_state
 
 TREATMENTS = ("keep", "neutralize", "refuse")
 INVISIBLE = "\u200b"
@@ -69,12 +70,12 @@ def find_role_markers(
         tokenizer: Its control tokens are no plain text.
         image_token: Counts as a control token.
     """
-    return _find(template, tokenizer, image_token, len(tokenizer))
+    return _find(template, tokenizer, image_token, read_tokenizer_state(tokenizer))
 
 
 @lru_cache(maxsize=16)
 def _find(
-    template: str, tokenizer: PreTrainedTokenizerFast, image_token: str, num_tokens: int
+    template: str, tokenizer: PreTrainedTokenizerFast, image_token: str, state: tuple[Hashable, ...]
 ) -> re.Pattern[str] | None:
     controls = "|".join(map(re.escape, list_control_tokens(tokenizer, image_token=image_token)))
     pieces = [piece for text in _list_template_texts(template, tokenizer) for piece in re.split(controls, text)]

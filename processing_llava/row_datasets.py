@@ -11,6 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from datasets import (
     Dataset,
     Features,
@@ -26,10 +28,21 @@ from transformers.utils import logging
 from .conversations import ADDRESS, convert_record, drops_first_turn
 from .data_sources import DataSource, find_json_files, open_dataset, stream_files
 from .fate_counts import FateCounts
+from .image_arrays import image_from_levels, read_levels
 from .image_folders import ImageFolder
 from .processing_llava import AnyLlavaProcessor
 from .record_files import RefusedRecord
-from .row_lengths import CUT, DROPPED, ON_BAD_ROW, SKIPPED, check_length_options, fit_row, read_image_sizes
+from .row_lengths import (
+    CUT,
+    DROPPED,
+    ON_BAD_ROW,
+    SKIPPED,
+    SPELLED,
+    check_length_options,
+    find_spelled_tokens,
+    fit_row,
+    read_image_sizes,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -44,7 +57,9 @@ ROW_FEATURES = Features(
 )
 """Of every source, so that they can be mixed."""
 
-_JUDGEMENT = Features({"fate": Value("string"), "problem": Value("string"), "is_cut": Value("bool")})
+_JUDGEMENT = Features(
+    {"fate": Value("string"), "problem": Value("string"), "is_cut": Value("bool"), "is_spelled": Value("bool")}
+)
 """`fate` is null for a row that was not measured, `problem` for one that can be used."""
 _JUDGED = Features({**ROW_FEATURES, **_JUDGEMENT})
 _MEASURED = Features({**_JUDGED, "num_tokens": Value("int32"), "num_images": Value("int32")})
@@ -62,6 +77,8 @@ def load_rows(
     too_long: str = "drop",
     on_bad_row: str = "raise",
     num_proc: int | None = None,
+    special_tokens: Sequence[str] = (),
+    learn_tokens: Sequence[str] = (),
 ) -> tuple[Dataset | IterableDataset, FateCounts]:
     """The rows of all sources: `id`, `images` (paths or bytes), `messages`.
 
@@ -77,12 +94,14 @@ def load_rows(
         too_long: "keep", "drop" or "split"; see `row_lengths`.
         on_bad_row: "raise", or "skip" records that cannot be used; each is logged.
         num_proc: Processes that count, where there are enough rows for several.
+        special_tokens: Rows that spell one of these are counted.
+        learn_tokens: But for these in answers.
 
     Returns:
         A `Dataset`, or an `IterableDataset` if any source is streaming; and how many rows of the sources are of each
-        fate: `SKIPPED`, `CUT`, and with a processor `FITS`, `KEPT`, `PART`, and `DROPPED`, which counts questions
-        where rows are split. Rows of streaming sources are counted when they are read, each time and in the process
-        that reads.
+        fate: `SKIPPED`, `CUT`, `SPELLED`, and with a processor `FITS`, `KEPT`, `PART`, and `DROPPED`, which counts
+        questions where rows are split. Rows of streaming sources are counted when they are read, each time and in the
+        process that reads.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -98,7 +117,10 @@ def load_rows(
             f"got {len(weights)} weights for {len(sources)} sources; expected at least one source, and a weight for "
             "each of them or for none"
         )
-    parts = [_load_source(source, on_bad_row) for source in sources]
+    convert = partial(
+        _convert, on_bad_row=on_bad_row, special_tokens=tuple(special_tokens), learn_tokens=tuple(learn_tokens)
+    )
+    parts = [_load_source(source, convert) for source in sources]
     parts = [
         part if source.shuffle_buffer is None else part.shuffle(seed, buffer_size=source.shuffle_buffer)
         for part, source in zip(parts, sources)
@@ -118,18 +140,18 @@ def load_rows(
     return _unpack(rows.remove_columns(list(_JUDGEMENT))), fates
 
 
-def _load_source(source: DataSource, on_bad_row: str) -> Dataset | IterableDataset:
+def _load_source(source: DataSource, convert: Callable[..., dict[str, Any]]) -> Dataset | IterableDataset:
     files = find_json_files(source)
     if not files:
         records = open_dataset(source)
         return records.map(
-            partial(_convert, image_folder=source.images, on_bad_row=on_bad_row),
+            partial(convert, image_folder=source.images),
             with_indices=True,
             remove_columns=records.column_names,
             features=_JUDGED,
         )
     # a tuple: of a list, `datasets` would number the records of each file anew
-    settings = {"files": files, "image_folder": source.images, "on_bad_row": on_bad_row}
+    settings = {"files": files, "convert": partial(convert, image_folder=source.images)}
     if source.streaming:
         return IterableDataset.from_generator(_generate, features=_JUDGED, gen_kwargs=settings)
     rows = _generate(**settings)
@@ -141,12 +163,20 @@ def _load_source(source: DataSource, on_bad_row: str) -> Dataset | IterableDatas
     return concatenate_datasets(tables)
 
 
-def _generate(files: tuple[str, ...], image_folder: ImageFolder | None, on_bad_row: str) -> Iterator[dict[str, Any]]:
+def _generate(files: tuple[str, ...], convert: Callable[..., dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for index, record in enumerate(stream_files(files)):
-        yield _convert(record, index, image_folder=image_folder, on_bad_row=on_bad_row)
+        yield convert(record, index)
 
 
-def _convert(record: Any, index: int, *, image_folder: ImageFolder | None, on_bad_row: str) -> dict[str, Any]:
+def _convert(
+    record: Any,
+    index: int,
+    *,
+    image_folder: ImageFolder | None,
+    on_bad_row: str,
+    special_tokens: tuple[str, ...],
+    learn_tokens: tuple[str, ...],
+) -> dict[str, Any]:
     # rows of `datasets` are mappings that read their columns late
     record = dict(record) if isinstance(record, Mapping) else record
     try:
@@ -155,8 +185,10 @@ def _convert(record: Any, index: int, *, image_folder: ImageFolder | None, on_ba
         if on_bad_row == "raise":
             raise
         empty = {"id": refused.record_id, "images": [], "messages": []}
-        return {**empty, "fate": SKIPPED, "problem": str(refused), "is_cut": False}
-    return {**_pack_row(row), "fate": None, "problem": None, "is_cut": drops_first_turn(record)}
+        return {**empty, "fate": SKIPPED, "problem": str(refused), "is_cut": False, "is_spelled": False}
+    is_spelled = bool(find_spelled_tokens(row["messages"], special_tokens, learn_tokens))
+    judgement = {"fate": None, "problem": None, "is_cut": drops_first_turn(record), "is_spelled": is_spelled}
+    return {**_pack_row(row), **judgement}
 
 
 def _pack_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -164,6 +196,8 @@ def _pack_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pack_image(image: Any) -> dict[str, Any]:
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        image = image_from_levels(read_levels(image)[0])
     return Image().encode_example(str(image) if isinstance(image, Path) else image)
 
 
@@ -212,7 +246,7 @@ def _fit_batch(
     fitted: list[dict[str, Any]] = []
     for values in zip(*(batch[name] for name in _JUDGED)):
         packed = dict(zip(_JUDGED, values))
-        unusable = {**packed, "num_tokens": 0, "num_images": 0, "is_cut": False}
+        unusable = {**packed, "num_tokens": 0, "num_images": 0, "is_cut": False, "is_spelled": False}
         if packed["fate"] == SKIPPED:
             fitted.append(unusable)
             continue
@@ -227,7 +261,9 @@ def _fit_batch(
             continue
         for number, measured in enumerate(kept):
             counts = {"num_tokens": measured.num_tokens, "num_images": len(measured.row["images"])}
-            judgement = {"fate": measured.fate, "problem": None, "is_cut": packed["is_cut"] and number == 0}
+            # Once for each record.
+            counted = {name: packed[name] and number == 0 for name in ("is_cut", "is_spelled")}
+            judgement = {"fate": measured.fate, "problem": None, **counted}
             fitted.append({**_pack_row(measured.row), **counts, **judgement})
         fitted += [{**unusable, "fate": DROPPED} for _ in refused]
     return {name: [row[name] for row in fitted] for name in _MEASURED}
@@ -249,11 +285,13 @@ class _Judge:
     def __init__(self, fates: FateCounts) -> None:
         self.fates = fates
 
-    def __call__(self, fate: str | None, problem: str | None, is_cut: bool) -> bool:
+    def __call__(self, fate: str | None, problem: str | None, is_cut: bool, is_spelled: bool) -> bool:
         if fate is not None:
             self.fates.add(fate)
         if is_cut:
             self.fates.add(CUT)
+        if is_spelled:
+            self.fates.add(SPELLED)
         if problem is not None:
             logger.warning(f"skipped: {problem}")
         return _remains(fate)

@@ -17,6 +17,7 @@ from .image_limits import ImageLimits
 from .image_loading import load_image, read_image_size
 from .processing_llava import AnyLlavaProcessor
 from .prompt_ids import encode_prompt
+from .prompts import compile_literals
 from .record_files import RefusedRecord
 
 TOO_LONG = ("keep", "drop", "split")
@@ -30,7 +31,8 @@ SKIPPED = "cannot be used, skipped"
 """What did become of a row."""
 
 CUT = "first turn of the assistant left out"
-"""Counted beside what else became of the row."""
+SPELLED = "special tokens spelled in characters, since people wrote them; learn_tokens names those of answers"
+"""Both counted beside what else became of the row."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,24 @@ def check_length_options(max_length: int | None, too_long: str) -> None:
         raise ValueError(f"got max_length={max_length}; expected at least 1 token; leave it out for no limit")
     if too_long not in TOO_LONG:
         raise ValueError(f"got too_long={too_long!r}; expected one of {', '.join(TOO_LONG)}")
+
+
+def find_spelled_tokens(
+    messages: Sequence[dict[str, Any]], special_tokens: Sequence[str], learn_tokens: Sequence[str]
+) -> list[str]:
+    """The special tokens that a row of `convert_record` holds as text: in answers, those that are not learned."""
+    pattern = compile_literals(tuple(special_tokens))
+    if pattern is None:
+        return []
+    found = [
+        token
+        for message in messages
+        for item in message["content"]
+        if item["type"] == "text"
+        for token in pattern.findall(item["text"])
+        if message["role"] != "assistant" or token not in learn_tokens
+    ]
+    return list(dict.fromkeys(found))
 
 
 def read_image_sizes(row: dict[str, Any], *, decode: bool, limits: ImageLimits) -> list[tuple[int, int]]:

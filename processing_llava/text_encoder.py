@@ -9,15 +9,28 @@ Only the standard library, tokenizers and transformers are used; the file is cop
 """
 
 import json
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 _SIGNS = frozenset("<>[]|")
 """Tokens with one of these, such as "<|im_start|>", can be control tokens even where a tokenizer does not say so."""
+
+_MODEL_SETTINGS = {
+    models.BPE: (
+        "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
+        "ignore_merges",
+    ),
+    models.Unigram: ("nbest_size", "alpha"),
+    models.WordLevel: ("unk_token",),
+    models.WordPiece: ("unk_token", "continuing_subword_prefix", "max_input_chars_per_word"),
+}  # fmt: skip
+_NUM_PROBES = 500
+"""Words of a vocabulary that are looked at to see whether it is still the same."""
 
 
 @dataclass(frozen=True)
@@ -64,19 +77,87 @@ class TextEncoder:
         return encoding.ids, encoding.offsets
 
 
-def list_control_tokens(tokenizer: PreTrainedTokenizerFast, *, image_token: str) -> tuple[str, ...]:
-    """The literals that act as control tokens when a template writes them: added tokens and the image token.
+def read_tokenizer_state(tokenizer: PreTrainedTokenizerFast) -> tuple[Hashable, ...]:
+    """What ids of text depend on, for keys of caches: a tokenizer may change at any time.
 
-    Cached: some tokenizers have thousands, and every prompt asks.
+    Read for every prompt, so a vocabulary, which would take as long as to tokenise a page, is read in samples; an
+    exchanged one that differs elsewhere alone, in equal numbers, is not seen.
+
+    Raises:
+        ValueError: the tokenizer is not a fast one.
     """
-    return _list_control_tokens(tokenizer, image_token, len(tokenizer))
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(
+            f"got a {type(tokenizer).__name__}; expected a fast tokenizer; load it with AutoTokenizer, or with "
+            "load_sentencepiece_tokenizer from a folder with tokenizer.model"
+        )
+    backend = tokenizer.backend_tokenizer
+    pieces = (backend.normalizer, backend.pre_tokenizer)
+    return (
+        # With all flags; twice as fast as to read them one by one.
+        repr(backend.get_added_tokens_decoder()),
+        *(None if piece is None else piece.__getstate__() for piece in pieces),
+        _sample_model(backend.model, backend.get_vocab_size(with_added_tokens=False)),
+        tuple(tokenizer.special_tokens_map.items()),
+    )
+
+
+def _sample_model(model: models.Model, size: int) -> tuple[Hashable, ...]:
+    settings = tuple(getattr(model, name) for name in _MODEL_SETTINGS[type(model)])
+    probes = [model.id_to_token(token_id) for token_id in range(0, size, max(1, size // _NUM_PROBES))]
+    ids = ()
+    if isinstance(model, models.BPE) and not model.dropout:
+        # Merges show in the ids of a text.
+        ids = tuple(token.id for token in model.tokenize("".join(filter(None, probes))))
+    return (type(model), size, settings, tuple(probes), ids)
+
+
+def list_control_tokens(tokenizer: PreTrainedTokenizerFast, *, image_token: str) -> tuple[str, ...]:
+    """The literals that act as control tokens when a template writes them: added tokens and the image token."""
+    acting = _list_acting_tokens(tokenizer, image_token, read_tokenizer_state(tokenizer))
+    return tuple(dict.fromkeys([*(token.content for token, _ in acting), image_token]))
 
 
 @lru_cache(maxsize=16)
-def _list_control_tokens(tokenizer: PreTrainedTokenizerFast, image_token: str, num_tokens: int) -> tuple[str, ...]:
-    added_tokens = tokenizer.added_tokens_decoder.values()
-    acting = [token.content for token in added_tokens if token.special or not _SIGNS.isdisjoint(token.content)]
-    return tuple(dict.fromkeys([*acting, image_token]))
+def _list_acting_tokens(
+    tokenizer: PreTrainedTokenizerFast, image_token: str, state: tuple[Hashable, ...]
+) -> tuple[tuple[ControlToken, bool], ...]:
+    """Added tokens that can be control tokens, and whether they are, whatever a template writes."""
+    return tuple(
+        (
+            ControlToken(token.content, token_id, token.lstrip, token.rstrip),
+            token.special or token.content == image_token,
+        )
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.special or token.content == image_token or not _SIGNS.isdisjoint(token.content)
+    )
+
+
+def check_learn_tokens(learn_tokens: Sequence[str], tokenizer: PreTrainedTokenizerFast, *, image_token: str) -> None:
+    """Refuses what an answer cannot hold.
+
+    Raises:
+        ValueError: no list, no token of this tokenizer, or one that begins, ends or pads texts or stands for an image.
+    """
+    if isinstance(learn_tokens, str):
+        raise ValueError(f"got learn_tokens={learn_tokens!r}; expected a list of tokens; put it into one")
+    reserved = {image_token, tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+    for token in learn_tokens:
+        if not isinstance(token, str) or tokenizer.backend_tokenizer.token_to_id(token) is None:
+            raise ValueError(
+                f"got {token!r} in learn_tokens, which is no token of the tokenizer; expected tokens that were added: "
+                "call processor.tokenizer.add_tokens, and model.resize_token_embeddings"
+            )
+        if token in reserved:
+            raise ValueError(
+                f"got {token!r} in learn_tokens; expected tokens that answers are made of; take it out: the template "
+                "and the collator write it where it belongs"
+            )
+
+
+def list_special_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
+    """What is spelled in characters where people write it, unless it is learned."""
+    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
 
 
 def load_text_encoder(tokenizer: PreTrainedTokenizerFast, *, image_token: str, template_text: str = "") -> TextEncoder:
@@ -91,24 +172,18 @@ def load_text_encoder(tokenizer: PreTrainedTokenizerFast, *, image_token: str, t
     Raises:
         ValueError: the tokenizer is not a fast one.
     """
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(
-            f"got a {type(tokenizer).__name__}; expected a fast tokenizer; load it with AutoTokenizer, or with "
-            "load_sentencepiece_tokenizer from a folder with tokenizer.model"
-        )
-    added_tokens = tuple(
-        ControlToken(token.content, token_id, token.lstrip, token.rstrip)
-        for token_id, token in tokenizer.added_tokens_decoder.items()
-        if token.special
-        or token.content == image_token
-        or (token.content in template_text and not _SIGNS.isdisjoint(token.content))
+    state = read_tokenizer_state(tokenizer)
+    control_tokens = tuple(
+        token
+        for token, is_control in _list_acting_tokens(tokenizer, image_token, state)
+        if is_control or token.content in template_text
     )
-    return _build(tokenizer, image_token, added_tokens)
+    return _build(tokenizer, control_tokens, state)
 
 
 @lru_cache(maxsize=4)
 def _build(
-    tokenizer: PreTrainedTokenizerFast, image_token: str, added_tokens: tuple[ControlToken, ...]
+    tokenizer: PreTrainedTokenizerFast, added_tokens: tuple[ControlToken, ...], state: tuple[Hashable, ...]
 ) -> TextEncoder:
     control_tokens = {token.content: token for token in added_tokens}
     spec = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -7,6 +7,7 @@ pictures that programs name by a URL, after a look at whether its host is public
 Google's; and it decodes data URIs without any limit. Both are refused before that.
 """
 
+import html
 import json
 import logging
 import re
@@ -154,7 +155,9 @@ class PrivateRoutes:
             try:
                 await _clean_upload(json.loads(b"".join(message.get("body", b"") for message in held)))
             except ValueError as error:
-                await PlainTextResponse(str(error), status_code=400)(scope, receive, send_with_policy)
+                # Gradio's toast reads it as markup.
+                message = html.escape(str(error), quote=False)
+                await PlainTextResponse(message, status_code=400)(scope, receive, send_with_policy)
                 return
             except Exception as error:
                 log_error(error)

@@ -24,6 +24,9 @@ def add_commands(commands) -> None:
     check_data.add_argument("--template", help="conversation format to use instead of the model's")
     check_data.add_argument("--max-length", type=int, help="longest row in tokens, images counted")
     check_data.add_argument("--too-long", default="drop", help="keep, drop or split longer rows (default: drop)")
+    check_data.add_argument(
+        "--learn-token", action="append", metavar="TOKEN", help="special token that answers may hold, e.g. '<loc_1>'"
+    )
     add_image_limit(check_data)
     check_data.add_argument("--headers-only", action="store_true", help="do not decode the pixels of the images")
     check_data.add_argument(
@@ -55,11 +58,15 @@ def run_check_data(options: argparse.Namespace) -> int:
     from processing_llava.data_sources import DataSource
     from processing_llava.image_limits import read_limits
     from processing_llava.preview import make_printable
+    from processing_llava.text_encoder import check_learn_tokens
 
     kept = {name: getattr(options, name) for name in ("image_folder", "follow_links", "name", "split", "streaming")}
     sources = [DataSource(path=path, **kept) for path in options.sources]
     processor = load_training_processor(options.model or EMBEDDED_MODEL, template=options.template)
     processor.image_processor.limits = read_limits(options.image_limit)
+    if options.learn_token:
+        check_learn_tokens(options.learn_token, processor.tokenizer, image_token=processor.image_token)
+        processor.learn_tokens = options.learn_token
     check = RecordCheck(
         processor,
         max_length=options.max_length,

@@ -51,6 +51,9 @@ class Recipe:
     """Of the saved weights; training keeps them in float32."""
     template: str | None = None
     """Conversation format to train with and to store with the model. Default: the model's own."""
+    learn_tokens: list[str] = field(default_factory=list)
+    """Special tokens, added to the model's tokenizer before, that count as such in answers, to train with and to
+    store. Other special tokens, and these in questions, are spelled in characters. Default: the model's own."""
     image_aspect_ratio: str | None = None
     """"pad", "square" or "anyres", to train with and to store. Default: the model's own."""
     image_backend: str | None = None

@@ -17,8 +17,9 @@ from .recipe import Recipe
 
 SETTINGS_FILE = "resume_settings.json"
 OF_RECIPE = (
-    "stage", "train_vision_tower", "template", "image_aspect_ratio", "max_length", "too_long", "tokens_per_batch",
-    "images_per_batch", "projector_learning_rate", "vision_tower_learning_rate", "muon_learning_rate",
+    "stage", "train_vision_tower", "template", "learn_tokens", "image_aspect_ratio", "max_length", "too_long",
+    "tokens_per_batch", "images_per_batch", "projector_learning_rate", "vision_tower_learning_rate",
+    "muon_learning_rate",
 )  # fmt: skip
 OF_TRAINER = (
     "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy",

@@ -12,6 +12,7 @@ from processing_llava.data_sources import DataSource
 from processing_llava.fate_counts import FateCounts
 from processing_llava.processing_llava import AnyLlavaProcessor
 from processing_llava.row_datasets import load_rows
+from processing_llava.text_encoder import list_special_tokens
 
 from .recipe import Recipe
 from .token_budget import TokenBudgetBatchSampler
@@ -36,6 +37,8 @@ def read_rows(
         too_long=recipe.too_long,
         on_bad_row=recipe.bad_rows,
         num_proc=os.cpu_count(),
+        special_tokens=list_special_tokens(processor.tokenizer),
+        learn_tokens=processor.learn_tokens,
     )
     name = "eval_data" if sources is recipe.eval_data else "data"
     for fate, number in fates.items():

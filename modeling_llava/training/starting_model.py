@@ -8,6 +8,7 @@ from modeling_llava.model_names import load_training_processor
 from modeling_llava.packed_attention import use_packed_attention
 from modeling_llava.quantization import four_bit_config
 from processing_llava import AnyLlavaProcessor
+from processing_llava.text_encoder import check_learn_tokens
 
 from .lora import add_lora, refuse_adapter
 from .recipe import Recipe
@@ -18,7 +19,8 @@ def load_processor(recipe: Recipe) -> AnyLlavaProcessor:
     """The processor of the model, with the conversation format, the image mode and the image limits of the recipe.
 
     Raises:
-        ValueError: as `load_training_processor`, or if the model was not made for the image mode.
+        ValueError: as `load_training_processor`, if the model was not made for the image mode, or `learn_tokens` are
+            none of its tokenizer.
     """
     processor = load_training_processor(recipe.model, template=recipe.template, backend=recipe.image_backend)
     if recipe.image_aspect_ratio == "anyres" and not processor.image_processor.image_grid_pinpoints:
@@ -29,6 +31,9 @@ def load_processor(recipe: Recipe) -> AnyLlavaProcessor:
     if recipe.image_aspect_ratio is not None:
         processor.image_processor.image_aspect_ratio = recipe.image_aspect_ratio
     processor.image_processor.limits = recipe.image_limits
+    if recipe.learn_tokens:
+        check_learn_tokens(recipe.learn_tokens, processor.tokenizer, image_token=processor.image_token)
+        processor.learn_tokens = recipe.learn_tokens
     return processor
 
 

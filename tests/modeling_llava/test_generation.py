@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, RepetitionPenaltyLogitsProcessor
+from transformers.utils.logging import warning_once
 
 from modeling_llava import AnyLlavaForConditionalGeneration
 from processing_llava.transformers_versions import CAN_PREFILL_IMAGES_IN_CHUNKS
@@ -16,6 +17,7 @@ from tests.tiny import (
     random_images,
     text_ids,
     tiny_config,
+    tiny_processor,
 )
 from tests.tiny import tiny_model as build_tiny_model
 
@@ -286,3 +288,29 @@ def test_pictures_of_another_size_are_refused(model):
     larger = torch.nn.functional.interpolate(inputs["pixel_values"], scale_factor=2)
     with pytest.raises(ValueError, match=f"pixels; expected {TILE_SIZE} by {TILE_SIZE}"):
         model.generate(**inputs | {"pixel_values": larger}, **GREEDY)
+
+
+def test_prompts_that_are_too_long_are_one_warning(model, caplog):
+    warning_once.cache_clear()
+    longest = model.config.text_config.max_position_embeddings
+    for num_tokens in (longest, longest + 1, longest + 2):
+        ids = torch.tensor([[1, *text_ids(num_tokens - 1)]])
+        assert ("got a prompt of more than" in caplog.text) == (num_tokens > longest + 1)
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
+    assert caplog.text.count(f"got a prompt of more than {longest} tokens") == 1
+    processor = tiny_processor()
+    long = "a " * processor.tokenizer.model_max_length
+    for texts in ("a", [long, "a"], long):
+        processor(text=texts)
+    processor(text=long, truncation=True, max_length=10)
+    assert caplog.text.count("2048 tokens, the model_max_length of the tokenizer") == 1
+
+
+@pytest.mark.parametrize("stop", ["a", ["a", "b"]])
+def test_a_processor_is_a_tokenizer_for_stop_strings(model, stop):
+    processor = tiny_processor()
+    given = [
+        model.generate(**prompt(), **GREEDY | {"min_new_tokens": 0}, stop_strings=stop, tokenizer=each)
+        for each in (processor, processor.tokenizer)
+    ]
+    assert torch.equal(*given)

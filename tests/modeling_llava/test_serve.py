@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 
 import pytest
@@ -13,7 +14,6 @@ import pytest
 from modeling_llava.inference import EMBEDDED_MODEL
 from tests.conftest import ROOT
 
-START = "import modeling_llava; from transformers.cli.transformers import main; main()"
 SECONDS_TO_START = 90
 
 
@@ -23,7 +23,16 @@ def server():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-c", START, "serve", EMBEDDED_MODEL, "--port", str(port), "--host", "127.0.0.1"]
+    command = [
+        sys.executable,
+        "-m",
+        "modeling_llava.serve",
+        EMBEDDED_MODEL,
+        "--port",
+        str(port),
+        "--host",
+        "127.0.0.1",
+    ]
     process = subprocess.Popen(
         [*command, "--device", "cpu", "--dtype", "float32"],
         cwd=ROOT,
@@ -52,14 +61,14 @@ def wait_for(url: str, process: subprocess.Popen) -> None:
     pytest.fail(f"transformers serve did not start: {process.communicate()[0]}")
 
 
-def post(address: str, *, stream: bool) -> str:
+def post(address: str, *, stream: bool = False, url: str | None = None, **fields) -> str:
     picture = (ROOT / "spaces_demo" / "examples" / "twemoji-penguin.png").read_bytes()
-    url = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    url = url or f"data:image/png;base64,{base64.b64encode(picture).decode()}"
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is this?"}]
     body = {"model": EMBEDDED_MODEL, "messages": [{"role": "user", "content": content}], "stream": stream}
     request = urllib.request.Request(
         f"{address}/v1/chat/completions",
-        json.dumps(body | {"max_tokens": 20}).encode(),
+        json.dumps(body | {"max_tokens": 20} | fields).encode(),
         {"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=60) as response:
@@ -77,3 +86,32 @@ def test_streamed_answer(server):
     ]
     pieces = [json.loads(line)["choices"][0]["delta"].get("content") or "" for line in lines]
     assert "".join(pieces) == "a penguin"
+
+
+@pytest.mark.parametrize("stop", [["peng"], "peng", ["zebra", "uin"]])
+def test_stop_strings(server, stop):
+    answer = json.loads(post(server, stop=stop))["choices"][0]["message"]["content"]
+    assert answer in ("a peng", "a penguin") and answer.startswith("a peng")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("data:image/png;base64,AAAA", "no image of a known format"),
+        ("data:image/svg+xml;base64,PHN2Zz48L3N2Zz4=", "a file of SVG"),
+        ("https://a.example/b.png", "URLs are not fetched"),
+        ("/etc/passwd", "no text opens a file"),
+        ("", "without a picture"),
+    ],
+)
+def test_bad_pictures_are_the_fault_of_the_sender(server, url, told, stream):
+    with pytest.raises(urllib.error.HTTPError, match="400") as refused:
+        post(server, url=url or " ", stream=stream)
+    assert told in json.loads(refused.value.read())["error"]["message"]
+
+
+def test_a_request_that_is_refused_holds_up_no_other(server):
+    with pytest.raises(urllib.error.HTTPError):
+        post(server, messages=[])
+    assert json.loads(post(server))["choices"][0]["message"]["content"] == "a penguin"

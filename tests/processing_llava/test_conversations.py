@@ -160,10 +160,13 @@ OWN_IMAGE = [{"type": "image", "image": b"1"}, {"type": "text", "text": "Q"}]
         ({"conversations": [{"from": "human", "value": "half \ud83d"}, ANSWER]}, "text that is not Unicode"),
         ({"conversations": [QUESTION, ANSWER], "image": 7}, "images and placeholders differ"),
         ({"conversations": [{"from": "human", "value": "<image>"}, ANSWER], "image": 7}, "malformed image"),
-        ({"conversations": [{"from": "human", "value": "<image>"}, ANSWER], "image": [None]}, "malformed image"),
+        (
+            {"conversations": [{"from": "human", "value": "<image>"}, ANSWER], "image": [None]},
+            "images and placeholders differ",
+        ),
         (
             {"conversations": [{"from": "human", "value": "<image>"}, ANSWER], "image": {"bytes": b""}},
-            "malformed image",
+            "images and placeholders differ",
         ),
         ({"conversations": [QUESTION, ANSWER], "video": "clip.mp4"}, "video or audio"),
         ({"conversations": [QUESTION, ANSWER], "audios": ["a.wav"]}, "video or audio"),

@@ -133,11 +133,11 @@ def test_an_image_that_is_not_read_yet_has_one_of_the_formats(format, corner):
     opened = Image.open(io.BytesIO(encode(corner, format)))
     with pytest.raises(ValueError, match=f"read from a {format} file; expected one of JPEG"):
         load_image(opened)
-    assert load_image(opened.convert("RGB")).tobytes() == corner.tobytes()
+    assert load_image(opened.copy()).tobytes() == corner.tobytes()
     assert load_image(Image.open(io.BytesIO(encode(corner, "PNG")))).tobytes() == corner.tobytes()
 
 
-@pytest.mark.parametrize("mode", ["I", "F", "LAB"])
+@pytest.mark.parametrize("mode", ["I", "F"])
 def test_modes_without_a_range_of_values_are_refused(mode):
     with pytest.raises(ValueError, match=f"mode {mode}, whose range of values is unknown"):
         load_image(Image.new(mode, (3, 2)))

@@ -51,7 +51,7 @@ def test_a_png_keeps_its_pixels_exactly(tmp_path):
 def test_what_is_no_picture_is_deleted(tmp_path):
     path = tmp_path / "picture.png"
     path.write_text("<svg onload=alert(1)>")
-    with pytest.raises(ValueError, match="no image of a known format"):
+    with pytest.raises(ValueError, match="got a file of SVG"):
         clean_picture(str(path))
     assert not path.exists()
 
@@ -77,8 +77,17 @@ def test_one_bad_picture_takes_the_whole_upload_with_it(tmp_path, places):
     save_picture(paths[0])
     paths[1].write_text("<svg onload=alert(1)>")
     status, told = upload([paths[place] for place in places])
-    assert status == 400 and "no image of a known format" in told
+    assert status == 400 and "got a file of SVG" in told
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["<svg onload=alert(1)>", "<b>no picture</b>", "</p><img src=x>"])
+def test_what_is_told_of_an_upload_is_no_markup(tmp_path, content):
+    """Gradio's toast would read it."""
+    path = tmp_path / "<i>a<i>.svg"
+    path.write_text(content)
+    status, told = upload([path])
+    assert status == 400 and "<" not in told and "&lt;i&gt;a" in told
 
 
 def test_an_upload_that_fails_in_another_way_leaves_nothing_either(tmp_path, monkeypatch):

@@ -5,7 +5,16 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoProcessor
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from modeling_llava import AutoModelForVision2Seq
 from processing_llava.collator import LlavaDataCollator
@@ -118,6 +127,42 @@ def test_rewards(checkpoint, tmp_path):
         reward_funcs=prefers_long_answers,
         args=GRPOConfig(str(tmp_path), **SETTINGS, num_generations=2, max_completion_length=6),
         train_dataset=Dataset.from_dict({"prompt": questions(), "images": pictures()}),
+        processing_class=AutoProcessor.from_pretrained(checkpoint),
+    )
+    trainer.train()
+    assert "language_model" in changed_parts(trainer, checkpoint)
+
+
+@pytest.mark.parametrize("max_length", [40, 52])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto"])
+def test_a_length_that_cuts_images_is_named(checkpoint, tmp_path, kind, max_length):
+    """Before the first token of the image, and in the middle of it."""
+    both = {"prompt": questions(), "images": pictures()}
+    trainer_class, config_class, columns = {
+        "sft": (SFTTrainer, SFTConfig, {"completion": answers(COLORS)}),
+        "dpo": (DPOTrainer, DPOConfig, {"chosen": answers(COLORS), "rejected": answers(reversed(COLORS))}),
+        "kto": (KTOTrainer, KTOConfig, {"completion": answers(COLORS), "label": [True, False] * 2}),
+    }[kind]
+    trainer = trainer_class(
+        AutoModelForVision2Seq.from_pretrained(checkpoint),
+        args=config_class(str(tmp_path), **SETTINGS, max_length=max_length),
+        train_dataset=Dataset.from_dict(both | columns),
+        processing_class=AutoProcessor.from_pretrained(checkpoint),
+    )
+    with pytest.raises(ValueError, match=rf"`max_length` \({max_length}\) is too short"):
+        trainer.train()
+
+
+def test_rewards_of_questions_with_and_without_pictures(checkpoint, tmp_path):
+    prompts = [[turn("user", "Color?", has_image=index % 2 == 0)] for index in range(4)]
+    images = [picture if index % 2 == 0 else [] for index, picture in enumerate(pictures())]
+    trainer = GRPOTrainer(
+        AutoModelForVision2Seq.from_pretrained(checkpoint),
+        reward_funcs=lambda completions, **kwargs: [float(index) for index in range(len(completions))],
+        args=GRPOConfig(
+            str(tmp_path), **SETTINGS | {"per_device_train_batch_size": 4}, num_generations=2, max_completion_length=6
+        ),
+        train_dataset=Dataset.from_dict({"prompt": prompts, "images": images}),
         processing_class=AutoProcessor.from_pretrained(checkpoint),
     )
     trainer.train()

@@ -1,0 +1,51 @@
+"""`python -m modeling_llava.serve MODEL ...`: `transformers serve`, for models of this package.
+
+Transformers 5.23 loads no code of other packages before it looks for a model's class, so the import comes first here.
+What is surprising: its server answers every error with status 500. What our processor refuses, such as a picture that
+is none, is the sender's fault and becomes 400.
+
+Options are those of `transformers serve`.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+
+import modeling_llava  # noqa: F401  (registers the classes)
+
+
+def main() -> None:
+    """Serve until somebody ends it.
+
+    Raises:
+        ImportError: what `transformers serve` needs is not installed.
+    """
+    from transformers.cli.serving import server
+    from transformers.cli.transformers import main as run_transformers
+
+    # Looked up when the server starts.
+    server.build_server = refuse_with_400(server.build_server)
+    sys.argv = ["transformers", "serve", *sys.argv[1:]]
+    run_transformers()
+
+
+def refuse_with_400(build_server: Callable) -> Callable:
+    """`build_server`, whose app tells the sender what was wrong with a request."""
+
+    @functools.wraps(build_server)
+    def build(*args, **kwargs):
+        from fastapi.responses import JSONResponse
+
+        app = build_server(*args, **kwargs)
+
+        async def refuse(request, error: ValueError) -> JSONResponse:
+            return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
+
+        app.add_exception_handler(ValueError, refuse)
+        return app
+
+    return build
+
+
+if __name__ == "__main__":
+    main()
