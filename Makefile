@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: help demo test test-slow test-gpu test-transformers test-deepspeed test-vllm fuzz bench check format tiny-llava
+.PHONY: help demo test test-slow test-floor test-newest test-gpu test-transformers test-deepspeed test-vllm fuzz bench check format tiny-llava
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -23,6 +23,21 @@ test: $(READY)  ## the tests
 
 test-slow: $(READY)  ## the tests that take long: several processes, a browser, a Hub
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not gpu and slow'
+
+# Environments of their own, made anew each time. torch comes from the index as it is there, with CUDA: 3 GB.
+FLOOR := .venv-floor
+NEWEST := .venv-newest
+CORE := -m pytest -m 'core and not gpu' -W default $(shell grep -rl --include='test_*.py' mark.core tests)
+
+test-floor:  ## the core tests with the oldest versions that setup.cfg allows
+	$(PYTHON) -m venv --clear $(FLOOR)
+	$(FLOOR)/bin/python -m pip install --quiet --constraint .ci/constraints-floor.txt --editable '.[train,demo]' pytest
+	HF_HUB_OFFLINE=1 $(FLOOR)/bin/python $(CORE)
+
+test-newest:  ## the core tests with the newest of everything
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --editable '.[train,demo]' pytest
+	HF_HUB_OFFLINE=1 $(NEWEST)/bin/python $(CORE)
 
 test-gpu: $(READY)  ## the tests that need a GPU
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu

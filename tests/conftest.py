@@ -1,6 +1,7 @@
 """What every test may use: where the reference outputs lie. No test reaches the network."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,28 @@ GOLDENS = ROOT / "tests" / "goldens"
 
 SHARED_GOLDENS = ROOT.parent / "shared" / "goldens"
 """All reference outputs, checkpoints included; not everywhere present."""
+
+
+def list_versions() -> list[str]:
+    """Installed versions of what setup.cfg gives a range for, beside those that all tests run with."""
+    tested = (line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    floors = (ROOT / ".ci" / "constraints-floor.txt").read_text()
+    return [
+        f"{name} {version(name)}" + ("" if version(name).split("+")[0] == pin else f" (all tests run with {pin})")
+        for name, pin in tested
+        if f"{name}==" in floors
+    ]
+
+
+def pytest_report_header() -> list[str]:
+    return [f"versions: {', '.join(list_versions())}"]
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus: int) -> None:
+    """Name the release that may have broken something."""
+    others = [line for line in list_versions() if "(" in line]
+    if exitstatus == pytest.ExitCode.TESTS_FAILED and others:
+        terminalreporter.write_line(f"FAILED with other versions than those of constraints.txt: {', '.join(others)}")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

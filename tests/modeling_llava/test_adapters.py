@@ -5,12 +5,16 @@ import json
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoProcessor, LlamaForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from modeling_llava import AutoModelForVision2Seq
 from tests import original_folders as folders
 from tests.tiny import TEXT_CONFIGS
+
+pytestmark = pytest.mark.core
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

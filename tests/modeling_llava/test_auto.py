@@ -23,6 +23,8 @@ from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration, Any
 from processing_llava import AnyLlavaImageProcessorPil, AnyLlavaProcessor
 from tests.tiny import TEXT_CONFIGS, VISION_CONFIGS, random_images, save_tiny_checkpoint, tiny_config
 
+pytestmark = pytest.mark.core
+
 REPOSITORY = Path(__file__).parents[2]
 
 

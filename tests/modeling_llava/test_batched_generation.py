@@ -27,6 +27,8 @@ from tests.modeling_llava.session_models import (
 )
 from tests.tiny import tiny_config, tiny_processor
 
+pytestmark = pytest.mark.core
+
 CAT, COFFEE, RETINA = (
     PIL.Image.open(GOLDENS / "images" / f"{name}.png").convert("RGB")
     for name in ("cat_451x300", "coffee_150x200", "retina_97x413")

@@ -26,6 +26,8 @@ from tests.modeling_llava.session_models import (
     user,
 )
 
+pytestmark = pytest.mark.core
+
 
 def test_statistics_count_what_they_say(watched):
     seen = watched("llama")

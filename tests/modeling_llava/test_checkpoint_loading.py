@@ -13,6 +13,8 @@ from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration, Any
 from processing_llava.conversation_templates import load_template
 from tests import original_folders as folders
 
+pytestmark = pytest.mark.core
+
 
 def assert_same(found, expected) -> None:
     inputs = folders.example_inputs(expected)

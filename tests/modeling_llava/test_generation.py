@@ -21,6 +21,8 @@ from tests.tiny import (
 )
 from tests.tiny import tiny_model as build_tiny_model
 
+pytestmark = pytest.mark.core
+
 IMAGE = [IMAGE_TOKEN_ID] * (TILE_SIZE // PATCH_SIZE) ** 2
 NEW_TOKENS = 6
 GREEDY = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}

@@ -17,6 +17,8 @@ from processing_llava.collator import LlavaDataCollator
 from tests.conftest import SHARED_GOLDENS
 from tests.processing_llava.golden_prompts import golden_messages
 
+pytestmark = pytest.mark.core
+
 CASES = sorted(path.parent.name for path in SHARED_GOLDENS.glob("*/checkpoint")) or ["v1.5-vicuna"]
 ADAPTER_CASES = sorted(path.parent.name for path in SHARED_GOLDENS.glob("*/adapter")) or ["v1.5-lora"]
 ORIGINAL_IMAGE_ID = -200

@@ -26,6 +26,8 @@ from tests.tiny import (
     tiny_model,
 )
 
+pytestmark = pytest.mark.core
+
 PATCHES = (TILE_SIZE // PATCH_SIZE) ** 2
 IMAGE = [IMAGE_TOKEN_ID] * PATCHES
 

@@ -19,6 +19,8 @@ from modeling_llava.tiny_llava.concepts import (
 from modeling_llava.tiny_llava.evaluate import evaluate, normalise
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.core
+
 CHECKPOINT = Path(EMBEDDED_MODEL)
 RESULTS = json.loads((CHECKPOINT / "heldout_scores.json").read_text())
 HELDOUT = ROOT / "tests" / "heldout" / "questions.json"

@@ -17,6 +17,8 @@ from processing_llava.text_encoder import TextEncoder
 from tests.processing_llava.hostile_images import encode
 from tests.tiny import PATCH_SIZE, PINPOINTS, TILE_SIZE, tiny_processor
 
+pytestmark = pytest.mark.core
+
 PATCHES = (TILE_SIZE // PATCH_SIZE) ** 2
 
 

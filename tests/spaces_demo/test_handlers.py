@@ -13,6 +13,8 @@ from spaces_demo.conversation import Answer, Conversation, Turn
 from spaces_demo.handlers import Handlers
 from spaces_demo.models import AS_TRAINED, ModelMenu, Settings
 
+pytestmark = pytest.mark.core
+
 PENGUIN = str(Path(__file__).parents[2] / "spaces_demo" / "examples" / "twemoji-penguin.png")
 
 

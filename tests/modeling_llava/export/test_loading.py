@@ -73,6 +73,7 @@ def only_ours(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.core
 def test_with_the_code_of_the_repository(only_ours):
     code = LOAD.format(trust={"trust_remote_code": True}, question="question") + (
         """

@@ -20,6 +20,8 @@ from tests import original_folders as folders
 from tests.modeling_llava.training.conftest import write_recipe
 from tests.tiny import PINPOINTS, text_ids, tiny_model
 
+pytestmark = pytest.mark.core
+
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes, which has no wheel for every machine"
 )

@@ -20,6 +20,8 @@ from modeling_llava import AutoModelForVision2Seq
 from processing_llava.collator import LlavaDataCollator
 from tests.tiny import save_tiny_checkpoint
 
+pytestmark = pytest.mark.core
+
 COLORS = ("red", "blue", "white", "green")
 SETTINGS = {"per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-3, "report_to": "none"}
 SETTINGS |= {"use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
