@@ -26,13 +26,19 @@ from transformers.utils import logging
 
 from processing_llava.image_processing_fast import AnyLlavaImageProcessor
 from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
-from processing_llava.original_folder import TEXT_MODEL_OF_TYPE, OriginalFolder, is_original
+from processing_llava.original_folder import (
+    TEXT_MODEL_OF_TYPE,
+    OriginalFolder,
+    is_original,
+    read_json,
+    select_download,
+)
 from processing_llava.processing_llava import AnyLlavaProcessor
 from processing_llava.transformers_versions import AutoImageProcessor, warn_of_other_versions
 
 from .configuration_llava import AnyLlavaConfig
 from .modeling_llava import AnyLlavaForConditionalGeneration, AnyLlavaModel
-from .original_layout import TRANSFORMERS_CONFIGS, translate_config
+from .original_layout import TRANSFORMERS_CONFIGS, find_changed_fields, translate_config
 
 logger = logging.get_logger(__name__)
 
@@ -51,7 +57,25 @@ class AutoModelForVision2Seq(_BaseAutoModelClass):
             return AnyLlavaForConditionalGeneration.from_pretrained(
                 pretrained_model_name_or_path, *model_args, **kwargs
             )
+        _tell_changed_meaning(str(pretrained_model_name_or_path), kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+
+def _tell_changed_meaning(name: str, kwargs: dict[str, Any]) -> None:
+    """Log that transformers' own class, which is about to be loaded, computes something else than its writer did."""
+    raw = read_json(name, "config.json", select_download(kwargs)) or {}
+    if raw.get("model_type") not in TRANSFORMERS_CONFIGS:
+        return
+    try:
+        changed = find_changed_fields(raw)
+    except ValueError:  # what only transformers' class can express
+        return
+    if changed:
+        logger.warning(
+            f"{name} was written by transformers {raw['transformers_version']}, which read {' and '.join(changed)} "
+            "otherwise than its present class, which is loaded: AnyLlavaForConditionalGeneration.from_pretrained "
+            "computes what that version did"
+        )
 
 
 def build_dispatch_config(model_type: str) -> type[PreTrainedConfig]:

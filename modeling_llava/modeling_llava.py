@@ -236,6 +236,8 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
         grid = grid[layout.top : layout.bottom, layout.left : layout.right]
         if self.image_newline is not None:
             newline = self.image_newline.to(grid.dtype).expand(grid.shape[0], 1, -1)
+            if self.config.scale_image_features:
+                newline = newline * math.sqrt(newline.shape[-1])
             grid = torch.cat([grid, newline], dim=1)
         return torch.cat([overview_PD, grid.flatten(0, 1)])
 

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig
 
 from processing_llava.model_parts import has_tokenizer, read_vision_config
+from processing_llava.older_versions import is_older, read_old_activation, scales_image_features
 from processing_llava.original_folder import OriginalFolder, is_original, select_download
 from processing_llava.original_processor import (
     TURN_END_TOKENS,
@@ -183,7 +184,10 @@ def read_transformers_config(raw: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: naming the field of config.json that cannot be expressed.
     """
-    built_in = TRANSFORMERS_CONFIGS[raw["model_type"]].from_dict(dict(raw))
+    text_fields = raw.get("text_config") or {}
+    text_fields = text_fields | read_old_activation(raw, text_fields)
+    built_in = TRANSFORMERS_CONFIGS[raw["model_type"]].from_dict(raw | {"text_config": text_fields})
+    text_config = built_in.text_config
     if built_in.projector_hidden_act != "gelu":
         raise ValueError(f"got projector_hidden_act={built_in.projector_hidden_act!r}; expected 'gelu'")
     if not built_in.multimodal_projector_bias:
@@ -199,16 +203,34 @@ def read_transformers_config(raw: dict[str, Any]) -> dict[str, Any]:
     strategies = {"default": "patch", "full": "cls_patch"}
     return {
         "vision_config": built_in.vision_config,
-        "text_config": built_in.text_config,
+        "text_config": text_config,
         "image_token_id": built_in.image_token_id,
         "projector_type": "mlp2x_gelu",
         "vision_feature_layer": built_in.vision_feature_layer,
         "vision_feature_select_strategy": strategies[built_in.vision_feature_select_strategy],
         "patch_merge_type": "spatial_unpad" if is_tiled else "flat",
         "image_grid_pinpoints": built_in.image_grid_pinpoints if is_tiled else None,
-        "tie_word_embeddings": built_in.tie_word_embeddings,
+        "scale_image_features": scales_image_features(raw, text_config.model_type),
+        # transformers 4 read the field of the text model, whatever stood beside it.
+        "tie_word_embeddings": (text_config if is_older(raw, 5, 0) else built_in).tie_word_embeddings,
         "dtype": built_in.dtype,
     }
+
+
+def find_changed_fields(raw: dict[str, Any]) -> list[str]:
+    """Fields of a config.json of transformers' own layout that its present class reads otherwise than its writer did.
+
+    Raises:
+        ValueError: as `read_transformers_config`.
+    """
+    ours = read_transformers_config(raw)
+    theirs = TRANSFORMERS_CONFIGS[raw["model_type"]].from_dict(dict(raw))
+    changed = ["the factor of image features"] if ours["scale_image_features"] else []
+    if ours["tie_word_embeddings"] != theirs.tie_word_embeddings:
+        changed.append("tie_word_embeddings")
+    if ours["text_config"].to_dict().get("hidden_act") != theirs.text_config.to_dict().get("hidden_act"):
+        changed.append("text_config.hidden_act")
+    return changed
 
 
 def write_transformers_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .conversation_templates import change_template, load_template
 from .model_parts import has_tokenizer, read_image_processor, read_tokenizer, read_vision_config
+from .older_versions import read_old_activation
 from .original_folder import OriginalFolder, find_file
 
 logger = logging.get_logger(__name__)
@@ -72,6 +73,7 @@ def read_text_config(folder: OriginalFolder) -> PreTrainedConfig:
     taken = {name: folder.config[name] for name in (*known, *_OLD_TEXT_FIELDS) if name in folder.config}
     for name in ("model_type", "architectures", "transformers_version", "_name_or_path"):
         taken.pop(name, None)
+    taken |= read_old_activation(folder.config, folder.config | {"model_type": model_type})
     return AutoConfig.for_model(model_type, **taken)
 
 
