@@ -6,7 +6,9 @@ floats, a slow processor gets float32 (`inference_dtype`); fewer bits have names
 """
 
 import json
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from processing_llava.original_folder import DOWNLOAD_KWARGS, OriginalFolder, find_file, select_download
 
 from .checkpoint_layouts import add_transformers_only_weights, check_layout, rename_from_ours, rename_to_ours
+from .fused_projections import Columns
 from .inference_dtype import with_default_dtype
 from .int8_linear import Int8Linear
 from .original_layout import (
@@ -25,7 +28,7 @@ from .original_layout import (
     write_original_config,
     write_transformers_config,
 )
-from .original_weights import TOWER, complete_tower, gather_original_weights, is_used
+from .original_weights import TOWER, complete_tower, gather_original_weights, is_used, refuse_missing_source
 from .packed_linear import PackedLinear
 from .weight_files import Weight, find_base_dtype, read_model
 
@@ -35,6 +38,9 @@ _NOT_FOR_CONFIG = ("dtype", "torch_dtype", "attn_implementation", "quantization_
 
 class CheckpointMixin:
     """Reads and writes the layouts of other code; to be listed before PreTrainedModel."""
+
+    source_folder: OriginalFolder | None = None
+    """The original folder that a model was loaded from, which saving in that layout reads once more."""
 
     @classmethod
     def from_pretrained(
@@ -130,6 +136,9 @@ class CheckpointMixin:
         model.config.name_or_path = model.name_or_path = name
         if model.can_generate():
             model.generation_config = read_generation_config(name, config, download)
+        if is_original:
+            # Saving may happen somewhere else.
+            model.source_folder = replace(folder, name=str(Path(name).resolve()) if Path(name).is_dir() else name)
         if is_original and find_file(name, "adapter_config.json", download) is not None:
             from .adapters import load_original_adapter
 
@@ -151,14 +160,16 @@ class CheckpointMixin:
             ValueError: naming the field that the layout cannot express; and for packed or int8 weights, which no
                 layout has.
         """
-        if any(isinstance(module, (Int8Linear, PackedLinear)) for module in self.modules()):
+        if any(isinstance(module, (Int8Linear, PackedLinear, Columns)) for module in self.modules()):
             raise ValueError(
-                "got a model whose weights are packed or in int8, for answering; expected its own weights: load it "
-                "with from_pretrained and without quantization, and save that"
+                "got a model whose weights are packed, fused or in int8, for answering; expected its own: load "
+                "it with from_pretrained and without quantization, and save that"
             )
         layout = layout or layout_of(self.config)
         check_layout(layout)
         kwargs["save_original_format"] = False
+        if not self._hf_peft_config_loaded:
+            self._refuse_unwritable(layout)
         if layout == "any_llava" or self._hf_peft_config_loaded:
             return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
         if self.base_model is self:
@@ -170,8 +181,16 @@ class CheckpointMixin:
         if self.config.tie_word_embeddings:
             state_dict.pop("lm_head.weight", None)
         if layout == "original":
-            written_config = write_original_config(self.config)
-            complete_tower(state_dict, self.config)
+            source = self.source_folder if layout_of(self.config) == "original" else None
+            vision_tower = self.config.vision_config.name_or_path
+            if source is not None:
+                refuse_missing_source(source, vision_tower)
+            written_config = write_original_config(self.config, source=source)
+            if source is not None:
+                complete_tower(state_dict, source, vision_tower)
+            if Path(vision_tower).is_dir():
+                # As seen from there; a path of this machine stays here.
+                written_config["mm_vision_tower"] = os.path.relpath(vision_tower, save_directory)
             if any(key.startswith(TOWER) for key in state_dict):
                 written_config["unfreeze_mm_vision_tower"] = True
         else:
@@ -186,6 +205,38 @@ class CheckpointMixin:
         super().save_pretrained(save_directory, *args, state_dict=renamed, **kwargs)
         text = json.dumps(written_config, indent=2, sort_keys=True) + "\n"
         (Path(save_directory) / "config.json").write_text(text, encoding="utf-8")
+
+    def _refuse_unwritable(self, layout: str) -> None:
+        """Refuse weights that a layout would not give back.
+
+        Raises:
+            ValueError: if they are quantized, or tied otherwise than the configuration says.
+        """
+        if layout != "any_llava" and getattr(self, "is_quantized", False):
+            raise ValueError(
+                f"got a model quantized by {self.quantization_method.value} for the layout {layout!r}; expected 16 or "
+                "32 bits, as that layout has no place for other weights: save with layout='any_llava'"
+            )
+        # bitsandbytes 0.50 reorders the weights of 4 bits on a processor when they first compute, and saves them so.
+        if any(getattr(item, "packing_format_for_cpu", False) for item in self._quantization_states()):
+            raise ValueError(
+                "got a model in 4 bits that has computed on a processor, for which bitsandbytes has reordered its "
+                "weights; expected them as they were loaded: load it again, and save it before it computes"
+            )
+        output_layer = self.get_output_embeddings()
+        is_tied = output_layer is not None and output_layer.weight is self.get_input_embeddings().weight
+        if output_layer is not None and is_tied != self.config.tie_word_embeddings:
+            raise ValueError(
+                f"got tie_word_embeddings={self.config.tie_word_embeddings} in the configuration of a model whose "
+                f"output layer {'shares' if is_tied else 'does not share'} its input embeddings; expected "
+                f"{is_tied}: set it before the model is loaded"
+            )
+
+    def _quantization_states(self) -> list[Any]:
+        """What bitsandbytes keeps of each weight of 4 bits."""
+        if not getattr(self, "is_quantized", False):
+            return []
+        return [getattr(parameter, "quant_state", None) for parameter in self.parameters()]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args, **kwargs) -> Any:
         """As in PyTorch; weights may also have the names that `save_pretrained` gives them by default.

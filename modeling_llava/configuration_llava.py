@@ -5,6 +5,7 @@ embedding output, -1 the last layer), `image_grid_pinpoints` are (height, width)
 `image_token_id` may lie outside the vocabulary: image positions never reach the embedding table.
 """
 
+import os
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -106,6 +107,10 @@ class AnyLlavaConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
         fields.pop("source_config", None)
+        for part in (fields["vision_config"], fields["text_config"]):
+            # A path of this machine stays here.
+            if os.path.isabs(part.get("_name_or_path") or ""):
+                del part["_name_or_path"]
         return fields
 
     @property

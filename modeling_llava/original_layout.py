@@ -21,6 +21,8 @@ from processing_llava.original_processor import (
     read_text_config,
 )
 
+from .configuration_llava import AnyLlavaConfig
+
 SIGLIP_LAYER = -2
 """The last layer that the original keeps of a SigLIP tower."""
 CLASS_OF_TEXT_MODEL = {
@@ -99,23 +101,36 @@ def read_original_config(folder: OriginalFolder) -> dict[str, Any]:
             f"got {folder.name} with mm_hidden_size={raw['mm_hidden_size']} and vision tower {folder.vision_tower!r} "
             f"of size {vision_config.hidden_size}; expected equal sizes: check mm_vision_tower"
         )
-    text_config = read_text_config(folder)
+    fields = read_original_fields(folder, vision_config)
     # Without a tokenizer there is no processor either, which will say so; the model can still be loaded.
-    image_token_id = text_config.vocab_size
     if has_tokenizer(folder.name, folder.download) or folder.base_name is not None:
+        text_config = fields["text_config"]
         tokenizer = read_original_tokenizer(folder, text_config)
-        # A processor that was saved beside original weights has given the image token its id.
-        image_token_id = tokenizer.get_vocab().get("<image>", len(tokenizer))
+        if "image_token_id" not in raw:
+            # A processor that was saved beside original weights has given the image token its id.
+            fields["image_token_id"] = tokenizer.get_vocab().get("<image>", len(tokenizer))
         turn_end = TURN_END_TOKENS.get(infer_template(folder, tokenizer))
         turn_end_id = tokenizer.get_vocab().get(turn_end)
         text_config.eos_token_id = merge_ids(text_config.eos_token_id, tokenizer.eos_token_id, turn_end_id)
+    return fields
+
+
+def read_original_fields(folder: OriginalFolder, vision_config: PreTrainedConfig) -> dict[str, Any]:
+    """What config.json of an original checkpoint alone says of the fields of AnyLlavaConfig, for this tower.
+
+    Raises:
+        ValueError: naming the field of config.json that cannot be expressed.
+    """
+    raw = folder.config
+    layer = raw.get("mm_vision_select_layer", -2)
+    text_config = read_text_config(folder)
     is_siglip = vision_config.model_type == "siglip_vision_model"
     return {
         "vision_config": vision_config,
         "text_config": text_config,
-        "image_token_id": image_token_id,
+        "image_token_id": raw.get("image_token_id", text_config.vocab_size),
         "projector_type": raw.get("mm_projector_type") or "linear",
-        "vision_feature_layer": SIGLIP_LAYER if is_siglip else raw.get("mm_vision_select_layer", -2),
+        "vision_feature_layer": SIGLIP_LAYER if is_siglip else layer,
         "vision_feature_select_strategy": raw.get("mm_vision_select_feature") or "patch",
         "patch_merge_type": raw.get("mm_patch_merge_type") or "flat",
         "image_grid_pinpoints": read_pinpoints(folder, tile_size=vision_config.image_size),
@@ -131,8 +146,13 @@ def merge_ids(*ids: int | list[int] | None) -> int | list[int] | None:
     return unique[0] if len(unique) == 1 else unique or None
 
 
-def write_original_config(config: PreTrainedConfig) -> dict[str, Any]:
-    """The config.json that the original LLaVA writes for this model, with the fields it was loaded from kept.
+def write_original_config(config: PreTrainedConfig, *, source: OriginalFolder | None = None) -> dict[str, Any]:
+    """The config.json that the original LLaVA writes for this model.
+
+    Args:
+        config: Of the model.
+        source: The original folder that it was loaded from: what that said stays, where it still says the same, and a
+            default that it left out stays out.
 
     Raises:
         ValueError: naming the field that the original layout cannot express.
@@ -146,17 +166,54 @@ def write_original_config(config: PreTrainedConfig) -> dict[str, Any]:
         refuse("vision_config.model_type", vision_config.model_type, "original", "a CLIP or SigLIP tower")
     if len(config.vision_feature_layers) > 1:
         refuse("vision_feature_layer", config.vision_feature_layer, "original", "one layer")
-    if config.lm_head_bias:
-        refuse("lm_head_bias", True, "original", "False")
-    if config.scale_image_features != (text_config.model_type == "gemma"):
-        refuse("scale_image_features", config.scale_image_features, "original", "True for Gemma, else False")
-    if not vision_config.name_or_path:
-        refuse("vision_config.name_or_path", vision_config.name_or_path, "original", "where the tower comes from")
-    model_type, class_name = CLASS_OF_TEXT_MODEL[text_config.model_type]
+    tower = vision_config.name_or_path
+    if not tower:
+        refuse("vision_config.name_or_path", tower, "original", "where the tower comes from")
+    download = {} if source is None else source.base_download
+    named_config = read_vision_config(tower, **download)
+    _refuse_differences("vision_config", vision_config, named_config, "original")
+
+    fields = _name_original_fields(config)
+    if source is not None:
+        before = _name_original_fields(AnyLlavaConfig(**read_original_fields(source, vision_config)))
+        # Reading adds what ends an answer of the conversation format.
+        changed = {name for name in fields if name not in before or fields[name] != before[name]} - {"eos_token_id"}
+        if changed & _ROPE_FIELDS:
+            changed |= _ROPE_FIELDS
+        kept = {name: value for name, value in source.config.items() if name not in _WRITTEN_ANEW}
+        if changed & _ROPE_FIELDS:
+            kept.pop("rope_parameters", None)
+        fields = kept | {name: fields[name] for name in changed}
+    if config.image_token_id != text_config.vocab_size:
+        # Of ours: where it is missing, the tokenizer tells, or the vocabulary of the language model.
+        fields["image_token_id"] = config.image_token_id
+    fields["mm_vision_tower"] = tower
+    fields["torch_dtype"] = None if config.dtype is None else str(config.dtype).removeprefix("torch.")
+    written = read_original_fields(OriginalFolder(name="config.json", config=fields), vision_config)
+    refuse_differences(config, AnyLlavaConfig(**written), "original", may_differ={"eos_token_id"})
+    return fields
+
+
+_ROPE_FIELDS = {"rope_theta", "rope_scaling"}
+_WRITTEN_ANEW = ("image_token_id", "dtype", "quantization_config")
+
+
+def _name_original_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """What the original calls the fields of a configuration, in the words of its version of transformers."""
+    text_fields = config.text_config.to_dict()
+    for name in ("dtype", "transformers_version", "_name_or_path"):
+        text_fields.pop(name, None)
+    rope = dict(text_fields.pop("rope_parameters", None) or {})
+    text_fields["rope_theta"] = rope.pop("rope_theta", None)
+    rope_type = rope.pop("rope_type", "default")
+    text_fields["rope_scaling"] = None if rope_type == "default" else {"type": rope_type, **rope}
+    model_type, class_name = CLASS_OF_TEXT_MODEL[config.text_config.model_type]
     pinpoints = config.image_grid_pinpoints
-    fields = {
-        "mm_vision_tower": vision_config.name_or_path,
-        "mm_hidden_size": vision_config.hidden_size,
+    return text_fields | {
+        "model_type": model_type,
+        "architectures": [class_name],
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "mm_hidden_size": config.vision_config.hidden_size,
         "mm_projector_type": config.projector_type,
         "mm_vision_select_layer": config.vision_feature_layer,
         "mm_vision_select_feature": config.vision_feature_select_strategy,
@@ -164,18 +221,9 @@ def write_original_config(config: PreTrainedConfig) -> dict[str, Any]:
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "image_aspect_ratio": "anyres" if pinpoints else "pad",
+        "image_grid_pinpoints": [[width, height] for height, width in pinpoints] if pinpoints else None,
         "use_mm_proj": True,
     }
-    if pinpoints:
-        fields["image_grid_pinpoints"] = [[width, height] for height, width in pinpoints]
-    dtype = str(config.dtype).removeprefix("torch.") if config.dtype is not None else None
-    if layout_of(config) == "original":
-        # What the folder said stays; a default that it left out stays out.
-        fields = config.source_config | {"mm_vision_tower": vision_config.name_or_path}
-        fields["torch_dtype"] = dtype
-        return fields
-    text_fields = text_config.to_dict()
-    return {**text_fields, **fields, "model_type": model_type, "architectures": [class_name], "torch_dtype": dtype}
 
 
 def read_transformers_config(raw: dict[str, Any]) -> dict[str, Any]:
@@ -241,25 +289,16 @@ def write_transformers_config(config: PreTrainedConfig) -> PreTrainedConfig:
     Raises:
         ValueError: naming the field that transformers' classes cannot express.
     """
-    if config.visual_tokens is not None:
-        refuse("visual_tokens", config.visual_tokens, "transformers", "None")
-    if config.projector_type != "mlp2x_gelu":
-        refuse("projector_type", config.projector_type, "transformers", "'mlp2x_gelu'")
     if config.vision_config.model_type not in ("clip_vision_model", "siglip_vision_model"):
         refuse("vision_config.model_type", config.vision_config.model_type, "transformers", "a CLIP or SigLIP tower")
     is_tiled = config.image_grid_pinpoints is not None
-    if config.patch_merge_type != ("spatial_unpad" if is_tiled else "flat"):
-        expected = "'spatial_unpad' with image_grid_pinpoints, or 'flat' without"
-        refuse("patch_merge_type", config.patch_merge_type, "transformers", expected)
-    if config.scale_image_features:
-        refuse("scale_image_features", True, "transformers", "False")
-    if config.lm_head_bias:
-        refuse("lm_head_bias", True, "transformers", "False")
     is_clip = config.vision_config.model_type == "clip_vision_model"
-    vision_fields = config.vision_config.to_dict()
+    # Without the paths of this machine.
+    parts = config.to_dict()
+    vision_fields, text_fields = parts["vision_config"], parts["text_config"]
     vision_fields["num_hidden_layers"] = max(config.vision_feature_layers)
-    text_fields = config.text_config.to_dict()
     text_fields["vocab_size"] = max(config.text_config.vocab_size, config.image_token_id + 1)
+    text_fields["tie_word_embeddings"] = config.tie_word_embeddings
     if not is_clip:
         vision_fields["vision_use_head"] = False
     layers = config.vision_feature_layers
@@ -277,8 +316,61 @@ def write_transformers_config(config: PreTrainedConfig) -> PreTrainedConfig:
     }
     if is_tiled:
         fields["image_grid_pinpoints"] = config.image_grid_pinpoints
-        return LlavaNextConfig(architectures=["LlavaNextForConditionalGeneration"], **fields)
-    return LlavaConfig(architectures=["LlavaForConditionalGeneration"], **fields)
+        built_in = LlavaNextConfig(architectures=["LlavaNextForConditionalGeneration"], **fields)
+    else:
+        built_in = LlavaConfig(architectures=["LlavaForConditionalGeneration"], **fields)
+    written = AnyLlavaConfig(**read_transformers_config(built_in.to_dict()))
+    # A row for the image token, and a tower that ends where ours does.
+    may_differ = {"vocab_size", "num_hidden_layers", "vision_use_head"}
+    refuse_differences(config, written, "transformers", may_differ=may_differ)
+    return built_in
+
+
+_COMPARED = {
+    "image_token_id": "image_token_id",
+    "projector_type": "projector_type",
+    "vision_feature_layer": "vision_feature_layers",
+    "vision_feature_select_strategy": "num_prefix_tokens",
+    "patch_merge_type": "patch_merge_type",
+    "image_grid_pinpoints": "image_grid_pinpoints",
+    "visual_tokens": "visual_tokens",
+    "scale_image_features": "scale_image_features",
+    "lm_head_bias": "lm_head_bias",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
+"""The fields of AnyLlavaConfig that decide what is computed, and in what they are to be equal."""
+_NOT_COMPARED = {"architectures", "dtype", "transformers_version", "_name_or_path", "tie_word_embeddings"}
+
+
+def refuse_differences(
+    config: PreTrainedConfig, written: PreTrainedConfig, layout: str, *, may_differ: set[str] = frozenset()
+) -> None:
+    """Refuse a model that a layout would give back as another one.
+
+    Args:
+        config: Of the model.
+        written: What is read of the config.json that was written for it.
+        layout: That of the file.
+        may_differ: Fields of the language model and the tower that need not be equal.
+
+    Raises:
+        ValueError: naming the first field.
+    """
+    for field, compared in _COMPARED.items():
+        if getattr(config, compared) != getattr(written, compared):
+            refuse(field, getattr(config, field), layout, repr(getattr(written, field)))
+    for part in ("text_config", "vision_config"):
+        _refuse_differences(part, getattr(config, part), getattr(written, part), layout, may_differ=may_differ)
+
+
+def _refuse_differences(
+    part: str, config: PreTrainedConfig, written: PreTrainedConfig, layout: str, *, may_differ: set[str] = frozenset()
+) -> None:
+    found, expected = config.to_dict(), written.to_dict()
+    # Other fields than those of its class have no effect.
+    for name in type(config)().to_dict().keys() - _NOT_COMPARED - may_differ:
+        if found.get(name) != expected.get(name):
+            refuse(f"{part}.{name}", found.get(name), layout, repr(expected.get(name)))
 
 
 def refuse(field: str, value: object, layout: str, expected: str) -> None:

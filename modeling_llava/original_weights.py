@@ -10,6 +10,7 @@ them from the source again, and leaves the tower out if it is still the named on
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from transformers.utils import logging
 from processing_llava.original_folder import OriginalFolder, find_file
 
 from .checkpoint_layouts import grow_rows, rename_to_ours
-from .original_layout import layout_of
 from .weight_files import Sum, Weight, has_model, read_file, read_model
 
 logger = logging.get_logger(__name__)
@@ -131,26 +131,42 @@ def grow_token_matrices(weights: dict[str, Weight], vocab_size: int) -> None:
             weights[key] = replace(weights[key], data=grow_rows(weights[key].data[...], vocab_size))
 
 
-def complete_tower(state_dict: dict[str, torch.Tensor], config: PreTrainedConfig) -> None:
+def complete_tower(state_dict: dict[str, torch.Tensor], source: OriginalFolder, vision_tower: str) -> None:
     """Make the tower of a state dict, in place, what the original folder that it comes from would hold.
 
     A tower that the folder only named and that is unchanged is left out; any other one gets back the weights that
     pruning removed, which the original code expects though it never uses them.
+
+    Args:
+        source: The folder that the model was loaded from.
+        vision_tower: Folder or Hub id of the tower that it names.
     """
-    if layout_of(config) != "original":
-        return
-    folder = OriginalFolder(name=config.name_or_path, config=config.source_config)
-    source = {}
-    if has_model(folder.name, {}):
-        source = {key: item for key, item in _rename(read_model(folder.name, {})).items() if key.startswith(TOWER)}
-    is_inside = bool(source)
-    source = source or read_named_tower(folder.vision_tower, {})
+    weights = {}
+    if has_model(source.name, source.download):
+        read = _rename(read_model(source.name, source.download))
+        weights = {key: item for key, item in read.items() if key.startswith(TOWER)}
+    is_inside = bool(weights)
+    weights = weights or read_named_tower(vision_tower, source.base_download)
     kept = {key: value for key, value in state_dict.items() if key.startswith(TOWER)}
-    is_unchanged = all(torch.equal(value.cpu(), source[key].data[...].to(value.dtype)) for key, value in kept.items())
+    is_unchanged = all(torch.equal(value.cpu(), weights[key].data[...].to(value.dtype)) for key, value in kept.items())
     if is_unchanged and not is_inside:
         for key in kept:
             del state_dict[key]
         return
     dtype = next(iter(kept.values())).dtype
-    for key in source.keys() - kept.keys():
-        state_dict[key] = source[key].data[...].to(dtype)
+    for key in weights.keys() - kept.keys():
+        state_dict[key] = weights[key].data[...].to(dtype)
+
+
+def refuse_missing_source(source: OriginalFolder, vision_tower: str) -> None:
+    """Refuse to save in the original layout what was loaded from a folder that is gone.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    for name in (source.name, vision_tower):
+        if Path(name).is_absolute() and not Path(name).is_dir():
+            raise ValueError(
+                f"got a model loaded from {name}, which is no longer there; expected it, since the layout 'original' "
+                "takes weights from it that the model does not use: save with layout='any_llava'"
+            )

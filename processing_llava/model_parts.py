@@ -62,7 +62,10 @@ def read_vision_config(vision_tower: str, **download) -> PreTrainedConfig:
             f"got vision tower {vision_tower!r}, which cannot be read; expected the folder or Hub id of a vision "
             f"model: {reason}"
         ) from error
-    return config.vision_config if "vision_config" in config.sub_configs else config
+    if "vision_config" in config.sub_configs:
+        config = config.vision_config
+    config.name_or_path = vision_tower
+    return config
 
 
 def read_image_processor(
@@ -88,10 +91,14 @@ def read_image_processor(
             f"got vision tower {vision_tower!r} without preprocessor_config.json; expected one with size, image_mean "
             "and image_std: add the file that belongs to the tower"
         ) from error
-    kept = {name: tower_fields[name] for name in _IMAGE_FIELDS if tower_fields.get(name) is not None}
+    return read_image_fields(tower_fields, **fields)
+
+
+def read_image_fields(stored: dict[str, Any], **fields) -> AnyLlavaImageProcessorPil:
+    """Our image processor with what another one of transformers stores, and fields of ours."""
+    kept = {name: stored[name] for name in _IMAGE_FIELDS if stored.get(name) is not None}
     # SigLIP's processor has no such field, where ours would crop.
-    crops = bool(tower_fields.get("do_center_crop"))
-    return AnyLlavaImageProcessorPil(do_center_crop=crops, **kept, **fields)
+    return AnyLlavaImageProcessorPil(do_center_crop=bool(stored.get("do_center_crop")), **kept, **fields)
 
 
 def _known_image_fields(vision_config: PreTrainedConfig) -> dict[str, Any]:

@@ -151,6 +151,6 @@ class OriginalFolder:
         return {key: value for key, value in self.download.items() if key not in ("revision", "subfolder")}
 
     def resolve(self, name: str) -> str:
-        """A path that a file of this folder gives, as it is from here; Hub ids stay."""
-        path = Path(self.name) / name
-        return str(path.resolve()) if path.is_dir() else name
+        """A path that a file of this folder gives, from there or from here, as an absolute one; Hub ids stay."""
+        path = next((path for path in (Path(self.name) / name, Path(name)) if path.is_dir()), None)
+        return name if path is None else str(path.resolve())

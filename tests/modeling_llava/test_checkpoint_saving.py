@@ -40,7 +40,7 @@ def test_original_with_a_named_tower(tmp_path):
     assert_equal_weights(saved, without_buffers(read_weights(tmp_path / "checkpoint")))
     before = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
     after = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert after == before | {"mm_vision_tower": str(tmp_path / "tower")}
+    assert after == before  # the tower lies as it did, seen from there
 
 
 @pytest.mark.parametrize("layout", ["any_llava", "original", "transformers"])
