@@ -12,6 +12,7 @@ from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig
 
 from processing_llava.model_parts import has_tokenizer, read_vision_config
 from processing_llava.older_versions import is_older, read_old_activation, scales_image_features
+from processing_llava.original_fields import check_fields
 from processing_llava.original_folder import OriginalFolder, is_original, select_download
 from processing_llava.original_processor import (
     TURN_END_TOKENS,
@@ -93,8 +94,7 @@ def read_original_config(folder: OriginalFolder) -> dict[str, Any]:
         ValueError: naming the field of config.json that cannot be expressed, or the part that is missing.
     """
     raw = folder.config
-    if raw.get("s2"):
-        raise ValueError(f"got {folder.name} with s2=true; expected a tower that sees one scale")
+    check_fields(folder)
     vision_config = read_vision_config(folder.vision_tower, **folder.base_download)
     if raw.get("mm_hidden_size", vision_config.hidden_size) != vision_config.hidden_size:
         raise ValueError(
@@ -123,6 +123,8 @@ def read_original_fields(folder: OriginalFolder, vision_config: PreTrainedConfig
     """
     raw = folder.config
     layer = raw.get("mm_vision_select_layer", -2)
+    if type(layer) is not int:
+        raise ValueError(f"got {folder.name} with mm_vision_select_layer={layer!r}; expected one integer")
     text_config = read_text_config(folder)
     is_siglip = vision_config.model_type == "siglip_vision_model"
     return {

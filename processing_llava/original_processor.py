@@ -15,6 +15,7 @@ from transformers.utils import logging
 from .conversation_templates import change_template, load_template
 from .model_parts import has_tokenizer, read_image_processor, read_tokenizer, read_vision_config
 from .older_versions import read_old_activation
+from .original_fields import check_fields
 from .original_folder import OriginalFolder, find_file
 
 logger = logging.get_logger(__name__)
@@ -45,7 +46,8 @@ class OriginalProcessorMixin(ProcessorMixin):
         base_model: str | None = None,
         **kwargs,
     ) -> ProcessorMixin:
-        """As in transformers; a folder of the original LLaVA, which has no processor, gets one that fits.
+        """As in transformers; a folder of the original LLaVA, which has no processor, gets one that fits, and so does
+        one of transformers' own `llava` and `llava_next`, whose processor is another.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id.
@@ -171,6 +173,7 @@ def read_original_parts(folder: OriginalFolder, *, template: str | None = None) 
     Raises:
         ValueError: if something of it is missing, unreadable, or not supported.
     """
+    check_fields(folder)
     vision_config = read_vision_config(folder.vision_tower, **folder.base_download)
     image_processor = read_image_processor(
         folder.vision_tower,

@@ -149,6 +149,11 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
             ValueError: if placeholders and images of a row do not match, or truncation would cut an image.
         """
         images = None if is_missing(images) else images
+        for name in ("videos", "audio"):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(
+                    f"got {name}; expected pictures: give frames of a video as images, one after the other"
+                )
         if text is None and images is None:
             raise ValueError("got neither text nor images; expected at least one of them")
         merged = self._merge_kwargs(

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
 from modeling_llava import AnyLlavaForConditionalGeneration, AutoModelForVision2Seq
+from processing_llava import AnyLlavaProcessor
 from tests import original_folders as folders
 from tests.tiny import tiny_model
 
@@ -112,7 +113,21 @@ def test_delta_of_another_size(checkpoint, tmp_path):
         ({"mm_patch_merge_type": "maxpool2x2"}, "patch_merge_type='maxpool2x2'"),
         ({"image_aspect_ratio": "highres"}, "image_aspect_ratio='highres'"),
         ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": "all"}, "image_grid_pinpoints='all'"),
-        ({"s2": True}, "s2=true"),
+        ({"s2": True}, "s2=True"),
+        ({"mm_vision_select_layer": [-2, -5]}, r"mm_vision_select_layer=\[-2, -5\]; expected one integer"),
+        ({"mm_vision_select_layer": None}, "mm_vision_select_layer=None"),
+        ({"mm_resampler_type": "spatial_pool"}, "mm_resampler_type='spatial_pool'"),
+        ({"mm_resampler_type": "qformer"}, "mm_resampler_type='qformer'"),
+        ({"mm_spatial_pool_stride": 2}, "mm_spatial_pool_stride=2"),
+        ({"mm_spatial_pool_mode": "average"}, "mm_spatial_pool_mode='average'"),
+        ({"mm_newline_position": "grid"}, "mm_newline_position='grid'"),
+        ({"add_faster_video": True}, "add_faster_video=True"),
+        ({"add_time_instruction": True}, "add_time_instruction=True"),
+        ({"force_sample": True}, "force_sample=True"),
+        ({"moe": {"moe_enable": True, "num_experts": [4]}}, "moe="),
+        ({"mm_video_tower": "LanguageBind/Video"}, "mm_video_tower='LanguageBind/Video'"),
+        ({"mm_vision_tower_aux": "convnext"}, "mm_vision_tower_aux='convnext'"),
+        ({"mm_somebodys_gate": 3}, "mm_somebodys_gate=3"),
         (
             {"architectures": ["LlavaStableLMForCausalLM"], "model_type": "llava_stablelm"},
             "model_type='llava_stablelm' and architectures=",
@@ -122,6 +137,35 @@ def test_delta_of_another_size(checkpoint, tmp_path):
 def test_settings_that_cannot_be_expressed(checkpoint, fields, pattern):
     change_config(checkpoint, **fields)
     refusal(checkpoint, pattern)
+
+
+# What published dense LLaVAs, and runs of LLaVA-NeXT's code with its defaults, say beyond the fields that are read.
+PUBLISHED_FIELDS = {
+    "mm_resampler_type": None, "s2": False, "s2_scales": "336,672,1008", "mm_newline_position": "one_token",
+    "add_faster_video": False, "faster_token_stride": 10, "force_sample": False, "mm_spatial_pool_stride": None,
+    "use_pos_skipping": False, "pos_skipping_range": 4096, "mm_tunable_parts": "mm_mlp_adapter,mm_language_model",
+    "mm_vision_tower_lr": 2e-6, "mm_perceiver_depth": 3, "mm_qformer_depth": 3, "vision_tower_pretrained": None,
+    "image_crop_resolution": 224, "image_split_resolution": 224, "moe": {}, "pretraining_tp": 1, "max_length": 4096,
+    "temperature": 0.9, "tokenizer_model_max_length": 2048, "torchscript": False, "rope_scaling": None,
+}  # fmt: skip
+
+
+def test_fields_of_published_checkpoints(checkpoint, caplog):
+    change_config(checkpoint, **PUBLISHED_FIELDS)
+    AutoModelForVision2Seq.from_pretrained(checkpoint)
+    assert "nothing is known" not in caplog.text
+
+
+def test_a_field_that_nobody_knows_is_named(checkpoint, caplog):
+    change_config(checkpoint, notes_of_the_author="blue")
+    AutoModelForVision2Seq.from_pretrained(checkpoint)
+    assert "config.json holds notes_of_the_author, of which nothing is known; no effect" in caplog.text
+
+
+def test_the_processor_of_a_video_model_is_refused(checkpoint):
+    change_config(checkpoint, mm_resampler_type="spatial_pool")
+    with pytest.raises(ValueError, match="mm_resampler_type='spatial_pool'"):
+        AnyLlavaProcessor.from_pretrained(checkpoint)
 
 
 def test_unknown_tower(checkpoint):
