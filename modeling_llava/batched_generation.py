@@ -28,6 +28,7 @@ from .chat_cache import ChatCache
 from .compiled_decoding import build_compile_config
 from .prompt_images import load_features
 from .row_states import RowStates
+from .shared_values import check_processor
 from .token_stream import (
     cut_at_end,
     decode_answer,
@@ -125,6 +126,7 @@ class BatchedGeneration:
                 f"got a model whose generation_config says max_time={self._generation_config.max_time}; expected none "
                 "for answers that share their time: take it out of model.generation_config"
             )
+        check_processor(model.config, processor)
         self.model = model
         self.processor = processor
         self.cache = ChatCache(max_bytes=256 * 2**20) if cache is None else cache

@@ -16,6 +16,7 @@ from processing_llava.processing_llava import AnyLlavaProcessor
 from .cached_generation import CachedGeneration, check_compiles, limit_new_tokens
 from .chat_cache import ChatCache
 from .foreign_processors import encode_messages
+from .shared_values import check_processor
 from .token_attention import use_token_attention
 from .token_stream import (
     StreamedText,
@@ -77,6 +78,7 @@ class ChatSession:
         if compile:
             check_compiles(model)
             use_token_attention(model)
+        check_processor(model.config, processor)
         self.model = model
         self.processor = processor
         self.system = system

@@ -20,6 +20,7 @@ from .fused_projections import fuse_projections
 from .inference_dtype import is_slow_on_processor
 from .modeling_llava import AnyLlavaForConditionalGeneration
 from .packed_linear import pack_linear_layers
+from .shared_values import check_processor
 from .token_attention import use_token_attention
 
 EMBEDDED_MODEL = str(Path(__file__).parent / "tiny_llava" / "checkpoint")
@@ -74,6 +75,7 @@ def load_for_inference(
             base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
             reason = f"it is an adapter of {base!r}, to be found from {str(Path.cwd())!r} or on the Hub ({reason})"
         raise ValueError(f"got model {name!r}; expected a folder or a Hub id of a LLaVA: {reason}") from error
+    check_processor(loaded.config, processor)
     if template is not None and not is_ours:
         processor.chat_template = load_template(template)
     # Transformers' own classes keep 16 bits, and so do ours where there is a GPU.

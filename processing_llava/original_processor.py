@@ -16,7 +16,8 @@ from .conversation_templates import change_template, load_template
 from .model_parts import has_tokenizer, read_image_processor, read_tokenizer, read_vision_config
 from .older_versions import read_old_activation
 from .original_fields import check_fields
-from .original_folder import OriginalFolder, find_file
+from .original_folder import OriginalFolder, find_file, read_json, select_download
+from .transformers_folder import TRANSFORMERS_TYPES, read_transformers_parts
 
 logger = logging.get_logger(__name__)
 
@@ -62,7 +63,13 @@ class OriginalProcessorMixin(ProcessorMixin):
         # A processor saved beside original weights is ours.
         if folder is not None and find_file(name, "processor_config.json", folder.download) is None:
             return cls(**read_original_parts(folder, template=template))
-        processor = super().from_pretrained(name, **kwargs)
+        download = select_download(kwargs)
+        config = {} if folder is not None else read_json(name, "config.json", download) or {}
+        stored = read_json(name, "processor_config.json", download) or {}
+        if config.get("model_type") in TRANSFORMERS_TYPES and stored.get("processor_class") != cls.__name__:
+            processor = cls(**read_transformers_parts(name, config, download))
+        else:
+            processor = super().from_pretrained(name, **kwargs)
         if template is not None:
             processor.chat_template = change_template(processor.chat_template, template)
         return processor

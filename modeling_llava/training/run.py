@@ -15,6 +15,7 @@ from trl import SFTConfig
 from modeling_llava.free_memory import format_bytes
 from modeling_llava.fused_norms import fuse_norms
 from modeling_llava.packed_attention import NAME, packed_attention_forward
+from modeling_llava.shared_values import check_processor
 from processing_llava.collator import LlavaDataCollator
 from processing_llava.transformers_versions import CHECKPOINTING_FIELD
 
@@ -101,6 +102,7 @@ def build_trainer(recipe: Recipe) -> LlavaTrainer:
     processor = load_processor(recipe)
     model = load_model(recipe, bf16=arguments.bf16)
     base = model.get_base_model() if recipe.uses_lora else model
+    check_processor(base.config, processor)
     # The norms of QLoRA have weights of 32 bits for inputs of 16, which no single kernel takes; those of a divided
     # model have no shape yet.
     if arguments.device.type == "cuda" and recipe.stage != "qlora" and not is_sharded(arguments):
