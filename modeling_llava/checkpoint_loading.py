@@ -162,7 +162,7 @@ class CheckpointMixin:
         """
         if any(isinstance(module, (Int8Linear, PackedLinear, Columns)) for module in self.modules()):
             raise ValueError(
-                "got a model whose weights are packed, fused or in int8, for answering; expected its own: load "
+                "got a model whose weights are fused, packed or in int8, for answering; expected its own: load "
                 "it with from_pretrained and without quantization, and save that"
             )
         layout = layout or layout_of(self.config)

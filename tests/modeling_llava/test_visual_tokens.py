@@ -230,6 +230,7 @@ def test_a_chat_whose_limit_changes_forgets_the_states_of_its_pictures():
 @pytest.mark.parametrize("of_model, of_processor", [(None, KEPT), (KEPT, None), (KEPT, 7)])
 def test_a_model_and_a_processor_that_disagree_are_told_of_it(of_model, of_processor):
     model, processor = build_pair(of_model)
+    session = ChatSession(model, processor)
     processor.visual_tokens = of_processor
     inputs = encode(processor, ask("What is this?", make_picture()))
     num_tokens, num_features = of_processor or PATCHES, of_model or PATCHES
@@ -242,7 +243,9 @@ def test_a_model_and_a_processor_that_disagree_are_told_of_it(of_model, of_proce
     with pytest.raises(ValueError, match=message):
         model.generate(**inputs, max_new_tokens=1)
     with pytest.raises(ValueError, match=message):
-        "".join(ChatSession(model, processor).ask("What?", images=[make_picture()], max_new_tokens=1))
+        "".join(session.ask("What?", images=[make_picture()], max_new_tokens=1))
+    with pytest.raises(ValueError, match=f"visual_tokens={of_processor} for a model with visual_tokens={of_model}"):
+        ChatSession(model, processor)
 
 
 @pytest.mark.parametrize("visual_tokens", [0, -1, 0.5, "64"])
