@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .conversation_templates import change_template, load_template
 from .model_parts import has_tokenizer, read_image_processor, read_tokenizer, read_vision_config
-from .original_folder import OriginalFolder, find_file
+from .original_folder import OriginalFolder, find_adapter_base, find_file, select_download
 
 logger = logging.get_logger(__name__)
 
@@ -42,22 +42,31 @@ class OriginalProcessorMixin(ProcessorMixin):
         *,
         template: str | None = None,
         base_model: str | None = None,
+        vision_tower: str | None = None,
         **kwargs,
     ) -> ProcessorMixin:
-        """As in transformers; a folder of the original LLaVA, which has no processor, gets one that fits.
+        """As in transformers; a folder of the original LLaVA, which has no processor, gets one that fits, and an
+        adapter that of its base.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id.
             template: Name of a conversation format, instead of the stored or inferred one.
-            base_model: Folder or Hub id with the tokenizer, for an original folder that has none.
+            base_model: Folder or Hub id with the tokenizer, for an original folder that has none; or the base of an
+                adapter, instead of the one that it names.
+            vision_tower: Folder or Hub id of the tower, instead of the one that an original folder names.
 
         Raises:
             ValueError: if an original folder lacks something, or there is no such template.
         """
         name = str(pretrained_model_name_or_path)
-        folder = OriginalFolder.find(name, base_model=base_model, **kwargs)
+        download = select_download(kwargs)
+        has_own = find_file(name, "processor_config.json", download) is not None
+        if not has_own and (base := find_adapter_base(name, download, base_model=base_model)) is not None:
+            kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
+            return cls.from_pretrained(base, template=template, vision_tower=vision_tower, **kwargs)
+        folder = OriginalFolder.find(name, base_model=base_model, vision_tower=vision_tower, **kwargs)
         # A processor saved beside original weights is ours.
-        if folder is not None and find_file(name, "processor_config.json", folder.download) is None:
+        if folder is not None and not has_own:
             return cls(**read_original_parts(folder, template=template))
         processor = super().from_pretrained(name, **kwargs)
         if template is not None:
