@@ -184,20 +184,42 @@ def refuse_unfit_adapter(
         ValueError: naming file, weight and shapes.
     """
     adapter_name = adapter_name or "default"
-
-    def plain(key: str) -> str:
-        return ".".join(part for part in key.split(".") if part not in (adapter_name, "modules_to_save"))
-
     found = {
-        "mismatched_keys": [(plain(key), *shapes) for key, *shapes in info.mismatched_keys],
-        "missing_keys": [plain(key) for key in info.missing_keys],
-        "unexpected_keys": [plain(key) for key in info.unexpected_keys],
+        "mismatched_keys": [(_plain(key, adapter_name), *shapes) for key, *shapes in info.mismatched_keys],
+        "missing_keys": [_plain(key, adapter_name) for key in info.missing_keys],
+        "unexpected_keys": [_plain(key, adapter_name) for key in info.unexpected_keys],
     }
     try:
         refuse_unfit_weights(found, weights, name)
     except ValueError:
         model.delete_adapter(adapter_name)
         raise
+
+
+@torch.no_grad()
+def fill_saved_modules(
+    model: PreTrainedModel, info: Any, weights: dict[str, Weight], *, adapter_name: str | None
+) -> None:
+    """Give whole modules of an adapter, such as a projector, what `load_adapter` left out, and take it off its report.
+
+    transformers 5.17 finds no place for them; 5.23 does.
+
+    Args:
+        info: What transformers' `load_adapter` returned; changed in place.
+        weights: Of the adapter, as `read_adapter` gives them.
+    """
+    own = dict(model.named_parameters())
+    for key in list(info.missing_keys):
+        stored = _plain(key, adapter_name or "default")
+        if stored in weights and weights[stored].shape == list(own[key].shape):
+            own[key].copy_(weights[stored].data[...])
+            info.missing_keys.discard(key)
+            info.unexpected_keys.discard(stored)
+
+
+def _plain(key: str, adapter_name: str) -> str:
+    """What the file of an adapter calls a weight in a model."""
+    return ".".join(part for part in key.split(".") if part not in (adapter_name, "modules_to_save"))
 
 
 def check_adapter_file(model: PreTrainedModel, name: str) -> None:

@@ -22,6 +22,7 @@ from processing_llava.original_folder import (
 
 from .adapters import (
     add_trained_parts,
+    fill_saved_modules,
     has_original_names,
     load_adapted,
     load_original_adapter,
@@ -242,6 +243,7 @@ class CheckpointMixin:
         info = super().load_adapter(
             peft_model_id, adapter_name, peft_config, adapter_state_dict, ignore_mismatched_sizes=True, **kwargs
         )
+        fill_saved_modules(self, info, weights, adapter_name=adapter_name)
         refuse_unfit_adapter(self, info, weights, str(peft_model_id), adapter_name=adapter_name)
         return info
 
