@@ -5,6 +5,7 @@ What is surprising: registering is not enough. TRL and `transformers serve` look
 importing `transformers.processing_utils` executes the package a second time.
 """
 
+import functools
 import gc
 from types import ModuleType
 from typing import Any
@@ -14,14 +15,17 @@ import transformers.processing_utils
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
     AutoProcessor,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 from processing_llava.image_processing_fast import AnyLlavaImageProcessor
@@ -29,6 +33,8 @@ from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
 from processing_llava.original_folder import (
     TEXT_MODEL_OF_TYPE,
     OriginalFolder,
+    find_adapter_base,
+    find_file,
     is_original,
     read_json,
     select_download,
@@ -36,9 +42,12 @@ from processing_llava.original_folder import (
 from processing_llava.processing_llava import AnyLlavaProcessor
 from processing_llava.transformers_versions import AutoImageProcessor, warn_of_other_versions
 
+from .adapters import load_adapted, needs_our_class
+from .checkpoint_loading import refuse_bit_arguments, refuse_parts
 from .configuration_llava import AnyLlavaConfig
 from .modeling_llava import AnyLlavaForConditionalGeneration, AnyLlavaModel
 from .original_layout import TRANSFORMERS_CONFIGS, find_changed_fields, translate_config
+from .weight_files import refuse_unfit_weights
 
 logger = logging.get_logger(__name__)
 
@@ -51,21 +60,42 @@ class AutoModelForVision2Seq(_BaseAutoModelClass):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, *model_args, **kwargs) -> PreTrainedModel:
-        """As in transformers; an original LLaVA is recognised whatever its model_type says."""
-        if OriginalFolder.find(str(pretrained_model_name_or_path), **kwargs) is not None:
+        """As in transformers; an original LLaVA is recognised whatever its model_type says.
+
+        Raises:
+            ValueError: naming file, weight and shapes, if a part of a LLaVA or of an adapter does not fit.
+        """
+        refuse_bit_arguments(kwargs)
+        name, download = str(pretrained_model_name_or_path), select_download(kwargs)
+        ours = AnyLlavaForConditionalGeneration
+        if OriginalFolder.find(name, **kwargs) is not None:
             kwargs.pop("trust_remote_code", None)
-            return AnyLlavaForConditionalGeneration.from_pretrained(
-                pretrained_model_name_or_path, *model_args, **kwargs
-            )
-        _tell_changed_meaning(str(pretrained_model_name_or_path), kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            return ours.from_pretrained(name, *model_args, **kwargs)
+        if (base := find_adapter_base(name, download, base_model=kwargs.get("base_model"))) is not None:
+            kwargs.pop("base_model", None)
+            merge = kwargs.pop("merge_adapter", True)
+            loader = ours if needs_our_class(name, download) else cls
+            return load_adapted(loader, base, name, download, *model_args, merge=merge, **kwargs)
+        raw = read_json(name, "config.json", download) or {}
+        if raw.get("model_type") not in TRANSFORMERS_CONFIGS:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        refuse_parts(
+            {part: kwargs.get(part) for part in ("base_model", "delta", "vision_tower")}, "transformers", name
+        )
+        _tell_changed_meaning(name, raw)
+        wants_info = kwargs.pop("output_loading_info", False)
+        takes_any_shape = kwargs.pop("ignore_mismatched_sizes", False)
+        checks = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, info = super().from_pretrained(name, *model_args, **checks, **kwargs)
+        if takes_any_shape:
+            info["mismatched_keys"] = []
+        # A whole tower that is used in part has weights without a place.
+        refuse_unfit_weights(info | {"unexpected_keys": []}, {}, name)
+        return (model, info) if wants_info else model
 
 
-def _tell_changed_meaning(name: str, kwargs: dict[str, Any]) -> None:
+def _tell_changed_meaning(name: str, raw: dict[str, Any]) -> None:
     """Log that transformers' own class, which is about to be loaded, computes something else than its writer did."""
-    raw = read_json(name, "config.json", select_download(kwargs)) or {}
-    if raw.get("model_type") not in TRANSFORMERS_CONFIGS:
-        return
     try:
         changed = find_changed_fields(raw)
     except ValueError:  # what only transformers' class can express
@@ -95,16 +125,53 @@ def build_dispatch_config(model_type: str) -> type[PreTrainedConfig]:
             if built_in is not None and not is_original(config_dict):
                 return built_in.from_dict(config_dict, **kwargs)
             name = kwargs.get("name_or_path", config_dict.get("_name_or_path", ""))
-            try:
-                translated = translate_config(config_dict, **kwargs | {"name": name})
-            except ValueError as error:
-                # AutoProcessor drops the error and goes on to look for a tokenizer.
-                logger.error(str(error))
-                raise
-            return AnyLlavaConfig.from_dict(translated, **kwargs)
+            return AnyLlavaConfig.from_dict(translate_config(config_dict, **kwargs | {"name": name}), **kwargs)
 
     DispatchConfig.model_type = model_type
     return DispatchConfig
+
+
+class NoCausalLM(PreTrainedModel):
+    """What the Auto classes of language models find for a LLaVA: a sentence that names the right one."""
+
+    config_class = AnyLlavaConfig
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, *model_args, **kwargs) -> PreTrainedModel:
+        """Refuse to load.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"got {str(pretrained_model_name_or_path)!r} for an Auto class of language models; expected "
+            "AutoModelForVision2Seq (or AutoModelForImageTextToText), since it is a LLaVA: import it from "
+            "modeling_llava; adapters load there too, as AutoModelForVision2Seq.from_pretrained(adapter)"
+        )
+
+    @classmethod
+    def _from_config(cls, config: PreTrainedConfig, **kwargs) -> PreTrainedModel:
+        return cls.from_pretrained(config.name_or_path)
+
+
+_load_upstream = AutoProcessor.from_pretrained
+
+
+@functools.wraps(_load_upstream)
+def load_processor(pretrained_model_name_or_path: str, **kwargs) -> ProcessorMixin:
+    # transformers takes a ValueError of a configuration for an unknown model, and goes on to build a bare tokenizer
+    # (5.17 to 5.24, models/auto/processing_auto.py); and it knows no processor of an adapter.
+    name, download = str(pretrained_model_name_or_path), select_download(kwargs)
+    if find_file(name, "processor_config.json", download) is None:
+        base = find_adapter_base(name, download, base_model=kwargs.get("base_model"))
+        if base is not None:
+            dropped = ("base_model", "revision", "subfolder")
+            return load_processor(base, **{key: value for key, value in kwargs.items() if key not in dropped})
+        config = read_json(name, "config.json", download) or {}
+        if is_original(config) or config.get("model_type") == AnyLlavaConfig.model_type:
+            kwargs = {key: value for key, value in kwargs.items() if key not in ("config", "trust_remote_code")}
+            return AnyLlavaProcessor.from_pretrained(name, **kwargs)
+    return _load_upstream(name, **kwargs)
 
 
 EXPORTED = {
@@ -135,6 +202,9 @@ def register() -> None:
     }
     AutoImageProcessor.register(AnyLlavaConfig, image_processor_classes=image_processors, exist_ok=True)
     AutoProcessor.register(AnyLlavaConfig, AnyLlavaProcessor, exist_ok=True)
+    AutoProcessor.from_pretrained = load_processor
+    for auto_class in (AutoModelForCausalLM, AutoModelForSeq2SeqLM):
+        auto_class.register(AnyLlavaConfig, NoCausalLM, exist_ok=True)
 
     class_name = AnyLlavaForConditionalGeneration.__name__
     modeling_auto.MODEL_MAPPING_NAMES[model_type] = AnyLlavaModel.__name__

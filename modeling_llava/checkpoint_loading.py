@@ -14,8 +14,24 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from processing_llava.original_folder import DOWNLOAD_KWARGS, OriginalFolder, find_file, select_download
+from processing_llava.original_folder import (
+    DOWNLOAD_KWARGS,
+    OriginalFolder,
+    find_adapter_base,
+    find_file,
+    select_download,
+)
 
+from .adapters import (
+    add_trained_parts,
+    fill_saved_modules,
+    has_original_names,
+    load_adapted,
+    load_original_adapter,
+    read_adapter,
+    refuse_unfit_adapter,
+    refuse_unfit_state,
+)
 from .checkpoint_layouts import add_transformers_only_weights, check_layout, rename_from_ours, rename_to_ours
 from .fused_projections import Columns
 from .inference_dtype import with_default_dtype
@@ -30,7 +46,7 @@ from .original_layout import (
 )
 from .original_weights import TOWER, complete_tower, gather_original_weights, is_used, refuse_missing_source
 from .packed_linear import PackedLinear
-from .weight_files import Weight, find_base_dtype, read_model
+from .weight_files import Weight, find_base_dtype, read_model, refuse_quantized, refuse_unfit_weights
 
 # Arguments of from_pretrained that are attributes of configurations too.
 _NOT_FOR_CONFIG = ("dtype", "torch_dtype", "attn_implementation", "quantization_config")
@@ -49,6 +65,8 @@ class CheckpointMixin:
         *model_args,
         config: PreTrainedConfig | str | None = None,
         base_model: str | None = None,
+        delta: bool | None = None,
+        vision_tower: str | None = None,
         merge_adapter: bool = True,
         quantization: str | None = None,
         **kwargs,
@@ -60,9 +78,11 @@ class CheckpointMixin:
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id: a model of ours, of transformers' `llava` or `llava_next`,
-                or of the original LLaVA (complete, LoRA, projector only, delta).
-            base_model: Folder or Hub id of the language model, for an original folder that does not say its own. With
-                a complete model, that one is a delta to add to it.
+                or of the original LLaVA (complete, LoRA, projector only, delta); or an adapter of any of them.
+            base_model: Folder or Hub id of the model under a LoRA, a projector, a delta or an adapter that does not
+                say its own.
+            delta: Whether an original folder is to be added to `base_model`. Default: what its norm weights say.
+            vision_tower: Folder or Hub id of the tower, instead of the one that an original folder names.
             merge_adapter: Add an original LoRA to the weights; False keeps it as an adapter of PEFT.
             quantization: "int4", "fp8" or "nf4" on a GPU, "int8" on a processor: bits of the language model, for
                 answering only. The rest is bfloat16 or float32.
@@ -70,6 +90,9 @@ class CheckpointMixin:
         Raises:
             ValueError: naming file, weight, and expected and found shape, if something does not fit.
         """
+        refuse_bit_arguments(kwargs)
+        base_model, vision_tower = (None if part is None else str(part) for part in (base_model, vision_tower))
+        parts = {"base_model": base_model, "delta": delta, "vision_tower": vision_tower}
         if quantization is not None:
             from .quantization import ON_PROCESSOR, quantize_to_int8, refuse_unchanged, with_quantization
 
@@ -77,8 +100,8 @@ class CheckpointMixin:
                 pretrained_model_name_or_path,
                 *model_args,
                 config=config,
-                base_model=base_model,
                 merge_adapter=merge_adapter,
+                **parts,
                 **with_quantization(kwargs, quantization),
             )
             model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -91,6 +114,9 @@ class CheckpointMixin:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         name = str(pretrained_model_name_or_path)
         download = select_download(kwargs)
+        if config is None and (base := find_adapter_base(name, download, base_model=base_model)) is not None:
+            parts.pop("base_model")
+            return load_adapted(cls, base, name, download, *model_args, merge=merge_adapter, **parts, **kwargs)
         raw = None
         if isinstance(config, cls.config_class):
             layout, stored = layout_of(config), config.dtype
@@ -100,38 +126,44 @@ class CheckpointMixin:
             else:
                 raw, _ = PreTrainedConfig.get_config_dict(name if config is None else config, **download)
             layout, stored = find_layout(raw), raw.get("dtype", raw.get("torch_dtype"))
-        refuse_base_model(base_model, layout, name)
-        if layout == "any_llava":
+        refuse_parts(parts, layout, name)
+        adapter = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
+        if adapter is None and layout != "original" and find_file(name, "adapter_config.json", download) is not None:
+            adapter = name
+        wants_info = kwargs.pop("output_loading_info", False)
+        takes_any_shape = kwargs.pop("ignore_mismatched_sizes", False)
+        checks = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        if layout == "any_llava" and adapter != name:
             kwargs = with_default_dtype(kwargs, stored=stored)
-            return super().from_pretrained(name, *model_args, config=config, **kwargs)
+            model, info = super().from_pretrained(name, *model_args, config=config, **checks, **kwargs)
+            refuse_unfit(model, info, name, download=download, takes_any_shape=takes_any_shape)
+            if adapter is not None:
+                model.load_adapter(adapter)
+            return (model, info) if wants_info else model
         if raw is not None:
-            translated = translate_config(raw, name=name, base_model=base_model, **download)
+            translated = translate_config(raw, name=name, **parts, **download)
             held = {key: kwargs.pop(key) for key in _NOT_FOR_CONFIG if key in kwargs}
             config, kwargs = cls.config_class.from_dict(translated, return_unused_kwargs=True, **kwargs)
             kwargs |= held
 
-        adapter = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
         kwargs = {key: value for key, value in kwargs.items() if key not in DOWNLOAD_KWARGS}
         folder = OriginalFolder(name=name, config=config.source_config, base_model=base_model, download=download)
         is_original = layout == "original"
         if is_original:
-            weights = gather_original_weights(folder, config)
+            weights = gather_original_weights(folder, config, delta=delta)
         else:
-            named = {rename_to_ours(key, "transformers"): item for key, item in read_model(name, download).items()}
-            weights = {key: item for key, item in named.items() if is_used(key, config)}
+            weights = read_model(name, download)
+            if layout == "transformers":
+                refuse_quantized(name, config.source_config, weights)
+                weights = {rename_to_ours(key, "transformers"): item for key, item in weights.items()}
+            weights = {key: item for key, item in weights.items() if is_used(key, config)}
         config.dtype = config.dtype or find_base_dtype(weights)
         kwargs = with_default_dtype(kwargs, stored=config.dtype)
-        wants_info = kwargs.pop("output_loading_info", False)
+        state_dict = {key: item.data for key, item in weights.items()}
         model, info = super().from_pretrained(
-            None,
-            *model_args,
-            config=config,
-            state_dict={key: item.data for key, item in weights.items()},
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **kwargs,
+            None, *model_args, config=config, state_dict=state_dict, **checks, **kwargs
         )
-        refuse_unfit(info, weights, name)
+        refuse_unfit(model, info, name, weights=weights, takes_any_shape=takes_any_shape)
         # PEFT writes the second one into its adapters.
         model.config.name_or_path = model.name_or_path = name
         if model.can_generate():
@@ -140,8 +172,6 @@ class CheckpointMixin:
             # Saving may happen somewhere else.
             model.source_folder = replace(folder, name=str(Path(name).resolve()) if Path(name).is_dir() else name)
         if is_original and find_file(name, "adapter_config.json", download) is not None:
-            from .adapters import load_original_adapter
-
             model = load_original_adapter(model, folder, merge=merge_adapter)
         elif adapter is not None:
             model.load_adapter(adapter)
@@ -238,6 +268,41 @@ class CheckpointMixin:
             return []
         return [getattr(parameter, "quant_state", None) for parameter in self.parameters()]
 
+    def load_adapter(
+        self,
+        peft_model_id: str | None = None,
+        adapter_name: str | None = None,
+        peft_config: Any = None,
+        adapter_state_dict: dict[str, Any] | None = None,
+        **kwargs,
+    ) -> Any:
+        """As in transformers; an adapter of the original LLaVA gets our names.
+
+        Raises:
+            ValueError: naming the weight of the adapter that has no place in this model, the place that has no weight
+                in the adapter, or two shapes.
+        """
+        if peft_model_id is None:
+            weights = {}
+        else:
+            download = select_download(kwargs | (kwargs.get("adapter_kwargs") or {}))
+            folder = OriginalFolder(name=str(peft_model_id), config={}, download=download)
+            weights = read_adapter(folder.name, folder.download)
+            if has_original_names(weights):
+                add_trained_parts(self, folder)
+                return load_original_adapter(self, folder, merge=False, adapter_name=adapter_name)
+        info = super().load_adapter(
+            peft_model_id, adapter_name, peft_config, adapter_state_dict, ignore_mismatched_sizes=True, **kwargs
+        )
+        fill_saved_modules(self, info, weights, adapter_name=adapter_name)
+        refuse_unfit_adapter(self, info, weights, str(peft_model_id), adapter_name=adapter_name)
+        return info
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args) -> None:
+        # PEFT's own door: its PeftModel drops what has no place in silence (peft 0.21, utils/save_and_load.py).
+        refuse_unfit_state(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def load_state_dict(self, state_dict: Mapping[str, Any], *args, **kwargs) -> Any:
         """As in PyTorch; weights may also have the names that `save_pretrained` gives them by default.
 
@@ -252,37 +317,72 @@ class CheckpointMixin:
         return super().load_state_dict(state_dict, *args, **kwargs)
 
 
-def refuse_base_model(base_model: str | None, layout: str, name: str) -> None:
-    """Refuse a language model for a checkpoint that has its own.
+def refuse_parts(parts: dict[str, Any], layout: str, name: str) -> None:
+    """Refuse a part for a checkpoint that has its own.
 
     Raises:
         ValueError: naming both.
     """
-    if base_model is not None and layout != "original":
+    for argument, value in parts.items():
+        if value is not None and layout != "original":
+            raise ValueError(
+                f"got {argument}={value!r} for {name!r}, which is a complete model; expected it for a LoRA, a "
+                "projector or a delta of the original LLaVA: leave it out"
+            )
+    if parts["delta"] and parts["base_model"] is None:
         raise ValueError(
-            f"got base_model={base_model!r} for {name!r}, which is a complete model; expected it for a LoRA, a "
-            "projector or a delta of the original LLaVA: leave it out"
+            f"got delta=True for {name!r} and no base; expected base_model=: the folder or Hub id of the model that "
+            "it is to be added to"
         )
 
 
-def refuse_unfit(info: dict[str, Any], weights: dict[str, Weight], name: str) -> None:
-    """Refuse a model of which a part was not loaded.
+def refuse_bit_arguments(kwargs: dict[str, Any]) -> None:
+    """Refuse, and take out where they ask for nothing, arguments that transformers 5 dropped.
+
+    Raises:
+        ValueError: naming what stands for them.
+    """
+    for argument in ("load_in_4bit", "load_in_8bit"):
+        if kwargs.pop(argument, False):
+            raise ValueError(
+                f"got {argument}=True; expected quantization_config=BitsAndBytesConfig({argument}=True), or "
+                "quantization= with a name, such as 'int8' on a processor or 'nf4' on a GPU"
+            )
+
+
+def refuse_unfit(
+    model: PreTrainedModel,
+    info: dict[str, Any],
+    name: str,
+    *,
+    weights: dict[str, Weight] | None = None,
+    download: dict[str, Any] | None = None,
+    takes_any_shape: bool = False,
+) -> None:
+    """Refuse a model of which a part was not loaded, and weights without a place in it.
+
+    Args:
+        weights: What was read, by our name; None to look it up in the files of `name`.
+        takes_any_shape: The caller wants new weights where shapes differ.
 
     Raises:
         ValueError: naming file, weight and shapes.
     """
-    for key, found, expected in sorted(info["mismatched_keys"]):
-        weight = weights[key]
-        raise ValueError(
-            f"got {weight.key} of shape {list(found)} in {weight.file}; expected {list(expected)} as config.json of "
-            f"{name} says: this weight belongs to another model"
-        )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"got {name} without {len(missing)} weights, {missing[0]} among them; expected all: a file is incomplete "
-            "or of another model"
-        )
+    is_whole = model.base_model is not model
+    found = {
+        "missing_keys": info["missing_keys"],
+        "mismatched_keys": [] if takes_any_shape else info["mismatched_keys"],
+        "unexpected_keys": [
+            key
+            for key in info["unexpected_keys"]
+            if is_used(key, model.config) and (is_whole or not key.startswith("lm_head."))
+        ],
+    }
+    if any(found.values()):
+        weights = read_model(name, download or {}) if weights is None else weights
+        if not is_whole:
+            weights = {key.removeprefix("model."): weight for key, weight in weights.items()}
+        refuse_unfit_weights(found, weights, name)
 
 
 def read_generation_config(name: str, config: PreTrainedConfig, download: dict[str, Any]) -> GenerationConfig:

@@ -32,6 +32,7 @@ def load_for_inference(
     *,
     template: str | None = None,
     base_model: str | None = None,
+    vision_tower: str | None = None,
     device: str | torch.device | None = None,
     quantization: str | None = None,
     visual_tokens: int | None = None,
@@ -45,6 +46,7 @@ def load_for_inference(
         name: Folder or Hub id.
         template: Name of a conversation format to use instead of the one stored with the model.
         base_model: Folder or Hub id of the language model, for a LoRA, projector or delta that does not say its own.
+        vision_tower: Folder or Hub id of the tower, instead of the one that an original folder names.
         device: Where to; the first GPU by default, or the processor where there is none.
         quantization: "int4", "fp8" or "nf4" on a GPU, "int8" on a processor: bits of the language model.
         visual_tokens: Most tokens of an image instead of what is stored with the model; see `AnyLlavaConfig`.
@@ -53,6 +55,7 @@ def load_for_inference(
         ValueError: if there is no such model or template, or the model or device cannot run what was chosen.
     """
     base = {} if base_model is None else {"base_model": base_model}
+    base |= {} if vision_tower is None else {"vision_tower": vision_tower}
     base |= {} if visual_tokens is None else {"visual_tokens": visual_tokens}
     chosen = {} if template is None else {"template": template}
     device = find_device(device)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from transformers import AutoProcessor
 
 from processing_llava import AnyLlavaProcessor
-from processing_llava.original_folder import read_json
+from processing_llava.original_folder import find_adapter_base
 
 
 @contextlib.contextmanager
@@ -25,10 +25,7 @@ def explain_missing(name: str, *, part: str = "model", kind: str = " of a LLaVA"
 
 def find_base(name: str) -> str:
     """What an adapter of PEFT was trained on; of another model its own name."""
-    # The adapter second: a model that was downloaded for use without a network may hold no word on it.
-    if read_json(name, "config.json", {}) is None and (adapter := read_json(name, "adapter_config.json", {})):
-        return adapter["base_model_name_or_path"]
-    return name
+    return find_adapter_base(name, {}) or name
 
 
 def load_training_processor(

@@ -410,6 +410,11 @@ class AnyLlavaForConditionalGeneration(AnyLlavaPreTrainedModel, AnyLlavaGenerati
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
 
+    @property
+    def vision_tower(self) -> nn.Module:
+        """The tower, where scripts for the original LLaVA look for it."""
+        return self.model.vision_tower
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 

@@ -13,7 +13,7 @@ from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig
 from processing_llava.model_parts import has_tokenizer, read_vision_config
 from processing_llava.older_versions import is_older, read_old_activation, scales_image_features
 from processing_llava.original_fields import check_fields
-from processing_llava.original_folder import OriginalFolder, is_original, select_download
+from processing_llava.original_folder import OriginalFolder, is_original, override_tower, select_download
 from processing_llava.original_processor import (
     TURN_END_TOKENS,
     infer_template,
@@ -62,13 +62,16 @@ def layout_of(config: PreTrainedConfig) -> str:
     return "any_llava" if config.source_config is None else find_layout(config.source_config)
 
 
-def translate_config(raw: dict[str, Any], *, name: str, base_model: str | None = None, **kwargs) -> dict[str, Any]:
+def translate_config(
+    raw: dict[str, Any], *, name: str, base_model: str | None = None, vision_tower: str | None = None, **kwargs
+) -> dict[str, Any]:
     """A config.json of any layout -> the dict of an AnyLlavaConfig.
 
     Args:
         raw: The content of the file.
         name: Folder or Hub id that it comes from, where its other files are.
         base_model: Folder or Hub id of the language model, for checkpoints that hold none.
+        vision_tower: Folder or Hub id of the tower, instead of the one that an original config.json names.
         **kwargs: Of `from_pretrained`; those about downloads are used.
 
     Raises:
@@ -80,6 +83,7 @@ def translate_config(raw: dict[str, Any], *, name: str, base_model: str | None =
     if layout == "transformers":
         fields = read_transformers_config(raw)
     else:
+        raw = override_tower(raw, vision_tower)
         folder = OriginalFolder(name=name, config=raw, base_model=base_model, download=select_download(kwargs))
         fields = read_original_config(folder)
     # TRL looks the class up by its name.

@@ -20,6 +20,18 @@ MODEL_FILES = (
 """What a complete model may be stored as; the first that exists is read."""
 
 
+QUANTIZED_PARTS = {
+    "qweight": "AWQ or GPTQ",
+    "absmax": "bitsandbytes",
+    "SCB": "bitsandbytes",
+    "weight_packed": "compressed-tensors",
+    "weight_scale": "compressed-tensors or FP8",
+    "weight_scale_inv": "FP8",
+    "W_q": "HQQ",
+}
+"""What stands beside or instead of a weight of fewer bits: the last part of its name, and who writes it."""
+
+
 @dataclass(frozen=True)
 class Weight:
     """One tensor of a file."""
@@ -79,6 +91,65 @@ def read_model(name: str, download: dict[str, Any]) -> dict[str, Weight]:
             weights |= read_file(shard_path)
         return weights
     raise ValueError(f"got {name!r} without weights; expected one of {', '.join(MODEL_FILES)}")
+
+
+def refuse_quantized(name: str, config: dict[str, Any] | None, weights: dict[str, Weight]) -> None:
+    """Refuse a model whose weights are stored in fewer bits, under names and in shapes that are not the model's.
+
+    Args:
+        name: Folder or Hub id.
+        config: Its config.json.
+        weights: Its weights by name; may be left empty where the configuration tells.
+
+    Raises:
+        ValueError: naming who wrote it.
+    """
+    quantization = (config or {}).get("quantization_config")
+    method = quantization.get("quant_method", "in an unknown way") if isinstance(quantization, dict) else None
+    for key, weight in weights.items():
+        if method is None and (part := key.rsplit(".", 1)[-1]) in QUANTIZED_PARTS:
+            method = f"{QUANTIZED_PARTS[part]}, as {weight.key} in {weight.file} says"
+    if method is not None:
+        raise ValueError(
+            f"got {name}, whose weights are stored quantized ({method}); expected them in 16 or 32 bits: take the "
+            "unquantized checkpoint, and quantization= or quantization_config= to load it in fewer bits"
+        )
+
+
+def refuse_unfit_weights(found: dict[str, Any], weights: dict[str, Weight], name: str) -> None:
+    """Refuse a model or adapter of which a part was not loaded, or weights that have no place.
+
+    Args:
+        found: `mismatched_keys` (name, found and expected shape), `missing_keys` and `unexpected_keys`, as
+            transformers reports them.
+        weights: What was read, by the names in `found` as far as they are the same.
+        name: Folder or Hub id.
+
+    Raises:
+        ValueError: naming file, weight and shapes.
+    """
+
+    def place(key: str) -> str:
+        return f"{weights[key].key} in {weights[key].file}" if key in weights else f"{key} in {name}"
+
+    for key, shape, expected in sorted(found["mismatched_keys"]):
+        stored = weights[key].key if key in weights else key
+        where = weights[key].file if key in weights else name
+        raise ValueError(
+            f"got {stored} of shape {list(shape)} in {where}; expected {list(expected)} as the configuration of the "
+            f"model says: this weight belongs to another model than {name}"
+        )
+    missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    if missing:
+        raise ValueError(
+            f"got {name} without {len(missing)} weights, {missing[0]} among them; expected all: a file is incomplete "
+            "or of another model"
+        )
+    if unexpected:
+        raise ValueError(
+            f"got {len(unexpected)} weights without a place in the model, {place(unexpected[0])} among them; expected "
+            "those of this architecture alone: they are of another model"
+        )
 
 
 def read_file(path: str) -> dict[str, Weight]:

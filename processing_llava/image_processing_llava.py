@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers.image_processing_backends import PilBackend
-from transformers.image_processing_utils import BatchFeature
+from transformers.image_processing_utils import BatchFeature, get_size_dict
 from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
@@ -116,6 +116,17 @@ class AnyLlavaImageProcessorPil(PilBackend):
         self.num_threads = num_threads
         names = self.valid_kwargs.__annotations__
         self._validate_preprocess_kwargs(**{name: value for name, value in self.__dict__.items() if name in names})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "size" and value is None:
+            raise ValueError("got size=None; expected whole numbers of pixels: set it to those of the tower")
+        if name in ("size", "crop_size") and value is not None and not isinstance(value, SizeDict):
+            to_square = name == "crop_size" or self.default_to_square
+            fields = get_size_dict(value, default_to_square=to_square, param_name=name)
+            if not all(isinstance(side, int) and side > 0 for side in fields.values()):
+                raise ValueError(f"got {name}={value!r}; expected whole numbers of pixels: set those of the tower")
+            value = SizeDict(**fields)
+        super().__setattr__(name, value)
 
     @property
     def tile_size(self) -> int:

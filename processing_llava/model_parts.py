@@ -1,5 +1,7 @@
 """Tokenizer and image settings of the parts that a LLaVA is made of: a language model and a vision tower."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,14 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from .image_processing_llava import AnyLlavaImageProcessorPil
-from .original_folder import find_file
+from .original_folder import find_file, is_hub_id, limit_download
 from .sentencepiece_tokenizer import load_sentencepiece_tokenizer
 from .transformers_versions import AutoImageProcessor
+
+logger = logging.get_logger(__name__)
 
 _CLIP_LARGE = {
     "model_type": "clip_vision_model",
@@ -50,22 +55,46 @@ def read_vision_config(vision_tower: str, **download) -> PreTrainedConfig:
     Raises:
         ValueError: if there is none.
     """
-    if vision_tower in KNOWN_TOWERS:
-        config = AutoConfig.for_model(**KNOWN_TOWERS[vision_tower])
+    if (known := find_known_tower(vision_tower)) is not None:
+        config = AutoConfig.for_model(**KNOWN_TOWERS[known])
         config.name_or_path = vision_tower
         return config
-    try:
-        config = AutoConfig.from_pretrained(vision_tower, **download)
-    except OSError as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"got vision tower {vision_tower!r}, which cannot be read; expected the folder or Hub id of a vision "
-            f"model: {reason}"
-        ) from error
+    with explain_tower(vision_tower):
+        config = AutoConfig.from_pretrained(vision_tower, **limit_download(vision_tower, download))
     if "vision_config" in config.sub_configs:
         config = config.vision_config
     config.name_or_path = vision_tower
     return config
+
+
+def find_known_tower(vision_tower: str) -> str | None:
+    """Which of `KNOWN_TOWERS` a name means: itself, or the end of somebody's path that is not on this machine."""
+    if vision_tower in KNOWN_TOWERS:
+        return vision_tower
+    if is_hub_id(vision_tower) or Path(vision_tower).exists():
+        return None
+    for known in KNOWN_TOWERS:
+        if Path(vision_tower).name == Path(known).name:
+            logger.warning(f"there is no folder {vision_tower!r} on this machine; its settings are those of {known}")
+            return known
+    return None
+
+
+@contextlib.contextmanager
+def explain_tower(vision_tower: str) -> Iterator[None]:
+    """Tell why a tower cannot be read inside of this, and what to do.
+
+    Raises:
+        ValueError: in place of any OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"got vision tower {vision_tower!r}, which cannot be read; expected the folder or Hub id of a vision "
+            f"model: give the right one as vision_tower= to model and processor, or as --vision-tower: {reason}"
+        ) from error
 
 
 def read_image_processor(
@@ -82,10 +111,12 @@ def read_image_processor(
     Raises:
         ValueError: if the tower does not say how its images are made.
     """
-    if vision_tower in KNOWN_TOWERS:
+    if find_known_tower(vision_tower) is not None:
         return AnyLlavaImageProcessorPil(**_known_image_fields(vision_config), **fields)
+    with explain_tower(vision_tower):
+        download = limit_download(vision_tower, download or {})
     try:
-        tower_fields = AutoImageProcessor.from_pretrained(vision_tower, backend="pil", **(download or {})).to_dict()
+        tower_fields = AutoImageProcessor.from_pretrained(vision_tower, backend="pil", **download).to_dict()
     except OSError as error:
         raise ValueError(
             f"got vision tower {vision_tower!r} without preprocessor_config.json; expected one with size, image_mean "
@@ -137,7 +168,12 @@ def read_tokenizer(
         ValueError: if there is no tokenizer, or it encodes every text to nothing.
     """
     download = download or {}
-    sentencepiece_file = find_file(name, "tokenizer.model", download)
+    try:
+        sentencepiece_file = find_file(name, "tokenizer.model", download)
+    except OSError as error:
+        raise ValueError(
+            f"got {name!r} as the model with the tokenizer; expected a folder or Hub id: {error}"
+        ) from error
     if sentencepiece_file and (prefer_sentencepiece or find_file(name, "tokenizer.json", download) is None):
         for filename in _SIDE_FILES:
             find_file(name, filename, download)

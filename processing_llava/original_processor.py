@@ -16,7 +16,7 @@ from .conversation_templates import change_template, load_template
 from .model_parts import has_tokenizer, read_image_processor, read_tokenizer, read_vision_config
 from .older_versions import read_old_activation
 from .original_fields import check_fields
-from .original_folder import OriginalFolder, find_file, read_json, select_download
+from .original_folder import OriginalFolder, find_adapter_base, find_file, read_json, select_download
 from .transformers_folder import TRANSFORMERS_TYPES, read_transformers_parts
 
 logger = logging.get_logger(__name__)
@@ -45,25 +45,32 @@ class OriginalProcessorMixin(ProcessorMixin):
         *,
         template: str | None = None,
         base_model: str | None = None,
+        vision_tower: str | None = None,
         **kwargs,
     ) -> ProcessorMixin:
         """As in transformers; a folder of the original LLaVA, which has no processor, gets one that fits, and so does
-        one of transformers' own `llava` and `llava_next`, whose processor is another.
+        one of transformers' own `llava` and `llava_next`, whose processor is another; an adapter that of its base.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id.
             template: Name of a conversation format, instead of the stored or inferred one.
-            base_model: Folder or Hub id with the tokenizer, for an original folder that has none.
+            base_model: Folder or Hub id with the tokenizer, for an original folder that has none; or the base of an
+                adapter, instead of the one that it names.
+            vision_tower: Folder or Hub id of the tower, instead of the one that an original folder names.
 
         Raises:
             ValueError: if an original folder lacks something, or there is no such template.
         """
         name = str(pretrained_model_name_or_path)
-        folder = OriginalFolder.find(name, base_model=base_model, **kwargs)
-        # A processor saved beside original weights is ours.
-        if folder is not None and find_file(name, "processor_config.json", folder.download) is None:
-            return cls(**read_original_parts(folder, template=template))
         download = select_download(kwargs)
+        has_own = find_file(name, "processor_config.json", download) is not None
+        if not has_own and (base := find_adapter_base(name, download, base_model=base_model)) is not None:
+            kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
+            return cls.from_pretrained(base, template=template, vision_tower=vision_tower, **kwargs)
+        folder = OriginalFolder.find(name, base_model=base_model, vision_tower=vision_tower, **kwargs)
+        # A processor saved beside original weights is ours.
+        if folder is not None and not has_own:
+            return cls(**read_original_parts(folder, template=template))
         config = {} if folder is not None else read_json(name, "config.json", download) or {}
         stored = read_json(name, "processor_config.json", download) or {}
         if config.get("model_type") in TRANSFORMERS_TYPES and stored.get("processor_class") != cls.__name__:

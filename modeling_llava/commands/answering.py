@@ -36,6 +36,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-model", help="language model under a LoRA, projector or delta that does not say its own"
     )
+    parser.add_argument("--vision-tower", help="folder or Hub id, instead of the tower that an original folder names")
     parser.add_argument("--template", help="conversation format to use instead of the model's")
     parser.add_argument("--system", help="system text to use instead of the template's")
     parser.add_argument("--quantization", help="fewer bits: int8 on a processor; int4, fp8 or nf4 on a GPU")
@@ -56,6 +57,7 @@ def _session(options: argparse.Namespace, limits):
         options.model or EMBEDDED_MODEL,
         template=options.template,
         base_model=options.base_model,
+        vision_tower=options.vision_tower,
         quantization=options.quantization,
         visual_tokens=options.visual_tokens,
     )

@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 
+from modeling_llava.adapters import has_original_names, needs_our_class, read_adapter
 from modeling_llava.auto import AutoModelForVision2Seq
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.quantization import four_bit_config
-from processing_llava.original_folder import OriginalFolder, read_json
+from modeling_llava.weight_files import has_model, refuse_unfit_weights
+from processing_llava.original_folder import OriginalFolder, read_json, resolve_beside
 
 from .run_files import RECORD_FILE
 
-PROJECTOR = "mm_projector"
-"""How adapters that were trained with this package call the projector that they bring."""
 MAX_RELATIVE_DIFFERENCE = 0.1
 """Of the largest logit. Rounding to 16 bits stays far below; an adapter of another base does not."""
 
@@ -66,7 +66,7 @@ def merge_adapter(
         if base_bits is None:
             base_bits = 4 if record.get("recipe", {}).get("stage") == "qlora" else 16
         before, merged, processor = _merge(adapter, base_model=base_model, base_bits=base_bits)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split("\n")[:2])
         named = (read_json(adapter, "adapter_config.json", {}) or {}).get("base_model_name_or_path")
         raise ValueError(
@@ -88,7 +88,11 @@ def _merge(
 ) -> tuple[torch.Tensor, PreTrainedModel, ProcessorMixin]:
     """Logits of base and adapter side by side, the merged model, and its processor."""
     base = {} if base_model is None else {"base_model": base_model}
-    if OriginalFolder.find(adapter, **base) is not None:
+    weights = {} if read_json(adapter, "adapter_config.json", {}) is None else read_adapter(adapter, {})
+    is_original = OriginalFolder.find(adapter, **base) is not None
+    if is_original and not weights and has_model(adapter, {}) and base_model is None:
+        raise ValueError(f"got {adapter!r}, which is a complete model without an adapter; expected an adapter")
+    if is_original or has_original_names(weights):
         processor = AutoProcessor.from_pretrained(adapter, **base)
         apart = AutoModelForVision2Seq.from_pretrained(adapter, dtype="auto", merge_adapter=False, **base)
         merged = AutoModelForVision2Seq.from_pretrained(adapter, dtype="auto", **base)
@@ -98,10 +102,10 @@ def _merge(
 
     processor = AutoProcessor.from_pretrained(adapter)
     config = PeftConfig.from_pretrained(adapter)
-    base_model = base_model or config.base_model_name_or_path
+    base_model = base_model or resolve_beside(adapter, config.base_model_name_or_path)
     # transformers' own class, which "auto" takes for its layout, has another name for our projector; PEFT would leave
     # the trained one out with a warning.
-    is_ours = PROJECTOR in (config.to_dict().get("modules_to_save") or ())
+    is_ours = needs_our_class(adapter, {})
     model_class = AnyLlavaForConditionalGeneration if is_ours else AutoModelForVision2Seq
     if base_bits == 16:
         model = PeftModel.from_pretrained(model_class.from_pretrained(base_model, dtype="auto"), adapter)
@@ -109,6 +113,9 @@ def _merge(
     else:
         before = _compute_logits(PeftModel.from_pretrained(_load_4_bits(model_class, base_model), adapter), processor)
         model = PeftModel.from_pretrained(_load_4_bits(model_class, base_model).dequantize(), adapter)
+    # What has no place is reported by the second time alone; a class of transformers would leave it out.
+    found = model.load_adapter(adapter, "default")
+    refuse_unfit_weights(found._asdict() | {"mismatched_keys": []}, weights, adapter)
     merged = model.merge_and_unload(safe_merge=True)
     if is_ours:
         merged.config.source_config = None  # the layout that fits the processor, whatever the base had

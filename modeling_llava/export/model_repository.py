@@ -11,19 +11,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor, PreTrainedConfig, ProcessorMixin
+import torch
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, ProcessorMixin
 
 import hub_cards
+from modeling_llava.adapters import PROJECTOR, check_adapter_file
+from modeling_llava.auto import AutoModelForVision2Seq
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.original_layout import TRANSFORMERS_CONFIGS, write_transformers_config
 from modeling_llava.yaml_fields import build
 from processing_llava import AnyLlavaProcessor
-from processing_llava.original_folder import is_original, read_json
+from processing_llava.original_folder import find_adapter_base, is_original, read_json
 
 from .card_facts import CardFacts
 from .export_settings import Exported, ExportSettings
 from .figures import add_source
-from .merged_adapter import PROJECTOR
 from .model_card import (
     HUB_RESULTS_FILE,
     ModelDescription,
@@ -145,6 +147,7 @@ def export_adapter(source: Path, out: Path, settings: ExportSettings) -> Exporte
     config = json.loads((out / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
     base = _find_base(source, config, settings)
     _refuse_other_names(config, base)
+    _check_adapter(source, base)
     config["base_model_name_or_path"] = base
     (out / ADAPTER_FILES[0]).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     notices = _add_card(
@@ -194,6 +197,23 @@ def _refuse_other_names(config: dict[str, Any], base: str) -> None:
             f"got an adapter with a projector for {base}, whose layout 'transformers' has another name for it; "
             "expected a base in our layout: push the base with --layout any_llava, or push what `llava merge` makes"
         )
+
+
+def _check_adapter(source: Path, base: str) -> None:
+    """Refuse an adapter that does not fit the base that it was trained on; one that cannot be read from here is taken
+    as it is.
+
+    Raises:
+        ValueError: naming file, weight and shapes.
+    """
+    local = find_adapter_base(str(source), {}) or base
+    try:
+        config = AutoConfig.from_pretrained(local)
+    except OSError:
+        return
+    with torch.device("meta"):
+        model = AutoModelForVision2Seq.from_config(config)
+    check_adapter_file(model, str(source))
 
 
 def _add_card(source: Path, out: Path, settings: ExportSettings, **details: Any) -> list[str]:

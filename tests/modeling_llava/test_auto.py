@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
     AutoProcessor,
     LlavaConfig,
     pipeline,
@@ -135,3 +137,23 @@ def test_import_order_of_processor_and_model_in_one_forward(checkpoint):
     model, processor = AutoModelForVision2Seq.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
     assert processor.image_token_id == model.config.image_token_id
     assert model.get_image_features(random_images(1)).pooler_output[0].shape[0] == 16
+
+
+@pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoPeftModelForCausalLM])
+def test_auto_classes_of_language_models_name_the_right_one(checkpoint, tmp_path, auto_class):
+    lora = LoraConfig(target_modules=["up_proj"], task_type="CAUSAL_LM")
+    model = AutoModelForVision2Seq.from_pretrained(checkpoint)
+    get_peft_model(model, lora).save_pretrained(tmp_path)
+    name = tmp_path if auto_class is AutoPeftModelForCausalLM else checkpoint
+    with pytest.raises(ValueError, match="expected AutoModelForVision2Seq") as error:
+        auto_class.from_pretrained(str(name))
+    assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+    if auto_class is not AutoPeftModelForCausalLM:
+        with pytest.raises(ValueError, match="expected AutoModelForVision2Seq"):
+            auto_class.from_config(tiny_config())
+
+
+def test_the_tower_is_where_scripts_for_the_original_look(checkpoint):
+    model = AutoModelForVision2Seq.from_pretrained(checkpoint)
+    assert model.vision_tower is model.model.vision_tower
+    assert not any(name.startswith("vision_tower") for name, _ in model.named_parameters())

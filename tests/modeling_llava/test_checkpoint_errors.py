@@ -2,6 +2,10 @@
 
 import json
 import os
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
 from modeling_llava import AnyLlavaForConditionalGeneration, AutoModelForVision2Seq
+from modeling_llava.cli import main
 from processing_llava import AnyLlavaProcessor
 from tests import original_folders as folders
-from tests.tiny import tiny_model
+from tests.modeling_llava.conftest import save_base
+from tests.tiny import save_tiny_checkpoint, tiny_model
 
 
 @pytest.fixture
@@ -196,3 +202,179 @@ def test_a_base_for_a_complete_model_is_refused(tmp_path, layout, loader):
     tiny_model().save_pretrained(tmp_path, layout=layout)
     with pytest.raises(ValueError, match="got base_model='other' for .*which is a complete model"):
         loader.from_pretrained(tmp_path, base_model="other")
+
+
+@pytest.fixture(params=["original", "any_llava", "transformers"])
+def stored(request, tmp_path) -> Path:
+    """A complete model in each layout, its weights in model.safetensors."""
+    model = folders.write_v15(tmp_path)
+    if request.param == "original":
+        return tmp_path / "checkpoint"
+    model.save_pretrained(tmp_path / request.param, layout=request.param)
+    return tmp_path / request.param
+
+
+CHANGES = {
+    "no projector": lambda weights: {key: value for key, value in weights.items() if "projector" not in key},
+    "one foreign weight alone": lambda weights: {"foreign.weight": torch.ones(2)},
+    "another shape": lambda weights: {
+        key: torch.ones(3, 5) if key.endswith("layers.0.self_attn.k_proj.weight") else value
+        for key, value in weights.items()
+    },
+    "a weight more": lambda weights: weights | {"model.mm_projector.4.weight": torch.ones(2)},
+}
+
+
+@pytest.mark.parametrize("loader", [AutoModelForVision2Seq, AnyLlavaForConditionalGeneration])
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_that_do_not_fit(stored, change, loader):
+    if loader is AutoModelForVision2Seq and stored.name == "transformers" and change == "a weight more":
+        pytest.skip("transformers' own class reports it")
+    weights = CHANGES[change](load_file(stored / "model.safetensors"))
+    save_file(weights, stored / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"without \d+ weights|without a place|of shape \[3, 5\]|near 0") as error:
+        loader.from_pretrained(stored)
+    assert "\n" not in str(error.value)
+    if change in ("another shape", "a weight more") and not (
+        loader is AutoModelForVision2Seq and stored.name == "transformers"
+    ):
+        assert "model.safetensors" in str(error.value)
+
+
+def test_a_shape_that_is_to_be_replaced(tmp_path):
+    save_tiny_checkpoint(tmp_path)
+    change = CHANGES["another shape"](load_file(tmp_path / "model.safetensors"))
+    save_file(change, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    AutoModelForVision2Seq.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+
+
+QUANTIZED = {
+    "awq": {"quant_method": "awq", "bits": 4},
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "compressed-tensors": {"quant_method": "compressed-tensors"},
+}
+PARTS = {"awq": "qweight", "gptq": "qweight", "bitsandbytes": "weight.absmax", "compressed-tensors": "weight_packed"}
+
+
+@pytest.mark.parametrize("says_so", [True, False], ids=["config.json says so", "only its weights tell"])
+@pytest.mark.parametrize("part", ["model", "base"])
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_weights_that_are_stored_quantized(tmp_path, method, part, says_so):
+    model = folders.write_v15(tmp_path)
+    save_base(model, tmp_path / "base")
+    folders.write_config(tmp_path / "projector", model, vision_tower="../tower", text="llama")
+    folder = tmp_path / {"model": "checkpoint", "base": "base"}[part]
+    if says_so:
+        change_config(folder, quantization_config=QUANTIZED[method])
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.0.self_attn.q_proj.weight"]
+    weights[f"model.layers.0.self_attn.q_proj.{PARTS[method]}"] = torch.ones(4, 4, dtype=torch.int32)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded = (folder, {}) if part == "model" else (tmp_path / "projector", {"base_model": str(folder)})
+    with pytest.raises(ValueError, match=rf"got .*{folder.name}, whose weights are stored quantized .*unquantized"):
+        AutoModelForVision2Seq.from_pretrained(loaded[0], **loaded[1])
+
+
+def test_the_layout_of_transformers_is_stored_quantized(tmp_path):
+    tiny_model().save_pretrained(tmp_path, layout="transformers")
+    change_config(tmp_path, quantization_config=QUANTIZED["awq"])
+    with pytest.raises(ValueError, match=r"stored quantized \(awq\)"):
+        AnyLlavaForConditionalGeneration.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+@pytest.mark.parametrize("loader", [AutoModelForVision2Seq, AnyLlavaForConditionalGeneration])
+def test_bits_as_transformers_4_took_them(stored, bits, loader):
+    with pytest.raises(ValueError, match=rf"got {bits}=True; expected quantization_config=.* or quantization="):
+        loader.from_pretrained(stored, **{bits: True})
+    loader.from_pretrained(stored, **{bits: False})
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("/home/you/towers/mine", "there is no folder '/home/you/towers/mine' on this machine"),
+        ("../../towers/mine", "there is no folder '../../towers/mine' on this machine"),
+        ("nobody/no-such-tower", "nor in the cache of the Hub, and HF_HUB_OFFLINE forbids to ask"),
+        ("mine", "nor in the cache of the Hub, and HF_HUB_OFFLINE forbids to ask"),
+    ],
+)
+@pytest.mark.parametrize("loader", [AutoModelForVision2Seq, AutoProcessor])
+def test_a_tower_that_is_not_here(checkpoint, tmp_path, name, reason, loader):
+    change_config(checkpoint, mm_vision_tower=name)
+    with pytest.raises(ValueError, match=rf"got vision tower '{name}', .*vision_tower= .*{reason}") as error:
+        loader.from_pretrained(checkpoint)
+    assert "without weights" not in str(error.value)
+    loader.from_pretrained(checkpoint, vision_tower=str(tmp_path / "tower"))
+    loader.from_pretrained(checkpoint, vision_tower=tmp_path / "tower")
+
+
+def test_a_tower_that_is_not_here_on_the_command_line(checkpoint, tmp_path, capsys):
+    change_config(checkpoint, mm_vision_tower="/home/you/towers/mine")
+    arguments = ["ask", "spaces_demo/examples/twemoji-bus.png", "What?", "--model", str(checkpoint)]
+    assert main([*arguments, "--max-new-tokens", "1"]) == 2
+    assert "or as --vision-tower: there is no folder" in capsys.readouterr().err
+    assert main([*arguments, "--max-new-tokens", "1", "--vision-tower", str(tmp_path / "tower")]) == 0
+
+
+def test_a_tower_inside_a_checkpoint_under_somebodys_path(tmp_path):
+    tower = folders.make_tower("clip")
+    folders.save_tower(tower, tmp_path / "tower")
+    model = folders.make_model(tower)
+    folders.write_config(tmp_path / "checkpoint", model, vision_tower="/home/you/towers/mine", text="llama")
+    folders.write_sentencepiece(tmp_path / "checkpoint")
+    folders.write_safetensors(tmp_path / "checkpoint", folders.original_weights(model, tower))
+    (tmp_path / "tower" / "model.safetensors").unlink()
+    loaded = AutoModelForVision2Seq.from_pretrained(tmp_path / "checkpoint", vision_tower=str(tmp_path / "tower"))
+    inputs = folders.example_inputs(model)
+    assert torch.equal(folders.logits_of(loaded, inputs), folders.logits_of(model, inputs))
+
+
+def test_a_known_tower_under_somebodys_path(checkpoint):
+    change_config(checkpoint, mm_vision_tower="/home/you/clip-vit-large-patch14-336", mm_hidden_size=1024)
+    assert AutoProcessor.from_pretrained(checkpoint).image_processor.tile_size == 336
+
+
+UNREACHABLE = """
+import sys
+from modeling_llava.cli import main
+sys.exit(main(["ask", "spaces_demo/examples/twemoji-bus.png", "What?", "--model", sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize("name", ["the tower", "the model"])
+def test_the_hub_is_asked_once(checkpoint, name):
+    change_config(checkpoint, mm_vision_tower="nobody/no-such-tower")
+    model = str(checkpoint) if name == "the tower" else "nobody/no-such-model"
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+        start = time.monotonic()
+        result = subprocess.run(
+            [sys.executable, "-c", UNREACHABLE, model],
+            env=environment | {"HF_ENDPOINT": endpoint, "HF_HOME": str(checkpoint / "hub")},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("llava: got ")
+    assert "Traceback" not in result.stderr and "Retrying" not in result.stderr
+    assert f"nor in the cache of the Hub, and {endpoint} cannot be reached" in result.stderr
+    assert time.monotonic() - start < 90
+
+
+@pytest.mark.parametrize(
+    "fields, pattern",
+    [
+        ({"mm_vision_tower": None}, "without mm_vision_tower"),
+        ({"mm_vision_tower": "/home/you/mine"}, "got vision tower '/home/you/mine'"),
+        ({"image_aspect_ratio": "highres"}, "image_aspect_ratio='highres'"),
+    ],
+)
+def test_a_refusal_is_no_tokenizer(checkpoint, fields, pattern):
+    change_config(checkpoint, **fields)
+    with pytest.raises(ValueError, match=pattern):
+        AutoProcessor.from_pretrained(checkpoint)

@@ -292,3 +292,26 @@ def test_auto_image_processor_finds_it_by_its_stored_name(tmp_path, monkeypatch)
     loaded = AutoImageProcessor.from_pretrained(tmp_path)
     assert type(loaded) is AnyLlavaImageProcessorPil
     assert loaded.image_grid_pinpoints == PINPOINTS_56
+
+
+@pytest.mark.parametrize(
+    "size",
+    [{"shortest_edge": 56}, {"height": 56, "width": 56}, {"width": 56, "height": 56}, 56, (56, 56), [56, 56]],
+    ids=str,
+)
+def test_size_in_every_form(size):
+    processor = AnyLlavaImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor.size, processor.crop_size = size, 56
+    assert processor.tile_size == 56
+    picture = Image.new("RGB", (80, 60), "red")
+    assert processor(picture, return_tensors="pt").pixel_values.shape == (1, 3, 56, 56)
+
+
+@pytest.mark.parametrize(
+    "size", [{"side": 56}, {}, "56", None, 0, -1, {"shortest_edge": "56"}, {"height": 5.5, "width": 5}]
+)
+def test_size_in_no_form(size):
+    processor = AnyLlavaImageProcessorPil()
+    with pytest.raises(ValueError):
+        processor.size = size
+    assert processor.tile_size == 336
