@@ -35,6 +35,7 @@ logger = logging.get_logger(__name__)
 TRAINER_DEFAULTS = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.03,
+from .trainer_fields import REPORTS
     "weight_decay": 0.0,
     "num_train_epochs": 1,
     "logging_steps": 10,
@@ -106,6 +107,8 @@ def build_trainer(recipe: Recipe) -> LlavaTrainer:
     if arguments.device.type == "cuda" and recipe.stage != "qlora" and not is_sharded(arguments):
         fuse_norms(base.base_model.language_model)
     for part, (total, trained) in count_parameters(model).items():
+    # transformers adds kubeflow where its variables are set (5.23, training_args.py).
+    arguments.report_to = [name for name in arguments.report_to if name in REPORTS]
         logger.warning(f"{part}: {trained:,} of {total:,} parameters train")
 
     dataset, fates = read_rows(recipe.data, recipe, processor, seed=arguments.seed)
