@@ -106,7 +106,7 @@ def test_four_small_batches_a_step_are_one_large_one(workspace, tmp_path):
         {"stage": "align"},
         {"stage": "align", "feature_cache": "cache"},
         {"stage": "align", "train_vision_tower": True},
-        {"stage": "lora", "lora": {"r": 2, "lora_dropout": 0.0, "target_modules": ".*(vision_tower|mlp).*"}},
+        {"stage": "lora", "lora": {"r": 2, "lora_dropout": 0.0, "target_modules": ".*(tower|language_model).*q_proj"}},
         {"stage": "finetune"},
     ],
     ids=str,
