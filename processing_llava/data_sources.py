@@ -60,7 +60,6 @@ class DataSource:
                 f"got shuffle_buffer={self.shuffle_buffer} for {self.path} with streaming={self.streaming}; expected "
                 "a positive number, and streaming: true: other rows are shuffled as a whole"
             )
-
         if not isinstance(self.split, str) or not self.split:
             raise ValueError(f"got split={self.split!r} for {self.path}; expected a name, such as 'train[:75%]'")
         if self.follow_links and self.image_folder is None:
