@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
-from .conversations import read_images
+from .conversations import IMAGE, place_images, read_images, read_messages, split_at_images
 from .messages import check_messages, find_picture, list_image_items
 from .processing_llava import AnyLlavaProcessor
 from .prompt_ids import encode_prompt
@@ -30,8 +30,9 @@ logger = logging.get_logger(__name__)
 class LlavaDataCollator:
     """Turns rows `{"id", "images", "messages"}` into `input_ids`, `labels` and `pixel_values`.
 
-    Rows of TRL will do: `id` may be missing, `image` may hold a single picture, items of the messages may hold theirs,
-    and where all contents are texts, the pictures stand in front of what the user says first.
+    Rows of TRL will do, and are read as by `convert_record`: `id` may be missing, `image` may hold a single picture,
+    items of the messages may hold theirs, `prompt` and `completion` may stand for `messages`, and pictures without a
+    place stand in front of what the user says first.
 
     A padded batch has `attention_mask` beside them, a packed one `position_ids` and the bounds of its rows.
 
@@ -142,7 +143,7 @@ class LlavaDataCollator:
         try:
             messages = row["messages"]
             if num_image_tokens:
-                messages = _place_images(messages, len(num_image_tokens), self.processor.image_token)
+                messages = _place_images(messages, len(num_image_tokens))
             prompt = self.processor.render(messages)
         except (TemplateError, ValueError) as error:
             raise ValueError(
@@ -209,15 +210,16 @@ def _name_row(row: dict[str, Any], number: int) -> str:
 
 
 def _complete(row: dict[str, Any]) -> dict[str, Any]:
-    if "messages" not in row:
+    messages = read_messages(row, row["id"])
+    if messages is None:
         raise ValueError(
             f"got row {row['id']!r} with the keys {sorted(row.keys() - {'id'})}; expected 'messages', and 'images' if "
-            "it has some; put prompt and completion into one list of messages"
+            "it has some, or lists of messages in 'prompt' and 'completion'"
         )
     images = read_images(row, row["id"])
     try:
-        check_messages(row["messages"])
-        own = [find_picture(item) for item in list_image_items(row["messages"])]
+        check_messages(messages)
+        own = [find_picture(item) for item in list_image_items(messages)]
     except ValueError as error:
         raise ValueError(f"got row {row['id']!r} that cannot be written ({error}); correct the row") from error
     own = [picture for picture in own if picture is not None]
@@ -226,17 +228,16 @@ def _complete(row: dict[str, Any]) -> dict[str, Any]:
             f"got row {row['id']!r} with {len(own)} images in its messages and {len(images)} beside them; expected "
             "one place for all of them; take the others out"
         )
-    return {**row, "images": own or images}
+    return {**row, "messages": messages, "images": own or images}
 
 
-def _place_images(messages: list[dict[str, Any]], num_images: int, image_token: str) -> list[dict[str, Any]]:
-    """Messages whose contents are texts, with places for the images where TRL puts them."""
+def _place_images(messages: list[dict[str, Any]], num_images: int) -> list[dict[str, Any]]:
+    """Messages with places for the images, as `convert_record` finds them."""
     check_messages(messages)
-    questions = [message for message in messages if message["role"] == "user"]
-    has_texts_only = all(isinstance(message.get("content"), str) for message in messages)
-    # Where a user typed the placeholder, the image may belong there.
-    if not has_texts_only or not questions or any(image_token in question["content"] for question in questions):
-        return messages
-    first = questions[0]
-    items = [{"type": "image"} for _ in range(num_images)] + [{"type": "text", "text": first["content"]}]
-    return [{**first, "content": items} if message is first else message for message in messages]
+    turns = [
+        {**message, "content": split_at_images(message["content"])}
+        if message["role"] == "user" and isinstance(message["content"], str) and IMAGE in message["content"]
+        else message
+        for message in messages
+    ]
+    return turns if any(list_image_items(turns)) else place_images(turns, num_images)

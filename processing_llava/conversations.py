@@ -1,6 +1,7 @@
 """Records of the LLaVA family -> rows `{"id": str, "images": [...], "messages": [...]}`.
 
-Read are the JSON of the original LLaVA, `messages` as transformers and TRL write them, and ShareGPT. LLaVA:
+Read are the JSON of the original LLaVA, `messages` (or `prompt` and `completion`) as transformers and TRL write them,
+and ShareGPT. LLaVA:
 `{"id": "000000033471", "image": "coco/train2017/000000033471.jpg", "conversations": [
 {"from": "human", "value": "<image>\\nWhat is shown?"}, {"from": "gpt", "value": "A bus."}]}`
 
@@ -10,6 +11,9 @@ turn, and the white space around the turn goes. What is surprising:
 - A first turn of the assistant is dropped, as both do: ShareGPT holds conversations cut in the middle.
 - `system` beside the turns, as ShareGPT has it, becomes the system message.
 - `<image>` is a placeholder in what the user says. Elsewhere it is text.
+- Pictures for which there is no place go to the front of what the user says first, as in TRL.
+- Items of a turn stay in their order: a question before its picture is asked in that order by every chat template.
+- `prompt` and `completion` of TRL are one conversation, if they are lists of messages.
 - Content is a list of items even where it is one text: columnar data sets cannot mix texts and lists.
 """
 
@@ -30,7 +34,7 @@ from .record_files import RefusedRecord
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 """Role names of data files to those of messages."""
 
-_IMAGE = "<image>"
+IMAGE = "<image>"
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 ADDRESS = re.compile(r"data:|[A-Za-z][A-Za-z0-9+.-]*://", flags=re.IGNORECASE)
 """How a text begins that is no path."""
@@ -40,9 +44,10 @@ def convert_record(record: Any, index: int, *, image_folder: ImageFolder | str |
     """One record -> one row.
 
     Args:
-        record: A dict with `conversations` or `messages`, and perhaps `system`. `image` or `images` may be missing,
-            one, or a list, each a path, data URI, bytes, PIL image, array, or the `{"bytes", "path"}` of `datasets`;
-            items of `messages` can hold theirs instead, as `list_pictures` finds them. A `RefusedRecord` is raised.
+        record: A dict with `conversations`, `messages`, or `prompt` and `completion`, and perhaps `system`. `image` or
+            `images` may be missing, one, or a list, each a path, data URI, bytes, PIL image, array, or the
+            `{"bytes", "path"}` of `datasets`; items of `messages` can hold theirs instead, as `list_pictures` finds
+            them. A `RefusedRecord` is raised.
         index: Position in the data; the id of a record that has none.
         image_folder: Where image paths start and have to stay. Without it only bytes, PIL images and `pathlib.Path`
             objects are images: a text could name any file of the machine.
@@ -53,8 +58,9 @@ def convert_record(record: Any, index: int, *, image_folder: ImageFolder | str |
 
     Raises:
         RefusedRecord: for a missing key, two keys for one thing, a value of the wrong kind, video or audio, an unknown
-            role, wrong order, an empty answer, one that calls tools or is not to be learned, another number of
-            `<image>` than of images, two system messages, a URL, or a path that leads out of the image folder.
+            role, wrong order, an empty answer, one that calls tools, stands in a prompt or is not to be learned,
+            another number of `<image>` than of images, unless there is none, two system messages, a URL, or a path
+            that leads out of the image folder.
     """
     if isinstance(record, RefusedRecord):
         raise record
@@ -91,10 +97,12 @@ def _convert(record: dict[str, Any], image_folder: ImageFolder | str | Path | No
             "expected one place for all of them; take the others out",
         )
     images = own or images
-    if len(image_items) != len(images):
+    if images and not image_items:
+        turns = place_images(turns, len(images))
+    elif len(image_items) != len(images):
         raise _Fault(
             "images and placeholders differ",
-            f"{len(image_items)} {_IMAGE} and {len(images)} images",
+            f"{len(image_items)} {IMAGE} and {len(images)} images",
             "expected equal numbers; correct the record or take it out",
         )
     images = [_read_image(image, image_folder) for image in images]
@@ -119,6 +127,17 @@ def drops_first_turn(record: dict[str, Any]) -> bool:
     return roles[1 if roles[0] == "system" else 0] == "assistant"
 
 
+def place_images(messages: list[dict[str, Any]], num_images: int) -> list[dict[str, Any]]:
+    """Messages without a place for an image, with places for all of them in front of what the user says first."""
+    first = next((message for message in messages if message["role"] == "user"), None)
+    if first is None:
+        return messages
+    content = first["content"]
+    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    placed = {**first, "content": [*({"type": "image"} for _ in range(num_images)), *content]}
+    return [placed if message is first else message for message in messages]
+
+
 def _add_system(text: Any, system: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if system:
         raise _Fault(
@@ -132,11 +151,48 @@ def _add_system(text: Any, system: list[dict[str, Any]]) -> list[dict[str, Any]]
 def _read_turns(record: dict[str, Any]) -> list[Any]:
     turns = _find_value(record, ("messages", "conversations"))
     if turns is None:
+        turns = _join_completion(record)
+    elif isinstance(record.get("completion"), list) and not is_missing(record["completion"]):
+        raise _Fault(
+            "two keys for one thing", "'completion' beside a conversation", "expected one of them; take the other out"
+        )
+    if turns is None:
         raise _Fault(
             "no conversation",
             f"keys {sorted(map(str, record))}",
-            "expected 'conversations' or 'messages'; convert the file",
+            "expected 'conversations' or 'messages', or 'prompt' and 'completion' with lists of messages; convert the "
+            "file",
         )
+    return _list_turns(turns)
+
+
+def read_messages(record: dict[str, Any], row_id: str) -> list[dict[str, Any]] | None:
+    """`messages` of a row, or those of `prompt` and `completion`; None if it has neither.
+
+    Raises:
+        RefusedRecord: naming the row, if its prompt has answers.
+    """
+    with _naming(row_id):
+        messages = record.get("messages")
+        return _join_completion(record) if messages is None else messages
+
+
+def _join_completion(record: dict[str, Any]) -> list[Any] | None:
+    parts = [record.get("prompt"), record.get("completion")]
+    if not all(isinstance(part, (list, dict)) for part in parts):
+        return None
+    prompt, completion = map(_list_turns, parts)
+    if any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in prompt):
+        # Every answer of a row is learned, and TRL learns the completion alone.
+        raise _Fault(
+            "answers in a prompt",
+            "an answer in 'prompt'",
+            "expected answers in 'completion', which is learned; put all turns into 'messages' to learn all answers",
+        )
+    return [*prompt, *completion]
+
+
+def _list_turns(turns: Any) -> list[Any]:
     if isinstance(turns, dict) and all(isinstance(column, list) for column in turns.values()):
         # datasets gives a sequence of structs as a struct of sequences
         turns = [dict(zip(turns, values)) for values in zip(*turns.values())]
@@ -160,8 +216,8 @@ def _convert_turn(turn: Any) -> dict[str, Any]:
         _check_answer(turn)
     if isinstance(content, list):
         items = [_convert_item(item) for item in content]
-    elif ROLES[role] == "user" and _IMAGE in content:
-        items = _split_at_images(content)
+    elif ROLES[role] == "user" and IMAGE in content:
+        items = split_at_images(content)
     else:
         items = [{"type": "text", "text": content}]
     _check_unicode(items)
@@ -199,9 +255,9 @@ def _convert_item(item: Any) -> dict[str, Any]:
     )
 
 
-def _split_at_images(text: str) -> list[dict[str, str]]:
+def split_at_images(text: str) -> list[dict[str, str]]:
     """Content items of a turn with images. White space beside leading images is the template's to write."""
-    pieces = text.strip().split(_IMAGE)
+    pieces = text.strip().split(IMAGE)
     if len(pieces) == 2:
         pieces = ["", "".join(pieces).strip()]
     items: list[dict[str, str]] = []

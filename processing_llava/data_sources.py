@@ -6,9 +6,10 @@ numbers and texts in `id`, and one and many in `image`.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from .image_folders import ImageFolder
 from .record_files import stream_records
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset, DatasetDict, IterableDataset
 
 _JSON = (".json", ".jsonl")
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
@@ -29,7 +30,8 @@ class DataSource:
     """Rows from one place.
 
     Raises:
-        ValueError: a weight that is not positive, or a `shuffle_buffer` that is, or has, nothing to draw from.
+        ValueError: a weight that is not positive, a `shuffle_buffer` that is, or has, nothing to draw from, a split
+            that is none, or `follow_links` without a folder.
     """
 
     path: str
@@ -39,9 +41,10 @@ class DataSource:
     follow_links: bool = False
     """Symbolic links in the image folder may lead out of it."""
     name: str | None = None
-    """Configuration of a Hub dataset."""
+    """Configuration of a Hub dataset, or of a folder that names some in its README.md; other data has none."""
     split: str = "train"
-    """Of a dataset that has several."""
+    """Split of a dataset, in the words of `datasets`: "validation", "train[:75%]", "train[:10]+test". A file, and a
+    dataset that was saved alone, are a "train"; a part of what is streaming can be read of JSON only."""
     streaming: bool = False
     """Read while training, without a copy on disk, in the order of the files."""
     shuffle_buffer: int | None = None
@@ -57,6 +60,10 @@ class DataSource:
                 f"got shuffle_buffer={self.shuffle_buffer} for {self.path} with streaming={self.streaming}; expected "
                 "a positive number, and streaming: true: other rows are shuffled as a whole"
             )
+        if not isinstance(self.split, str) or not self.split:
+            raise ValueError(f"got split={self.split!r} for {self.path}; expected a name, such as 'train[:75%]'")
+        if self.follow_links and self.image_folder is None:
+            raise ValueError(f"got follow_links for {self.path} without an image_folder; expected both, or neither")
 
     @property
     def images(self) -> ImageFolder | None:
@@ -71,49 +78,104 @@ def open_records(source: DataSource) -> tuple[int | None, Iterator[Any]]:
         FileNotFoundError: there is no such file.
         ValueError: there is no such dataset, split or configuration, or it cannot be read.
     """
-    files = find_json_files(source)
-    if files:
-        return sum(1 for _ in stream_files(files)), stream_files(files)
+    parts = find_json_parts(source)
+    if parts:
+        return sum(1 for _ in stream_parts(parts)), stream_parts(parts)
     dataset = open_dataset(source)
     return (None if source.streaming else len(dataset)), _iterate(dataset, source)
 
 
-def find_json_files(source: DataSource) -> tuple[str, ...]:
-    """The files of a source that holds JSON alone; none of another one.
+JsonParts = tuple[tuple[tuple[str, ...], int, int | None], ...]
+"""Files that are read one after the other, and the first record of them and the one behind the last."""
+
+
+def find_json_parts(source: DataSource) -> JsonParts:
+    """The parts of JSON files that a source is; none of one that is no JSON.
 
     Raises:
-        ValueError: there is no such configuration.
+        FileNotFoundError: there is no such file, or image folder.
+        ValueError: there is no such configuration, split, or part of one.
     """
+    _check_places(source)
     path = Path(source.path)
     if path.suffix in _JSON:
-        return (source.path,)
-    if not path.is_dir() or _is_saved_dataset(path):
+        splits = {"train": (source.path,)}
+    elif not path.is_dir() or _is_saved_dataset(path):
         return ()
+    else:
+        splits = _find_split_files(source)
+        if any(Path(file).suffix not in _JSON for files in splits.values() for file in files):
+            return ()
+    if source.split in splits:
+        return ((splits[source.split], 0, None),)
+    lengths = {name: sum(1 for _ in _stream_files(files)) for name, files in splits.items()}
+    return tuple((splits[name], start, stop) for name, start, stop in _read_split(source, lengths))
 
+
+def stream_parts(parts: JsonParts) -> Iterator[Any]:
+    """The records of parts, one after the other; see `stream_records`."""
+    return chain.from_iterable(islice(_stream_files(files), start, stop) for files, start, stop in parts)
+
+
+def _stream_files(files: tuple[str, ...]) -> Iterator[Any]:
+    return chain.from_iterable(map(stream_records, files))
+
+
+def _check_places(source: DataSource) -> None:
+    path = Path(source.path)
+    if source.image_folder is not None and not Path(source.image_folder).is_dir():
+        raise FileNotFoundError(
+            f"got the image_folder {source.image_folder!r} for {source.path}; expected a folder; correct it"
+        )
+    is_alone = path.suffix in ROW_FILES or _is_saved_dataset(path)
+    if source.name is not None and is_alone:
+        raise ValueError(
+            f"got name={source.name!r} for {source.path!r}, which has no configurations; expected none; take it out"
+        )
+
+
+def _find_split_files(source: DataSource) -> dict[str, tuple[str, ...]]:
+    """The files of each split of a folder. `datasets` tells by their names which they are."""
     from datasets import load_dataset_builder
     from datasets.exceptions import DatasetsError
 
     try:
-        # `datasets` tells by their names which files are of the split.
         splits = load_dataset_builder(source.path, source.name).config.data_files or {}
     except (OSError, ValueError, KeyError, DatasetsError) as error:
         raise _unreadable(source, error) from error
-    files = tuple(splits.get(source.split, ()))
-    return files if all(Path(file).suffix in _JSON for file in files) else ()
+    return {str(name): tuple(files) for name, files in splits.items()}
 
 
-def stream_files(files: Iterable[str]) -> Iterator[Any]:
-    """The records of JSON files, one file after the other; see `stream_records`."""
-    return chain.from_iterable(map(stream_records, files))
+def _read_split(source: DataSource, lengths: dict[str, int]) -> list[tuple[str, int, int]]:
+    """Name, first row, and row behind the last, of each part of a split.
+
+    Args:
+        lengths: How many rows each split has.
+
+    Raises:
+        ValueError: there is no such split, or no row in this part of it.
+    """
+    from datasets import ReadInstruction
+
+    try:
+        parts = ReadInstruction.from_spec(source.split).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        raise _unreadable(source, error) from error
+    ranges = [(part.splitname, part.from_, part.to) for part in parts]
+    if all(start >= stop for _, start, stop in ranges):
+        raise ValueError(
+            f"got no row in split {source.split!r} of {source.path!r}, which has {lengths}; expected at least one"
+        )
+    return [(name, start, stop) for name, start, stop in ranges if start < stop]
 
 
 def open_dataset(source: DataSource) -> "Dataset | IterableDataset":
     """What `datasets` knows of a source, with undecoded pictures.
 
     Raises:
-        ValueError: there is no such dataset, split or configuration, or it cannot be read.
+        ValueError: there is no such dataset, split or configuration, it cannot be read, or is empty.
     """
-    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets import load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
     path = Path(source.path)
@@ -122,11 +184,15 @@ def open_dataset(source: DataSource) -> "Dataset | IterableDataset":
             f"got the data {source.path!r}; expected a file that ends in {', '.join(ROW_FILES)}: write its rows as "
             "JSON, as README.md does with those of a CSV file"
         )
+    if source.streaming and not _is_saved_dataset(path) and not re.fullmatch(r"\w+(\.\w+)*", source.split):
+        raise ValueError(
+            f"got split {source.split!r} of {source.path!r} with streaming: true; expected a whole split, since rows "
+            "of a stream are not counted; take streaming out"
+        )
     options = {"split": source.split, "streaming": source.streaming}
     try:
         if _is_saved_dataset(path):
-            dataset = load_from_disk(source.path)
-            dataset = dataset[source.split] if isinstance(dataset, DatasetDict) else dataset
+            dataset = _select(load_from_disk(source.path), source)
             dataset = dataset.to_iterable_dataset() if source.streaming else dataset
         elif path.suffix in _BUILDERS:
             dataset = load_dataset(_BUILDERS[path.suffix], data_files=source.path, **options)
@@ -134,11 +200,22 @@ def open_dataset(source: DataSource) -> "Dataset | IterableDataset":
             dataset = load_dataset(source.path, source.name, **options)
     except (OSError, ValueError, KeyError, DatasetsError) as error:
         raise _unreadable(source, error) from error
+    if not source.streaming and not len(dataset):
+        raise ValueError(f"got no records in split {source.split!r} of {source.path!r}; expected at least one")
     for name, feature in (dataset.features or {}).items():
         encoded = _leave_encoded(feature)
         if encoded != feature:
             dataset = dataset.cast_column(name, encoded)
     return dataset
+
+
+def _select(dataset: "Dataset | DatasetDict", source: DataSource) -> "Dataset":
+    """The split of a saved dataset; one that was saved alone may know its own name too."""
+    from datasets import DatasetDict, concatenate_datasets
+
+    splits = dataset if isinstance(dataset, DatasetDict) else {"train": dataset, str(dataset.split): dataset}
+    ranges = _read_split(source, {str(name): len(rows) for name, rows in splits.items()})
+    return concatenate_datasets([splits[name].select(range(start, stop)) for name, start, stop in ranges])
 
 
 def _is_saved_dataset(path: Path) -> bool:

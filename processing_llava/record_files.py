@@ -11,6 +11,9 @@ from typing import Any, TextIO
 
 BLOCK_CHARACTERS = 2**20
 
+RECORD_KEYS = frozenset({"conversations", "messages", "prompt"})
+"""One of them is in every record; see `conversations.py`."""
+
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -38,14 +41,14 @@ def stream_records(path: str | Path) -> Iterator[Any]:
     """The records of a file, as they are.
 
     Args:
-        path: `.json` (a list of records) or JSON Lines, in UTF-8.
+        path: `.json` (a list of records, or one alone) or JSON Lines, in UTF-8.
 
     Yields:
         Whatever JSON holds; for a line that is not JSON, the `RefusedRecord` that says so.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not text in UTF-8, or a list that breaks off.
+        ValueError: it is not text in UTF-8, a list that breaks off, or one object that holds no conversation.
     """
     path = Path(path)
     if not path.is_file():
@@ -56,9 +59,48 @@ def stream_records(path: str | Path) -> Iterator[Any]:
         try:
             is_list = file.read(BLOCK_CHARACTERS).lstrip().startswith("[")
             file.seek(0)
-            yield from _parse_list(file, path) if is_list else _parse_lines(file, path)
+            if is_list:
+                yield from _parse_list(file, path)
+                return
+            alone = _read_single_object(file)
+            if alone is not None:
+                _check_record_keys(alone, path)
+                yield alone
+                return
+            file.seek(0)
+            yield from _parse_lines(file, path)
         except UnicodeDecodeError as error:
             raise ValueError(f"got {path}, which is not UTF-8 ({error}); expected text; save it as UTF-8") from error
+
+
+def _read_single_object(file: TextIO) -> dict[str, Any] | None:
+    """The object that a whole file is, in one line or in many; None of another file."""
+    first = next((line for line in file if line.strip()), "")
+    if not first.lstrip().startswith("{"):
+        return None
+    try:
+        single = json.loads(first)
+        return single if not any(line.strip() for line in file) else None
+    except json.JSONDecodeError as error:
+        # Only an object that goes on in the next line is worth to be read as a whole.
+        if error.pos < len(first.rstrip()):
+            return None
+    except (ValueError, RecursionError):
+        return None
+    try:
+        return json.loads(first + file.read())
+    except (ValueError, RecursionError):
+        return None
+
+
+def _check_record_keys(single: dict[str, Any], path: Path) -> None:
+    if not RECORD_KEYS & single.keys():
+        keys = ", ".join(repr(key[:40]) for key in sorted(single)[:10])
+        raise ValueError(
+            f"got {path}, which is one JSON object with the keys {keys}; expected a list of records, or a record in "
+            f"each line, with {', '.join(sorted(RECORD_KEYS))}: write its rows as such, as README.md does with those "
+            "of a CSV file"
+        )
 
 
 def _parse_lines(file: TextIO, path: Path) -> Iterator[Any]:

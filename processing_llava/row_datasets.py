@@ -26,7 +26,7 @@ from datasets import (
 from transformers.utils import logging
 
 from .conversations import ADDRESS, convert_record, drops_first_turn
-from .data_sources import DataSource, find_json_files, open_dataset, stream_files
+from .data_sources import DataSource, JsonParts, find_json_parts, open_dataset, stream_parts
 from .fate_counts import FateCounts
 from .image_arrays import image_from_levels, read_levels
 from .image_folders import ImageFolder
@@ -141,8 +141,8 @@ def load_rows(
 
 
 def _load_source(source: DataSource, convert: Callable[..., dict[str, Any]]) -> Dataset | IterableDataset:
-    files = find_json_files(source)
-    if not files:
+    parts = find_json_parts(source)
+    if not parts:
         records = open_dataset(source)
         return records.map(
             partial(convert, image_folder=source.images),
@@ -151,7 +151,7 @@ def _load_source(source: DataSource, convert: Callable[..., dict[str, Any]]) -> 
             features=_JUDGED,
         )
     # a tuple: of a list, `datasets` would number the records of each file anew
-    settings = {"files": files, "convert": partial(convert, image_folder=source.images)}
+    settings = {"parts": parts, "convert": partial(convert, image_folder=source.images)}
     if source.streaming:
         return IterableDataset.from_generator(_generate, features=_JUDGED, gen_kwargs=settings)
     rows = _generate(**settings)
@@ -163,8 +163,8 @@ def _load_source(source: DataSource, convert: Callable[..., dict[str, Any]]) -> 
     return concatenate_datasets(tables)
 
 
-def _generate(files: tuple[str, ...], convert: Callable[..., dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for index, record in enumerate(stream_files(files)):
+def _generate(parts: JsonParts, convert: Callable[..., dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for index, record in enumerate(stream_parts(parts)):
         yield convert(record, index)
 
 

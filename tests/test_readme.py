@@ -1,7 +1,10 @@
 """The README's code runs: its Python blocks in one process, its llava commands in a shell."""
 
+import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +30,8 @@ def run(command: list[str]) -> str:
 @pytest.fixture(scope="module")
 def python_output() -> str:
     """What the Python blocks print; they also write the files that commands read."""
+    # A model that an earlier test trained is not written over.
+    shutil.rmtree(ROOT / "runs" / "own_pictures", ignore_errors=True)
     return run([sys.executable, "-W", "error::DeprecationWarning", "-c", "\n".join(blocks("python"))])
 
 
@@ -42,6 +47,16 @@ def llava_commands() -> list[str]:
 @pytest.mark.parametrize("command", llava_commands())
 def test_llava_commands_run(command, python_output):
     assert run(["sh", "-c", command]).strip()
+
+
+def test_the_shown_rows_are_learned(python_output):
+    """Once the commands above were run: each row is asked for, and answered as it says."""
+    asked = {tuple(shlex.split(command)[2:4]): command for command in llava_commands() if "own_pictures" in command}
+    rows = json.loads((ROOT / "runs" / "own_pictures" / "rows.json").read_text())
+    for row in rows:
+        question, answer = (turn["value"] for turn in row["conversations"])
+        command = asked[f"spaces_demo/examples/{row['image']}", question.removeprefix("<image>\n")]
+        assert run(["sh", "-c", command]).strip() == answer
 
 
 def test_make_targets_exist():

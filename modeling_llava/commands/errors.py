@@ -42,7 +42,10 @@ def missing_extra(error: ImportError) -> str:
 
 
 def one_line(error: Exception) -> str:
-    text = str(error)
+    from modeling_llava.export.repository_check import ACCESS_TOKEN
+
+    # Messages repeat what was got.
+    text = ACCESS_TOKEN.sub("hf_...", str(error))
     if isinstance(error, SafetensorError):
         text = f"got weights that cannot be read ({text}); expected whole files: copy or download the model again"
     if "Original Traceback" in text:

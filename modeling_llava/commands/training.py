@@ -48,6 +48,7 @@ def add_commands(commands) -> None:
     )
     train.add_argument("--preview", action="store_true", help="print recipe, parameters, memory and a batch, and stop")
     train.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint")
+    train.add_argument("--overwrite", action="store_true", help="remove what an earlier run left in output_dir")
     train.set_defaults(run=run_train)
 
 
@@ -116,7 +117,7 @@ def run_train(options: argparse.Namespace) -> None:
 
     from modeling_llava.training.run import train
 
-    print(train(recipe, resume=options.resume))
+    print(train(recipe, resume=options.resume, overwrite=options.overwrite))
     # A process that ends while torch's threads still hold its tensors can abort, and the launcher calls it a failure.
     state = PartialState()
     state.wait_for_everyone()

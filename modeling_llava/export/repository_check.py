@@ -27,7 +27,7 @@ _PATH_IN_TEXT = re.compile(
     flags=re.VERBOSE,
 )
 _RELATIVE_LINK = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
+ACCESS_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(?:-[A-Za-z]{2,4})?|multilingual|code")
 
 
@@ -113,7 +113,7 @@ def _find_file_problems(folder: Path) -> Iterator[str]:
             yield f"{name} usually holds secrets"
         if path.suffix in _TEXT_FILES and path.name != "tokenizer.json":
             text = path.read_text(encoding="utf-8")
-            if _TOKEN.search(text):
+            if ACCESS_TOKEN.search(text):
                 yield f"{name} holds an access token"
             if path.suffix == ".json":
                 yield from (

@@ -16,6 +16,13 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CHECKPOINTS = ("checkpoint-*",)
+_MODELS = (
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "adapter_config.json", "config.json",
+    "training_record.json",
+)  # fmt: skip
+"""What a run ends with. Of what stayed beside a new model, `adapter_config.json` would make another one of it."""
+_CURVES = ("progress.csv", "progress.png")
 _WRITING = ("Error while serializing", "unexpected pos", "PytorchStreamWriter failed")
 """What safetensors and torch say when a file cannot be written; they have no error number."""
 
@@ -45,18 +52,40 @@ def check_resumable(checkpoint: str | Path) -> None:
         )
 
 
-def refuse_checkpoints(output_dir: str | Path) -> None:
-    """Keep a new run away from the checkpoints of another one, which it would mix with its own.
+def refuse_earlier_run(output_dir: str | Path, *, resume: bool = False) -> None:
+    """Keep a new run away from the checkpoints of another one, which it would mix with its own, and from its model.
+
+    Args:
+        resume: Go on from a checkpoint; a model without one is refused all the same, since nothing goes on from it.
 
     Raises:
-        ValueError: if there are any.
+        ValueError: naming what there is.
     """
-    found = sorted(path.name for path in Path(output_dir).glob("checkpoint-*"))
-    if found:
+    checkpoints, models = _find(output_dir, _CHECKPOINTS), _find(output_dir, _MODELS)
+    if checkpoints and not resume:
         raise ValueError(
-            f"got output_dir {str(output_dir)!r} with {found[0]} of an earlier run; expected none: add --resume to go "
-            "on with that run, remove its checkpoints, or choose another output_dir"
+            f"got output_dir {str(output_dir)!r} with {checkpoints[0].name} of an earlier run; expected none: add "
+            "--resume to go on with that run, --overwrite to remove it, or choose another output_dir"
         )
+    if models and not (resume and find_checkpoint(output_dir)):
+        raise ValueError(
+            f"got output_dir {str(output_dir)!r} with {models[0].name} of an earlier run; expected no model in it: "
+            "add --overwrite to remove it, or choose another output_dir"
+        )
+
+
+def remove_earlier_run(output_dir: str | Path) -> None:
+    """Take out checkpoints, models, settings of adapters, and curves; other files stay."""
+    for path in _find(output_dir, (*_CHECKPOINTS, *_MODELS, *_CURVES)):
+        logger.warning(f"{path} of an earlier run is removed")
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _find(output_dir: str | Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted(path for pattern in patterns for path in Path(output_dir).glob(pattern))
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """A training run as a YAML file: what is trained from what, on which rows, and how."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,12 +10,13 @@ import yaml
 from peft import LoraConfig
 from trl import SFTConfig
 
+from modeling_llava.export.repository_check import ACCESS_TOKEN
 from modeling_llava.yaml_fields import FieldsLoader, build, check_fields, read_yaml
 from processing_llava.data_sources import DataSource
 from processing_llava.image_limits import ImageLimits
 from processing_llava.row_lengths import ON_BAD_ROW, check_length_options
 
-from .trainer_fields import check_trainer
+from .trainer_fields import check_trainer, refuse_sending
 
 STAGES = {
     "align": ("mm_projector", "image_newline"),
@@ -90,9 +92,10 @@ class Recipe:
     """Any field of PEFT's LoraConfig, for the stages "lora" and "qlora"; r=128, lora_alpha=256 by default. Not an
     `init_lora_weights` of "pissa_niter_N", which would load as another model."""
     trainer: dict[str, Any] = field(default_factory=dict)
-    """Any field of TRL's SFTConfig."""
+    """Any field of TRL's SFTConfig that changes something and sends nothing; see `trainer_fields.py`."""
 
     def __post_init__(self) -> None:
+        _refuse_tokens(dataclasses.asdict(self), "recipe")
         if self.stage not in STAGES:
             raise ValueError(f"got stage={self.stage!r}; expected one of {', '.join(STAGES)}")
         if self.output_dtype not in OUTPUT_DTYPES:
@@ -163,6 +166,18 @@ class Recipe:
         return STAGES[self.stage] + (("vision_tower",) if self.train_vision_tower else ())
 
 
+def _refuse_tokens(value: Any, key: str) -> None:
+    """A run records its recipe, and prints it: a secret in it would go wherever the model goes."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _refuse_tokens(item, f"{key}.{name}")
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            _refuse_tokens(item, f"{key}.{number}")
+    elif isinstance(value, str) and ACCESS_TOKEN.search(value):
+        raise ValueError(f"got an access token in {key}; expected none, since a run records its recipe: take it out")
+
+
 def read_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
@@ -183,7 +198,11 @@ def read_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
             fields[name] = [build(DataSource, source, where=f"{name} of {path}") for source in fields[name]]
     if "image_limits" in fields:
         fields["image_limits"] = build(ImageLimits, fields["image_limits"], where=f"image_limits of {path}")
-    check_fields(fields.get("trainer", {}), SFTConfig, where=f"trainer of {path}")
+    trainer = fields.get("trainer", {})
+    if isinstance(trainer, dict):
+        # Before their types, whose messages hold values.
+        refuse_sending(trainer)
+    check_fields(trainer, SFTConfig, where=f"trainer of {path}")
     # Its type lacks the names with a number, such as pissa_niter_16, which Recipe refuses with a reason.
     check_fields(fields.get("lora", {}), LoraConfig, where=f"lora of {path}", untyped=("init_lora_weights",))
     return build(Recipe, fields, where=str(path))

@@ -19,7 +19,13 @@ from modeling_llava.shared_values import check_processor
 from processing_llava.collator import LlavaDataCollator
 from processing_llava.transformers_versions import CHECKPOINTING_FIELD
 
-from .checkpoints import check_resumable, explain_full_disk, find_checkpoint, refuse_checkpoints
+from .checkpoints import (
+    check_resumable,
+    explain_full_disk,
+    find_checkpoint,
+    refuse_earlier_run,
+    remove_earlier_run,
+)
 from .feature_cache import FeatureCache
 from .recipe import Recipe
 from .record import TrainingRecord
@@ -30,6 +36,7 @@ from .sharding import is_sharded
 from .starting_model import load_model, load_processor
 from .step_memory import estimate_step, free_memory
 from .trainer import LlavaTrainer, count_parameters
+from .trainer_fields import REPORTS
 
 logger = logging.get_logger(__name__)
 
@@ -63,22 +70,27 @@ def trainer_settings(recipe: Recipe) -> dict[str, Any]:
     return settings
 
 
-def train(recipe: Recipe, *, resume: bool = False) -> Path:
+def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Run a recipe.
 
     Args:
         resume: Go on from the last complete checkpoint in the output folder; without one, start.
+        overwrite: Remove what an earlier run left in the output folder, once the first step can be taken.
 
     Returns:
         The folder with the trained model (of a LoRA: the adapter) and its processor, which the Auto classes load.
 
     Raises:
-        ValueError: naming the field or the row that cannot be used, or the disk that is full.
+        ValueError: naming the field or the row that cannot be used, the disk that is full, or an earlier run.
     """
-    if not resume:
-        refuse_checkpoints(recipe.output_dir)
+    if resume and overwrite:
+        raise ValueError("got resume and overwrite; expected one of them: overwrite removes what resume goes on from")
+    if not overwrite:
+        refuse_earlier_run(recipe.output_dir, resume=resume)
     with explain_full_disk(recipe.output_dir):
         trainer = build_trainer(recipe)
+        if overwrite and trainer.is_world_process_zero():
+            remove_earlier_run(recipe.output_dir)
         trainer.add_callback(TrainingRecord(recipe, trainer.train_dataset))
         checkpoint = find_checkpoint(recipe.output_dir) if resume else None
         if checkpoint is not None:
@@ -96,6 +108,8 @@ def build_trainer(recipe: Recipe) -> LlavaTrainer:
         ValueError: naming the field or the row that cannot be used.
     """
     arguments = SFTConfig(output_dir=recipe.output_dir, **trainer_settings(recipe))
+    # transformers adds kubeflow where its variables are set (5.23, training_args.py).
+    arguments.report_to = [name for name in arguments.report_to if name in REPORTS]
     check_reports(arguments.report_to)
     # Adapters start from random numbers, before the Trainer sets its seed.
     set_seed(arguments.seed)

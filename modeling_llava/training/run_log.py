@@ -23,6 +23,8 @@ logger = logging.get_logger(__name__)
 
 RATES = ("rows_per_second", "tokens_per_second", "useful", "seconds_left")
 """`useful` is the share of tokens that are not padding."""
+FEW_POINTS = 30
+"""Below it each point of a curve is drawn."""
 COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", *RATES)
 
 
@@ -75,6 +77,13 @@ class RunLog(TrainerCallback):
             with self.path.open(newline="") as file:
                 self.lines = [line for line in csv.DictReader(file) if int(line["step"]) <= state.global_step]
         self._restart_counts(step=state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A run may be shorter than `logging_steps`.
+        if state.global_step == state.max_steps and args.logging_strategy != "no":
+            control.should_log = True
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs
@@ -159,7 +168,9 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
         for name in names:
             # What a line does not have is empty in the file, from which a resumed run reads it.
             points = [(int(line["step"]), float(line[name])) for line in lines if line.get(name) not in (None, "")]
-            axes.plot(*zip(*points), label=name.replace("_", " "))
+            # A line through one point is not seen.
+            marker = "o" if len(points) < FEW_POINTS else None
+            axes.plot(*zip(*points), marker=marker, label=name.replace("_", " "))
         if len(axes.lines) > 1:
             axes.legend()
         axes.set_ylabel(names[0].replace("_", " "))

@@ -26,15 +26,17 @@ MAX_LOGITS = 2**25
 """How many logits exist at a time, 128 MiB in float32. A batch with more is scored in chunks, again in backward."""
 
 
-def add_supervised_head(model: PreTrainedModel, *, blank: str | None = None) -> None:
+def add_supervised_head(model: PreTrainedModel, *, blank: str) -> None:
     """Let `model(..., labels=labels, fused_lm_head=True)` return what TRL's SFTTrainer computes its loss from.
 
     Other calls are those of the model. In the output, `log_probs`, `entropy` and `is_top1` are `[N]`, float32.
 
     Args:
         blank: What stands in for the pictures of a batch without any: a "picture", which runs tower and projector,
-            "features", which run the projector, or nothing. Processes that have divided a model wait for each other
-            at every layer, so all of them must come to the same layers.
+            or "features", which run the projector. As in the original LLaVA, which feeds a blank picture,
+            the loss is that without, and what only pictures reach has a gradient of zero. Without a gradient, a batch
+            of texts would stop stage align, and processes that wait for each other's gradients would wait for ever.
+            Those that have divided a model wait at every layer, so all of them must come to the same layers.
     """
     vocab_size = model.config.get_text_config().vocab_size
     plain_forward = model.forward
@@ -46,10 +48,8 @@ def add_supervised_head(model: PreTrainedModel, *, blank: str | None = None) -> 
             return plain_forward(*args, **inputs)
         labels_BL = inputs.pop("labels")[:, 1:]
         # Before the language model, as with pictures.
-        nothing = None if blank is None else compute_nothing(self.base_model, inputs, blank=blank)
-        hidden_BLD = self.base_model(*args, **inputs).last_hidden_state[:, :-1]
-        if nothing is not None:
-            hidden_BLD = hidden_BLD + nothing
+        nothing = compute_nothing(self.base_model, inputs, blank=blank)
+        hidden_BLD = self.base_model(*args, **inputs).last_hidden_state[:, :-1] + nothing
         is_supervised_BL = labels_BL != IGNORED_LABEL
         log_probs, entropy, is_top1 = score(
             self.get_output_embeddings(),

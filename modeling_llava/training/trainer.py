@@ -99,8 +99,10 @@ class LlavaTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         model = self.model.get_base_model() if recipe.uses_lora else self.model
         is_divided = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        blank = "picture" if recipe.feature_cache is None else "features"
-        add_supervised_head(model, blank=blank if is_divided else None)
+        # A LoRA can reach the tower too.
+        tower_trains = any(parameter.requires_grad for parameter in model.base_model.vision_tower.parameters())
+        needs_tower = tower_trains or (is_divided and recipe.feature_cache is None)
+        add_supervised_head(model, blank="picture" if needs_tower else "features")
         if is_divided:
             check_divisible(recipe, fsdp=self.is_fsdp_enabled)
         if self.is_fsdp_enabled:

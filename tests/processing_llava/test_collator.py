@@ -3,9 +3,11 @@
 import PIL.Image
 import pytest
 import transformers
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from processing_llava.collator import LlavaDataCollator
 from processing_llava.conversations import convert_record
+from processing_llava.data_check import RecordCheck
 from processing_llava.prompt_inputs import IGNORED_LABEL
 from tests.tiny import PATCH_SIZE, TILE_SIZE, tiny_processor
 
@@ -103,9 +105,90 @@ def test_rows_of_trl(image_folder):
     for row in ({"images": [picture]}, {"images": (picture,)}, {"image": picture}):
         assert collator([{**row, "messages": texts}])["input_ids"].equal(expected["input_ids"])
     assert "pixel_values" not in collator([{"messages": texts}])
-    typed = {"images": [picture], "messages": [{"role": "user", "content": "<image>\nWhat?"}, answer]}
-    with pytest.raises(ValueError, match="0 <image> placeholders and 1 images; .* what is typed is text"):
+    typed = {"images": [picture], "messages": [{"role": "user", "content": "<image> <image>\nWhat?"}, answer]}
+    with pytest.raises(ValueError, match="2 <image> placeholders and 1 images; .* what is typed is text"):
         collator([typed])
+
+
+def say(role: str, *items) -> dict:
+    return {"role": role, "content": items[0] if isinstance(items[0], str) else list(items)}
+
+
+PLACE, WHAT = {"type": "image"}, {"type": "text", "text": "What?"}
+ANSWER, BRIEF = say("assistant", "A circle."), say("system", "Be brief.")
+ROWS = {
+    "no place": ([say("user", "What?"), ANSWER], [PLACE, WHAT]),
+    "no place among items": ([say("user", WHAT), ANSWER], [PLACE, WHAT]),
+    "no place, in a second turn": ([say("user", "What?"), ANSWER, say("user", "Sure?"), ANSWER], [PLACE, WHAT]),
+    "no place, after a system message": ([BRIEF, say("user", "What?"), ANSWER], [PLACE, WHAT]),
+    "a typed place": ([say("user", "<image>\nWhat?"), ANSWER], [PLACE, WHAT]),
+    "a typed place behind": ([say("user", "What?\n<image>"), ANSWER], [PLACE, WHAT]),
+    "a place": ([say("user", PLACE, WHAT), ANSWER], [PLACE, WHAT]),
+    "a place behind": ([say("user", WHAT, PLACE), ANSWER], [WHAT, PLACE]),
+    "a place, in a second turn": ([say("user", "Hi."), ANSWER, say("user", PLACE, WHAT), ANSWER], None),
+    "two pictures, no place": ([say("user", "What?"), ANSWER], [PLACE, PLACE, WHAT]),
+    "two pictures, two places": ([say("user", PLACE, PLACE, WHAT), ANSWER], [PLACE, PLACE, WHAT]),
+}
+
+
+NOT_FOR_TRL = ("no place among items", "a typed place", "a typed place behind", "a place, in a second turn")
+"""It counts other places, or takes them for text."""
+
+
+@pytest.mark.parametrize("way", ["messages", "prompt and completion", "conversations"])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_is_the_same_at_every_door(image_folder, tmp_path, name, way):
+    """A recipe, check-data, this collator alone, and answering write the same ids; where TRL takes it, TRL too."""
+    messages, content = ROWS[name]
+    pictures = [image_folder / "red.png"] * (2 if name.startswith("two") else 1)
+    turns = {"messages": messages}
+    if way == "conversations":
+        if not all(isinstance(message["content"], str) for message in messages):
+            pytest.skip("their turns are texts")
+        turns = {"conversations": [{"from": message["role"], "value": message["content"]} for message in messages]}
+    elif way == "prompt and completion":
+        if len(messages) > 3:
+            pytest.skip("an answer in the prompt is refused")
+        turns = {"prompt": messages[:-1], "completion": messages[-1:]}
+    record, processor = {"images": pictures, **turns}, tiny_processor()
+    collator = LlavaDataCollator(processor)
+
+    [measured], refused = RecordCheck(processor)(record, 0)
+    trained = collator([convert_record(record, 0)])
+    assert not refused and measured.num_tokens == trained["input_ids"].shape[1]
+    if way != "conversations":
+        assert collator([record])["input_ids"].equal(trained["input_ids"])
+        assert collator([record])["labels"].equal(trained["labels"])
+
+    if content is None:
+        asked = messages
+    else:
+        question = next(message for message in messages if message["role"] == "user")
+        asked = [{**message, "content": content} if message is question else message for message in messages]
+    remaining = iter(pictures)
+    asked = [
+        {**message, "content": [{**item, "path": next(remaining)} if item is PLACE else item for item in content]}
+        if isinstance(content := message["content"], list)
+        else message
+        for message in asked
+    ]
+    answered = processor.apply_chat_template(asked, tokenize=True, return_dict=True, return_tensors="pt")
+    assert answered["input_ids"].equal(trained["input_ids"])
+    assert answered["pixel_values"].equal(trained["pixel_values"])
+
+    if name not in NOT_FOR_TRL and way != "conversations":
+        theirs = DataCollatorForVisionLanguageModeling(processor, max_length=None)
+        opened = [PIL.Image.new("RGB", (40, 30), "red") for _ in pictures]
+        ids = theirs([{**turns, "images": opened}])["input_ids"]
+        # It takes for granted that a template writes the token that begins a text.
+        assert ids.equal(trained["input_ids"][:, 1:])
+
+
+def test_answers_in_a_prompt_are_refused_alike():
+    turns = {"prompt": [say("user", "Hi."), ANSWER, say("user", "What?")], "completion": [ANSWER]}
+    for read in (lambda row: convert_record(row, 0), lambda row: LlavaDataCollator(tiny_processor())([row])):
+        with pytest.raises(ValueError, match="got an answer in 'prompt' in record .*; put all turns into 'messages'"):
+            read(turns)
 
 
 @pytest.mark.parametrize("prompt", ["What?", [{"role": "user", "content": "What?"}]])

@@ -118,7 +118,7 @@ def test_ids_are_texts_and_fall_back_to_the_position():
         (llava_record(("human", "Q"), ("system", "S")), "got a turn of the system at position 1 in record '7'"),
         (llava_record(("human", "Q"), ("gpt", " \n")), "got an empty answer at position 1 in record '7'"),
         (llava_record(("human", "<image>"), ("gpt", "A")), "got 1 <image> and 0 images in record '7'"),
-        (llava_record(("human", "Q"), ("gpt", "A"), image="1.jpg"), "got 0 <image> and 1 images in record '7'"),
+        (llava_record(("human", "<image>"), ("gpt", "A"), image=["1", "2"]), "got 1 <image> and 2 images in record"),
         (llava_record(), "got no turns in record '7'"),
         (
             llava_record(("system", "S"), ("human", "Q")) | {"system": "T"},
@@ -158,7 +158,10 @@ OWN_IMAGE = [{"type": "image", "image": b"1"}, {"type": "text", "text": "Q"}]
         ({"conversations": []}, "no turns"),
         ({"conversations": [ANSWER]}, "no turns"),
         ({"conversations": [{"from": "human", "value": "half \ud83d"}, ANSWER]}, "text that is not Unicode"),
-        ({"conversations": [QUESTION, ANSWER], "image": 7}, "images and placeholders differ"),
+        ({"conversations": [QUESTION, ANSWER], "image": 7}, "malformed image"),
+        ({"prompt": "Q", "completion": "A"}, "no conversation"),
+        ({"prompt": [QUESTION]}, "no conversation"),
+        ({"messages": [QUESTION, ANSWER], "completion": [ANSWER]}, "two keys for one thing"),
         ({"conversations": [{"from": "human", "value": "<image>"}, ANSWER], "image": 7}, "malformed image"),
         (
             {"conversations": [{"from": "human", "value": "<image>"}, ANSWER], "image": [None]},

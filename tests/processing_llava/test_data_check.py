@@ -27,7 +27,7 @@ def source(tmp_path) -> DataSource:
         record("Q", "A", id="text only"),
         record("<image>\nWhat?", "A circle.", id="gone", image="gone.png"),
         record("<image>\nWhat?", "A circle.", id="no picture", image="text.png"),
-        record("What?", "A circle.", id="no placeholder", image="red.png"),
+        record("<image>\nWhat?", "A circle.", id="two pictures", image=["red.png", "red.png"]),
         record("Q", "", id="silent"),
         record("Q", id="unanswered"),
         record("Q", "A" * 900, id="long"),
@@ -40,7 +40,7 @@ def source(tmp_path) -> DataSource:
 REFUSED = {
     "gone": "missing image",
     "no picture": "unreadable image",
-    "no placeholder": "images and placeholders differ",
+    "two pictures": "images and placeholders differ",
     "silent": "empty answer",
     "unanswered": "nothing to learn",
     "long": "too long",

@@ -53,6 +53,32 @@ def test_a_line_that_is_not_json_is_refused_and_the_next_is_read(tmp_path):
     assert {record.reason for record in records[1:-1]} == {"not JSON"}
 
 
+OTHERS = {
+    "COCO": {"info": {}, "images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"id": 1, "caption": "A bus."}]},
+    "VQA": {"questions": [{"question_id": 1, "image_id": 1, "question": "What?"}], "data_type": "mscoco"},
+    "splits": {"train": [{"conversations": []}], "test": []},
+    "a wrapped list": {"data": [{"conversations": []}]},
+    "by id": {str(number): {"image": "1.jpg"} for number in range(100)},
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("indent", [None, 0, 2])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_one_object_is_no_record_unless_it_holds_a_conversation(tmp_path, name, suffix, indent):
+    path = tmp_path / f"data{suffix}"
+    path.write_text("\n" + json.dumps(OTHERS[name], indent=indent) + "\n\n")
+    keys = ", ".join(map(repr, sorted(OTHERS[name])[:10]))
+    with pytest.raises(ValueError, match=f"data{suffix}, which is one JSON object with the keys {keys}; expected a l"):
+        list(stream_records(path))
+    record = {"conversations": [{"from": "human", "value": "What?"}], **OTHERS[name]}
+    path.write_text(json.dumps(record, indent=indent))
+    assert list(stream_records(path)) == [record]
+    path.write_text(json.dumps(record) + "\n" + json.dumps(OTHERS[name]))
+    assert list(stream_records(path)) == [record, OTHERS[name]]
+
+
 def test_files_that_are_no_text_or_not_there(tmp_path):
     path = tmp_path / "data.json"
     path.write_bytes(b"\x89PNG\xff")

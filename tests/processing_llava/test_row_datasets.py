@@ -147,6 +147,102 @@ def test_files_of_a_folder_may_differ_in_types(folder, streaming):
     assert open_records(source)[0] == 3
 
 
+def save_numbered(kind: str, folder) -> str:
+    """A hundred rows without pictures as a "train", of which every kind of source can be made."""
+    exchange = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A bus."}]
+    records = [{"id": f"n{number}", "messages": exchange} for number in range(100)]
+    path = folder / "numbered"
+    if kind in (".json", ".jsonl"):
+        path = path.with_suffix(kind)
+        path.write_text(json.dumps(records) if kind == ".json" else "\n".join(map(json.dumps, records)))
+    elif kind.startswith("folder of json"):
+        path.mkdir()
+        for part in range(4):
+            lines = map(json.dumps, records[part * 25 : part * 25 + 25])
+            (path / f"train-{part}.{kind[10:]}").write_text(
+                "\n".join(lines) if kind.endswith("l") else "[" + ",".join(lines) + "]"
+            )
+    elif kind == "Dataset":
+        Dataset.from_list(records).save_to_disk(path)
+    elif kind == "Dataset with a name":
+        Dataset.from_list(records, split="train").save_to_disk(path)
+    elif kind == "DatasetDict":
+        DatasetDict({"train": Dataset.from_list(records)}).save_to_disk(path)
+    elif kind == ".arrow":
+        Dataset.from_list(records).save_to_disk(path)
+        path = next(path.glob("*.arrow"))
+    else:
+        path.mkdir()
+        Dataset.from_list(records).to_parquet(path / "part-0.parquet")
+        path = path / "part-0.parquet" if kind == ".parquet" else path
+    return str(path)
+
+
+JSON_KINDS = [".json", ".jsonl", "folder of json", "folder of jsonl"]
+SAVED_KINDS = ["Dataset", "Dataset with a name", "DatasetDict"]
+FOLDERS = ["folder of json", "folder of jsonl", "folder of parquet"]
+KINDS = [*JSON_KINDS, *SAVED_KINDS, ".parquet", ".arrow", "folder of parquet"]
+SPLITS = {
+    "train": range(100),
+    "train[:75%]": range(75),
+    "train[75%:]": range(75, 100),
+    "train[-3:]": range(97, 100),
+    "train[2:5]": range(2, 5),
+    "train[:2]+train[99:]": [0, 1, 99],
+    "train[98:]+train[:1]": [98, 99, 0],
+}
+
+
+WRONG_SPLITS = ["validation", "validation[:50%]", "train[", "train[:x]", "train[100:]", "train[:0]", "train[5:2]"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_field_has_an_effect_or_is_refused(folder, kind, streaming):
+    """For every kind of source, at both doors: what is trained on, and what is checked."""
+    path = save_numbered(kind, folder)
+
+    def read(**fields) -> list[list[str]]:
+        source = DataSource(path=path, streaming=streaming, **fields)
+        trained = [row["id"] for row in load_rows([source])[0]]
+        total, records = open_records(source)
+        checked = [record["id"] for record in records]
+        assert total in (None, len(checked))
+        return [trained, checked]
+
+    for split, numbers in SPLITS.items():
+        ids = [f"n{number}" for number in numbers]
+        if split != "train" and streaming and kind in (".parquet", ".arrow", "folder of parquet"):
+            with pytest.raises(ValueError, match="with streaming: true; expected a whole split"):
+                read(split=split)
+        else:
+            assert read(split=split) == [ids, ids], split
+    for split in WRONG_SPLITS:
+        with pytest.raises(ValueError, match="got (the data|no row|no records|split)"):
+            read(split=split)
+    with pytest.raises(ValueError, match="no_such"):
+        read(name="no_such")
+    with pytest.raises(FileNotFoundError, match="got the image_folder 'nowhere' for .*; expected a folder"):
+        read(image_folder="nowhere")
+    assert read(image_folder=str(folder), follow_links=True) == read()
+    for change, message in (({"split": ""}, "got split=''"), ({"split": None}, "got split=None")):
+        with pytest.raises(ValueError, match=message):
+            read(**change)
+    with pytest.raises(ValueError, match="got follow_links for .* without an image_folder"):
+        read(follow_links=True)
+
+
+def test_a_saved_dataset_has_its_own_name_too(folder):
+    exchange = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    dataset = Dataset.from_list([{"messages": exchange}])
+    for split in (None, "test"):
+        Dataset(dataset.data, split=split).save_to_disk(folder / str(split))
+    assert len(load_rows([DataSource(path=str(folder / "test"), split="test")])[0]) == 1
+    assert len(load_rows([DataSource(path=str(folder / "test"))])[0]) == 1
+    with pytest.raises(ValueError, match="split 'test'"):
+        load_rows([DataSource(path=str(folder / "None"), split="test")])
+
+
 def test_more_rows_than_a_chunk_and_none(folder):
     rows, _ = load_rows([DataSource(path=write_json(folder / "data.jsonl", 2500), image_folder=str(folder))])
     assert (len(rows), rows[2001]["id"]) == (2500, "j2001")

@@ -1,6 +1,7 @@
 """A small real run: pictures of colours, rows about them, a model to start from, and recipes for it."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import PIL.Image
@@ -40,7 +41,7 @@ def write_recipe(folder: Path, **fields) -> Path:
         "stage": "finetune",
         "model": str(folder / "start"),
         "data": [{"path": str(folder / "rows.json"), "image_folder": str(folder)}],
-        "output_dir": str(folder / "out"),
+        "output_dir": tempfile.mkdtemp(dir=folder),
         "trainer": {"learning_rate": 3e-3, "per_device_train_batch_size": 6, "max_steps": 2, "disable_tqdm": True},
     }
     path = folder / "recipe.yaml"

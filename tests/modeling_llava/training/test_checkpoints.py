@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from modeling_llava import AutoModelForVision2Seq
+from modeling_llava.cli import main
 from modeling_llava.training.checkpoints import explain_full_disk, find_checkpoint, write_whole
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import train
@@ -108,6 +109,56 @@ def test_a_new_run_keeps_away_from_the_checkpoints_of_another(workspace, tmp_pat
     with pytest.raises(ValueError, match="with checkpoint-1 of an earlier run; expected none: add --resume"):
         train(recipe)
     train(recipe, resume=True)
+
+
+FINISHED = TRAINER | {"max_steps": 1, "save_strategy": "no"}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("stage", ["finetune", "lora"])
+def test_a_trained_model_is_not_written_over_unless_that_is_asked_for(workspace, tmp_path, capsys, stage, resume):
+    lora = {"lora": {"r": 2}} if stage == "lora" else {}
+    recipe = write_recipe(workspace, stage=stage, trainer=FINISHED, output_dir=str(tmp_path / "out"), **lora)
+    out = train(read_recipe(recipe))
+    (out / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert main(["train", str(recipe), "trainer.seed=7", *["--resume"] * resume]) == 2
+    name = "adapter_config.json" if stage == "lora" else "config.json"
+    message = f"with {name} of an earlier run; expected no model in it: add --overwrite to remove it, or choose"
+    assert message in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    # Of the model that a run starts from, nothing may stay beside one of another kind.
+    other = ["stage=finetune", "lora="] if stage == "lora" else ["stage=lora", "lora.r=2"]
+    assert main(["train", str(recipe), "--overwrite", *other]) == 0
+    kinds = {"adapter_config.json", "config.json"} & {path.name for path in out.iterdir()}
+    assert kinds == {"config.json" if stage == "lora" else "adapter_config.json"}
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "pytorch_model.bin", "training_record.json"])
+def test_whatever_is_left_of_a_model_is_named(workspace, tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"with {name} of an earlier run; expected no model in it"):
+        train(read_recipe(write_recipe(workspace, trainer=FINISHED, output_dir=str(tmp_path))))
+
+
+def test_a_run_that_broke_off_without_a_checkpoint_can_begin_again(workspace, tmp_path):
+    (tmp_path / "progress.csv").write_text("step,loss\n1,2.0\n")
+    (tmp_path / "checkpoint-1").mkdir()
+    train(read_recipe(write_recipe(workspace, trainer=FINISHED, output_dir=str(tmp_path))), resume=True)
+
+
+def test_a_run_that_cannot_begin_removes_nothing(workspace, tmp_path):
+    recipe = read_recipe(write_recipe(workspace, trainer=TRAINER, output_dir=str(tmp_path)))
+    train(recipe)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="got resume and overwrite"):
+        train(recipe, resume=True, overwrite=True)
+    recipe.data = []
+    with pytest.raises(ValueError, match="at least one source"):
+        train(recipe, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_checkpoint_without_its_optimizer_is_not_gone_on_from(workspace, tmp_path):

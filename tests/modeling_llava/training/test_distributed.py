@@ -99,6 +99,37 @@ def test_four_small_batches_a_step_are_one_large_one(workspace, tmp_path):
     assert_close(weights_of(run_recipe(workspace, tmp_path / "small", trainer=small)), weights_of(large))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stage": "align"},
+        {"stage": "align", "feature_cache": "cache"},
+        {"stage": "align", "train_vision_tower": True},
+        {"stage": "lora", "lora": {"r": 2, "lora_dropout": 0.0, "target_modules": ".*(tower|language_model).*q_proj"}},
+        {"stage": "finetune"},
+    ],
+    ids=str,
+)
+def test_two_processes_take_batches_of_texts(workspace, tmp_path, fields, checkpointing):
+    """One has pictures and the other has none, then both have none; each step is that of one process."""
+    records = json.loads((workspace / "rows.json").read_text())
+    texts = [record["conversations"][1:] for record in records]
+    question = {"from": "human", "value": "Color?"}
+    for index, answer in enumerate(texts):
+        if index >= 2:
+            records[index] = {"id": f"text {index}", "conversations": [question, *answer]}
+    (tmp_path / "rows.json").write_text(json.dumps(records))
+    fields = fields | {"data": [{"path": str(tmp_path / "rows.json"), "image_folder": str(workspace)}]}
+    if "feature_cache" in fields:
+        fields["feature_cache"] = str(tmp_path / "cache")
+    trainer = STEPS | PADDED | {"gradient_checkpointing": checkpointing, "use_cpu": True}
+    one = run_recipe(workspace, tmp_path / "one", trainer=trainer | ONE, **fields)
+    recipe = write_recipe(workspace, output_dir=str(tmp_path / "two"), trainer=trainer, **fields)
+    launch(TORCHRUN, LLAVA, recipe)
+    assert_same_steps(tmp_path / "two", one)
+
+
 @pytest.mark.parametrize("packing", [{}, {"tokens_per_batch": 300}])
 def test_two_processes_are_one_with_twice_the_batches(workspace, tmp_path, packing):
     trainer = TRAINER | {"num_train_epochs": 2} | ({} if packing else PADDED)

@@ -18,10 +18,11 @@ def error_of(recipe, *settings: str, capsys) -> str:
     [
         (
             "trainer.report_to=nowhere",
-            "got trainer.report_to='nowhere', which is not installed; expected none, or one",
+            "got trainer.report_to='nowhere'; expected none, or tensorboard or codecarbon, which write files here",
         ),
         ("image_aspect_ratio=anyres", "got image_aspect_ratio 'anyres' for"),
         ("trainer.report_to=[tensorboard, nowhere]", "got trainer.report_to='nowhere'"),
+        ("trainer.report_to=codecarbon", "got trainer.report_to='codecarbon', which is not installed; expected none"),
         ("trainer.lr_scheduler_kwargs={waves: 1}", "got trainer.lr_scheduler_kwargs={'waves': 1} (get_cosine"),
         pytest.param(
             "trainer.deepspeed=missing.json",

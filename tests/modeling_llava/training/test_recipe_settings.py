@@ -6,8 +6,10 @@ import pytest
 import yaml
 from trl import SFTConfig
 
+from modeling_llava.cli import main
+from modeling_llava.training import trainer_fields
 from modeling_llava.training.recipe import Recipe, read_recipe
-from modeling_llava.training.trainer_fields import NO_EFFECT, NO_EFFECT_PACKED
+from modeling_llava.training.trainer_fields import NO_EFFECT, NO_EFFECT_PACKED, SENDING, TAKEN, UNLESS_SET
 
 FIELDS = {
     "stage": "lora",
@@ -131,6 +133,95 @@ def test_what_packing_decides_is_refused_beside_it(tmp_path):
 def test_every_refused_setting_is_one_of_trl():
     known = {item.name for item in dataclasses.fields(SFTConfig)}
     assert NO_EFFECT.keys() | NO_EFFECT_PACKED.keys() <= known
+
+
+def test_every_setting_of_trl_was_decided_on():
+    """One that a newer TRL adds may lose rows, or send them somewhere: it belongs into one of these."""
+    known = [item.name for item in dataclasses.fields(SFTConfig)]
+    decided = [*TAKEN, *UNLESS_SET, *NO_EFFECT, *SENDING]
+    assert len(set(decided)) == len(decided)
+    assert set(known) <= set(decided)
+    sending = ("hub", "trackio", "wandb", "token", "project", "run_name", "url", "upload")
+    suspicious = {name for name in known if any(word in name for word in sending)}
+    harmless = {"include_num_input_tokens_seen", "average_tokens_across_devices", "eos_token", "pad_token"}
+    assert suspicious - harmless == SENDING.keys() & set(known)
+
+
+def test_a_setting_that_nobody_decided_on_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_fields, "TAKEN", tuple(name for name in TAKEN if name != "learning_rate"))
+    with pytest.raises(ValueError, match="got trainer.learning_rate, which no recipe takes; expected a field such as"):
+        read(tmp_path, "trainer.learning_rate=1e-4")
+
+
+TOKEN = "hf_" + "aB3" * 12
+
+
+@pytest.mark.parametrize("name", SENDING)
+@pytest.mark.parametrize("value", [TOKEN, "true", "7", "null"])
+def test_what_sends_is_refused_without_its_value(tmp_path, capsys, name, value):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(FIELDS))
+    assert main(["train", str(tmp_path / "recipe.yaml"), f"trainer.{name}={value}", "--preview"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"llava: got trainer.{name}, which sends while a run goes on; expected none: ")
+    assert TOKEN not in message and message.count("\n") == 1
+    with pytest.raises(ValueError, match=f"got (trainer.{name}, which sends|an access token in recipe)"):
+        Recipe(stage="lora", model="m", data=["d"], output_dir="o", trainer={name: value})
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        f"trainer.optim_args={TOKEN}",
+        f"trainer.lr_scheduler_kwargs.key={TOKEN}",
+        f"data.0.path=https://user:{TOKEN}@a.b",
+    ]
+    + [f"lora.target_modules=[{TOKEN}]", f"trainer.report_to={TOKEN}", f"model={TOKEN}", f"max_length={TOKEN}"]
+    + [f"trainer.deepspeed.wandb.key={TOKEN}", f"data.7.path={TOKEN}", f"trainer={TOKEN}", TOKEN],
+)
+def test_an_access_token_is_refused_and_not_told(tmp_path, capsys, setting):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(FIELDS))
+    assert main(["train", str(tmp_path / "recipe.yaml"), setting, "--preview"]) == 2
+    printed = capsys.readouterr()
+    assert TOKEN not in printed.out + printed.err and "got " in printed.err
+
+
+@pytest.mark.parametrize("name", ["all", "wandb", "comet_ml", "mlflow", "trackio", "clearml", "swanlab", "azure_ml"])
+def test_reports_stay_on_this_machine(tmp_path, name):
+    for setting in (name, f"[{name}]", f"[tensorboard, {name}]"):
+        with pytest.raises(ValueError, match=f"got trainer.report_to='{name}'; expected none, or tensorboard or cod"):
+            read(tmp_path, f"trainer.report_to={setting}")
+    for setting in ("none", "[none]", "[]", "tensorboard", "[tensorboard, codecarbon]"):
+        read(tmp_path, f"trainer.report_to={setting}")
+
+
+def test_deepspeed_tells_no_tracker(tmp_path):
+    (tmp_path / "deepspeed.json").write_text('{"wandb": {"enabled": true}}')
+    for setting in (f"trainer.deepspeed={tmp_path / 'deepspeed.json'}", "trainer.deepspeed.comet.enabled=true"):
+        with pytest.raises(ValueError, match="got (wandb|comet) in trainer.deepspeed, which sends"):
+            read(tmp_path, setting)
+
+
+@pytest.mark.parametrize("best", [None, "eval_data", "eval_data, load_best_model_at_end", "eval_data, save_strategy"])
+@pytest.mark.parametrize("metric", [None, "loss", "eval_loss", "accuracy", "eval_accuracy", "", "eval_runtime"])
+@pytest.mark.parametrize("greater", [None, False, True])
+def test_what_chooses_the_best_is_measured(tmp_path, best, metric, greater):
+    """Each combination is read, or refused before the run with what can be chosen by."""
+    trainer = {"metric_for_best_model": metric, "greater_is_better": greater}
+    if best is not None and ", " in best:
+        trainer |= {"save_strategy": "best"} if "save" in best else {"load_best_model_at_end": True}
+    fields = {"trainer": {name: value for name, value in trainer.items() if value is not None}}
+    if best is not None:
+        fields["eval_data"] = [{"path": "rows.json"}]
+    is_measured = metric is None or (metric in ("loss", "eval_loss") and best is not None)
+    has_effect = greater is None or metric is not None or (best is not None and ", " in best)
+    if is_measured and has_effect:
+        assert read(tmp_path, **fields).trainer == fields["trainer"]
+        return
+    expected = (
+        "expected one of loss, eval_loss, " if not is_measured else "got trainer.greater_is_better, which has no"
+    )
+    with pytest.raises(ValueError, match=expected):
+        read(tmp_path, **fields)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import pytest
 import yaml
 
+from modeling_llava.cli import main
 from modeling_llava.export.run_files import read_run_files
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.record import describe_source
@@ -64,6 +65,24 @@ def test_a_run_that_was_over_keeps_its_record(workspace):
     recipe = read_recipe(write_recipe(workspace, trainer=trainer, output_dir=str(workspace / "over")))
     record = read_record(train(recipe))
     assert read_record(train(recipe, resume=True)) == record
+
+
+def test_tokens_of_the_environment_are_written_nowhere_and_pickles_are_not_exported(workspace, tmp_path, monkeypatch):
+    token = "hf_" + "aB3" * 12
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, token)
+    trainer = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "disable_tqdm": True}
+    out = train(read_recipe(write_recipe(workspace, trainer=trainer, output_dir=str(tmp_path / "out"))))
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert not any(token.encode() in path.read_bytes() for path in files)
+    pickles = {path.relative_to(out).parts[0] for path in files if path.suffix in (".bin", ".pt", ".pth")}
+    assert pickles == {"checkpoint-1"}
+    facts = ["--license", "mit", "--base-model", "someone/tower", "--repo-id", "me/pictures"]
+    for folder in (out, out / "checkpoint-1"):
+        exported = tmp_path / f"exported {folder.name}"
+        assert main(["export", str(folder), "--out", str(exported), *facts]) == 0
+        assert not any(path.suffix in (".bin", ".pt", ".pth") for path in exported.rglob("*"))
+        assert not any(str(tmp_path).encode() in path.read_bytes() for path in exported.rglob("*") if path.is_file())
 
 
 def test_a_wrong_manifest_stops_the_run_before_it_trains(workspace):

@@ -41,6 +41,18 @@ def test_curves(workspace, tmp_path, packed):
         assert picture.size == (800, 600)
 
 
+@pytest.mark.parametrize("settings", [{"max_steps": 1}, {"max_steps": 3}, {"max_steps": 12}], ids=str)
+def test_curves_of_a_short_run_are_seen(workspace, tmp_path, settings):
+    """Though the Trainer logs every tenth step alone."""
+    settings = {"per_device_train_batch_size": 4, "disable_tqdm": True} | settings
+    train(read_recipe(write_recipe(workspace, trainer=settings, output_dir=str(tmp_path))))
+    steps = [int(line["step"]) for line in read_lines(tmp_path)]
+    assert steps[-1] == settings["max_steps"]
+    with PIL.Image.open(tmp_path / "progress.png") as picture:
+        colors = {color for _, color in picture.convert("RGB").getcolors(2**20)}
+    assert any(max(color) - min(color) > 100 for color in colors)
+
+
 def test_resumed_run_goes_on_in_the_same_file(workspace, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}
     recipe = write_recipe(workspace, trainer=TRAINER | saving, output_dir=str(tmp_path))

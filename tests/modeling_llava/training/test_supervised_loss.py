@@ -13,10 +13,19 @@ from modeling_llava.packed_attention import use_packed_attention
 from modeling_llava.training import supervised_loss
 from modeling_llava.training.lora import add_lora
 from modeling_llava.training.recipe import Recipe
-from modeling_llava.training.trainer import LlavaTrainer
+from modeling_llava.training.trainer import LlavaTrainer, freeze_all_but, part_of
 from processing_llava.collator import LlavaDataCollator
 from tests.modeling_llava.test_packed_attention import make_rows, pack
-from tests.tiny import VISION_CONFIGS, VOCAB_SIZE, batch, random_images, text_ids, tiny_model, tiny_processor
+from tests.tiny import (
+    PINPOINTS,
+    VISION_CONFIGS,
+    VOCAB_SIZE,
+    batch,
+    random_images,
+    text_ids,
+    tiny_model,
+    tiny_processor,
+)
 
 ONE_LAYER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 
@@ -74,7 +83,11 @@ def test_loss_and_gradients_are_those_of_all_logits(tmp_path, monkeypatch, case,
         model.zero_grad()
         loss = compute()
         loss.backward()
-        gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+        # What only pictures reach has a gradient of zero in a batch without any, and in plain PyTorch none.
+        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        gradients = {
+            name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in trained.items()
+        }
         results.append((loss.detach(), gradients))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
@@ -96,6 +109,47 @@ def test_a_batch_without_a_supervised_token_trains_nothing(tmp_path):
     loss.backward()
     assert loss == 0
     assert all(not value.grad.any() for value in model.parameters() if value.grad is not None)
+
+
+PROJECTOR, TOWER_AND_TEXT = ("mm_projector", "image_newline"), r".*(vision_tower|language_model).*q_proj"
+WHAT_TRAINS = {
+    "align": PROJECTOR,
+    "tower": (*PROJECTOR, "vision_tower"),
+    "tower alone": ("vision_tower",),
+    "finetune": (*PROJECTOR, "language_model", "lm_head"),
+    "lora": {},
+    "lora on the tower": {"target_modules": TOWER_AND_TEXT},
+    "lora on the tower alone": {"target_modules": TOWER_AND_TEXT.replace("|language_model", "")},
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("is_tiled", [False, True])
+@pytest.mark.parametrize("case", WHAT_TRAINS)
+def test_a_batch_of_texts_has_a_gradient_of_zero_for_what_pictures_reach(tmp_path, case, is_tiled, checkpointing):
+    """And the loss that it has without."""
+    tiles = {"image_grid_pinpoints": PINPOINTS, "patch_merge_type": "spatial_unpad"} if is_tiled else {}
+    model, stage, parts = tiny_model(**tiles), "finetune", WHAT_TRAINS[case]
+    if isinstance(parts, dict):
+        settings = {"r": 2, "lora_alpha": 2, "lora_dropout": 0.0, "init_lora_weights": False} | parts
+        model, stage = add_lora(model, settings, trained_parts=PROJECTOR if is_tiled else PROJECTOR[:1]), "lora"
+    else:
+        freeze_all_but(model, parts)
+    inputs = padded_batch()
+    trainer = build_trainer(model, tmp_path, stage=stage, activation_checkpointing=checkpointing)
+    loss = trainer.compute_loss(model, dict(inputs))
+    loss.backward()
+    with torch.no_grad():
+        torch.testing.assert_close(loss.detach(), plain_loss(model, inputs))
+    of_pictures = [
+        (name, value.grad)
+        for name, value in model.named_parameters()
+        if value.requires_grad and part_of(name) not in ("language_model", "lm_head")
+    ]
+    # What follows the layer whose features are taken is reached by nothing.
+    reached = [(name, grad) for name, grad in of_pictures if grad is not None]
+    assert {part_of(name) for name, _ in reached} == {part_of(name) for name, _ in of_pictures} != set()
+    assert all(not gradient.any() for _, gradient in reached)
 
 
 class LargestTensor(TorchDispatchMode):
