@@ -7,44 +7,8 @@ import sys
 from pathlib import Path
 
 from .errors import one_line
-from .image_limit import add_image_limit
-
-
-def add_commands(commands) -> None:
-    ask = commands.add_parser("ask", help="ask one question about pictures")
-    ask.add_argument(
-        "inputs",
-        nargs="+",
-        metavar="IMAGE",
-        help="pictures (paths, data URIs, - for standard input), then the question",
-    )
-    _add_options(ask)
-    ask.add_argument("--json", action="store_true", help="print the answer, its settings and what it took as JSON")
-    ask.set_defaults(run=run_ask)
-
-    chat = commands.add_parser("chat", help="talk about pictures")
-    chat.add_argument("images", nargs="*", metavar="IMAGE", help="pictures to start with")
-    _add_options(chat)
-    chat.set_defaults(run=run_chat)
-
 
 CHAT_HELP = "/image PATH adds a picture, /reset forgets, /save FILE writes the conversation, /quit leaves"
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="folder or Hub id (default: the embedded model)")
-    parser.add_argument(
-        "--base-model", help="language model under a LoRA, projector or delta that does not say its own"
-    )
-    parser.add_argument("--template", help="conversation format to use instead of the model's")
-    parser.add_argument("--system", help="system text to use instead of the template's")
-    parser.add_argument("--quantization", help="fewer bits: int8 on a processor; int4, fp8 or nf4 on a GPU")
-    parser.add_argument("--visual-tokens", type=int, help="most tokens of a picture: faster, and worse answers")
-    add_image_limit(parser)
-    parser.add_argument("--compile", action="store_true", help="on a GPU: some minutes at first, then faster")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 gives the likeliest answer")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
 
 
 def _session(options: argparse.Namespace, limits):

@@ -25,6 +25,19 @@ EXTRAS = {
 """Packages that a command may need, and what pip is to install for them."""
 
 
+def explain(error: Exception) -> str:
+    """One line for what a user can get wrong.
+
+    Raises:
+        Exception: as it was given, if it is a fault of ours.
+    """
+    if isinstance(error, USER_ERRORS):
+        return one_line(error)
+    if isinstance(error, ImportError):
+        return missing_extra(error)
+    raise error
+
+
 def missing_extra(error: ImportError) -> str:
     """Which package is missing; one that no command may need is an error of ours.
 

@@ -2,53 +2,9 @@
 
 import argparse
 import json
-import os
 import sys
 from itertools import islice
 from pathlib import Path
-
-from .image_limit import add_image_limit
-
-
-def add_commands(commands) -> None:
-    check_data = commands.add_parser("check-data", help="check every record of training data")
-    check_data.add_argument("sources", nargs="+", metavar="SOURCE", help="JSON, JSON Lines, folder or Hub dataset")
-    check_data.add_argument("--image-folder", help="where image paths start")
-    check_data.add_argument(
-        "--follow-links", action="store_true", help="symbolic links in the image folder may lead out of it"
-    )
-    check_data.add_argument("--name", help="configuration of a Hub dataset")
-    check_data.add_argument("--split", default="train", help="of a dataset that has several")
-    check_data.add_argument("--streaming", action="store_true", help="do not copy the dataset to the disk first")
-    check_data.add_argument("--model", help="folder or Hub id of the model to train (default: the embedded model)")
-    check_data.add_argument("--template", help="conversation format to use instead of the model's")
-    check_data.add_argument("--max-length", type=int, help="longest row in tokens, images counted")
-    check_data.add_argument("--too-long", default="drop", help="keep, drop or split longer rows (default: drop)")
-    check_data.add_argument(
-        "--learn-token", action="append", metavar="TOKEN", help="special token that answers may hold, e.g. '<loc_1>'"
-    )
-    add_image_limit(check_data)
-    check_data.add_argument("--headers-only", action="store_true", help="do not decode the pixels of the images")
-    check_data.add_argument(
-        "--show", type=int, metavar="N", help="print the first N usable rows, learned text coloured"
-    )
-    check_data.add_argument("--color", action="store_true", help="colours, even if this is no terminal")
-    check_data.add_argument("--html", metavar="FILE", help="write these rows (default: 20) and their images as a page")
-    check_data.add_argument("--json", metavar="FILE", help="write the result with every refused record")
-    check_data.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all processors)")
-    check_data.set_defaults(run=run_check_data)
-
-    train = commands.add_parser("train", help="run a training recipe")
-    train.add_argument("recipe", metavar="RECIPE.yaml")
-    train.add_argument(
-        "settings",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="set anything of the recipe, e.g. trainer.learning_rate=1e-4 lora.r=8 data.0.path=rows.json",
-    )
-    train.add_argument("--preview", action="store_true", help="print recipe, parameters, memory and a batch, and stop")
-    train.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint")
-    train.set_defaults(run=run_train)
 
 
 def run_check_data(options: argparse.Namespace) -> int:
