@@ -12,14 +12,15 @@ def run_check_data(options: argparse.Namespace) -> int:
     from modeling_llava.model_names import load_training_processor
     from processing_llava.data_check import RecordCheck, check_sources
     from processing_llava.data_sources import DataSource
-    from processing_llava.image_limits import read_limits
     from processing_llava.preview import make_printable
     from processing_llava.text_encoder import check_learn_tokens
+
+    from .pictures import name_option, read_image_limits
 
     kept = {name: getattr(options, name) for name in ("image_folder", "follow_links", "name", "split", "streaming")}
     sources = [DataSource(path=path, **kept) for path in options.sources]
     processor = load_training_processor(options.model or EMBEDDED_MODEL, template=options.template)
-    processor.image_processor.limits = read_limits(options.image_limit)
+    processor.image_processor.limits = read_image_limits(options.image_limit)
     if options.learn_token:
         check_learn_tokens(options.learn_token, processor.tokenizer, image_token=processor.image_token)
         processor.learn_tokens = options.learn_token
@@ -40,7 +41,7 @@ def run_check_data(options: argparse.Namespace) -> int:
         _preview(options, sources, check)
     if options.json:
         Path(options.json).write_text(json.dumps(report.to_dict(), indent=1) + "\n")
-    print(make_printable(report.format_table()))
+    print(make_printable(name_option(report.format_table())))
     if not report.num_records:
         raise ValueError(f"got no records in {', '.join(options.sources)}; expected at least one")
     return int(bool(report.refusals))
