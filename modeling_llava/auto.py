@@ -6,6 +6,8 @@ importing `transformers.processing_utils` executes the package a second time.
 """
 
 import gc
+import json
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -26,7 +28,13 @@ from transformers.utils import logging
 
 from processing_llava.image_processing_fast import AnyLlavaImageProcessor
 from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
-from processing_llava.original_folder import TEXT_MODEL_OF_TYPE, OriginalFolder, is_original
+from processing_llava.original_folder import (
+    EMBEDDED_NAME,
+    TEXT_MODEL_OF_TYPE,
+    OriginalFolder,
+    find_installed,
+    is_original,
+)
 from processing_llava.processing_llava import AnyLlavaProcessor
 from processing_llava.transformers_versions import AutoImageProcessor, warn_of_other_versions
 
@@ -50,6 +58,14 @@ class AutoModelForVision2Seq(_BaseAutoModelClass):
             kwargs.pop("trust_remote_code", None)
             return AnyLlavaForConditionalGeneration.from_pretrained(
                 pretrained_model_name_or_path, *model_args, **kwargs
+            )
+        adapter = Path(pretrained_model_name_or_path, "adapter_config.json")
+        adapter_config = json.loads(adapter.read_text(encoding="utf-8")) if adapter.is_file() else {}
+        if adapter_config.get("base_model_name_or_path") == EMBEDDED_NAME:
+            # transformers would look for that folder from the working directory, and from nowhere else.
+            kwargs["adapter_kwargs"] = {"_adapter_model_path": str(pretrained_model_name_or_path)}
+            return AnyLlavaForConditionalGeneration.from_pretrained(
+                find_installed(EMBEDDED_NAME), *model_args, **kwargs
             )
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from transformers import AutoProcessor
 
 from processing_llava import AnyLlavaProcessor
-from processing_llava.original_folder import read_json
+from processing_llava.original_folder import find_installed, read_json
 
 
 @contextlib.contextmanager
@@ -25,9 +25,10 @@ def explain_missing(name: str, *, part: str = "model", kind: str = " of a LLaVA"
 
 def find_base(name: str) -> str:
     """What an adapter of PEFT was trained on; of another model its own name."""
+    name = find_installed(name)
     # The adapter second: a model that was downloaded for use without a network may hold no word on it.
     if read_json(name, "config.json", {}) is None and (adapter := read_json(name, "adapter_config.json", {})):
-        return adapter["base_model_name_or_path"]
+        return find_installed(adapter["base_model_name_or_path"])
     return name
 
 
@@ -45,6 +46,7 @@ def load_training_processor(
     """
     chosen = {key: value for key, value in {"template": template, "backend": backend}.items() if value is not None}
     with explain_missing(name):
+        name = find_installed(name)
         processor = AutoProcessor.from_pretrained(name, **chosen)
     if not isinstance(processor, AnyLlavaProcessor):
         raise ValueError(

@@ -154,3 +154,19 @@ class OriginalFolder:
         """A path that a file of this folder gives, as it is from here; Hub ids stay."""
         path = Path(self.name) / name
         return str(path.resolve()) if path.is_dir() else name
+
+
+EMBEDDED_NAME = "modeling_llava/tiny_llava/checkpoint"
+"""What recipes and adapters call the embedded model: its path from where this package is installed."""
+
+
+def find_installed(name: str) -> str:
+    """The folder of the embedded model for its name, whatever the working directory; any other name as it is."""
+    is_embedded = Path(name).as_posix() == EMBEDDED_NAME
+    return str(Path(__file__).resolve().parents[1] / EMBEDDED_NAME) if is_embedded else name
+
+
+def name_installed(path: str) -> str:
+    """The name of the embedded model for its folder, which another machine has elsewhere; any other name as it is."""
+    is_embedded = Path(path).resolve() == Path(find_installed(EMBEDDED_NAME))
+    return EMBEDDED_NAME if is_embedded else path

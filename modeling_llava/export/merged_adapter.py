@@ -16,7 +16,7 @@ from transformers import AutoProcessor, BatchFeature, PreTrainedModel, Processor
 from modeling_llava.auto import AutoModelForVision2Seq
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.quantization import four_bit_config
-from processing_llava.original_folder import OriginalFolder, read_json
+from processing_llava.original_folder import OriginalFolder, find_installed, read_json
 
 from .run_files import RECORD_FILE
 
@@ -98,7 +98,7 @@ def _merge(
 
     processor = AutoProcessor.from_pretrained(adapter)
     config = PeftConfig.from_pretrained(adapter)
-    base_model = base_model or config.base_model_name_or_path
+    base_model = find_installed(base_model or config.base_model_name_or_path)
     # transformers' own class, which "auto" takes for its layout, has another name for our projector; PEFT would leave
     # the trained one out with a warning.
     is_ours = PROJECTOR in (config.to_dict().get("modules_to_save") or ())
