@@ -19,7 +19,7 @@ stage: lora
 model: {model}
 data: [{{path: rows.json, image_folder: {images}}}]
 output_dir: adapter
-lora: {{r: 2, lora_alpha: 1000000}}
+lora: {{r: 2, lora_alpha: 64}}
 trainer: {{max_steps: 5, learning_rate: 0.05, report_to: none, disable_tqdm: true}}
 """
 
