@@ -12,18 +12,13 @@ from processing_llava.conversations import ADDRESS
 from processing_llava.image_limits import ImageLimits, read_limits
 from processing_llava.image_loading import FORMATS, OTHER_FORMATS, load_images
 
-_BY_PILLOW = "from PIL import Image; Image.open(argv[1]).convert('RGB').save(argv[2])"
 _CONVERTERS = {
-    "AVIF": (None, _BY_PILLOW),
     "HEIC": ("pillow-heif", "import pillow_heif; pillow_heif.open_heif(argv[1]).to_pillow().save(argv[2])"),
-    "ICO": (None, _BY_PILLOW),
-    "JPEG 2000": (None, _BY_PILLOW),
     "PDF": ("pypdfium2", "import pypdfium2; pypdfium2.PdfDocument(argv[1])[0].render(scale=2).to_pil().save(argv[2])"),
-    "PSD": (None, _BY_PILLOW),
     "SVG": ("resvg_py", "import resvg_py; open(argv[2], 'wb').write(bytes(resvg_py.svg_to_bytes(svg_path=argv[1])))"),
-    "TIFF": (None, "from PIL import Image; Image.open(argv[1]).save(argv[2])"),
 }
-"""By format, what pip has to install first, and the Python that makes a PNG; 16-bit levels of a TIFF stay."""
+"""By format, what pip has to install first, and the Python that makes a PNG."""
+_READ_BY_PILLOW = ("AVIF", "ICO", "JPEG 2000", "PSD", "TIFF")
 _MODES_OF_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
 _PYTHON_HINT = re.compile(r"ImageLimits\((\w+)=\.\.\.\)")
 
@@ -57,8 +52,9 @@ def open_pictures(sources: list[str], *, limits: ImageLimits, standard_input: bo
         opened = [sys.stdin.buffer if path == Path("-") else path for path in opened]
     for path in opened:
         if isinstance(path, Path) and (kind := find_kind(path)):
+            command = write_conversion(path, kind)
             raise ValueError(
-                f"{path}: got a file of {kind}; expected one of {', '.join(FORMATS)}; convert it: {write_conversion(path, kind)}"
+                f"{path}: got a file of {kind}; expected one of {', '.join(FORMATS)}; convert it: {command}"
             )
     try:
         return load_images(opened, limits=limits)
@@ -69,18 +65,23 @@ def open_pictures(sources: list[str], *, limits: ImageLimits, standard_input: bo
 def find_kind(path: Path) -> str | None:
     """The format of a file that only others open, if a command here converts it; None for any other file, or none."""
     try:
+        # Opening a pipe would wait for somebody who writes.
+        if not path.is_file():
+            return None
         with open(path, "rb") as file:
             beginning = file.read(1000)
     except OSError:
         return None
-    return next((kind for kind in _CONVERTERS if re.match(OTHER_FORMATS[kind][0], beginning, flags=re.DOTALL)), None)
+    kinds = (*_CONVERTERS, *_READ_BY_PILLOW)
+    return next((kind for kind in kinds if re.match(OTHER_FORMATS[kind][0], beginning, flags=re.DOTALL)), None)
 
 
 def write_conversion(path: Path, kind: str) -> str:
     """The command that makes a PNG of it, beside it."""
-    package, code = _CONVERTERS[kind]
-    if kind == "TIFF" and _read_mode(path) not in _MODES_OF_PNG:
-        code = _BY_PILLOW
+    # PNG holds 16-bit grey and transparency as they are; what it does not hold, such as CMYK, has colours of its own.
+    convert = "" if _read_mode(path) in _MODES_OF_PNG else ".convert('RGB')"
+    by_pillow = (None, f"from PIL import Image; Image.open(argv[1]){convert}.save(argv[2])")
+    package, code = _CONVERTERS.get(kind, by_pillow)
     python = [sys.executable, "-c", f"from sys import argv; {code}", str(path), f"{path}.png"]
     install = [[sys.executable, "-m", "pip", "install", package]] if package else []
     return " && ".join(shlex.join(command) for command in [*install, python])

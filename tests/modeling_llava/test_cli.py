@@ -149,6 +149,8 @@ def test_other_kinds_of_picture_come_with_a_command_that_converts_them(checkpoin
         (["missing.png", "What?"], "missing.png"),
         ([__file__, "What?"], "got"),
         (["https://example.com/cat.png", "What?"], "URL"),
+        (["/dev/null", "What?"], "no regular file"),
+        (["x" * 5000, "What?"], "xxx"),
         (["PICTURE", "What?", "--model", "no/such-model"], "got model 'no/such-model'"),
         (["PICTURE", "What?", "--template", "no_such"], "conversation format 'no_such'"),
     ],
