@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from processing_llava.image_loading import load_image
+from processing_llava.image_loading import load_images
 from processing_llava.messages import check_question
 from processing_llava.processing_llava import AnyLlavaProcessor
 
@@ -116,7 +116,7 @@ class ChatSession:
         if isinstance(self.processor, AnyLlavaProcessor):
             image_processor = self.processor.image_processor
             checks = {"limits": image_processor.limits, "urls": image_processor.urls}
-        content = [{"type": "image", "image": load_image(image, **checks)} for image in images]
+        content = [{"type": "image", "image": image} for image in load_images(images, **checks)]
         question_message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
         # Who calls `reset` meanwhile begins another list.
         messages, pieces = self.messages, []

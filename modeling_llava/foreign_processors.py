@@ -16,7 +16,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from processing_llava.image_loading import load_image
+from processing_llava.image_loading import load_images
 from processing_llava.messages import check_messages, list_pictures
 from processing_llava.processing_llava import AnyLlavaProcessor
 from processing_llava.role_markers import INVISIBLE
@@ -107,7 +107,7 @@ def protect_messages(messages: list[dict[str, Any]], processor: ProcessorMixin) 
     if isinstance(processor, AnyLlavaProcessor):
         return messages
     check_messages(messages)
-    pictures = iter([load_image(picture) for picture in list_pictures(messages)])
+    pictures = iter(load_images(list_pictures(messages)))
     tokens = sorted(_list_control_tokens(processor), key=len, reverse=True)
     return [
         {

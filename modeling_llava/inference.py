@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from processing_llava.conversation_templates import load_template
+from processing_llava.original_folder import EMBEDDED_NAME, find_installed
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from . import block_attention
@@ -23,7 +24,7 @@ from .packed_linear import pack_linear_layers
 from .shared_values import check_processor
 from .token_attention import use_token_attention
 
-EMBEDDED_MODEL = str(Path(__file__).parent / "tiny_llava" / "checkpoint")
+EMBEDDED_MODEL = find_installed(EMBEDDED_NAME)
 """The small LLaVA that ships in this package."""
 
 
@@ -54,7 +55,8 @@ def load_for_inference(
     Raises:
         ValueError: if there is no such model or template, or the model or device cannot run what was chosen.
     """
-    base = {} if base_model is None else {"base_model": base_model}
+    name = find_installed(name)
+    base = {} if base_model is None else {"base_model": find_installed(base_model)}
     base |= {} if vision_tower is None else {"vision_tower": vision_tower}
     base |= {} if visual_tokens is None else {"visual_tokens": visual_tokens}
     chosen = {} if template is None else {"template": template}

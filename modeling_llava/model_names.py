@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from transformers import AutoProcessor
 
 from processing_llava import AnyLlavaProcessor
-from processing_llava.original_folder import find_adapter_base
+from processing_llava.original_folder import find_adapter_base, find_installed
 
 
 @contextlib.contextmanager
@@ -25,6 +25,7 @@ def explain_missing(name: str, *, part: str = "model", kind: str = " of a LLaVA"
 
 def find_base(name: str) -> str:
     """What an adapter of PEFT was trained on; of another model its own name."""
+    name = find_installed(name)
     return find_adapter_base(name, {}) or name
 
 
@@ -42,6 +43,7 @@ def load_training_processor(
     """
     chosen = {key: value for key, value in {"template": template, "backend": backend}.items() if value is not None}
     with explain_missing(name):
+        name = find_installed(name)
         processor = AutoProcessor.from_pretrained(name, **chosen)
     if not isinstance(processor, AnyLlavaProcessor):
         raise ValueError(

@@ -18,7 +18,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, Protocol
 
@@ -116,6 +116,29 @@ def load_image(
     plain = image.copy()
     plain.info = {}
     return plain
+
+
+def load_images(
+    sources: Iterable[ImageSource],
+    *,
+    limits: ImageLimits = DEFAULT_LIMITS,
+    urls: UrlReader | None = None,
+) -> list[Image.Image]:
+    """Loads images one by one; as `load_image`, but a refusal says which of them it is.
+
+    Raises:
+        FileNotFoundError: there is no file at a path.
+        ValueError: as `load_image`.
+    """
+    sources, images = list(sources), []
+    for number, source in enumerate(sources, start=1):
+        try:
+            images.append(load_image(source, limits=limits, urls=urls))
+        except ValueError as error:
+            if len(sources) == 1:
+                raise
+            raise ValueError(f"picture {number} of {len(sources)}: {error}") from error
+    return images
 
 
 def load_pixels(

@@ -168,13 +168,13 @@ def find_adapter_base(name: str, download: dict[str, Any], *, base_model: str | 
             f"got adapter {name} without base_model_name_or_path; expected base_model=: the folder or Hub id of the "
             "model that it was trained on"
         )
-    return str(base) if base_model else resolve_beside(name, base)
+    return find_installed(str(base)) if base_model else resolve_beside(name, base)
 
 
 def resolve_beside(folder: str, name: str) -> str:
     """A path that a file of a folder gives, from there or from here, as an absolute one; Hub ids stay."""
     path = next((path for path in (Path(folder) / name, Path(name)) if path.is_dir()), None)
-    return name if path is None else str(path.resolve())
+    return find_installed(name) if path is None else str(path.resolve())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,3 +254,19 @@ class OriginalFolder:
     def base_download(self) -> dict[str, Any]:
         """The download settings for other repositories: a revision or subfolder belongs to this one alone."""
         return {key: value for key, value in self.download.items() if key not in ("revision", "subfolder")}
+
+
+EMBEDDED_NAME = "modeling_llava/tiny_llava/checkpoint"
+"""What recipes and adapters call the embedded model: its path from where this package is installed."""
+
+
+def find_installed(name: str) -> str:
+    """The folder of the embedded model for its name, whatever the working directory; any other name as it is."""
+    is_embedded = Path(name).as_posix() == EMBEDDED_NAME
+    return str(Path(__file__).resolve().parents[1] / EMBEDDED_NAME) if is_embedded else name
+
+
+def name_installed(path: str) -> str:
+    """The name of the embedded model for its folder, which another machine has elsewhere; any other name as it is."""
+    is_embedded = Path(path).resolve() == Path(find_installed(EMBEDDED_NAME))
+    return EMBEDDED_NAME if is_embedded else path

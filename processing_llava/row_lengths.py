@@ -90,7 +90,7 @@ def read_image_sizes(row: dict[str, Any], *, decode: bool, limits: ImageLimits) 
         RefusedRecord: if an image is missing, or cannot be read.
     """
     sizes = []
-    for image in row["images"]:
+    for number, image in enumerate(row["images"], start=1):
         try:
             if decode:
                 sizes.append(load_image(image, limits=limits).size[::-1])
@@ -102,8 +102,12 @@ def read_image_sizes(row: dict[str, Any], *, decode: bool, limits: ImageLimits) 
             reason, problem = "unreadable image", error
         else:
             continue
+        place = f"picture {number} of {len(row['images'])}: " if len(row["images"]) > 1 else ""
         raise RefusedRecord(
-            row["id"], reason, f"an image that cannot be opened ({problem})", "expected a picture; correct the record"
+            row["id"],
+            reason,
+            f"an image that cannot be opened ({place}{problem})",
+            "expected a picture; correct the record",
         ) from problem
     return sizes
 

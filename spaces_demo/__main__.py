@@ -2,6 +2,6 @@
 
 import sys
 
-from modeling_llava.cli import main
+from .command_line import main
 
 sys.exit(main(["demo", *sys.argv[1:]]))

@@ -3,49 +3,23 @@
 import argparse
 import dataclasses
 import json
+import os
+import shlex
 import sys
+from contextlib import closing, suppress
 from pathlib import Path
 
+from processing_llava.conversations import ADDRESS
+
 from .errors import one_line
-from .image_limit import add_image_limit
+from .pictures import open_pictures, read_image_limits
 
-
-def add_commands(commands) -> None:
-    ask = commands.add_parser("ask", help="ask one question about pictures")
-    ask.add_argument(
-        "inputs",
-        nargs="+",
-        metavar="IMAGE",
-        help="pictures (paths, data URIs, - for standard input), then the question",
-    )
-    _add_options(ask)
-    ask.add_argument("--json", action="store_true", help="print the answer, its settings and what it took as JSON")
-    ask.set_defaults(run=run_ask)
-
-    chat = commands.add_parser("chat", help="talk about pictures")
-    chat.add_argument("images", nargs="*", metavar="IMAGE", help="pictures to start with")
-    _add_options(chat)
-    chat.set_defaults(run=run_chat)
-
-
-CHAT_HELP = "/image PATH adds a picture, /reset forgets, /save FILE writes the conversation, /quit leaves"
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="folder or Hub id (default: the embedded model)")
-    parser.add_argument(
-        "--base-model", help="language model under a LoRA, projector or delta that does not say its own"
-    )
-    parser.add_argument("--vision-tower", help="folder or Hub id, instead of the tower that an original folder names")
-    parser.add_argument("--template", help="conversation format to use instead of the model's")
-    parser.add_argument("--system", help="system text to use instead of the template's")
-    parser.add_argument("--quantization", help="fewer bits: int8 on a processor; int4, fp8 or nf4 on a GPU")
-    parser.add_argument("--visual-tokens", type=int, help="most tokens of a picture: faster, and worse answers")
-    add_image_limit(parser)
-    parser.add_argument("--compile", action="store_true", help="on a GPU: some minutes at first, then faster")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 gives the likeliest answer")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+CHAT_HELP = (
+    "/image PATH adds a picture, /reset forgets, /save FILE writes the conversation, /quit leaves; Ctrl-C stops an "
+    "answer"
+)
+CHAT_ENDS = ("/quit", "/exit", "quit", "exit")
+STOPPED = "\n(stopped: question and answer are forgotten, their pictures wait for the next question)"
 
 
 def _session(options: argparse.Namespace, limits):
@@ -73,9 +47,11 @@ def _settings(options: argparse.Namespace) -> dict:
 def _answer(options: argparse.Namespace, session, question: str, *, images: list) -> str:
     """Print an answer while it is generated; returns it whole."""
     pieces = []
-    for piece in session.ask(question, images=images, **_settings(options)):
-        print(piece, end="", flush=True)
-        pieces.append(piece)
+    # Closed at once where somebody stops it; the model would go on until the generator is collected.
+    with closing(session.ask(question, images=images, **_settings(options))) as answer:
+        for piece in answer:
+            print(piece, end="", flush=True)
+            pieces.append(piece)
     print()
     return "".join(pieces)
 
@@ -83,12 +59,10 @@ def _answer(options: argparse.Namespace, session, question: str, *, images: list
 def run_ask(options: argparse.Namespace) -> None:
     if len(options.inputs) < 2:
         raise ValueError('got only one argument; expected pictures and a question: llava ask cat.jpg "What is this?"')
-    from processing_llava.image_limits import read_limits
-
     *sources, question = options.inputs
-    limits = read_limits(options.image_limit)
+    limits = read_image_limits(options.image_limit)
     # Pictures are opened before the model, so that a wrong path is answered at once.
-    images = [_open_image(source, limits) for source in sources]
+    images = open_pictures(sources, limits=limits, standard_input=True)
     session = _session(options, limits)
     if not options.json:
         _answer(options, session, question, images=images)
@@ -100,40 +74,25 @@ def run_ask(options: argparse.Namespace) -> None:
     print(json.dumps(record | settings | took, ensure_ascii=False))
 
 
-def _open_image(source: str, limits):
-    from processing_llava.conversations import ADDRESS
-    from processing_llava.image_loading import load_image
-
-    if source == "-":
-        return load_image(sys.stdin.buffer, limits=limits)
-    # What the user of a terminal types may name any file of theirs.
-    return load_image(source if ADDRESS.match(source) else Path(source), limits=limits)
-
-
 def run_chat(options: argparse.Namespace) -> None:
-    from processing_llava.image_limits import read_limits
-
-    limits = read_limits(options.image_limit)
-    waiting = [_open_image(source, limits) for source in options.images]
+    limits = read_image_limits(options.image_limit)
+    waiting = open_pictures(options.images, limits=limits)
     session = _session(options, limits)
+    if sys.stdin.isatty():
+        # With it, input() edits lines and brings earlier ones back; they stay in memory. Windows has its own.
+        with suppress(ImportError):
+            import readline  # noqa: F401
     print(CHAT_HELP)
-    while True:
+    while (line := _read_line()) is not None:
+        command, _, names = line.partition(" ")
         try:
-            line = input("> ").strip()
-        except EOFError:
-            print()
-            return
-        command, _, argument = line.partition(" ")
-        try:
-            if command == "/quit":
-                return
-            elif command == "/image":
-                waiting.append(_open_image(argument.strip(), limits))
+            if command == "/image":
+                waiting += open_pictures(_split_names(names), limits=limits)
             elif command == "/reset":
                 session.reset()
                 waiting = []
             elif command == "/save":
-                _save_conversation(session, Path(argument.strip()))
+                _save_conversation(session, _split_names(names))
             elif command.startswith("/"):
                 print(CHAT_HELP)
             elif line:
@@ -141,9 +100,45 @@ def run_chat(options: argparse.Namespace) -> None:
                 waiting = []
         except (ValueError, OSError) as error:
             print(one_line(error))
+        except KeyboardInterrupt:
+            print(STOPPED)
 
 
-def _save_conversation(session, path: Path) -> None:
+def _read_line() -> str | None:
+    """What is typed next; None at the end. Ctrl-C begins the line anew."""
+    while True:
+        try:
+            line = input("> ").strip()
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            print()
+            return None
+        else:
+            return None if line.lower() in CHAT_ENDS else line
+
+
+def _split_names(text: str) -> list[str]:
+    """Names of files as in a shell; one that exists may have spaces without quotes.
+
+    Raises:
+        ValueError: if there is none, or a quote is not closed.
+    """
+    text = text.strip()
+    if ADDRESS.match(text) or os.path.exists(os.path.expanduser(text)):
+        return [text]
+    try:
+        names = shlex.split(text)
+    except ValueError:
+        names = []
+    if not names:
+        raise ValueError(f"got {text!r}; expected the name of a file, in quotes if there are spaces in it")
+    return names
+
+
+def _save_conversation(session, names: list[str]) -> None:
+    if len(names) != 1:
+        raise ValueError(f"got {len(names)} names; expected one file to write, in quotes if there are spaces in it")
     turns = []
     for message in session.messages:
         content = message["content"]
@@ -151,4 +146,4 @@ def _save_conversation(session, path: Path) -> None:
         text = "".join(item["text"] for item in items if item["type"] == "text")
         num_images = sum(item["type"] == "image" for item in items)
         turns.append({"role": message["role"], "text": text, "images": num_images})
-    path.write_text(json.dumps(turns, ensure_ascii=False, indent=1) + "\n")
+    Path(os.path.expanduser(names[0])).write_text(json.dumps(turns, ensure_ascii=False, indent=1) + "\n")

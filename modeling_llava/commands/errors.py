@@ -16,13 +16,29 @@ EXTRAS = {
     "datasets": "'anyllava[train]'",
     "accelerate": "'anyllava[train]'",
     "matplotlib": "'anyllava[train]'",
-    "yaml": "'anyllava[train]'",
+    "filelock": "'anyllava[train]'",
     "gradio": "'anyllava[demo]'",
+    "gradio_client": "'anyllava[demo]'",
+    "starlette": "'anyllava[demo]'",
+    "spaces": "spaces",
     "bitsandbytes": "bitsandbytes",
     "deepspeed": "deepspeed",
     "torchao": "torchao",
 }
 """Packages that a command may need, and what pip is to install for them."""
+
+
+def explain(error: Exception) -> str:
+    """One line for what a user can get wrong.
+
+    Raises:
+        Exception: as it was given, if it is a fault of ours.
+    """
+    if isinstance(error, USER_ERRORS):
+        return one_line(error)
+    if isinstance(error, ImportError):
+        return missing_extra(error)
+    raise error
 
 
 def missing_extra(error: ImportError) -> str:

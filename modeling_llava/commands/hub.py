@@ -5,42 +5,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 
-def add_commands(commands) -> None:
-    export = commands.add_parser("export", help="write a folder as it goes to the Hub")
-    export.add_argument("source", metavar="DIR", help="model, adapter, Space, or data (folder or file)")
-    export.add_argument("--out", required=True, help="folder to write")
-    export.add_argument("--repo-id", help="for the card: OWNER/NAME on the Hub (default: the name of --out)")
-    _add_options(export)
-    export.set_defaults(run=run_export)
-
-    push = commands.add_parser("push", help="check a model, adapter, dataset or Space, and send it to the Hub")
-    push.add_argument("source", metavar="DIR", help="what `llava export` wrote, or anything that it takes")
-    push.add_argument("--repo-id", required=True, help="OWNER/NAME on the Hub")
-    push.add_argument("--dry-run", action="store_true", help="only show what would go up")
-    push.add_argument(
-        "--private", action=argparse.BooleanOptionalAction, default=True, help="of a new repository (default: private)"
-    )
-    push.add_argument("--public", action="store_false", dest="private", help="the same as --no-private")
-    push.add_argument("--pull-request", action="store_true", help="propose it to an existing repository")
-    _add_options(push)
-    push.set_defaults(run=run_push)
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--layout", help="any_llava, original or transformers (default: transformers' if possible)")
-    parser.add_argument(
-        "--with-code",
-        action=argparse.BooleanOptionalAction,
-        help="add the code to load it without this package (default: for layout any_llava)",
-    )
-    parser.add_argument("--license", help="identifier of the Hub, e.g. apache-2.0")
-    parser.add_argument("--base-model", action="append", help="Hub id of what it was made from; may be repeated")
-    parser.add_argument("--card", help="YAML file of facts for the card, or the name of a published model")
-    parser.add_argument("--keep-card", action="store_true", help="take the README.md that is there")
-    parser.add_argument("--data-manifest", help="YAML file that says where the training data comes from")
-    parser.add_argument("--image-folder", help="where image paths of a dataset start")
-
-
 def _export_settings(options: argparse.Namespace):
     from modeling_llava.export.card_facts import CardFacts, read_facts
     from modeling_llava.export.data_manifest import read_manifest

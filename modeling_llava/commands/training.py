@@ -2,54 +2,9 @@
 
 import argparse
 import json
-import os
 import sys
 from itertools import islice
 from pathlib import Path
-
-from .image_limit import add_image_limit
-
-
-def add_commands(commands) -> None:
-    check_data = commands.add_parser("check-data", help="check every record of training data")
-    check_data.add_argument("sources", nargs="+", metavar="SOURCE", help="JSON, JSON Lines, folder or Hub dataset")
-    check_data.add_argument("--image-folder", help="where image paths start")
-    check_data.add_argument(
-        "--follow-links", action="store_true", help="symbolic links in the image folder may lead out of it"
-    )
-    check_data.add_argument("--name", help="configuration of a Hub dataset")
-    check_data.add_argument("--split", default="train", help="of a dataset that has several")
-    check_data.add_argument("--streaming", action="store_true", help="do not copy the dataset to the disk first")
-    check_data.add_argument("--model", help="folder or Hub id of the model to train (default: the embedded model)")
-    check_data.add_argument("--template", help="conversation format to use instead of the model's")
-    check_data.add_argument("--max-length", type=int, help="longest row in tokens, images counted")
-    check_data.add_argument("--too-long", default="drop", help="keep, drop or split longer rows (default: drop)")
-    check_data.add_argument(
-        "--learn-token", action="append", metavar="TOKEN", help="special token that answers may hold, e.g. '<loc_1>'"
-    )
-    add_image_limit(check_data)
-    check_data.add_argument("--headers-only", action="store_true", help="do not decode the pixels of the images")
-    check_data.add_argument(
-        "--show", type=int, metavar="N", help="print the first N usable rows, learned text coloured"
-    )
-    check_data.add_argument("--color", action="store_true", help="colours, even if this is no terminal")
-    check_data.add_argument("--html", metavar="FILE", help="write these rows (default: 20) and their images as a page")
-    check_data.add_argument("--json", metavar="FILE", help="write the result with every refused record")
-    check_data.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all processors)")
-    check_data.set_defaults(run=run_check_data)
-
-    train = commands.add_parser("train", help="run a training recipe")
-    train.add_argument("recipe", metavar="RECIPE.yaml")
-    train.add_argument(
-        "settings",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="set anything of the recipe, e.g. trainer.learning_rate=1e-4 lora.r=8 data.0.path=rows.json",
-    )
-    train.add_argument("--preview", action="store_true", help="print recipe, parameters, memory and a batch, and stop")
-    train.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint")
-    train.add_argument("--overwrite", action="store_true", help="remove what an earlier run left in output_dir")
-    train.set_defaults(run=run_train)
 
 
 def run_check_data(options: argparse.Namespace) -> int:
@@ -57,14 +12,15 @@ def run_check_data(options: argparse.Namespace) -> int:
     from modeling_llava.model_names import load_training_processor
     from processing_llava.data_check import RecordCheck, check_sources
     from processing_llava.data_sources import DataSource
-    from processing_llava.image_limits import read_limits
     from processing_llava.preview import make_printable
     from processing_llava.text_encoder import check_learn_tokens
+
+    from .pictures import name_option, read_image_limits
 
     kept = {name: getattr(options, name) for name in ("image_folder", "follow_links", "name", "split", "streaming")}
     sources = [DataSource(path=path, **kept) for path in options.sources]
     processor = load_training_processor(options.model or EMBEDDED_MODEL, template=options.template)
-    processor.image_processor.limits = read_limits(options.image_limit)
+    processor.image_processor.limits = read_image_limits(options.image_limit)
     if options.learn_token:
         check_learn_tokens(options.learn_token, processor.tokenizer, image_token=processor.image_token)
         processor.learn_tokens = options.learn_token
@@ -85,7 +41,7 @@ def run_check_data(options: argparse.Namespace) -> int:
         _preview(options, sources, check)
     if options.json:
         Path(options.json).write_text(json.dumps(report.to_dict(), indent=1) + "\n")
-    print(make_printable(report.format_table()))
+    print(make_printable(name_option(report.format_table())))
     if not report.num_records:
         raise ValueError(f"got no records in {', '.join(options.sources)}; expected at least one")
     return int(bool(report.refusals))

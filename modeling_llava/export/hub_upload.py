@@ -7,7 +7,6 @@ has, so the same command again sends the rest; a pull request is the exception, 
 from pathlib import Path
 from typing import Any
 
-import httpx
 from huggingface_hub import HfApi
 from huggingface_hub.errors import BadRequestError, HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
@@ -17,6 +16,8 @@ from .repository import KINDS
 from .repository_check import check_repository, read_card
 from .run_files import CARRIED_FILES
 
+CLIENT_ERROR = HfHubHTTPError.__bases__[0]
+"""What a lost connection raises, in the client that huggingface_hub uses: httpx up to 1.x, httpx2 from 2.0 on."""
 IGNORED_FOLDERS = ("__pycache__", ".cache", ".git")
 _MODEL_FILES = (
     "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", "adapter_config.json",
@@ -79,7 +80,7 @@ def push_repository(folder: Path, repo_id: str, kind: str, *, private: bool = Tr
         status = error.response.status_code
         meaning = _MEANINGS.get(status, "try again later; what was sent stays there, and the same command goes on")
         raise ValueError(f"got {status} from the Hub for {repo_id} ({error.server_message}): {meaning}") from error
-    except (httpx.TransportError, OSError, RuntimeError) as error:
+    except (CLIENT_ERROR, OSError, RuntimeError) as error:
         cause = error.__cause__ or error
         raise ValueError(
             f"got an interrupted upload to {repo_id} ({error}: {cause}); expected a connection: run the same command "

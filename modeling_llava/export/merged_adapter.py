@@ -18,7 +18,7 @@ from modeling_llava.auto import AutoModelForVision2Seq
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.quantization import four_bit_config
 from modeling_llava.weight_files import has_model, refuse_unfit_weights
-from processing_llava.original_folder import OriginalFolder, read_json, resolve_beside
+from processing_llava.original_folder import OriginalFolder, find_installed, read_json, resolve_beside
 
 from .run_files import RECORD_FILE
 
@@ -102,7 +102,7 @@ def _merge(
 
     processor = AutoProcessor.from_pretrained(adapter)
     config = PeftConfig.from_pretrained(adapter)
-    base_model = base_model or resolve_beside(adapter, config.base_model_name_or_path)
+    base_model = find_installed(base_model) if base_model else resolve_beside(adapter, config.base_model_name_or_path)
     # transformers' own class, which "auto" takes for its layout, has another name for our projector; PEFT would leave
     # the trained one out with a warning.
     is_ours = needs_our_class(adapter, {})

@@ -21,7 +21,7 @@ from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.original_layout import TRANSFORMERS_CONFIGS, write_transformers_config
 from modeling_llava.yaml_fields import build
 from processing_llava import AnyLlavaProcessor
-from processing_llava.original_folder import find_adapter_base, is_original, read_json
+from processing_llava.original_folder import find_adapter_base, find_installed, is_original, read_json
 
 from .card_facts import CardFacts
 from .export_settings import Exported, ExportSettings
@@ -172,7 +172,7 @@ def _find_base(source: Path, config: dict[str, Any], settings: ExportSettings) -
         return settings.facts.base_model[0]
     stages = read_run_files(source).stages
     base = stages[-1]["base_model"] if stages else config["base_model_name_or_path"]
-    if base is None or Path(base).exists():
+    if base is None or Path(find_installed(base)).exists():
         raise ValueError(
             f"got an adapter of {config['base_model_name_or_path']!r}, which is no model on the Hub; expected one: "
             "push the base model and give its id as --base-model"

@@ -127,8 +127,9 @@ def _export_dataset(source: Path, out: Path, settings: ExportSettings) -> Export
 
 def _export_space(source: Path, out: Path, settings: ExportSettings) -> Exported:
     from .space_card import write_space_card
+    from .space_package import carry_package
 
     shutil.copytree(source, out, dirs_exist_ok=True, ignore=_NOT_COPIED)
     if not (out / "README.md").is_file():
         write_space_card(out, facts=settings.facts, repo_id=settings.repo_id)
-    return Exported(folder=out, kind="space")
+    return Exported(folder=out, kind="space", notices=carry_package(out))

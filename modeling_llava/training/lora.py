@@ -5,6 +5,7 @@ PEFT's shortcuts choose them, the layers of a CLIP tower would get adapters too.
 therefore leave the tower out; a pattern of full paths reaches it.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
+
+from processing_llava.original_folder import name_installed
 
 LORA_DEFAULTS = {"r": 128, "lora_alpha": 256, "lora_dropout": 0.05, "bias": "none"}
 """Those of LLaVA v1.5."""
@@ -42,6 +45,8 @@ class LlavaPeftModel(PeftModel):
         super().save_pretrained(
             str(save_directory), *args, is_main_process=is_main_process, state_dict=state_dict, **kwargs
         )
+        if is_main_process:
+            _name_base(Path(save_directory, "adapter_config.json"))
         newline = self.get_base_model().base_model.image_newline
         has_newline = newline is not None and newline.requires_grad
         if not is_main_process or not (has_newline or self.active_peft_config.use_dora):
@@ -54,6 +59,13 @@ class LlavaPeftModel(PeftModel):
             name = f"base_model.model.model.{NEWLINE}"
             weights[name] = self.state_dict()[name] if state_dict is None else state_dict[name]
         save_file(weights, path, metadata={"format": "pt"})
+
+
+def _name_base(path: Path) -> None:
+    """Have an adapter of the embedded model name it as every machine finds it, and not by a folder of this one."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = name_installed(config["base_model_name_or_path"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def refuse_adapter(model: PreTrainedModel, name: str) -> None:

@@ -14,6 +14,7 @@ from modeling_llava.export.repository_check import ACCESS_TOKEN
 from modeling_llava.yaml_fields import FieldsLoader, build, check_fields, read_yaml
 from processing_llava.data_sources import DataSource
 from processing_llava.image_limits import ImageLimits
+from processing_llava.original_folder import find_installed
 from processing_llava.row_lengths import ON_BAD_ROW, check_length_options
 
 from .trainer_fields import check_trainer, refuse_sending
@@ -150,7 +151,7 @@ class Recipe:
             )
         if self.muon_learning_rate is not None and self.uses_lora:
             raise ValueError(f"got muon_learning_rate with stage {self.stage!r}; expected 'finetune'")
-        if Path(self.output_dir).resolve() == Path(self.model).resolve():
+        if Path(self.output_dir).resolve() == Path(find_installed(self.model)).resolve():
             raise ValueError(
                 f"got output_dir {self.output_dir!r}, where the model to train lies; expected another folder, since "
                 "the model would be written over"

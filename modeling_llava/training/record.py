@@ -23,6 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from modeling_llava.export.data_manifest import read_manifest
 from modeling_llava.export.run_files import RECORD_FILE
 from processing_llava.data_sources import ROW_FILES, DataSource
+from processing_llava.original_folder import find_installed
 
 from .recipe import Recipe
 from .trainer import count_parameters
@@ -50,7 +51,7 @@ class TrainingRecord(TrainerCallback):
     """
 
     def __init__(self, recipe: Recipe, dataset: Dataset | IterableDataset) -> None:
-        base = Path(recipe.model)
+        base = Path(find_installed(recipe.model))
         previous = base / RECORD_FILE
         manifest = [] if recipe.data_manifest is None else read_manifest(recipe.data_manifest)
         self.origin = {

@@ -8,6 +8,7 @@ from modeling_llava.model_names import load_training_processor
 from modeling_llava.packed_attention import use_packed_attention
 from modeling_llava.quantization import four_bit_config
 from processing_llava import AnyLlavaProcessor
+from processing_llava.original_folder import find_installed
 from processing_llava.text_encoder import check_learn_tokens
 
 from .lora import add_lora, refuse_adapter
@@ -47,7 +48,7 @@ def load_model(recipe: Recipe, *, bf16: bool) -> PreTrainedModel:
     """
     keeps_bfloat16 = recipe.uses_lora and bf16
     model = AutoModelForVision2Seq.from_pretrained(
-        recipe.model,
+        find_installed(recipe.model),
         dtype=torch.bfloat16 if keeps_bfloat16 else torch.float32,
         attn_implementation=recipe.attn_implementation,
         quantization_config=four_bit_config() if recipe.stage == "qlora" else None,

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 from jinja2 import TemplateError
 
 from modeling_llava.cli import main
-from modeling_llava.commands import models
+from modeling_llava.commands import answering, models
+from processing_llava import load_image
 from tests.tiny import TEXT_CONFIGS, VISION_CONFIGS, save_tiny_checkpoint, tiny_tokenizer
 
 
@@ -75,12 +77,80 @@ def test_sampling_repeats_with_its_seed(checkpoint, picture, capsys):
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ["PICTURE", "PICTURE", "Same?", "--model", "MODEL", "--seed", "1"],
+        ["--model", "MODEL", "--seed", "1", "PICTURE", "PICTURE", "Same?"],
+        ["PICTURE", "--model", "MODEL", "PICTURE", "--seed", "1", "Same?"],
+        ["PICTURE", "--model=MODEL", "--seed", "1", "PICTURE", "--", "Same?"],
+    ],
+)
+def test_options_may_stand_between_pictures_and_question(arguments, checkpoint, picture, capsys):
+    names = {"PICTURE": picture, "MODEL": checkpoint, "--model=MODEL": f"--model={checkpoint}"}
+    arguments = [names.get(argument, argument) for argument in arguments]
+    assert main(["ask", "--max-new-tokens", "2", "--json", *arguments]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["images"], record["question"], record["seed"]) == ([picture, picture], "Same?", 1)
+
+
+def test_settings_of_a_recipe_may_stand_between_options(capsys):
+    for arguments in (["--preview", "missing.yaml", "a=1"], ["missing.yaml", "a=1", "--preview", "b=2"]):
+        assert main(["train", *arguments]) == 2
+        assert "got 'missing.yaml'" in capsys.readouterr().err
+
+
+def test_a_refused_picture_is_named_with_the_option_that_allows_it(checkpoint, picture, tmp_path, capsys):
+    panorama = tmp_path / "a panorama.png"
+    PIL.Image.new("RGB", (900, 30), "red").save(panorama)
+    uri = "data:image/png;base64," + base64.b64encode(panorama.read_bytes()).decode()
+    for source, name in ((str(panorama), "the file is 'a panorama.png'"), (uri, "")):
+        assert main(["ask", picture, source, picture, "What?", "--model", checkpoint]) == 2
+        error = capsys.readouterr().err
+        assert "picture 2 of 3: got an image of 900 x 30" in error and name in error and "ImageLimits" not in error
+        advice = re.search(r"--image-limit (\w+)=NUMBER", error)[1]
+        ask(source, "What?", "--model", checkpoint, "--image-limit", f"{advice}=1000", capsys=capsys)
+
+
+def write_other_kinds(folder: Path) -> dict[str, str]:
+    """One file of each kind that this package leaves to others, by the package that reads it."""
+    picture = PIL.Image.new("RGB", (64, 48), "red")
+    picture.save(folder / "a picture.avif")
+    picture.save(folder / "b.tif")
+    picture.convert("CMYK").save(folder / "c.tiff")
+    PIL.Image.new("I;16", (64, 48), 30000).save(folder / "d.tif")
+    picture.save(folder / "e.pdf")
+    (folder / "f.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" width="4" height="3"/>')
+    (folder / "g.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    pillow = dict.fromkeys(["a picture.avif", "b.tif", "c.tiff", "d.tif"], "from PIL import Image")
+    return pillow | {
+        "e.pdf": "pip install pypdfium2",
+        "f.svg": "pip install resvg_py",
+        "g.heic": "install pillow-heif",
+    }
+
+
+def test_other_kinds_of_picture_come_with_a_command_that_converts_them(checkpoint, tmp_path, capsys):
+    for name, expected in write_other_kinds(tmp_path).items():
+        path = tmp_path / name
+        assert main(["ask", str(path), "What?", "--model", checkpoint]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"{name}: got " in error and expected in error
+        if "Image.open" in error:
+            command = error.partition("convert it: ")[2]
+            subprocess.run(["sh", "-c", command], check=True)
+            colour = load_image(Path(f"{path}.png")).getpixel((5, 5))
+            assert colour == (117, 117, 117) if name == "d.tif" else colour[0] > 250
+
+
+@pytest.mark.parametrize(
     "arguments, message",
     [
         (["only a question"], "expected pictures and a question"),
         (["missing.png", "What?"], "missing.png"),
         ([__file__, "What?"], "got"),
         (["https://example.com/cat.png", "What?"], "URL"),
+        (["/dev/null", "What?"], "no regular file"),
+        (["x" * 5000, "What?"], "xxx"),
         (["PICTURE", "What?", "--model", "no/such-model"], "got model 'no/such-model'"),
         (["PICTURE", "What?", "--template", "no_such"], "conversation format 'no_such'"),
     ],
@@ -93,21 +163,93 @@ def test_mistakes_end_in_one_line_and_code_2(arguments, message, picture, capsys
     assert captured.err.startswith("llava: ") and captured.err.count("\n") == 1
 
 
-def test_chat_in_a_process_of_its_own(checkpoint, picture, tmp_path):
-    saved = tmp_path / "talk.json"
-    typed = f"/image {picture}\nWhat is this?\nAnd now?\n/image missing.png\n/save {saved}\n/reset\n/save {saved}.2\n"
-    result = subprocess.run(
-        [sys.executable, "-m", "modeling_llava.cli", "chat", "--model", checkpoint, "--max-new-tokens", "4"],
-        input=typed,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "missing.png" in result.stdout
+class Chat:
+    """`llava chat` in a process of its own, as somebody who types sees it."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "modeling_llava.cli", "chat", *arguments]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.read_until("\n> ")
+
+    def read_until(self, end: str) -> str:
+        text = ""
+        while not text.endswith(end):
+            character = self.process.stdout.read(1)
+            assert character, (text, self.process.stderr.read())
+            text += character
+        return text
+
+    def type(self, line: str) -> str:
+        """What is printed before the next prompt."""
+        self.send(line)
+        return self.read_until("> ")
+
+    def send(self, line: str) -> None:
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+
+    def interrupt(self) -> str:
+        self.process.send_signal(signal.SIGINT)
+        return self.read_until("\n> ")
+
+
+@pytest.fixture
+def start_chat():
+    chats = []
+    yield lambda *arguments: chats.append(Chat(*arguments)) or chats[-1]
+    for chat in chats:
+        with chat.process:
+            chat.process.kill()
+
+
+def test_chat_in_a_process_of_its_own(checkpoint, picture, tmp_path, start_chat):
+    shutil.copy(picture, tmp_path / "it is red.png")
+    saved = tmp_path / "my talk.json"
+    chat = start_chat("--model", checkpoint, "--max-new-tokens", "4")
+    for name in (f'"{tmp_path}/it is red.png"', f"{tmp_path}/it is red.png", f"{picture} '{picture}'"):
+        assert chat.type(f"/image {name}") == "> "
+    for name in ("missing.png", "'open.png", ""):
+        assert "got " in chat.type(f"/image {name}")
+    chat.type("What is this?")
+    chat.type("And now?")
+    assert chat.type(f'/save "{saved}"') == "> "
+    assert "got 2 names" in chat.type("/save my talk")
+    chat.type("/reset")
+    chat.type(f"/save '{saved}.2'")
     turns = json.loads(saved.read_text())
     assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2
-    assert [turn["images"] for turn in turns] == [1, 0, 0, 0]
-    assert json.loads((tmp_path / "talk.json.2").read_text()) == []
+    assert [turn["images"] for turn in turns] == [4, 0, 0, 0]
+    assert json.loads((tmp_path / "my talk.json.2").read_text()) == []
+    chat.process.stdin.close()
+    assert chat.process.wait() == 0
+
+
+@pytest.mark.parametrize("word", ["exit", "quit", "/quit", "/exit", " Exit "])
+def test_words_that_end_a_chat(word, monkeypatch, capsys):
+    monkeypatch.setattr(answering, "_session", lambda options, limits: None)
+    monkeypatch.setattr("builtins.input", lambda prompt: word)
+    assert main(["chat"]) == 0
+
+
+def test_ctrl_c_stops_an_answer_and_clears_a_line(checkpoint, picture, tmp_path, start_chat):
+    chat = start_chat("--model", checkpoint, "--max-new-tokens", "100000", "--temperature", "50")
+    assert chat.interrupt() == "\n> "
+    chat.type(f"/image {picture}")
+    chat.send("Tell me everything.")
+    chat.process.stdout.read(20)
+    assert "(stopped: " in chat.interrupt()
+    saved = tmp_path / "talk.json"
+    chat.type(f"/save {saved}")
+    assert json.loads(saved.read_text()) == []
+    chat.send("exit")
+    assert chat.process.wait() == 0
+
+
+def test_names_may_begin_with_the_home_folder(checkpoint, picture, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(Path(picture).parent))
+    ask("~/red.png", "What?", "--model", checkpoint, capsys=capsys)
 
 
 def test_doctor_reports_versions_and_what_a_model_needs(capsys):

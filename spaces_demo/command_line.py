@@ -1,0 +1,228 @@
+"""`llava ...`: ask, chat, demo, doctor, assemble, check-data, train, merge, export, push, and what each of them takes.
+
+What they do is in modeling_llava/commands, which is imported when it runs. The command starts here because importing
+anything of modeling_llava imports torch and transformers and registers with them, for seconds: help and mistakes cost
+none of that. Whatever a user can get wrong ends in one line on standard error and exit code 2.
+"""
+
+import argparse
+import os
+import sys
+from importlib import import_module
+
+from .command import add_options as add_demo_options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        module, _, function = options.run.partition(":")
+        return getattr(import_module(module), function)(options) or 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 141
+    except Exception as error:
+        from modeling_llava.commands.errors import explain
+
+        print(f"llava: {explain(error)}", file=sys.stderr)
+        return 2
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="llava", description="Ask, assemble, train and share LLaVA models.")
+    parser.add_argument("--version", action=_PrintVersion, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_answering(commands)
+    demo = commands.add_parser("demo", help="a web page to talk with models about pictures")
+    add_demo_options(demo)
+    demo.set_defaults(run="spaces_demo.command:run")
+    _add_models(commands)
+    _add_training(commands)
+    _add_hub(commands)
+    if arguments and arguments[0] in commands.choices:
+        # Pictures and questions may stand between options; a parser with commands cannot be told so.
+        return commands.choices[arguments[0]].parse_intermixed_args(arguments[1:])
+    return parser.parse_args(arguments)
+
+
+class _PrintVersion(argparse.Action):
+    """Reads the version when somebody asks for it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_) -> None:
+        from importlib.metadata import version
+
+        print(f"anyllava {version('anyllava')}")
+        parser.exit()
+
+
+def _add_answering(commands) -> None:
+    ask = commands.add_parser("ask", help="ask one question about pictures")
+    ask.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="IMAGE",
+        help="pictures (paths, data URIs, - for standard input), then the question",
+    )
+    _add_answer_options(ask)
+    ask.add_argument("--json", action="store_true", help="print the answer, its settings and what it took as JSON")
+    ask.set_defaults(run="modeling_llava.commands.answering:run_ask")
+
+    chat = commands.add_parser("chat", help="talk about pictures")
+    chat.add_argument("images", nargs="*", default=[], metavar="IMAGE", help="pictures to start with")
+    _add_answer_options(chat)
+    chat.set_defaults(run="modeling_llava.commands.answering:run_chat")
+
+
+def _add_answer_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="folder or Hub id (default: the embedded model)")
+    parser.add_argument(
+        "--base-model", help="language model under a LoRA, projector or delta that does not say its own"
+    )
+    parser.add_argument("--vision-tower", help="folder or Hub id, instead of the tower that an original folder names")
+    parser.add_argument("--template", help="conversation format to use instead of the model's")
+    parser.add_argument("--system", help="system text to use instead of the template's")
+    parser.add_argument("--quantization", help="fewer bits: int8 on a processor; int4, fp8 or nf4 on a GPU")
+    parser.add_argument("--visual-tokens", type=int, help="most tokens of a picture: faster, and worse answers")
+    _add_image_limit(parser)
+    parser.add_argument("--compile", action="store_true", help="on a GPU: some minutes at first, then faster")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 gives the likeliest answer")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+
+
+def _add_models(commands) -> None:
+    assemble = commands.add_parser("assemble", help="make a new LLaVA from a vision tower and a language model")
+    assemble.add_argument("--vision-tower", required=True, help="folder or Hub id")
+    assemble.add_argument("--language-model", required=True, help="folder or Hub id")
+    assemble.add_argument("--projector", default="mlp2x_gelu", help="linear, mlpNx_gelu or identity")
+    assemble.add_argument("--template", required=True, help="conversation format, e.g. vicuna_v1")
+    assemble.add_argument(
+        "--vision-feature-layer", type=int, nargs="+", default=[-2], help="hidden state that is projected, or several"
+    )
+    assemble.add_argument("--image-aspect-ratio", default="pad", help="pad, square or anyres")
+    assemble.add_argument(
+        "--image-grid-pinpoints",
+        type=_parse_size,
+        nargs="+",
+        metavar="HEIGHTxWIDTH",
+        help="with anyres: sizes in pixels that a picture may be cut into tiles at",
+    )
+    assemble.add_argument("--patch-merge-type", default="flat", help="of tiles: flat, spatial or spatial_unpad")
+    assemble.add_argument("--seed", type=int, default=0, help="of the projector's initial weights")
+    assemble.add_argument("--out", required=True, help="folder to write")
+    assemble.set_defaults(run="modeling_llava.commands.models:run_assemble")
+
+    merge = commands.add_parser("merge", help="make one model of an adapter and its base")
+    merge.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
+    merge.add_argument("--out", required=True, help="folder to write")
+    merge.add_argument("--base-model", help="folder or Hub id to use instead of the one that the adapter names")
+    merge.add_argument("--base-bits", type=int, help="4 if it was trained on a 4-bit base (default: see its record)")
+    merge.set_defaults(run="modeling_llava.commands.models:run_merge")
+
+    doctor = commands.add_parser("doctor", help="versions, device, cached models, and the memory that a model needs")
+    doctor.add_argument("--parameters", type=float, default=7e9, help="size of a model in parameters, e.g. 7e9")
+    doctor.add_argument("--model", help="folder or Hub id; nothing but its config.json is read")
+    doctor.add_argument("--images", type=int, default=1, help="in each prompt to the model")
+    doctor.add_argument("--new-tokens", type=int, default=256, help="of each answer of the model")
+    doctor.add_argument("--rows", type=int, default=1, help="answers of the model at a time")
+    doctor.add_argument("--quantization", help="of the model: int8 on a processor; int4, fp8 or nf4 on a GPU")
+    doctor.add_argument("--visual-tokens", type=int, help="most tokens of a picture that the model sees")
+    doctor.set_defaults(run="modeling_llava.commands.models:run_doctor")
+
+
+def _parse_size(text: str) -> list[int]:
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a height and a width in pixels, e.g. 336x672")
+    return [int(height), int(width)]
+
+
+def _add_training(commands) -> None:
+    check_data = commands.add_parser("check-data", help="check every record of training data")
+    check_data.add_argument("sources", nargs="+", metavar="SOURCE", help="JSON, JSON Lines, folder or Hub dataset")
+    check_data.add_argument("--image-folder", help="where image paths start")
+    check_data.add_argument(
+        "--follow-links", action="store_true", help="symbolic links in the image folder may lead out of it"
+    )
+    check_data.add_argument("--name", help="configuration of a Hub dataset")
+    check_data.add_argument("--split", default="train", help="of a dataset that has several")
+    check_data.add_argument("--streaming", action="store_true", help="do not copy the dataset to the disk first")
+    check_data.add_argument("--model", help="folder or Hub id of the model to train (default: the embedded model)")
+    check_data.add_argument("--template", help="conversation format to use instead of the model's")
+    check_data.add_argument("--max-length", type=int, help="longest row in tokens, images counted")
+    check_data.add_argument("--too-long", default="drop", help="keep, drop or split longer rows (default: drop)")
+    check_data.add_argument(
+        "--learn-token", action="append", metavar="TOKEN", help="special token that answers may hold, e.g. '<loc_1>'"
+    )
+    _add_image_limit(check_data)
+    check_data.add_argument("--headers-only", action="store_true", help="do not decode the pixels of the images")
+    check_data.add_argument(
+        "--show", type=int, metavar="N", help="print the first N usable rows, learned text coloured"
+    )
+    check_data.add_argument("--color", action="store_true", help="colours, even if this is no terminal")
+    check_data.add_argument("--html", metavar="FILE", help="write these rows (default: 20) and their images as a page")
+    check_data.add_argument("--json", metavar="FILE", help="write the result with every refused record")
+    check_data.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all processors)")
+    check_data.set_defaults(run="modeling_llava.commands.training:run_check_data")
+
+    train = commands.add_parser("train", help="run a training recipe")
+    train.add_argument("recipe", metavar="RECIPE.yaml")
+    train.add_argument(
+        "settings",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set anything of the recipe, e.g. trainer.learning_rate=1e-4 lora.r=8 data.0.path=rows.json",
+    )
+    train.add_argument("--preview", action="store_true", help="print recipe, parameters, memory and a batch, and stop")
+    train.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint")
+    train.add_argument("--overwrite", action="store_true", help="remove what an earlier run left in output_dir")
+    train.set_defaults(run="modeling_llava.commands.training:run_train")
+
+
+def _add_hub(commands) -> None:
+    export = commands.add_parser("export", help="write a folder as it goes to the Hub")
+    export.add_argument("source", metavar="DIR", help="model, adapter, Space, or data (folder or file)")
+    export.add_argument("--out", required=True, help="folder to write")
+    export.add_argument("--repo-id", help="for the card: OWNER/NAME on the Hub (default: the name of --out)")
+    _add_export_options(export)
+    export.set_defaults(run="modeling_llava.commands.hub:run_export")
+
+    push = commands.add_parser("push", help="check a model, adapter, dataset or Space, and send it to the Hub")
+    push.add_argument("source", metavar="DIR", help="what `llava export` wrote, or anything that it takes")
+    push.add_argument("--repo-id", required=True, help="OWNER/NAME on the Hub")
+    push.add_argument("--dry-run", action="store_true", help="only show what would go up")
+    push.add_argument(
+        "--private", action=argparse.BooleanOptionalAction, default=True, help="of a new repository (default: private)"
+    )
+    push.add_argument("--public", action="store_false", dest="private", help="the same as --no-private")
+    push.add_argument("--pull-request", action="store_true", help="propose it to an existing repository")
+    _add_export_options(push)
+    push.set_defaults(run="modeling_llava.commands.hub:run_push")
+
+
+def _add_export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layout", help="any_llava, original or transformers (default: transformers' if possible)")
+    parser.add_argument(
+        "--with-code",
+        action=argparse.BooleanOptionalAction,
+        help="add the code to load it without this package (default: for layout any_llava)",
+    )
+    parser.add_argument("--license", help="identifier of the Hub, e.g. apache-2.0")
+    parser.add_argument("--base-model", action="append", help="Hub id of what it was made from; may be repeated")
+    parser.add_argument("--card", help="YAML file of facts for the card, or the name of a published model")
+    parser.add_argument("--keep-card", action="store_true", help="take the README.md that is there")
+    parser.add_argument("--data-manifest", help="YAML file that says where the training data comes from")
+    parser.add_argument("--image-folder", help="where image paths of a dataset start")
+
+
+def _add_image_limit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--image-limit",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="refuse pictures above it, e.g. max_pixels=150000000 or max_aspect_ratio=40; again for another limit",
+    )
