@@ -23,6 +23,7 @@ EXTRAS = {
     "spaces": "spaces",
     "bitsandbytes": "bitsandbytes",
     "deepspeed": "deepspeed",
+    "fastapi": "'transformers[serving]'",
     "torchao": "torchao",
 }
 """Packages that a command may need, and what pip is to install for them."""
