@@ -15,7 +15,7 @@ from transformers import BatchFeature, Cache, DynamicCache, PreTrainedConfig, Pr
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from processing_llava.transformers_versions import KV_CACHE
+from processing_llava.transformers_versions import KV_CACHE, TAKES_ENCODED_IMAGES
 
 from .chat_cache import ChatCache, TokenKey
 from .compiled_decoding import build_compile_config, build_static_states, decode_ahead
@@ -24,7 +24,7 @@ from .packed_linear import PackedLinear
 from .prompt_images import PromptImage, load_features, read_images
 from .roomy_states import leave_room
 
-REUSING_MODEL_TYPES = ("any_llava", "llava")
+REUSING_MODEL_TYPES = ("any_llava", "llava") if TAKES_ENCODED_IMAGES else ("any_llava",)
 """Ours, and transformers' own LLaVA 1.5."""
 LENGTH_DEPENDENT_ROPE_TYPES = {"dynamic", "longrope"}
 """Position embeddings of the first tokens change when a conversation grows long."""

@@ -78,7 +78,7 @@ def encode_prompts(
     Raises:
         ValueError: if truncation would cut an image, or something is asked for that is not made here.
     """
-    asked = [name for name, value in others.items() if value and name in _NOT_MADE]
+    asked = sorted(name for name, value in others.items() if value and name in _NOT_MADE)
     if asked:
         raise ValueError(
             f"got {', '.join(asked)}; expected none of it, since an image becomes many tokens and no row is split: "

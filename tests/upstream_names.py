@@ -52,7 +52,32 @@ UPSTREAM_NAMES = (
         "whether a model holds an adapter", "a public question for it",
     ),
     UpstreamName(
-        f"{_MODEL}_from_config", {"5.17": "config, kwargs"}, ("modeling_llava/generation_memory.py",),
+        "transformers.AutoProcessor.from_pretrained", {"5.17": "pretrained_model_name_or_path, kwargs"},
+        ("modeling_llava/auto.py",), "it swallows every ValueError, and gives a bare tokenizer",
+        "an AutoProcessor that lets errors of a registered processor pass",
+    ),
+    UpstreamName(
+        "transformers.cli.serving.server.build_server",
+        {"5.17": "model_manager, chat_handler, completion_handler, response_handler, transcription_handler, "
+                 "generation_state, enable_cors",
+         "5.20": "model_manager, chat_handler, completion_handler, response_handler, transcription_handler, "
+                 "systemone_handler, generation_state, enable_cors"},
+        ("modeling_llava/serve.py",),
+        "errors of a request are the sender's", "an own server",
+    ),
+    UpstreamName(
+        "torch.nn.Module._load_from_state_dict",
+        {"5.17": "self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs"},
+        ("modeling_llava/checkpoint_loading.py",), "PEFT drops weights without a place in silence",
+        "an error of PEFT's for them",
+    ),
+    UpstreamName(
+        "peft.tuners.tuners_utils.check_target_module_exists", {"5.17": "config, key"},
+        ("modeling_llava/adapters.py",), "which modules an adapter means", "a public question for it",
+    ),
+    UpstreamName(
+        f"{_MODEL}_from_config", {"5.17": "config, kwargs"},
+        ("modeling_llava/auto.py", "modeling_llava/generation_memory.py"),
         "a model without weights, of a dtype", "from_config of the class, which AutoModel alone has",
     ),
     UpstreamName(

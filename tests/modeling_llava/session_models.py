@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import cache
 
 import PIL.Image
+import pytest
 import torch
 from transformers import (
     CLIPImageProcessorPil,
@@ -13,6 +14,7 @@ from transformers import (
 )
 
 from modeling_llava.inference import load_for_inference
+from processing_llava.transformers_versions import TAKES_ENCODED_IMAGES
 from tests.original_folders import widen
 from tests.tiny import (
     PATCH_SIZE,
@@ -53,6 +55,8 @@ def build_anyres():
 
 
 def build_transformers_own():
+    if not TAKES_ENCODED_IMAGES:
+        pytest.skip("transformers' own class takes images that are encoded before from 5.18 on")
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})

@@ -18,6 +18,7 @@ from trl import (
 
 from modeling_llava import AutoModelForVision2Seq
 from processing_llava.collator import LlavaDataCollator
+from processing_llava.transformers_versions import VERSION
 from tests.tiny import save_tiny_checkpoint
 
 pytestmark = pytest.mark.core
@@ -57,6 +58,8 @@ def changed_parts(trainer, checkpoint: str) -> set[str]:
 
 @pytest.mark.parametrize("given", ["path", "model"])
 def test_supervised(checkpoint, tmp_path, given):
+    if VERSION < (5, 18):
+        pytest.skip("TRL asks for transformers 5.18 before it learns answers alone beside pictures")
     messages = [question + answer for question, answer in zip(questions(), answers(COLORS))]
     dataset = Dataset.from_dict({"messages": messages, "images": pictures()})
     model = checkpoint if given == "path" else AutoModelForVision2Seq.from_pretrained(checkpoint)
