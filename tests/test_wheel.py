@@ -66,7 +66,9 @@ def installed(wheel, tmp_path_factory) -> Path:
     assert run(sys.executable, "-m", "venv", folder / "venv", cwd=folder).returncode == 0
     pip = [folder / "venv" / "bin" / "python", "-m", "pip", "install", "--quiet"]
     torch = importlib.metadata.version("torch").partition("+")[0]
-    for requirements in ([f"torch=={torch}"], [f"{wheel}[train,demo]"]):
+    # README's own line, with the wheel in place of the checkout.
+    (extras,) = re.findall(r"^pip install '\.(\[[a-z,]+\])'", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    for requirements in ([f"torch=={torch}"], [f"{wheel}{extras}"]):
         result = run(*pip, *requirements, cwd=folder)
         if "No matching distribution found" in result.stderr or "Max retries exceeded" in result.stderr:
             pytest.skip(f"needs a package index that has {requirements[0]}: none can be reached")
