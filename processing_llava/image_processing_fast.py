@@ -29,6 +29,8 @@ FILTERS = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: 
 
 MAX_SQUARE_PIXELS = 8_000_000
 """A larger square is not built to pad an image: it could take twenty times the memory of a thin image."""
+MAX_RATIO = 8
+"""Of the sides of an image. torch would hold several copies of what a thinner one becomes between its two steps."""
 
 
 class AnyLlavaImageProcessor(AnyLlavaImageProcessorPil):
@@ -54,26 +56,25 @@ class AnyLlavaImageProcessor(AnyLlavaImageProcessorPil):
         do_rescale: bool | None = None,
         rescale_factor: float | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, float]:
-        """Brings one image to levels [C, H, W] in uint8; see the twin for arguments, scale and errors."""
+    ) -> tuple[torch.Tensor | Image.Image, float]:
+        """An image of Pillow, or of an array its levels [C, H, W] in uint8; see the twin for the rest."""
         scale = rescale_factor if do_rescale else 1.0
         if not isinstance(image, Image.Image):
             levels, scale = self._read_levels(image, input_data_format, scale)
             if levels.shape[-1] == 3:
                 # torch warns of arrays that cannot be written to.
                 return torch.from_numpy(np.require(levels, requirements="W")).permute(2, 0, 1), scale
-        image, scale = super().process_image(
+        return super().process_image(
             image,
             input_data_format=input_data_format,
             do_rescale=do_rescale,
             rescale_factor=rescale_factor,
             **kwargs,
         )
-        return view_pixels(image).permute(2, 0, 1), scale
 
     def cut_image(
         self,
-        image: torch.Tensor,
+        image: torch.Tensor | Image.Image,
         scale: float,
         *,
         image_aspect_ratio: str,
@@ -85,7 +86,25 @@ class AnyLlavaImageProcessor(AnyLlavaImageProcessorPil):
         image_mean: Sequence[float],
         **kwargs: Any,
     ) -> CutImage:
-        """As the twin's, of levels [C, H, W]."""
+        """As the twin's, which cuts what torch would take much memory for."""
+        if isinstance(image, Image.Image):
+            side, short_side = max(image.size), min(image.size)
+            is_costly = image_aspect_ratio == "pad" and side * side > MAX_SQUARE_PIXELS
+            if is_costly or side > MAX_RATIO * short_side:
+                cut = super().cut_image(
+                    image,
+                    scale,
+                    image_aspect_ratio=image_aspect_ratio,
+                    image_grid_pinpoints=image_grid_pinpoints,
+                    size=size,
+                    crop_size=crop_size,
+                    do_center_crop=do_center_crop,
+                    resample=resample,
+                    image_mean=image_mean,
+                )
+                tiles = [torch.from_numpy(np.require(tile, requirements="W")).permute(2, 0, 1) for tile in cut.tiles]
+                return CutImage(tiles, scale, cut.size)
+            image = view_pixels(image).permute(2, 0, 1)
         shape = read_tile_shape(size, crop_size, do_center_crop, resample)
         height, width = image.shape[1:]
         if image_aspect_ratio == "anyres":

@@ -12,8 +12,10 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub.utils import get_session
 from packaging.requirements import Requirement
+from safetensors.torch import save_file
 
 from modeling_llava.commands.errors import EXTRAS
 from modeling_llava.export.hub_upload import CLIENT_ERROR
@@ -155,6 +157,9 @@ def test_commands_run_in_the_base_installation_or_name_their_extra(
     (tmp_path / "rows.json").write_text(json.dumps([{"id": "a", "messages": TURNS}]))
     recipe = f"stage: lora\nmodel: {model}\ndata: [{{path: rows.json}}]\noutput_dir: out\n"
     (tmp_path / "recipe.yaml").write_text(recipe)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(model)}))
+    save_file({"model.language_model.x.lora_A.weight": torch.zeros(1)}, tmp_path / "adapter/adapter_model.safetensors")
     arguments = [model if argument == "MODEL" else argument for argument in arguments]
     command = [sys.executable, "-S", "-m", "modeling_llava.cli", *arguments]
     result = subprocess.run(

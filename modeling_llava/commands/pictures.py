@@ -19,7 +19,13 @@ _CONVERTERS = {
 }
 """By format, what pip has to install first, and the Python that makes a PNG."""
 _READ_BY_PILLOW = ("AVIF", "ICO", "JPEG 2000", "PSD", "TIFF")
-_MODES_OF_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+# PNG holds 16-bit grey and transparency as they are; what it does not hold, such as CMYK, has colours of its own.
+_BY_PILLOW = (
+    None,
+    "from PIL.Image import open; image = open(argv[1]); "
+    "modes = ('1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'I', 'I;16'); "
+    "(image if image.mode in modes else image.convert('RGB')).save(argv[2])",
+)
 _PYTHON_HINT = re.compile(r"ImageLimits\((\w+)=\.\.\.\)")
 
 
@@ -78,18 +84,7 @@ def find_kind(path: Path) -> str | None:
 
 def write_conversion(path: Path, kind: str) -> str:
     """The command that makes a PNG of it, beside it."""
-    # PNG holds 16-bit grey and transparency as they are; what it does not hold, such as CMYK, has colours of its own.
-    convert = "" if _read_mode(path) in _MODES_OF_PNG else ".convert('RGB')"
-    by_pillow = (None, f"from PIL import Image; Image.open(argv[1]){convert}.save(argv[2])")
-    package, code = _CONVERTERS.get(kind, by_pillow)
+    package, code = _CONVERTERS.get(kind, _BY_PILLOW)
     python = [sys.executable, "-c", f"from sys import argv; {code}", str(path), f"{path}.png"]
     install = [[sys.executable, "-m", "pip", "install", package]] if package else []
     return " && ".join(shlex.join(command) for command in [*install, python])
-
-
-def _read_mode(path: Path) -> str | None:
-    try:
-        with Image.open(path) as image:
-            return image.mode
-    except (OSError, ValueError, SyntaxError):
-        return None

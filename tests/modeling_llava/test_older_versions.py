@@ -1,5 +1,6 @@
 """Checkpoints that transformers 4 wrote compute what transformers 4 computed (`tests/transformers_4`)."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -73,7 +74,10 @@ def test_what_is_saved_again_keeps_its_meaning(tmp_path, case, layout):
 )
 def test_transformers_own_class_says_that_it_computes_something_else(tmp_path, case, field, caplog):
     write_folder(tmp_path, case)
-    AutoModelForVision2Seq.from_pretrained(tmp_path)
+    # Where its class would lack the output layer, it is not loaded at all.
+    is_refused = case == "next-qwen2"
+    with pytest.raises(ValueError, match="lm_head.weight") if is_refused else contextlib.nullcontext():
+        AutoModelForVision2Seq.from_pretrained(tmp_path)
     told = [record.getMessage() for record in caplog.records if "was written by transformers" in record.getMessage()]
     assert len(told) == (field is not None)
     assert all("transformers 4.56.1" in message and field in message for message in told)

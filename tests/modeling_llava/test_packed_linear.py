@@ -93,7 +93,7 @@ def test_what_answering_does_not_need_is_refused(tmp_path):
     processor = tiny_processor()
     model = tiny_model(image_token_id=processor.image_token_id)
     pack_linear_layers(model)
-    with pytest.raises(ValueError, match="got a model whose weights are packed"):
+    with pytest.raises(ValueError, match="got a model whose weights are fused, packed or in int8"):
         model.save_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match="leave compile out"):
         ChatSession(model, processor, compile=True)

@@ -314,7 +314,7 @@ def test_answers_without_an_image_are_refused(answer, message):
 
 
 def test_a_renamed_answer_is_refused_by_its_content():
-    with serve(http_answer(b"<svg/>")) as (port, _), pytest.raises(ValueError, match="no image of a known format"):
+    with serve(http_answer(b"<svg/>")) as (port, _), pytest.raises(ValueError, match="got a file of SVG"):
         load_image(f"http://localhost:{port}/", urls=policy(f"localhost:{port}"))
 
 
