@@ -18,8 +18,11 @@ $(READY): setup.cfg constraints.txt
 demo: $(READY)  ## talk to the embedded model about pictures, in the browser
 	$(BIN)/llava demo --open
 
+# A process for each of two cores; a file stays in one of them, since its tests share what they prepare.
+TWO_PROCESSES := -n 2 --dist loadfile
+
 test: $(READY)  ## the tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not gpu and not slow'
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO_PROCESSES) -m 'not gpu and not slow'
 
 test-slow: $(READY)  ## the tests that take long: several processes, a browser, a Hub
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not gpu and slow'

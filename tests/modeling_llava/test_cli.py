@@ -121,7 +121,7 @@ def write_other_kinds(folder: Path) -> dict[str, str]:
     picture.save(folder / "e.pdf")
     (folder / "f.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" width="4" height="3"/>')
     (folder / "g.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
-    pillow = dict.fromkeys(["a picture.avif", "b.tif", "c.tiff", "d.tif"], "from PIL import Image")
+    pillow = dict.fromkeys(["a picture.avif", "b.tif", "c.tiff", "d.tif"], "from PIL.Image import open")
     return pillow | {
         "e.pdf": "pip install pypdfium2",
         "f.svg": "pip install resvg_py",
@@ -135,7 +135,7 @@ def test_other_kinds_of_picture_come_with_a_command_that_converts_them(checkpoin
         assert main(["ask", str(path), "What?", "--model", checkpoint]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and f"{name}: got " in error and expected in error
-        if "Image.open" in error:
+        if "PIL.Image" in error:
             command = error.partition("convert it: ")[2]
             subprocess.run(["sh", "-c", command], check=True)
             colour = load_image(Path(f"{path}.png")).getpixel((5, 5))
