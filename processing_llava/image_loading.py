@@ -271,24 +271,26 @@ def _read_file(path: str, *, limits: ImageLimits) -> bytes:
     try:
         descriptor = os.open(path, _OPEN_FLAGS)
     except FileNotFoundError:
-        raise FileNotFoundError(f"got the path {_shorten(path)}; expected an image file there; correct it") from None
+        raise FileNotFoundError(
+            f"got the path {_shorten_path(path)}; expected an image file there; correct it"
+        ) from None
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"got the path {_shorten(path)} ({_shorten(error)}); expected an image file; correct the path"
+            f"got the path {_shorten_path(path)} ({_shorten(error)}); expected an image file; correct the path"
         ) from None
     try:
         # Of what is open, since a path may lead elsewhere a moment later.
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(
-                f"got {_shorten(path)}, which is no regular file; expected an image file; correct the path"
+                f"got {_shorten_path(path)}, which is no regular file; expected an image file; correct the path"
             )
         check_num_bytes(status.st_size, limits=limits)
         with open(descriptor, "rb", closefd=False) as file:
             return file.read(limits.max_bytes + 1)
     except OSError as error:
         raise ValueError(
-            f"got the path {_shorten(path)}, which cannot be read ({_shorten(error)}); expected an image file; check "
+            f"got the path {_shorten_path(path)}, which cannot be read ({_shorten(error)}); expected an image file; check "
             "the path"
         ) from None
     finally:
@@ -412,3 +414,9 @@ def _shorten(value: object) -> str:
     """At most 80 characters on one line: sources may be whole files."""
     line = " ".join(str(value)[:200].split())
     return line if len(line) <= 80 else f"{line[:77]}..."
+
+
+def _shorten_path(path: str) -> str:
+    """At most 80 characters on one line: the end, where the name of the file is."""
+    line = " ".join(str(path)[-200:].split())
+    return line if len(line) <= 80 else f"...{line[-77:]}"
