@@ -275,8 +275,9 @@ def _read_file(path: str, *, limits: ImageLimits) -> bytes:
             f"got the path {_shorten_path(path)}; expected an image file there; correct it"
         ) from None
     except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(
-            f"got the path {_shorten_path(path)} ({_shorten(error)}); expected an image file; correct the path"
+            f"got the path {_shorten_path(path)} ({_shorten(reason)}); expected an image file; correct the path"
         ) from None
     try:
         # Of what is open, since a path may lead elsewhere a moment later.
@@ -290,8 +291,8 @@ def _read_file(path: str, *, limits: ImageLimits) -> bytes:
             return file.read(limits.max_bytes + 1)
     except OSError as error:
         raise ValueError(
-            f"got the path {_shorten_path(path)}, which cannot be read ({_shorten(error)}); expected an image file; check "
-            "the path"
+            f"got the path {_shorten_path(path)}, which cannot be read ({_shorten(error)}); expected an image file; "
+            "check the path"
         ) from None
     finally:
         os.close(descriptor)
@@ -417,6 +418,6 @@ def _shorten(value: object) -> str:
 
 
 def _shorten_path(path: str) -> str:
-    """At most 80 characters on one line: the end, where the name of the file is."""
+    """At most 110 characters on one line: the end, where the name of the file is."""
     line = " ".join(str(path)[-200:].split())
-    return line if len(line) <= 80 else f"...{line[-77:]}"
+    return line if len(line) <= 110 else f"...{line[-107:]}"
