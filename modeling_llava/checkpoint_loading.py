@@ -88,7 +88,8 @@ class CheckpointMixin:
                 answering only. The rest is bfloat16 or float32.
 
         Raises:
-            ValueError: naming file, weight, and expected and found shape, if something does not fit.
+            ValueError: naming file, weight, and expected and found shape, if something does not fit. In our own layout
+                `output_loading_info=True` tells it instead.
         """
         refuse_bit_arguments(kwargs)
         base_model, vision_tower = (None if part is None else str(part) for part in (base_model, vision_tower))
@@ -136,7 +137,8 @@ class CheckpointMixin:
         if layout == "any_llava" and adapter != name:
             kwargs = with_default_dtype(kwargs, stored=stored)
             model, info = super().from_pretrained(name, *model_args, config=config, **checks, **kwargs)
-            refuse_unfit(model, info, name, download=download, takes_any_shape=takes_any_shape)
+            if not wants_info:  # which tells the caller
+                refuse_unfit(model, info, name, download=download, takes_any_shape=takes_any_shape)
             if adapter is not None:
                 model.load_adapter(adapter)
             return (model, info) if wants_info else model

@@ -85,7 +85,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         self.num_prefix_tokens = num_prefix_tokens
         self.patch_merge_type = patch_merge_type
         self.visual_tokens = visual_tokens
-        self.learn_tokens = learn_tokens
+        self.learn_tokens = list(learn_tokens)
         self.image_token = image_token
         if image_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
