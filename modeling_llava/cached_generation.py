@@ -19,6 +19,7 @@ from processing_llava.transformers_versions import KV_CACHE, TAKES_ENCODED_IMAGE
 
 from .chat_cache import ChatCache, TokenKey
 from .compiled_decoding import build_compile_config, build_static_states, decode_ahead
+from .generation import read_max_length
 from .int8_linear import Int8Linear
 from .packed_linear import PackedLinear
 from .prompt_images import PromptImage, load_features, read_images
@@ -128,9 +129,7 @@ def limit_new_tokens(config: PreTrainedConfig, *, num_prompt_tokens: int, max_ne
     Raises:
         ValueError: if it leaves nothing.
     """
-    text_config = config.get_text_config(decoder=True).to_dict()
-    # MPT's name is the second one.
-    max_length = text_config.get("max_position_embeddings", text_config.get("max_seq_len"))
+    max_length = read_max_length(config)
     if max_length is None:
         return max_new_tokens
     if num_prompt_tokens >= max_length:

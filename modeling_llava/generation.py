@@ -15,6 +15,7 @@ from transformers import (
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedConfig,
     ProcessorMixin,
     StaticCache,
     SuppressTokensLogitsProcessor,
@@ -88,9 +89,7 @@ class AnyLlavaGenerationMixin(GenerationMixin):
             _IMAGES.reset(outer_images)
 
     def _warn_of_length(self, num_tokens: int) -> None:
-        # MPT's name is the second one.
-        text_config = self.config.get_text_config(decoder=True).to_dict()
-        longest = text_config.get("max_position_embeddings", text_config.get("max_seq_len"))
+        longest = read_max_length(self.config)
         if longest is not None and num_tokens > longest:
             logger.warning_once(
                 f"got a prompt of more than {longest} tokens, for which this model was made; expected a shorter one: "
@@ -268,6 +267,13 @@ class TextLookupGenerator(CandidateGenerator):
         self, input_ids: torch.LongTensor, scores: torch.FloatTensor, num_matches: int
     ) -> None:
         """Nothing: what is found does not depend on what was accepted."""
+
+
+def read_max_length(config: PreTrainedConfig) -> int | None:
+    """The number of tokens that a language model was made for; None if it does not say."""
+    text_config = config.get_text_config(decoder=True).to_dict()
+    # MPT's name is the second one.
+    return text_config.get("max_position_embeddings", text_config.get("max_seq_len"))
 
 
 def replace_image_tokens(input_ids: torch.LongTensor, *, vocab_size: int) -> torch.LongTensor:
