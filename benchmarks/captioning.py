@@ -25,8 +25,8 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedModel
 
 from modeling_llava import AnyLlavaConfig
-from modeling_llava.batched_generation import AnswerRequest, generate_answers
-from modeling_llava.inference import prepare_for_answering
+from modeling_llava.inference.batched_generation import AnswerRequest, generate_answers
+from modeling_llava.inference.loading import prepare_for_answering
 from processing_llava import AnyLlavaProcessor
 
 from .models import IMAGE_TOKEN_ID, WORDS, build_config, build_model, build_peer, build_processor, draw_noise

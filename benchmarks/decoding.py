@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from modeling_llava.inference import prepare_for_answering
-from modeling_llava.inference_dtype import is_slow_on_processor
-from modeling_llava.quantization import quantize_to_int8
+from modeling_llava.acceleration.inference_dtype import is_slow_on_processor
+from modeling_llava.acceleration.quantization import quantize_to_int8
+from modeling_llava.inference.loading import prepare_for_answering
 
 from .generation_times import (
     build_prompt,

@@ -6,13 +6,13 @@ import torch
 from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from modeling_llava.compiled_decoding import (
+from modeling_llava.acceleration.compiled_decoding import (
     SMALLEST_LENGTH,
     build_compile_config,
     build_static_states,
     decode_ahead,
 )
-from modeling_llava.token_attention import use_token_attention
+from modeling_llava.acceleration.token_attention import use_token_attention
 from processing_llava.transformers_versions import KV_CACHE
 
 from .models import IMAGE_TOKEN_ID, NUM_TEXT_TOKENS

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from modeling_llava.inference import prepare_for_answering
-from modeling_llava.quantization import quantize_to_int8
+from modeling_llava.acceleration.quantization import quantize_to_int8
+from modeling_llava.inference.loading import prepare_for_answering
 
 from .generation_times import compile_ours, time_decoding, time_prefill
 from .models import build_config, build_model

@@ -19,8 +19,8 @@ import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from modeling_llava import AnyLlavaForConditionalGeneration
-from modeling_llava.generation_memory import predict_generation, read_config
-from modeling_llava.inference import prepare_for_answering
+from modeling_llava.inference.generation_memory import predict_generation, read_config
+from modeling_llava.inference.loading import prepare_for_answering
 
 from .models import (
     IMAGE_TOKEN_ID,

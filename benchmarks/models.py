@@ -14,12 +14,12 @@ from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
-from modeling_llava.checkpoint_layouts import add_transformers_only_weights, rename_from_ours
-from modeling_llava.inference import prepare_for_answering
-from modeling_llava.original_layout import write_transformers_config
+from modeling_llava.checkpoints.config_layouts import write_transformers_config
+from modeling_llava.checkpoints.weight_names import add_transformers_only_weights, rename_from_ours
+from modeling_llava.inference.loading import prepare_for_answering
 from processing_llava import AnyLlavaImageProcessorPil, AnyLlavaProcessor
-from processing_llava.conversation_templates import load_template
-from processing_llava.sentencepiece_tokenizer import load_sentencepiece_tokenizer
+from processing_llava.original.sentencepiece_tokenizer import load_sentencepiece_tokenizer
+from processing_llava.templates import load_template
 
 GOLDENS = Path(__file__).parents[1] / "tests" / "goldens"
 TILE_SIZE = 336

@@ -22,10 +22,10 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.utils import is_torchvision_available
 
 from processing_llava import AnyLlavaImageProcessor, AnyLlavaImageProcessorPil
-from processing_llava.conversation_templates import load_template
+from processing_llava.original.sentencepiece_tokenizer import load_sentencepiece_tokenizer
 from processing_llava.prompt_ids import encode_prompt
 from processing_llava.prompts import render_prompt
-from processing_llava.sentencepiece_tokenizer import load_sentencepiece_tokenizer
+from processing_llava.templates import load_template
 
 from .models import GOLDENS
 from .report import render_table

@@ -29,7 +29,7 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from modeling_llava.inference import EMBEDDED_MODEL, load_for_inference, prepare_for_answering
+from modeling_llava.inference.loading import EMBEDDED_MODEL, load_for_inference, prepare_for_answering
 from modeling_llava.tiny_llava.evaluate import evaluate
 from modeling_llava.visual_tokens import choose_features
 from processing_llava import AnyLlavaProcessor

@@ -7,14 +7,14 @@ positions never reach the embedding table.
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from processing_llava.conversation_templates import load_template
-from processing_llava.model_parts import read_image_processor, read_tokenizer, read_vision_config
+from processing_llava.original.model_parts import read_image_processor, read_tokenizer, read_vision_config
 from processing_llava.processing_llava import AnyLlavaProcessor
+from processing_llava.templates import load_template
 
+from .checkpoints.config_layouts import merge_ids
+from .checkpoints.model_names import explain_missing
 from .configuration_llava import AnyLlavaConfig
-from .model_names import explain_missing
 from .modeling_llava import AnyLlavaForConditionalGeneration
-from .original_layout import merge_ids
 from .vision_towers import vision_tower_family
 
 

@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from processing_llava.image_processing_fast import AnyLlavaImageProcessor
 from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
-from processing_llava.original_folder import (
+from processing_llava.original.original_folder import (
     TEXT_MODEL_OF_TYPE,
     OriginalFolder,
     find_adapter_base,
@@ -42,12 +42,12 @@ from processing_llava.original_folder import (
 from processing_llava.processing_llava import AnyLlavaProcessor
 from processing_llava.transformers_versions import AutoImageProcessor, warn_of_other_versions
 
-from .adapters import load_adapted, needs_our_class
-from .checkpoint_loading import refuse_bit_arguments, refuse_parts
+from .checkpoints.checkpoint_mixin import refuse_bit_arguments, refuse_parts
+from .checkpoints.config_layouts import TRANSFORMERS_CONFIGS, find_changed_fields, translate_config
+from .checkpoints.original_adapters import load_adapted, needs_our_class
+from .checkpoints.weight_files import refuse_unfit_weights
 from .configuration_llava import AnyLlavaConfig
 from .modeling_llava import AnyLlavaForConditionalGeneration, AnyLlavaModel
-from .original_layout import TRANSFORMERS_CONFIGS, find_changed_fields, translate_config
-from .weight_files import refuse_unfit_weights
 
 logger = logging.get_logger(__name__)
 

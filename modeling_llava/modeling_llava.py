@@ -31,7 +31,7 @@ from transformers.utils.generic import can_return_tuple
 from processing_llava.image_layouts import ImageLayout, plan_image
 from processing_llava.transformers_versions import CAN_CAPTURE_LAYERS, KV_CACHE
 
-from .checkpoint_loading import CheckpointMixin
+from .checkpoints.checkpoint_mixin import CheckpointMixin
 from .configuration_llava import AnyLlavaConfig
 from .generation import AnyLlavaGenerationMixin
 from .projectors import build_projector

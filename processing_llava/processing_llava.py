@@ -19,7 +19,7 @@ from .image_layouts import check_visual_tokens, plan_image
 from .image_processing_fast import AnyLlavaImageProcessor
 from .image_processing_llava import AnyLlavaImageProcessorPil, flatten_images
 from .messages import check_messages, is_missing, list_pictures
-from .original_processor import OriginalProcessorMixin
+from .original.original_processor import OriginalProcessorMixin
 from .prompt_inputs import PromptInputs, encode_prompts
 from .prompts import Prompt, count_images, render_prompt
 from .role_markers import TREATMENTS, find_role_markers, treat_role_markers

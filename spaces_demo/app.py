@@ -12,8 +12,8 @@ from spaces_demo import telemetry  # noqa: F401
 import gradio as gr
 from starlette.middleware import Middleware
 
-from processing_llava.conversation_templates import TEMPLATE_FILES
 from processing_llava.image_processing_llava import IMAGE_ASPECT_RATIOS
+from processing_llava.templates import TEMPLATE_FILES
 from spaces_demo.attention_view import LAYERS
 from spaces_demo.conversation import Conversation
 from spaces_demo.feedback import OPTIONS, FeedbackFile

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from modeling_llava.attention_map import AnswerAttention, lay_on_picture, overlay
 from modeling_llava.configuration_llava import AnyLlavaConfig
+from modeling_llava.inference.attention_map import AnswerAttention, lay_on_picture, overlay
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .conversation import open_picture

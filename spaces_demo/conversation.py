@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from modeling_llava.chat_session import AnswerStatistics
+from modeling_llava.inference.chat_session import AnswerStatistics
 from processing_llava.image_loading import load_image
 
 from .models import Settings

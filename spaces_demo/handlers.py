@@ -13,8 +13,8 @@ from typing import Any
 
 import gradio as gr
 
-from modeling_llava.attention_map import AnswerAttention
-from modeling_llava.chat_session import AnswerStatistics
+from modeling_llava.inference.attention_map import AnswerAttention
+from modeling_llava.inference.chat_session import AnswerStatistics
 
 from .attention_view import Looked
 from .conversation import Answer, Conversation, Turn, open_picture

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from modeling_llava.attention_map import AnswerAttention, read_attention
+from modeling_llava.acceleration.free_memory import count_free_bytes
 from modeling_llava.auto import AutoModelForVision2Seq
-from modeling_llava.chat_cache import ChatCache
-from modeling_llava.chat_session import AnswerStatistics, ChatSession
-from modeling_llava.free_memory import count_free_bytes
-from modeling_llava.generation_memory import choose_dtype
-from modeling_llava.inference import EMBEDDED_MODEL, find_device, load_for_inference
-from modeling_llava.model_names import explain_missing, find_base
-from processing_llava.conversation_templates import change_template
+from modeling_llava.checkpoints.model_names import explain_missing, find_base
+from modeling_llava.inference.attention_map import AnswerAttention, read_attention
+from modeling_llava.inference.chat_cache import ChatCache
+from modeling_llava.inference.chat_session import AnswerStatistics, ChatSession
+from modeling_llava.inference.generation_memory import choose_dtype
+from modeling_llava.inference.loading import EMBEDDED_MODEL, find_device, load_for_inference
 from processing_llava.processing_llava import AnyLlavaProcessor
+from processing_llava.templates import change_template
 
 GIB = 2**30
 HEADROOM = GIB // 2

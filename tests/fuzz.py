@@ -22,10 +22,10 @@ import hypothesis
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 
-from processing_llava.conversation_templates import load_template
-from processing_llava.data_check import RecordCheck
+from processing_llava.data.data_check import RecordCheck
 from processing_llava.image_limits import ImageLimits
 from processing_llava.image_loading import load_image, read_image_size
+from processing_llava.templates import load_template
 from tests.conftest import GOLDENS
 from tests.processing_llava.hostile_images import HANDLED, REFUSED, png, png_chunk
 from tests.processing_llava.test_image_containers import FILES

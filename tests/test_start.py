@@ -90,13 +90,18 @@ def test_a_typo_imports_nothing(arguments):
 
 
 PARTS = {
-    *("modeling_llava.chat_session", "modeling_llava.doctor", "modeling_llava.export", "modeling_llava.training"),
-    *("processing_llava.data_check", "spaces_demo.app", "datasets", "gradio", "matplotlib", "peft", "trl"),
+    *(
+        "modeling_llava.inference.chat_session",
+        "modeling_llava.commands.doctor",
+        "modeling_llava.export",
+        "modeling_llava.training",
+    ),
+    *("processing_llava.data.data_check", "spaces_demo.app", "datasets", "gradio", "matplotlib", "peft", "trl"),
 }
 RUN_BY = {
-    "ask": {"modeling_llava.chat_session"},
-    "doctor": {"modeling_llava.doctor"},
-    "check-data": {"processing_llava.data_check"},
+    "ask": {"modeling_llava.inference.chat_session"},
+    "doctor": {"modeling_llava.commands.doctor"},
+    "check-data": {"processing_llava.data.data_check"},
     "push": {"modeling_llava.export"},
 }
 """Which of the parts each command runs."""

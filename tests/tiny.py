@@ -22,7 +22,7 @@ from transformers import (
 
 from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
 from processing_llava import AnyLlavaImageProcessorPil, AnyLlavaProcessor
-from processing_llava.conversation_templates import load_template
+from processing_llava.templates import load_template
 
 VOCAB_SIZE = 300
 IMAGE_TOKEN_ID = VOCAB_SIZE

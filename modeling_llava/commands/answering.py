@@ -9,7 +9,7 @@ import sys
 from contextlib import closing, suppress
 from pathlib import Path
 
-from processing_llava.conversations import ADDRESS
+from processing_llava.data.conversations import ADDRESS
 
 from .errors import one_line
 from .pictures import open_pictures, read_image_limits
@@ -23,8 +23,8 @@ STOPPED = "\n(stopped: question and answer are forgotten, their pictures wait fo
 
 
 def _session(options: argparse.Namespace, limits):
-    from modeling_llava.chat_session import ChatSession
-    from modeling_llava.inference import EMBEDDED_MODEL, load_for_inference
+    from modeling_llava.inference.chat_session import ChatSession
+    from modeling_llava.inference.loading import EMBEDDED_MODEL, load_for_inference
     from processing_llava import AnyLlavaProcessor
 
     model, processor = load_for_inference(

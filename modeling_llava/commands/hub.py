@@ -7,9 +7,9 @@ from tempfile import TemporaryDirectory
 
 def _export_settings(options: argparse.Namespace):
     from modeling_llava.export.card_facts import CardFacts, read_facts
-    from modeling_llava.export.data_manifest import read_manifest
     from modeling_llava.export.export_settings import ExportSettings
-    from modeling_llava.yaml_fields import build
+    from modeling_llava.records.data_manifest import read_manifest
+    from modeling_llava.records.yaml_fields import build
 
     given = {"license": options.license, "base_model": options.base_model}
     given = {name: value for name, value in given.items() if value is not None}

@@ -35,7 +35,7 @@ def run_merge(options: argparse.Namespace) -> None:
 
 
 def run_doctor(options: argparse.Namespace) -> None:
-    from modeling_llava.doctor import report
+    from .doctor import report
 
     print(
         report(

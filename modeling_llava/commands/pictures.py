@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from processing_llava.conversations import ADDRESS
+from processing_llava.data.conversations import ADDRESS
 from processing_llava.image_limits import ImageLimits, read_limits
 from processing_llava.image_loading import FORMATS, OTHER_FORMATS, load_images
 

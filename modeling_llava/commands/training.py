@@ -8,11 +8,11 @@ from pathlib import Path
 
 
 def run_check_data(options: argparse.Namespace) -> int:
-    from modeling_llava.inference import EMBEDDED_MODEL
-    from modeling_llava.model_names import load_training_processor
-    from processing_llava.data_check import RecordCheck, check_sources
-    from processing_llava.data_sources import DataSource
-    from processing_llava.preview import make_printable
+    from modeling_llava.checkpoints.model_names import load_training_processor
+    from modeling_llava.inference.loading import EMBEDDED_MODEL
+    from processing_llava.data.data_check import RecordCheck, check_sources
+    from processing_llava.data.data_sources import DataSource
+    from processing_llava.data.preview import make_printable
     from processing_llava.text_encoder import check_learn_tokens
 
     from .pictures import name_option, read_image_limits
@@ -48,8 +48,8 @@ def run_check_data(options: argparse.Namespace) -> int:
 
 
 def _preview(options: argparse.Namespace, sources: list, check) -> None:
-    from processing_llava.data_check import find_usable_rows
-    from processing_llava.preview import format_html, format_terminal
+    from processing_llava.data.data_check import find_usable_rows
+    from processing_llava.data.preview import format_html, format_terminal
 
     rows = islice(find_usable_rows(sources, check), options.show or 20)
     if options.html:

@@ -5,12 +5,12 @@ from typing import Any
 
 from huggingface_hub import DatasetCardData
 
-from processing_llava.data_sources import DataSource
+from modeling_llava.records.card_vocabulary import SIZE_CATEGORIES
+from modeling_llava.records.data_manifest import DATA_KINDS, NOT_STATED, DataEntry
+from modeling_llava.records.figures import add_source, build_environment
+from processing_llava.data.data_sources import DataSource
 
 from .card_facts import CardFacts
-from .card_vocabulary import SIZE_CATEGORIES
-from .data_manifest import DATA_KINDS, NOT_STATED, DataEntry
-from .figures import add_source, build_environment
 from .licences import Part, find_conflicts
 from .model_card import assemble_card
 
@@ -70,7 +70,7 @@ def write_parquet(source: DataSource, folder: Path) -> dict[str, int]:
     """
     from datasets import Features, Image, List
 
-    from processing_llava.row_datasets import ROW_FEATURES, load_rows
+    from processing_llava.data.row_datasets import ROW_FEATURES, load_rows
 
     rows, _ = load_rows([source])
     features = Features(ROW_FEATURES | {"images": List(Image())})

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from modeling_llava.records.data_manifest import DataEntry
+
 from .card_facts import CardFacts
-from .data_manifest import DataEntry
 
 
 @dataclass(kw_only=True)

@@ -10,11 +10,12 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import BadRequestError, HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+from modeling_llava.records.run_files import CARRIED_FILES
+
 from .model_card import HUB_RESULTS_FILE
 from .remote_code import collect_modules
 from .repository import KINDS
 from .repository_check import check_repository, read_card
-from .run_files import CARRIED_FILES
 
 CLIENT_ERROR = HfHubHTTPError.__bases__[0]
 """What a lost connection raises, in the client that huggingface_hub uses: httpx up to 1.x, httpx2 from 2.0 on."""

@@ -13,14 +13,13 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 
-from modeling_llava.adapters import has_original_names, needs_our_class, read_adapter
+from modeling_llava.acceleration.quantization import four_bit_config
 from modeling_llava.auto import AutoModelForVision2Seq
+from modeling_llava.checkpoints.original_adapters import has_original_names, needs_our_class, read_adapter
+from modeling_llava.checkpoints.weight_files import has_model, refuse_unfit_weights
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
-from modeling_llava.quantization import four_bit_config
-from modeling_llava.weight_files import has_model, refuse_unfit_weights
-from processing_llava.original_folder import OriginalFolder, find_installed, read_json, resolve_beside
-
-from .run_files import RECORD_FILE
+from modeling_llava.records.run_files import RECORD_FILE
+from processing_llava.original.original_folder import OriginalFolder, find_installed, read_json, resolve_beside
 
 MAX_RELATIVE_DIFFERENCE = 0.1
 """Of the largest logit. Rounding to 16 bits stays far below; an adapter of another base does not."""

@@ -16,11 +16,12 @@ from huggingface_hub import (
     eval_result_entries_to_yaml,
 )
 
+from modeling_llava.records.data_manifest import DATA_KINDS, NOT_STATED, DataEntry
+from modeling_llava.records.figures import build_environment
+from modeling_llava.records.run_files import RunFiles
+
 from .card_facts import CardFacts
-from .data_manifest import DATA_KINDS, NOT_STATED, DataEntry
-from .figures import build_environment
 from .licences import Part, find_conflicts
-from .run_files import RunFiles
 
 PREPARED_MARK = "<!-- Prepared by anyllava"
 """How a card begins that `llava export` wrote: its folder is ready to go up."""

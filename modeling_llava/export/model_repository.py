@@ -15,17 +15,18 @@ import torch
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, ProcessorMixin
 
 import hub_cards
-from modeling_llava.adapters import PROJECTOR, check_adapter_file
 from modeling_llava.auto import AutoModelForVision2Seq
+from modeling_llava.checkpoints.config_layouts import TRANSFORMERS_CONFIGS, write_transformers_config
+from modeling_llava.checkpoints.original_adapters import PROJECTOR, check_adapter_file
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
-from modeling_llava.original_layout import TRANSFORMERS_CONFIGS, write_transformers_config
-from modeling_llava.yaml_fields import build
+from modeling_llava.records.figures import add_source
+from modeling_llava.records.run_files import carry_files, read_run_files
+from modeling_llava.records.yaml_fields import build
 from processing_llava import AnyLlavaProcessor
-from processing_llava.original_folder import find_adapter_base, find_installed, is_original, read_json
+from processing_llava.original.original_folder import find_adapter_base, find_installed, is_original, read_json
 
 from .card_facts import CardFacts
 from .export_settings import Exported, ExportSettings
-from .figures import add_source
 from .model_card import (
     HUB_RESULTS_FILE,
     ModelDescription,
@@ -37,7 +38,6 @@ from .model_card import (
 )
 from .remote_code import write_remote_code
 from .repository_check import cut_paths
-from .run_files import carry_files, read_run_files
 from .transformers_processor import build_transformers_processor, changes_ids, save_transformers_processor
 
 APACHE_LICENSE = Path(hub_cards.__file__).parent / "LICENSE-apache-2.0"

@@ -6,8 +6,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from processing_llava.data_sources import ROW_FILES, DataSource
-from processing_llava.original_folder import is_original
+from processing_llava.data.data_sources import ROW_FILES, DataSource
+from processing_llava.original.original_folder import is_original
 
 from .export_settings import Exported, ExportSettings
 from .model_card import PREPARED_MARK

@@ -10,7 +10,13 @@ import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from .card_vocabulary import BASE_MODEL_RELATIONS, LICENSES, PIPELINE_TAGS, SPACE_COLORS, SPACE_SDKS
+from modeling_llava.records.card_vocabulary import (
+    BASE_MODEL_RELATIONS,
+    LICENSES,
+    PIPELINE_TAGS,
+    SPACE_COLORS,
+    SPACE_SDKS,
+)
 
 MAX_FILE_BYTES = 500_000_000_000
 """Beyond it the Hub refuses a file: https://huggingface.co/docs/hub/storage-limits."""

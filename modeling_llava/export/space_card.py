@@ -5,8 +5,9 @@ from pathlib import Path
 
 from huggingface_hub import SpaceCardData
 
+from modeling_llava.records.figures import build_environment
+
 from .card_facts import CardFacts
-from .figures import build_environment
 from .model_card import assemble_card
 
 _GRADIO_PIN = re.compile(r"^gradio(?:\[[\w,]+\])?\s*==\s*([\w.]+)", flags=re.MULTILINE)

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from modeling_llava.inference import EMBEDDED_MODEL, load_for_inference
+from modeling_llava.inference.loading import EMBEDDED_MODEL, load_for_inference
 from processing_llava import AnyLlavaProcessor
-from processing_llava.conversations import convert_record
+from processing_llava.data.conversations import convert_record
 
 BATCH_SIZE = 32
 MAX_NEW_TOKENS = 24

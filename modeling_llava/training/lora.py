@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from processing_llava.original_folder import name_installed
+from processing_llava.original.original_folder import name_installed
 
 LORA_DEFAULTS = {"r": 128, "lora_alpha": 256, "lora_dropout": 0.05, "bias": "none"}
 """Those of LLaVA v1.5."""

@@ -11,11 +11,11 @@ from peft import LoraConfig
 from trl import SFTConfig
 
 from modeling_llava.export.repository_check import ACCESS_TOKEN
-from modeling_llava.yaml_fields import FieldsLoader, build, check_fields, read_yaml
-from processing_llava.data_sources import DataSource
+from modeling_llava.records.yaml_fields import FieldsLoader, build, check_fields, read_yaml
+from processing_llava.data.data_sources import DataSource
+from processing_llava.data.row_lengths import ON_BAD_ROW, check_length_options
 from processing_llava.image_limits import ImageLimits
-from processing_llava.original_folder import find_installed
-from processing_llava.row_lengths import ON_BAD_ROW, check_length_options
+from processing_llava.original.original_folder import find_installed
 
 from .trainer_fields import check_trainer, refuse_sending
 

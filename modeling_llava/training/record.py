@@ -20,10 +20,10 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import try_to_load_from_cache
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from modeling_llava.export.data_manifest import read_manifest
-from modeling_llava.export.run_files import RECORD_FILE
-from processing_llava.data_sources import ROW_FILES, DataSource
-from processing_llava.original_folder import find_installed
+from modeling_llava.records.data_manifest import read_manifest
+from modeling_llava.records.run_files import RECORD_FILE
+from processing_llava.data.data_sources import ROW_FILES, DataSource
+from processing_llava.original.original_folder import find_installed
 
 from .recipe import Recipe
 from .trainer import count_parameters

@@ -12,11 +12,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 from trl import SFTConfig
 
-from modeling_llava.free_memory import format_bytes
-from modeling_llava.fused_norms import fuse_norms
-from modeling_llava.packed_attention import NAME, packed_attention_forward
-from modeling_llava.shared_values import check_processor
-from processing_llava.collator import LlavaDataCollator
+from modeling_llava.acceleration.free_memory import format_bytes
+from modeling_llava.acceleration.fused_norms import fuse_norms
+from modeling_llava.acceleration.packed_attention import NAME, packed_attention_forward
+from modeling_llava.checkpoints.shared_values import check_processor
+from processing_llava.data.collator import LlavaDataCollator
 from processing_llava.transformers_versions import CHECKPOINTING_FIELD
 
 from .checkpoints import (

@@ -15,7 +15,7 @@ import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from processing_llava.fate_counts import FateCounts
+from processing_llava.data.fate_counts import FateCounts
 
 from .checkpoints import write_whole
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from modeling_llava.free_memory import format_bytes
-from processing_llava.preview import format_terminal
-from processing_llava.row_lengths import measure_row, read_image_sizes
+from modeling_llava.acceleration.free_memory import format_bytes
+from processing_llava.data.preview import format_terminal
+from processing_llava.data.row_lengths import measure_row, read_image_sizes
 
 from .lora import LORA_DEFAULTS
 from .recipe import Recipe

@@ -8,10 +8,10 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 from trl import SFTConfig
 
-from processing_llava.data_sources import DataSource
-from processing_llava.fate_counts import FateCounts
+from processing_llava.data.data_sources import DataSource
+from processing_llava.data.fate_counts import FateCounts
+from processing_llava.data.row_datasets import load_rows
 from processing_llava.processing_llava import AnyLlavaProcessor
-from processing_llava.row_datasets import load_rows
 from processing_llava.text_encoder import list_special_tokens
 
 from .recipe import Recipe

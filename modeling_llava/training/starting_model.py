@@ -4,11 +4,11 @@ import torch
 from transformers import PreTrainedModel
 
 from modeling_llava import AutoModelForVision2Seq
-from modeling_llava.model_names import load_training_processor
-from modeling_llava.packed_attention import use_packed_attention
-from modeling_llava.quantization import four_bit_config
+from modeling_llava.acceleration.packed_attention import use_packed_attention
+from modeling_llava.acceleration.quantization import four_bit_config
+from modeling_llava.checkpoints.model_names import load_training_processor
 from processing_llava import AnyLlavaProcessor
-from processing_llava.original_folder import find_installed
+from processing_llava.original.original_folder import find_installed
 from processing_llava.text_encoder import check_learn_tokens
 
 from .lora import add_lora, refuse_adapter

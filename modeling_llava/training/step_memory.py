@@ -23,7 +23,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig
 
-from modeling_llava.free_memory import count_free_bytes
+from modeling_llava.acceleration.free_memory import count_free_bytes
 from processing_llava.prompt_inputs import IGNORED_LABEL
 
 from .recipe import Recipe

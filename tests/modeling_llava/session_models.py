@@ -13,7 +13,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from modeling_llava.inference import load_for_inference
+from modeling_llava.inference.loading import load_for_inference
 from processing_llava.transformers_versions import TAKES_ENCODED_IMAGES
 from tests.original_folders import widen
 from tests.tiny import (

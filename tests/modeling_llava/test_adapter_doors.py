@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_llava import AnyLlavaForConditionalGeneration, AutoModelForVision2Seq
 from modeling_llava.cli import main
-from modeling_llava.inference import load_for_inference
+from modeling_llava.inference.loading import load_for_inference
 from processing_llava import AnyLlavaProcessor
 from spaces_demo.models import ModelMenu
 from tests import original_folders as folders

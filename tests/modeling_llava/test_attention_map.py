@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_llava.attention_map import AnswerAttention, lay_on_picture, overlay, read_attention
-from modeling_llava.inference import load_for_inference
+from modeling_llava.inference.attention_map import AnswerAttention, lay_on_picture, overlay, read_attention
+from modeling_llava.inference.loading import load_for_inference
 from modeling_llava.visual_tokens import choose_features
 from processing_llava import AnyLlavaImageProcessorPil
 from tests.conftest import ROOT

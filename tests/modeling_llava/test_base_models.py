@@ -5,7 +5,7 @@ import torch
 
 from modeling_llava import AnyLlavaForConditionalGeneration, AutoModelForVision2Seq
 from modeling_llava.cli import main
-from modeling_llava.inference import load_for_inference
+from modeling_llava.inference.loading import load_for_inference
 from tests import original_folders as folders
 from tests.modeling_llava.conftest import save_base
 from tests.modeling_llava.test_adapters import projector_weights, with_added, write_lora

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from modeling_llava import AnyLlavaForConditionalGeneration, batched_generation
-from modeling_llava.batched_generation import AnswerRequest, BatchedGeneration, generate_answers
-from modeling_llava.chat_cache import ChatCache
-from modeling_llava.chat_session import ChatSession
-from modeling_llava.inference import load_for_inference
-from modeling_llava.row_states import RowStates
-from processing_llava.conversation_templates import load_template
+from modeling_llava import AnyLlavaForConditionalGeneration
+from modeling_llava.inference import batched_generation
+from modeling_llava.inference.batched_generation import AnswerRequest, BatchedGeneration, generate_answers
+from modeling_llava.inference.chat_cache import ChatCache
+from modeling_llava.inference.chat_session import ChatSession
+from modeling_llava.inference.loading import load_for_inference
+from modeling_llava.inference.row_states import RowStates
+from processing_llava.templates import load_template
 from tests.conftest import GOLDENS
 from tests.modeling_llava.session_models import (
     build_anyres,

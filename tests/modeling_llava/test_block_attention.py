@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from modeling_llava import block_attention
-from modeling_llava.block_attention import attend_in_blocks
-from modeling_llava.inference import prepare_for_answering
+from modeling_llava.acceleration import block_attention
+from modeling_llava.acceleration.block_attention import attend_in_blocks
+from modeling_llava.inference.loading import prepare_for_answering
 from tests.tiny import random_images, tiny_model
 
 

@@ -12,9 +12,9 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from modeling_llava.cached_generation import CachedGeneration, build_states
-from modeling_llava.chat_cache import ChatCache
-from modeling_llava.chat_session import ChatSession
+from modeling_llava.inference.cached_generation import CachedGeneration, build_states
+from modeling_llava.inference.chat_cache import ChatCache
+from modeling_llava.inference.chat_session import ChatSession
 from tests.modeling_llava.session_models import (
     CAT,
     DOG,

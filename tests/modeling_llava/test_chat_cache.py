@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_llava.chat_cache import ChatCache
+from modeling_llava.inference.chat_cache import ChatCache
 
 LAYERS = 2
 

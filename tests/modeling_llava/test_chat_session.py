@@ -8,11 +8,11 @@ import time
 import pytest
 import torch
 
-from modeling_llava.batched_generation import AnswerRequest, generate_answers
-from modeling_llava.chat_cache import ChatCache
-from modeling_llava.chat_session import ChatSession
-from processing_llava.conversation_templates import load_template
+from modeling_llava.inference.batched_generation import AnswerRequest, generate_answers
+from modeling_llava.inference.chat_cache import ChatCache
+from modeling_llava.inference.chat_session import ChatSession
 from processing_llava.image_limits import ImageLimits
+from processing_llava.templates import load_template
 from tests.modeling_llava.session_models import (
     CAT,
     DOG,

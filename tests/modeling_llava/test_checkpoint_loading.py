@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from trl.trainer.utils import create_model_from_path
 
 from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration, AnyLlavaModel, AutoModelForVision2Seq
-from processing_llava.conversation_templates import load_template
+from processing_llava.templates import load_template
 from tests import original_folders as folders
 
 pytestmark = pytest.mark.core

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from modeling_llava import AnyLlavaForConditionalGeneration, AutoModelForVision2Seq
-from modeling_llava.original_layout import layout_of
+from modeling_llava.checkpoints.config_layouts import layout_of
 from tests import original_folders as folders
 from tests.tiny import PINPOINTS, tiny_model
 

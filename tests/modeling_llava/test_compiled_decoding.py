@@ -10,16 +10,16 @@ from torch._dynamo.backends.common import aot_autograd
 from transformers import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_llava import batched_generation, cached_generation
-from modeling_llava.batched_generation import AnswerRequest, generate_answers
-from modeling_llava.cached_generation import CachedGeneration
-from modeling_llava.chat_cache import ChatCache
-from modeling_llava.chat_session import ChatSession
-from modeling_llava.compiled_decoding import build_compile_config, build_static_states, decode_ahead
-from modeling_llava.inference import prepare_for_answering
-from modeling_llava.packed_linear import PackedLinear
-from modeling_llava.quantization import quantize_to_int8
-from modeling_llava.token_stream import StreamedText
+from modeling_llava.acceleration.compiled_decoding import build_compile_config, build_static_states, decode_ahead
+from modeling_llava.acceleration.packed_linear import PackedLinear
+from modeling_llava.acceleration.quantization import quantize_to_int8
+from modeling_llava.inference import batched_generation, cached_generation
+from modeling_llava.inference.batched_generation import AnswerRequest, generate_answers
+from modeling_llava.inference.cached_generation import CachedGeneration
+from modeling_llava.inference.chat_cache import ChatCache
+from modeling_llava.inference.chat_session import ChatSession
+from modeling_llava.inference.loading import prepare_for_answering
+from modeling_llava.inference.token_stream import StreamedText
 from tests.tiny import tiny_model, tiny_processor
 
 SETTINGS = {"max_new_tokens": 8}

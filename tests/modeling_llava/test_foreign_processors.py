@@ -6,11 +6,11 @@ import re
 import pytest
 from PIL import Image
 
-from modeling_llava.batched_generation import AnswerRequest, generate_answers
-from modeling_llava.chat_session import ChatSession
 from modeling_llava.cli import main
-from modeling_llava.foreign_processors import protect_messages
-from modeling_llava.inference import load_for_inference
+from modeling_llava.inference.batched_generation import AnswerRequest, generate_answers
+from modeling_llava.inference.chat_session import ChatSession
+from modeling_llava.inference.foreign_processors import protect_messages
+from modeling_llava.inference.loading import load_for_inference
 from tests.modeling_llava.test_batched_generation import build_transformers_own
 from tests.tiny import tiny_processor
 

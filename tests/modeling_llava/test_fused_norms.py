@@ -5,9 +5,9 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from modeling_llava.fused_norms import RMS_NORMS, fuse_norms
-from modeling_llava.fused_projections import Columns
-from modeling_llava.inference import load_for_inference, prepare_for_answering
+from modeling_llava.acceleration.fused_norms import RMS_NORMS, fuse_norms
+from modeling_llava.acceleration.fused_projections import Columns
+from modeling_llava.inference.loading import load_for_inference, prepare_for_answering
 from tests.tiny import save_tiny_checkpoint, text_ids, tiny_model
 
 

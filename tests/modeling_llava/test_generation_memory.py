@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from modeling_llava import AnyLlavaConfig
 from modeling_llava.cli import main
-from modeling_llava.generation_memory import (
+from modeling_llava.inference.generation_memory import (
     _LiveBytes,
     choose_dtype,
     predict_generation,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from modeling_llava import AutoModelForVision2Seq
-from processing_llava.collator import LlavaDataCollator
+from processing_llava.data.collator import LlavaDataCollator
 from tests.conftest import SHARED_GOLDENS
 from tests.processing_llava.golden_prompts import golden_messages
 

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from modeling_llava import AnyLlavaForConditionalGeneration
-from modeling_llava.inference import EMBEDDED_MODEL, load_for_inference
+from modeling_llava.inference.loading import EMBEDDED_MODEL, load_for_inference
 from tests.modeling_llava.session_models import build_transformers_own
 from tests.tiny import save_tiny_checkpoint, tiny_processor
 

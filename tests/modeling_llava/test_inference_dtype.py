@@ -7,7 +7,7 @@ import torch
 
 from modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.auto import AutoModelForVision2Seq
-from modeling_llava.inference import load_for_inference
+from modeling_llava.inference.loading import load_for_inference
 from tests.original_folders import write_v15
 from tests.tiny import save_tiny_checkpoint, tiny_model
 

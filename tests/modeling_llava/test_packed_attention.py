@@ -5,8 +5,8 @@ import torch
 import torch.nn.attention.varlen
 from torch import nn
 
-from modeling_llava import packed_attention
-from modeling_llava.packed_attention import NAME, packed_attention_forward, use_packed_attention
+from modeling_llava.acceleration import packed_attention
+from modeling_llava.acceleration.packed_attention import NAME, packed_attention_forward, use_packed_attention
 from tests.tiny import IMAGE_TOKEN_ID, random_images, text_ids, tiny_model
 
 TILE_TOKENS = 16

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_llava import AnyLlavaForConditionalGeneration, packed_linear
-from modeling_llava.chat_session import ChatSession
-from modeling_llava.inference import EMBEDDED_MODEL, load_for_inference
-from modeling_llava.inference_dtype import is_slow_on_processor
-from modeling_llava.packed_linear import PackedLinear, pack_linear_layers
+from modeling_llava import AnyLlavaForConditionalGeneration
+from modeling_llava.acceleration import packed_linear
+from modeling_llava.acceleration.inference_dtype import is_slow_on_processor
+from modeling_llava.acceleration.packed_linear import PackedLinear, pack_linear_layers
+from modeling_llava.inference.chat_session import ChatSession
+from modeling_llava.inference.loading import EMBEDDED_MODEL, load_for_inference
 from tests.tiny import TEXT_CONFIGS, batch, random_images, save_tiny_checkpoint, text_ids, tiny_model, tiny_processor
 
 if not torch.backends.mkldnn.is_available():

@@ -8,11 +8,11 @@ from torch import nn
 from transformers import AutoProcessor
 
 from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
-from modeling_llava.chat_session import ChatSession
-from modeling_llava.fused_projections import Columns, fuse_projections
-from modeling_llava.inference import EMBEDDED_MODEL, load_for_inference
-from modeling_llava.int8_linear import Int8Linear
-from modeling_llava.quantization import ON_GPU, quantize_to_int8, refuse_unchanged
+from modeling_llava.acceleration.fused_projections import Columns, fuse_projections
+from modeling_llava.acceleration.int8_linear import Int8Linear
+from modeling_llava.acceleration.quantization import ON_GPU, quantize_to_int8, refuse_unchanged
+from modeling_llava.inference.chat_session import ChatSession
+from modeling_llava.inference.loading import EMBEDDED_MODEL, load_for_inference
 from modeling_llava.tiny_llava.evaluate import evaluate
 from tests.conftest import ROOT
 from tests.tiny import TEXT_CONFIGS, batch, random_images, save_tiny_checkpoint, text_ids, tiny_model

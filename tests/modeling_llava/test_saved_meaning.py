@@ -13,10 +13,10 @@ import torch
 from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, MixtralConfig, PreTrainedConfig
 
 from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration, AutoModelForVision2Seq
-from modeling_llava.checkpoint_layouts import LAYOUTS
-from modeling_llava.fused_projections import fuse_projections
-from modeling_llava.packed_linear import pack_linear_layers
-from modeling_llava.quantization import KEPT_MODULES
+from modeling_llava.acceleration.fused_projections import fuse_projections
+from modeling_llava.acceleration.packed_linear import pack_linear_layers
+from modeling_llava.acceleration.quantization import KEPT_MODULES
+from modeling_llava.checkpoints.weight_names import LAYOUTS
 from tests import original_folders as folders
 from tests.tiny import _TEXT, PINPOINTS, TEXT_CONFIGS, VISION_CONFIGS, VOCAB_SIZE
 

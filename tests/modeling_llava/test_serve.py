@@ -11,7 +11,7 @@ import urllib.request
 
 import pytest
 
-from modeling_llava.inference import EMBEDDED_MODEL
+from modeling_llava.inference.loading import EMBEDDED_MODEL
 from tests.conftest import ROOT
 
 SECONDS_TO_START = 90
@@ -26,7 +26,7 @@ def server():
     command = [
         sys.executable,
         "-m",
-        "modeling_llava.serve",
+        "modeling_llava.serving.__main__",
         EMBEDDED_MODEL,
         "--port",
         str(port),

@@ -8,12 +8,12 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_llava import AnyLlavaForConditionalGeneration
-from modeling_llava.batched_generation import generate_answers
-from modeling_llava.chat_session import ChatSession
+from modeling_llava.checkpoints.config_layouts import write_transformers_config
+from modeling_llava.checkpoints.shared_values import check_processor
 from modeling_llava.export.transformers_processor import build_transformers_processor, save_transformers_processor
-from modeling_llava.inference import load_for_inference
-from modeling_llava.original_layout import write_transformers_config
-from modeling_llava.shared_values import check_processor
+from modeling_llava.inference.batched_generation import generate_answers
+from modeling_llava.inference.chat_session import ChatSession
+from modeling_llava.inference.loading import load_for_inference
 from processing_llava import AnyLlavaProcessor
 from tests.tiny import PINPOINTS, save_tiny_checkpoint, tiny_model, tiny_processor
 

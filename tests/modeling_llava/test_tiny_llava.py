@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from modeling_llava.chat_session import ChatSession
-from modeling_llava.inference import EMBEDDED_MODEL, load_for_inference
+from modeling_llava.inference.chat_session import ChatSession
+from modeling_llava.inference.loading import EMBEDDED_MODEL, load_for_inference
 from modeling_llava.tiny_llava.concepts import (
     CONCEPTS,
     MASS_NAMES,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from modeling_llava.inference import load_for_inference, prepare_for_answering
-from modeling_llava.token_attention import NAME, attend_to_states, use_token_attention
+from modeling_llava.acceleration.token_attention import NAME, attend_to_states, use_token_attention
+from modeling_llava.inference.loading import load_for_inference, prepare_for_answering
 from tests.tiny import batch, random_images, save_tiny_checkpoint, text_ids, tiny_model
 
 

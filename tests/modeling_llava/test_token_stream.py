@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 import torch
 
-from modeling_llava.token_stream import StreamedText, build_sampler, find_answer_end, stream_tokens
-from processing_llava.sentencepiece_tokenizer import load_sentencepiece_tokenizer
+from modeling_llava.inference.token_stream import StreamedText, build_sampler, find_answer_end, stream_tokens
+from processing_llava.original.sentencepiece_tokenizer import load_sentencepiece_tokenizer
 from tests.conftest import GOLDENS
 from tests.tiny import tiny_processor, tiny_tokenizer
 

@@ -9,13 +9,13 @@ from transformers import AutoProcessor, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_llava import AnyLlavaForConditionalGeneration, AutoModelForVision2Seq
-from modeling_llava.chat_session import ChatSession
+from modeling_llava.checkpoints.config_layouts import write_transformers_config
 from modeling_llava.export.transformers_processor import build_transformers_processor
-from modeling_llava.original_layout import write_transformers_config
+from modeling_llava.inference.chat_session import ChatSession
 from modeling_llava.training.feature_cache import FeatureCache
 from modeling_llava.visual_tokens import choose_diverse, choose_features
 from processing_llava import AnyLlavaProcessor
-from processing_llava.collator import LlavaDataCollator
+from processing_llava.data.collator import LlavaDataCollator
 from tests import original_folders as folders
 from tests.tiny import (
     IMAGE_TOKEN_ID,

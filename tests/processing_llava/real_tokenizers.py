@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from processing_llava.sentencepiece_tokenizer import load_sentencepiece_tokenizer
+from processing_llava.original.sentencepiece_tokenizer import load_sentencepiece_tokenizer
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "runs" / "tokenizers"

@@ -5,9 +5,9 @@ import pytest
 import transformers
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from processing_llava.collator import LlavaDataCollator
-from processing_llava.conversations import convert_record
-from processing_llava.data_check import RecordCheck
+from processing_llava.data.collator import LlavaDataCollator
+from processing_llava.data.conversations import convert_record
+from processing_llava.data.data_check import RecordCheck
 from processing_llava.prompt_inputs import IGNORED_LABEL
 from tests.tiny import PATCH_SIZE, TILE_SIZE, tiny_processor
 

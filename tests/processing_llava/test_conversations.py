@@ -6,10 +6,10 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from processing_llava.conversation_templates import load_template
-from processing_llava.conversations import convert_record
+from processing_llava.data.conversations import convert_record
+from processing_llava.data.record_files import RefusedRecord, stream_records
 from processing_llava.prompts import render_prompt
-from processing_llava.record_files import RefusedRecord, stream_records
+from processing_llava.templates import load_template
 
 IMAGE = {"type": "image"}
 

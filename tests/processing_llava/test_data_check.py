@@ -6,9 +6,9 @@ import os
 import PIL.Image
 import pytest
 
-from processing_llava import data_check
-from processing_llava.data_check import RecordCheck, check_sources, find_usable_rows
-from processing_llava.data_sources import DataSource
+from processing_llava.data import data_check
+from processing_llava.data.data_check import RecordCheck, check_sources, find_usable_rows
+from processing_llava.data.data_sources import DataSource
 from tests.tiny import tiny_processor
 
 

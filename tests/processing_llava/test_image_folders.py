@@ -7,10 +7,10 @@ import pytest
 from PIL import ExifTags, Image
 
 from modeling_llava.export.dataset_repository import write_parquet
-from processing_llava.data_check import RecordCheck, check_sources
-from processing_llava.data_sources import DataSource
-from processing_llava.image_folders import ImageFolder
-from processing_llava.row_datasets import load_rows
+from processing_llava.data.data_check import RecordCheck, check_sources
+from processing_llava.data.data_sources import DataSource
+from processing_llava.data.image_folders import ImageFolder
+from processing_llava.data.row_datasets import load_rows
 from tests.tiny import tiny_processor
 
 

@@ -12,9 +12,9 @@ from contextlib import ExitStack, contextmanager
 import pytest
 from PIL import Image
 
+from processing_llava.data.image_urls import UrlPolicy
 from processing_llava.image_limits import ImageLimits
 from processing_llava.image_loading import load_image
-from processing_llava.image_urls import UrlPolicy
 from tests.processing_llava.hostile_images import encode
 
 PICTURE = encode(Image.new("RGB", (6, 4), "red"))

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from processing_llava.collator import LlavaDataCollator
-from processing_llava.conversation_templates import TEMPLATE_FILES
-from processing_llava.data_check import RecordCheck, check_sources
-from processing_llava.data_report import ANY
-from processing_llava.data_sources import DataSource
+from processing_llava.data.collator import LlavaDataCollator
+from processing_llava.data.data_check import RecordCheck, check_sources
+from processing_llava.data.data_report import ANY
+from processing_llava.data.data_sources import DataSource
+from processing_llava.data.row_datasets import load_rows
+from processing_llava.data.row_lengths import SPELLED
 from processing_llava.processing_llava import AnyLlavaProcessor
-from processing_llava.row_datasets import load_rows
-from processing_llava.row_lengths import SPELLED
+from processing_llava.templates import TEMPLATE_FILES
 from processing_llava.text_encoder import list_special_tokens
 from tests.tiny import tiny_processor
 

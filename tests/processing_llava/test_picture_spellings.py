@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from processing_llava.collator import LlavaDataCollator
-from processing_llava.conversations import convert_record
-from processing_llava.data_check import RecordCheck
-from processing_llava.data_sources import DataSource
+from processing_llava.data.collator import LlavaDataCollator
+from processing_llava.data.conversations import convert_record
+from processing_llava.data.data_check import RecordCheck
+from processing_llava.data.data_sources import DataSource
+from processing_llava.data.row_datasets import load_rows
 from processing_llava.messages import is_missing
-from processing_llava.row_datasets import load_rows
 from tests.tiny import tiny_processor
 
 PICTURE = Image.new("RGB", (40, 30), "red")

@@ -7,10 +7,10 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from processing_llava.conversations import convert_record
+from processing_llava.data.conversations import convert_record
+from processing_llava.data.preview import format_html, format_terminal, list_segments
+from processing_llava.data.row_lengths import MeasuredRow, measure_row, read_image_sizes
 from processing_llava.image_limits import DEFAULT_LIMITS
-from processing_llava.preview import format_html, format_terminal, list_segments
-from processing_llava.row_lengths import MeasuredRow, measure_row, read_image_sizes
 from tests.tiny import tiny_processor
 
 HOSTILE = '</pre><script src="//x.example/y.js">1</script><img src=x onerror=y> \x1b]0;title\x07'

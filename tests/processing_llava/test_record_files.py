@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 
-from processing_llava import record_files
-from processing_llava.record_files import RefusedRecord, stream_records
+from processing_llava.data import record_files
+from processing_llava.data.record_files import RefusedRecord, stream_records
 
 RECORDS = [{"id": 1, "text": 'a ] , [ " b'}, {"id": "two", "turns": [[], [{"x": None}]]}, 12, 345, "\u00e9", []]
 

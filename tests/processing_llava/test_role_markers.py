@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from processing_llava import AnyLlavaProcessor
-from processing_llava.conversation_templates import TEMPLATE_FILES, load_template
 from processing_llava.role_markers import BLANK, INVISIBLE, find_role_markers, treat_role_markers
+from processing_llava.templates import TEMPLATE_FILES, load_template
 from tests.conftest import ROOT
 from tests.processing_llava.tokenizers_of_each_kind import load_sentencepiece, load_tokenizer
 from tests.tiny import tiny_processor

@@ -8,9 +8,9 @@ import pytest
 from datasets import Dataset, DatasetDict, Image, IterableDataset, List
 from torch.utils.data import DataLoader
 
-from processing_llava.collator import LlavaDataCollator
-from processing_llava.data_sources import DataSource, open_records
-from processing_llava.row_datasets import load_rows
+from processing_llava.data.collator import LlavaDataCollator
+from processing_llava.data.data_sources import DataSource, open_records
+from processing_llava.data.row_datasets import load_rows
 from tests.tiny import tiny_processor
 
 IMAGE_ITEM = {"type": "image", "text": None}

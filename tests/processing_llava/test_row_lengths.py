@@ -6,13 +6,13 @@ import PIL.Image
 import pytest
 
 from processing_llava import AnyLlavaProcessor
-from processing_llava.collator import LlavaDataCollator
-from processing_llava.conversation_templates import load_template
-from processing_llava.conversations import convert_record
+from processing_llava.data.collator import LlavaDataCollator
+from processing_llava.data.conversations import convert_record
+from processing_llava.data.record_files import RefusedRecord
+from processing_llava.data.row_lengths import FITS, KEPT, PART, fit_row, measure_row, read_image_sizes, split_row
 from processing_llava.image_limits import DEFAULT_LIMITS
 from processing_llava.prompt_inputs import IGNORED_LABEL
-from processing_llava.record_files import RefusedRecord
-from processing_llava.row_lengths import FITS, KEPT, PART, fit_row, measure_row, read_image_sizes, split_row
+from processing_llava.templates import load_template
 from tests.processing_llava.tokenizers_of_each_kind import load_sentencepiece
 from tests.tiny import PINPOINTS, tiny_processor
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer
 
-from processing_llava.sentencepiece_tokenizer import load_sentencepiece_tokenizer
+from processing_llava.original.sentencepiece_tokenizer import load_sentencepiece_tokenizer
 from tests.conftest import GOLDENS
 from tests.processing_llava.tokenizers_of_each_kind import load_sentencepiece
 

@@ -3,8 +3,8 @@
 import jinja2
 import pytest
 
-from processing_llava.conversation_templates import TEMPLATE_FILES, load_template
 from processing_llava.prompts import Prompt, render_prompt
+from processing_llava.templates import TEMPLATE_FILES, load_template
 from tests.processing_llava.golden_prompts import GOLDEN_PROMPTS, golden_messages
 
 # The prompts that the original could render: it raises TypeError on a caption in "plain".

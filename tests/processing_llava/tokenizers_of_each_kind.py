@@ -19,7 +19,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from processing_llava.sentencepiece_tokenizer import load_sentencepiece_tokenizer
+from processing_llava.original.sentencepiece_tokenizer import load_sentencepiece_tokenizer
 from tests.conftest import GOLDENS
 
 CONTROL_TOKENS = (

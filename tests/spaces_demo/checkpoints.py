@@ -6,7 +6,7 @@ import torch
 from transformers import AutoProcessor
 
 from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
-from modeling_llava.inference import EMBEDDED_MODEL
+from modeling_llava.inference.loading import EMBEDDED_MODEL
 from tests.tiny import tiny_config, tiny_processor
 
 STEPS = 80

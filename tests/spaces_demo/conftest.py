@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_llava.inference import EMBEDDED_MODEL
+from modeling_llava.inference.loading import EMBEDDED_MODEL
 from tests.conftest import ROOT
 from tests.spaces_demo.checkpoints import (
     save_adapter,

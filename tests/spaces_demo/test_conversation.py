@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from modeling_llava.chat_session import AnswerStatistics
+from modeling_llava.inference.chat_session import AnswerStatistics
 from spaces_demo.conversation import Answer, Conversation, Turn
 from spaces_demo.feedback import FeedbackFile
 from spaces_demo.models import Settings

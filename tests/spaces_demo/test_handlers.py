@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 
-from modeling_llava.inference import EMBEDDED_MODEL
+from modeling_llava.inference.loading import EMBEDDED_MODEL
 from spaces_demo.conversation import Answer, Conversation, Turn
 from spaces_demo.handlers import Handlers
 from spaces_demo.models import AS_TRAINED, ModelMenu, Settings

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from modeling_llava.chat_session import ChatSession
-from modeling_llava.inference import load_for_inference
+from modeling_llava.inference.chat_session import ChatSession
+from modeling_llava.inference.loading import load_for_inference
 from processing_llava.image_loading import load_image
 from spaces_demo.models import ModelMenu, Settings
 from tests.spaces_demo.conftest import EXAMPLES, start_demo

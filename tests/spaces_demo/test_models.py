@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_llava import generation_memory
-from modeling_llava.inference import EMBEDDED_MODEL, load_for_inference
+from modeling_llava.inference import generation_memory
+from modeling_llava.inference.loading import EMBEDDED_MODEL, load_for_inference
 from spaces_demo import models
 from spaces_demo.models import GIB, HEADROOM, ModelMenu, Settings, estimate_bytes
 from tests.spaces_demo.checkpoints import save_adapter

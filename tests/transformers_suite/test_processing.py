@@ -5,7 +5,7 @@ import unittest
 import pytest
 
 from processing_llava import AnyLlavaImageProcessor, AnyLlavaImageProcessorPil, AnyLlavaProcessor
-from processing_llava.conversation_templates import load_template
+from processing_llava.templates import load_template
 from tests.tiny import PATCH_SIZE, TILE_SIZE, tiny_processor, tiny_tokenizer
 from tests.transformers_suite.upstream import image_processing, processing
 

@@ -5,7 +5,7 @@ import json
 import jinja2
 import pytest
 
-from modeling_llava.export.figures import add_source, build_environment, read_results, refuse_loose_figures
+from modeling_llava.records.figures import add_source, build_environment, read_results, refuse_loose_figures
 
 RUN = {"seed": 0, "commit": "0123abc", "command": "llava eval", "results": []}
 RESULT = {"benchmark": "POPE", "dataset": "lmms-lab/POPE", "split": "test", "metric": "f1", "value": 0.859, "n": 9000}

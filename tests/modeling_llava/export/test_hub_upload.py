@@ -52,8 +52,8 @@ from datasets import load_dataset
 from huggingface_hub import ModelCard, snapshot_download
 from transformers import AutoProcessor
 from modeling_llava import AutoModelForVision2Seq
-from processing_llava.data_sources import DataSource
-from processing_llava.row_datasets import load_rows
+from processing_llava.data.data_sources import DataSource
+from processing_llava.data.row_datasets import load_rows
 
 model = AutoModelForVision2Seq.from_pretrained("alice/model")
 adapter = AutoModelForVision2Seq.from_pretrained("alice/adapter")

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, LlamaConfig
 
 from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration, AutoModelForVision2Seq
+from modeling_llava.acceleration.quantization import four_bit_config
 from modeling_llava.cli import main
 from modeling_llava.export.merged_adapter import compare, merge_adapter
-from modeling_llava.quantization import four_bit_config
 from tests import original_folders as folders
 from tests.modeling_llava.export.conftest import train_tiny
 from tests.modeling_llava.test_adapters import with_added, write_lora

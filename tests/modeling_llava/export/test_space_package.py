@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 BASE = ["--license", "apache-2.0", "--base-model", "someone/vicuna"]
 START_SPACE = """
 import app, hub_cards, modeling_llava, processing_llava, spaces_demo
-from modeling_llava.inference import EMBEDDED_MODEL
+from modeling_llava.inference.loading import EMBEDDED_MODEL
 from spaces_demo.models import ModelMenu
 
 for package in (hub_cards, modeling_llava, processing_llava, spaces_demo):

@@ -8,8 +8,8 @@ import pytest
 
 from modeling_llava import AutoModelForVision2Seq
 from modeling_llava.cli import main
-from modeling_llava.inference import EMBEDDED_MODEL
-from processing_llava.original_folder import EMBEDDED_NAME, find_installed, name_installed
+from modeling_llava.inference.loading import EMBEDDED_MODEL
+from processing_llava.original.original_folder import EMBEDDED_NAME, find_installed, name_installed
 from spaces_demo.models import ModelMenu
 from tests.conftest import ROOT
 

@@ -13,7 +13,7 @@ from modeling_llava import AutoModelForVision2Seq
 from modeling_llava.training.feature_cache import FeatureCache
 from modeling_llava.training.recipe import DataSource, Recipe
 from modeling_llava.training.run import train
-from processing_llava.collator import LlavaDataCollator
+from processing_llava.data.collator import LlavaDataCollator
 from tests.tiny import PINPOINTS, save_tiny_checkpoint, tiny_model
 
 COLORS = ("red", "blue", "green")

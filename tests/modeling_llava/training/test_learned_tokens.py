@@ -7,9 +7,9 @@ import torch
 from transformers import AutoProcessor
 
 from modeling_llava import AutoModelForVision2Seq
-from modeling_llava.batched_generation import AnswerRequest, generate_answers
-from modeling_llava.chat_session import ChatSession
 from modeling_llava.cli import main
+from modeling_llava.inference.batched_generation import AnswerRequest, generate_answers
+from modeling_llava.inference.chat_session import ChatSession
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import train
 from tests.modeling_llava.training.conftest import write_recipe

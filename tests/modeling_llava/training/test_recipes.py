@@ -8,7 +8,7 @@ from trl import SFTConfig
 import modeling_llava.training
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import trainer_settings
-from processing_llava.conversation_templates import load_template
+from processing_llava.templates import load_template
 
 FOLDER = Path(modeling_llava.training.__file__).parent / "recipes"
 DEVICES = 8

@@ -19,10 +19,11 @@ from modeling_llava.training.run_preview import preview
 from modeling_llava.training.run_rows import plan_batches
 from modeling_llava.training.starting_model import load_processor
 from modeling_llava.training.trainer import LlavaTrainer, count_parameters, freeze_all_but, part_of
-from processing_llava import AnyLlavaImageProcessor, AnyLlavaImageProcessorPil, row_lengths
-from processing_llava.collator import LlavaDataCollator
-from processing_llava.row_datasets import load_rows
-from processing_llava.row_lengths import measure_row
+from processing_llava import AnyLlavaImageProcessor, AnyLlavaImageProcessorPil
+from processing_llava.data import row_lengths
+from processing_llava.data.collator import LlavaDataCollator
+from processing_llava.data.row_datasets import load_rows
+from processing_llava.data.row_lengths import measure_row
 from tests.modeling_llava.training.conftest import COLORS, write_recipe
 from tests.tiny import tiny_model
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from modeling_llava.acceleration.free_memory import format_bytes
 from modeling_llava.cli import main
-from modeling_llava.free_memory import format_bytes
 from modeling_llava.training import run_preview
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import trainer_settings

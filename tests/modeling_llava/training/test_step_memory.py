@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPVisionConfig, LlamaConfig, TrainerCallback
 
 from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
-from modeling_llava.free_memory import format_bytes
+from modeling_llava.acceleration.free_memory import format_bytes
 from modeling_llava.training import run
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import build_trainer

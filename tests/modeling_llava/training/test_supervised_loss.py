@@ -9,12 +9,12 @@ from transformers import LlamaConfig, MixtralConfig
 from trl import SFTConfig
 
 from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
-from modeling_llava.packed_attention import use_packed_attention
+from modeling_llava.acceleration.packed_attention import use_packed_attention
 from modeling_llava.training import supervised_loss
 from modeling_llava.training.lora import add_lora
 from modeling_llava.training.recipe import Recipe
 from modeling_llava.training.trainer import LlavaTrainer, freeze_all_but, part_of
-from processing_llava.collator import LlavaDataCollator
+from processing_llava.data.collator import LlavaDataCollator
 from tests.modeling_llava.test_packed_attention import make_rows, pack
 from tests.tiny import (
     PINPOINTS,

@@ -17,7 +17,7 @@ from trl import (
 )
 
 from modeling_llava import AutoModelForVision2Seq
-from processing_llava.collator import LlavaDataCollator
+from processing_llava.data.collator import LlavaDataCollator
 from processing_llava.transformers_versions import VERSION
 from tests.tiny import save_tiny_checkpoint
 

@@ -1,0 +1,402 @@
+"""`from_pretrained` and `save_pretrained` for every layout that a LLaVA was ever published in.
+
+Loading: config.json is translated, the weights of all parts are gathered under our names, transformers gets them as
+one state dict whose tensors are not read yet, and a LoRA adapter is attached and merged, or kept. Where nobody chose
+floats, a slow processor gets float32 (`inference_dtype`); fewer bits have names (`quantization`).
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from modeling_llava.acceleration.fused_projections import Columns
+from modeling_llava.acceleration.inference_dtype import with_default_dtype
+from modeling_llava.acceleration.int8_linear import Int8Linear
+from modeling_llava.acceleration.packed_linear import PackedLinear
+from processing_llava.original.original_folder import (
+    DOWNLOAD_KWARGS,
+    OriginalFolder,
+    find_adapter_base,
+    find_file,
+    select_download,
+)
+
+from .config_layouts import (
+    find_layout,
+    layout_of,
+    merge_ids,
+    translate_config,
+    write_original_config,
+    write_transformers_config,
+)
+from .original_adapters import (
+    add_trained_parts,
+    fill_saved_modules,
+    has_original_names,
+    load_adapted,
+    load_original_adapter,
+    read_adapter,
+    refuse_unfit_adapter,
+    refuse_unfit_state,
+)
+from .original_weights import TOWER, complete_tower, gather_original_weights, is_used, refuse_missing_source
+from .weight_files import Weight, find_base_dtype, read_model, refuse_quantized, refuse_unfit_weights
+from .weight_names import add_transformers_only_weights, check_layout, rename_from_ours, rename_to_ours
+
+# Arguments of from_pretrained that are attributes of configurations too.
+_NOT_FOR_CONFIG = ("dtype", "torch_dtype", "attn_implementation", "quantization_config")
+
+
+class CheckpointMixin:
+    """Reads and writes the layouts of other code; to be listed before PreTrainedModel."""
+
+    source_folder: OriginalFolder | None = None
+    """The original folder that a model was loaded from, which saving in that layout reads once more."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | None,
+        *model_args,
+        config: PreTrainedConfig | str | None = None,
+        base_model: str | None = None,
+        delta: bool | None = None,
+        vision_tower: str | None = None,
+        merge_adapter: bool = True,
+        quantization: str | None = None,
+        **kwargs,
+    ) -> PreTrainedModel:
+        """As in transformers, for checkpoints in any layout.
+
+        Without `dtype`, `device_map` and quantization, a checkpoint in 16-bit floats is loaded as float32 on a machine
+        without GPU whose processor is slow with them; `dtype="auto"` gives its own floats everywhere.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id: a model of ours, of transformers' `llava` or `llava_next`,
+                or of the original LLaVA (complete, LoRA, projector only, delta); or an adapter of any of them.
+            base_model: Folder or Hub id of the model under a LoRA, a projector, a delta or an adapter that does not
+                say its own.
+            delta: Whether an original folder is to be added to `base_model`. Default: what its norm weights say.
+            vision_tower: Folder or Hub id of the tower, instead of the one that an original folder names.
+            merge_adapter: Add an original LoRA to the weights; False keeps it as an adapter of PEFT.
+            quantization: "int4", "fp8" or "nf4" on a GPU, "int8" on a processor: bits of the language model, for
+                answering only. The rest is bfloat16 or float32.
+
+        Raises:
+            ValueError: naming file, weight, and expected and found shape, if something does not fit. In our own layout
+                `output_loading_info=True` tells it instead.
+        """
+        refuse_bit_arguments(kwargs)
+        base_model, vision_tower = (None if part is None else str(part) for part in (base_model, vision_tower))
+        parts = {"base_model": base_model, "delta": delta, "vision_tower": vision_tower}
+        if quantization is not None:
+            from modeling_llava.acceleration.quantization import (
+                ON_PROCESSOR,
+                quantize_to_int8,
+                refuse_unchanged,
+                with_quantization,
+            )
+
+            loaded = cls.from_pretrained(
+                pretrained_model_name_or_path,
+                *model_args,
+                config=config,
+                merge_adapter=merge_adapter,
+                **parts,
+                **with_quantization(kwargs, quantization),
+            )
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            if quantization == ON_PROCESSOR:
+                quantize_to_int8(model)
+            else:
+                refuse_unchanged(model, quantization)
+            return loaded
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *model_args, config=config, **kwargs)
+        name = str(pretrained_model_name_or_path)
+        download = select_download(kwargs)
+        if config is None and (base := find_adapter_base(name, download, base_model=base_model)) is not None:
+            parts.pop("base_model")
+            return load_adapted(cls, base, name, download, *model_args, merge=merge_adapter, **parts, **kwargs)
+        raw = None
+        if isinstance(config, cls.config_class):
+            layout, stored = layout_of(config), config.dtype
+        else:
+            if isinstance(config, PreTrainedConfig):
+                raw = config.to_dict()
+            else:
+                raw, _ = PreTrainedConfig.get_config_dict(name if config is None else config, **download)
+            layout, stored = find_layout(raw), raw.get("dtype", raw.get("torch_dtype"))
+        refuse_parts(parts, layout, name)
+        adapter = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
+        if adapter is None and layout != "original" and find_file(name, "adapter_config.json", download) is not None:
+            adapter = name
+        wants_info = kwargs.pop("output_loading_info", False)
+        takes_any_shape = kwargs.pop("ignore_mismatched_sizes", False)
+        checks = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        if layout == "any_llava" and adapter != name:
+            kwargs = with_default_dtype(kwargs, stored=stored)
+            model, info = super().from_pretrained(name, *model_args, config=config, **checks, **kwargs)
+            if not wants_info:  # which tells the caller
+                refuse_unfit(model, info, name, download=download, takes_any_shape=takes_any_shape)
+            if adapter is not None:
+                model.load_adapter(adapter)
+            return (model, info) if wants_info else model
+        if raw is not None:
+            translated = translate_config(raw, name=name, **parts, **download)
+            held = {key: kwargs.pop(key) for key in _NOT_FOR_CONFIG if key in kwargs}
+            config, kwargs = cls.config_class.from_dict(translated, return_unused_kwargs=True, **kwargs)
+            kwargs |= held
+
+        kwargs = {key: value for key, value in kwargs.items() if key not in DOWNLOAD_KWARGS}
+        folder = OriginalFolder(name=name, config=config.source_config, base_model=base_model, download=download)
+        is_original = layout == "original"
+        if is_original:
+            weights = gather_original_weights(folder, config, delta=delta)
+        else:
+            weights = read_model(name, download)
+            if layout == "transformers":
+                refuse_quantized(name, config.source_config, weights)
+                weights = {rename_to_ours(key, "transformers"): item for key, item in weights.items()}
+            weights = {key: item for key, item in weights.items() if is_used(key, config)}
+        config.dtype = config.dtype or find_base_dtype(weights)
+        kwargs = with_default_dtype(kwargs, stored=config.dtype)
+        state_dict = {key: item.data for key, item in weights.items()}
+        model, info = super().from_pretrained(
+            None, *model_args, config=config, state_dict=state_dict, **checks, **kwargs
+        )
+        refuse_unfit(model, info, name, weights=weights, takes_any_shape=takes_any_shape)
+        # PEFT writes the second one into its adapters.
+        model.config.name_or_path = model.name_or_path = name
+        if model.can_generate():
+            model.generation_config = read_generation_config(name, config, download)
+        if is_original:
+            # Saving may happen somewhere else.
+            model.source_folder = replace(folder, name=str(Path(name).resolve()) if Path(name).is_dir() else name)
+        if is_original and find_file(name, "adapter_config.json", download) is not None:
+            model = load_original_adapter(model, folder, merge=merge_adapter)
+        elif adapter is not None:
+            model.load_adapter(adapter)
+        return (model, info) if wants_info else model
+
+    def save_pretrained(
+        self, save_directory: str | Path, *args, layout: str | None = None, state_dict: dict | None = None, **kwargs
+    ) -> None:
+        """As in transformers, in a layout of choice.
+
+        Args:
+            layout: "any_llava", "original" (that of haotian-liu/LLaVA) or "transformers" (that of transformers' own
+                `llava` and `llava_next`). Default: the layout that was loaded.
+
+        Raises:
+            ValueError: naming the field that the layout cannot express; and for packed or int8 weights, which no
+                layout has.
+        """
+        if any(isinstance(module, (Int8Linear, PackedLinear, Columns)) for module in self.modules()):
+            raise ValueError(
+                "got a model whose weights are fused, packed or in int8, for answering; expected its own: load "
+                "it with from_pretrained and without quantization, and save that"
+            )
+        layout = layout or layout_of(self.config)
+        check_layout(layout)
+        kwargs["save_original_format"] = False
+        if not self._hf_peft_config_loaded:
+            self._refuse_unwritable(layout)
+        if layout == "any_llava" or self._hf_peft_config_loaded:
+            return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        if self.base_model is self:
+            raise ValueError(
+                f"got a {type(self).__name__}, which has no output layer; expected a model with one to write the "
+                f"layout {layout!r}"
+            )
+        state_dict = dict(self.state_dict() if state_dict is None else state_dict)
+        if self.config.tie_word_embeddings:
+            state_dict.pop("lm_head.weight", None)
+        if layout == "original":
+            source = self.source_folder if layout_of(self.config) == "original" else None
+            vision_tower = self.config.vision_config.name_or_path
+            if source is not None:
+                refuse_missing_source(source, vision_tower)
+            written_config = write_original_config(self.config, source=source)
+            if source is not None:
+                complete_tower(state_dict, source, vision_tower)
+            if Path(vision_tower).is_dir():
+                # As seen from there; a path of this machine stays here.
+                written_config["mm_vision_tower"] = os.path.relpath(vision_tower, save_directory)
+            if any(key.startswith(TOWER) for key in state_dict):
+                written_config["unfreeze_mm_vision_tower"] = True
+        else:
+            built_in = write_transformers_config(self.config)
+            add_transformers_only_weights(
+                state_dict,
+                vocab_size=built_in.text_config.vocab_size,
+                vision_size=built_in.vision_config.hidden_size,
+            )
+            written_config = built_in.to_dict()
+        renamed = {rename_from_ours(key, layout): value for key, value in state_dict.items()}
+        super().save_pretrained(save_directory, *args, state_dict=renamed, **kwargs)
+        text = json.dumps(written_config, indent=2, sort_keys=True) + "\n"
+        (Path(save_directory) / "config.json").write_text(text, encoding="utf-8")
+
+    def _refuse_unwritable(self, layout: str) -> None:
+        """Refuse weights that a layout would not give back.
+
+        Raises:
+            ValueError: if they are quantized, or tied otherwise than the configuration says.
+        """
+        if layout != "any_llava" and getattr(self, "is_quantized", False):
+            raise ValueError(
+                f"got a model quantized by {self.quantization_method.value} for the layout {layout!r}; expected 16 or "
+                "32 bits, as that layout has no place for other weights: save with layout='any_llava'"
+            )
+        # bitsandbytes 0.50 reorders the weights of 4 bits on a processor when they first compute, and saves them so.
+        if any(getattr(item, "packing_format_for_cpu", False) for item in self._quantization_states()):
+            raise ValueError(
+                "got a model in 4 bits that has computed on a processor, for which bitsandbytes has reordered its "
+                "weights; expected them as they were loaded: load it again, and save it before it computes"
+            )
+        output_layer = self.get_output_embeddings()
+        is_tied = output_layer is not None and output_layer.weight is self.get_input_embeddings().weight
+        if output_layer is not None and is_tied != self.config.tie_word_embeddings:
+            raise ValueError(
+                f"got tie_word_embeddings={self.config.tie_word_embeddings} in the configuration of a model whose "
+                f"output layer {'shares' if is_tied else 'does not share'} its input embeddings; expected "
+                f"{is_tied}: set it before the model is loaded"
+            )
+
+    def _quantization_states(self) -> list[Any]:
+        """What bitsandbytes keeps of each weight of 4 bits."""
+        if not getattr(self, "is_quantized", False):
+            return []
+        return [getattr(parameter, "quant_state", None) for parameter in self.parameters()]
+
+    def load_adapter(
+        self,
+        peft_model_id: str | None = None,
+        adapter_name: str | None = None,
+        peft_config: Any = None,
+        adapter_state_dict: dict[str, Any] | None = None,
+        **kwargs,
+    ) -> Any:
+        """As in transformers; an adapter of the original LLaVA gets our names.
+
+        Raises:
+            ValueError: naming the weight of the adapter that has no place in this model, the place that has no weight
+                in the adapter, or two shapes.
+        """
+        if peft_model_id is None:
+            weights = {}
+        else:
+            download = select_download(kwargs | (kwargs.get("adapter_kwargs") or {}))
+            folder = OriginalFolder(name=str(peft_model_id), config={}, download=download)
+            weights = read_adapter(folder.name, folder.download)
+            if has_original_names(weights):
+                add_trained_parts(self, folder)
+                return load_original_adapter(self, folder, merge=False, adapter_name=adapter_name)
+        info = super().load_adapter(
+            peft_model_id, adapter_name, peft_config, adapter_state_dict, ignore_mismatched_sizes=True, **kwargs
+        )
+        fill_saved_modules(self, info, weights, adapter_name=adapter_name)
+        refuse_unfit_adapter(self, info, weights, str(peft_model_id), adapter_name=adapter_name)
+        return info
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args) -> None:
+        # PEFT's own door: its PeftModel drops what has no place in silence (peft 0.21, utils/save_and_load.py).
+        refuse_unfit_state(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args, **kwargs) -> Any:
+        """As in PyTorch; weights may also have the names that `save_pretrained` gives them by default.
+
+        So a Trainer resumes, and loads the best model, from what it saved of a model in any layout.
+        """
+        layout = layout_of(self.config)
+        if layout != "any_llava":
+            own = self.state_dict().keys()
+            state_dict = {
+                key if key in own else rename_to_ours(key, layout): value for key, value in state_dict.items()
+            }
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+
+def refuse_parts(parts: dict[str, Any], layout: str, name: str) -> None:
+    """Refuse a part for a checkpoint that has its own.
+
+    Raises:
+        ValueError: naming both.
+    """
+    for argument, value in parts.items():
+        if value is not None and layout != "original":
+            raise ValueError(
+                f"got {argument}={value!r} for {name!r}, which is a complete model; expected it for a LoRA, a "
+                "projector or a delta of the original LLaVA: leave it out"
+            )
+    if parts["delta"] and parts["base_model"] is None:
+        raise ValueError(
+            f"got delta=True for {name!r} and no base; expected base_model=: the folder or Hub id of the model that "
+            "it is to be added to"
+        )
+
+
+def refuse_bit_arguments(kwargs: dict[str, Any]) -> None:
+    """Refuse, and take out where they ask for nothing, arguments that transformers 5 dropped.
+
+    Raises:
+        ValueError: naming what stands for them.
+    """
+    for argument in ("load_in_4bit", "load_in_8bit"):
+        if kwargs.pop(argument, False):
+            raise ValueError(
+                f"got {argument}=True; expected quantization_config=BitsAndBytesConfig({argument}=True), or "
+                "quantization= with a name, such as 'int8' on a processor or 'nf4' on a GPU"
+            )
+
+
+def refuse_unfit(
+    model: PreTrainedModel,
+    info: dict[str, Any],
+    name: str,
+    *,
+    weights: dict[str, Weight] | None = None,
+    download: dict[str, Any] | None = None,
+    takes_any_shape: bool = False,
+) -> None:
+    """Refuse a model of which a part was not loaded, and weights without a place in it.
+
+    Args:
+        weights: What was read, by our name; None to look it up in the files of `name`.
+        takes_any_shape: The caller wants new weights where shapes differ.
+
+    Raises:
+        ValueError: naming file, weight and shapes.
+    """
+    is_whole = model.base_model is not model
+    found = {
+        "missing_keys": info["missing_keys"],
+        "mismatched_keys": [] if takes_any_shape else info["mismatched_keys"],
+        "unexpected_keys": [
+            key
+            for key in info["unexpected_keys"]
+            if is_used(key, model.config) and (is_whole or not key.startswith("lm_head."))
+        ],
+    }
+    if any(found.values()):
+        weights = read_model(name, download or {}) if weights is None else weights
+        if not is_whole:
+            weights = {key.removeprefix("model."): weight for key, weight in weights.items()}
+        refuse_unfit_weights(found, weights, name)
+
+
+def read_generation_config(name: str, config: PreTrainedConfig, download: dict[str, Any]) -> GenerationConfig:
+    """The generation settings of a checkpoint, which also stop at the token that ends an answer in its format."""
+    if find_file(name, "generation_config.json", download) is not None:
+        settings = GenerationConfig.from_pretrained(name, **download)
+    else:
+        settings = GenerationConfig.from_model_config(config)
+    settings.eos_token_id = merge_ids(settings.eos_token_id, config.text_config.eos_token_id)
+    return settings

@@ -1,0 +1,75 @@
+"""The values that a model and its processor must share: checked wherever the two meet."""
+
+from typing import Any
+
+from transformers import LlavaNextProcessor, LlavaProcessor, PreTrainedConfig, ProcessorMixin
+
+from modeling_llava.configuration_llava import AnyLlavaConfig
+from processing_llava.processing_llava import AnyLlavaProcessor
+
+from .config_layouts import TRANSFORMERS_CONFIGS, read_transformers_config
+
+
+def check_processor(config: PreTrainedConfig, processor: ProcessorMixin) -> None:
+    """Refuse a processor that prepares other inputs than a model takes.
+
+    Args:
+        config: Of the model: ours, or transformers' own `llava` or `llava_next`; others are not checked.
+        processor: Ours, or transformers' own for these models.
+
+    Raises:
+        ValueError: naming the values that differ.
+    """
+    if not isinstance(config, AnyLlavaConfig):
+        if config.model_type not in TRANSFORMERS_CONFIGS:
+            return
+        config = AnyLlavaConfig(**read_transformers_config(config.to_dict()))
+    if isinstance(processor, AnyLlavaProcessor):
+        found, expected = _read_ours(processor), _read_model(config)
+    elif isinstance(processor, (LlavaProcessor, LlavaNextProcessor)):
+        found = {"image_token_id": processor.image_token_id, "patch_size": processor.patch_size}
+        expected = _read_model(config)
+    else:
+        return
+    differing = [name for name in found if found[name] != expected[name]]
+    if differing:
+        raise ValueError(
+            f"got a processor with {_list(found, differing)} for a model with {_list(expected, differing)}; expected "
+            "equal values: load both from the same folder"
+        )
+
+
+def _read_model(config: AnyLlavaConfig) -> dict[str, Any]:
+    pinpoints = config.image_grid_pinpoints
+    return {
+        "image_token_id": config.image_token_id,
+        "patch_size": config.vision_config.patch_size,
+        "image size": config.vision_config.image_size,
+        "num_prefix_tokens": config.num_prefix_tokens,
+        "visual_tokens": config.visual_tokens,
+        "image_grid_pinpoints": _as_lists(pinpoints),
+        # Of one tile nothing is merged.
+        "patch_merge_type": config.patch_merge_type if pinpoints else None,
+    }
+
+
+def _read_ours(processor: AnyLlavaProcessor) -> dict[str, Any]:
+    image_processor = processor.image_processor
+    pinpoints = image_processor.image_grid_pinpoints
+    return {
+        "image_token_id": processor.image_token_id,
+        "patch_size": processor.patch_size,
+        "image size": image_processor.tile_size,
+        "num_prefix_tokens": processor.num_prefix_tokens,
+        "visual_tokens": processor.visual_tokens,
+        "image_grid_pinpoints": _as_lists(pinpoints),
+        "patch_merge_type": processor.patch_merge_type if pinpoints else None,
+    }
+
+
+def _as_lists(pinpoints: Any) -> list[list[int]] | None:
+    return None if pinpoints is None else [list(size) for size in pinpoints]
+
+
+def _list(values: dict[str, Any], names: list[str]) -> str:
+    return ", ".join(f"{name}={values[name]!r}" for name in names)

@@ -1,0 +1,143 @@
+"""What `llava doctor` prints: versions, device, memory, cached models, and what a model needs.
+
+Of a model that is named, it is what generating takes (`generation_memory.py`); of a number of parameters, the weights.
+"""
+
+import importlib.metadata
+import platform
+
+import torch
+from huggingface_hub import scan_cache_dir
+from huggingface_hub.errors import CacheNotFound
+
+from modeling_llava.acceleration.free_memory import count_free_bytes, format_bytes
+
+PACKAGES = ("anyllava", "torch", "transformers", "safetensors", "huggingface_hub", "peft", "trl", "datasets", "gradio")
+BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
+
+
+def report(
+    *,
+    num_parameters: float,
+    model: str | None = None,
+    num_images: int = 1,
+    num_new_tokens: int = 256,
+    num_rows: int = 1,
+    quantization: str | None = None,
+    visual_tokens: int | None = None,
+) -> str:
+    """The whole report.
+
+    Args:
+        num_parameters: Size of a model, whose weights are computed if no model is named.
+        model: Folder or Hub id of the model that is to answer.
+        num_images: In each of its prompts.
+        num_new_tokens: Of each answer.
+        num_rows: Answers at a time.
+        quantization: As `load_for_inference`.
+        visual_tokens: As `load_for_inference`.
+
+    Raises:
+        ValueError: if there is no such model or quantization, or a number is too small.
+    """
+    if model is None:
+        needs = _memory_needs(num_parameters)
+    else:
+        needs = _generation_needs(
+            model,
+            num_images=num_images,
+            num_new_tokens=num_new_tokens,
+            num_rows=num_rows,
+            quantization=quantization,
+            visual_tokens=visual_tokens,
+        )
+    return "\n\n".join([_versions(), _device(), needs, _cached_models()])
+
+
+def _versions() -> str:
+    lines = [f"python {platform.python_version()} on {platform.platform()}"]
+    for package in PACKAGES:
+        try:
+            lines.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{package} is not installed")
+    return "\n".join(lines)
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return f"GPU {torch.cuda.get_device_name()}: {format_bytes(free)} of {format_bytes(total)} free"
+    free = count_free_bytes(torch.device("cpu"))
+    return f"CPU with {torch.get_num_threads()} threads, {format_bytes(free)} of memory free; no GPU"
+
+
+def _memory_needs(num_parameters: float) -> str:
+    lines = [f"weights of a model with {num_parameters:,.0f} parameters:"]
+    lines += [f"  {dtype}: {format_bytes(num_parameters * size)}" for dtype, size in BYTES_PER_PARAMETER.items()]
+    return "\n".join(lines)
+
+
+def _generation_needs(
+    model: str,
+    *,
+    num_images: int,
+    num_new_tokens: int,
+    num_rows: int,
+    quantization: str | None,
+    visual_tokens: int | None,
+) -> str:
+    from modeling_llava.acceleration.quantization import check_quantization
+    from modeling_llava.inference.cached_generation import limit_new_tokens
+    from modeling_llava.inference.chat_cache import DEFAULT_MAX_BYTES
+    from modeling_llava.inference.generation_memory import choose_dtype, predict_generation, read_config
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = read_config(model)
+    config.visual_tokens = config.visual_tokens if visual_tokens is None else visual_tokens
+    dtype = choose_dtype(config, device, quantization=quantization)
+    needs = predict_generation(
+        config,
+        dtype=dtype,
+        quantization=quantization,
+        num_images=num_images,
+        num_new_tokens=num_new_tokens,
+        num_rows=num_rows,
+    )
+    kinds = f"{'' if quantization is None else f'{quantization} and '}{str(dtype).removeprefix('torch.')}"
+    free = count_free_bytes(device)
+    parts = {
+        f"weights in {kinds}": needs.weights,
+        "keys and values of all tokens": needs.cache,
+        "activations": needs.activations,
+        "together": needs.total,
+        "free": free,
+    }
+    lines = [
+        f"{model}, {num_rows} x {needs.num_prompt_tokens} tokens with {num_images} images, answers of "
+        f"{num_new_tokens} tokens:"
+    ]
+    lines += [f"  {name}: {format_bytes(size)}" for name, size in parts.items()]
+    try:
+        if quantization is not None:
+            check_quantization(quantization, device)
+        limit_new_tokens(config, num_prompt_tokens=needs.num_prompt_tokens, max_new_tokens=num_new_tokens)
+    except ValueError as error:
+        return "\n".join([*lines, f"  it does not run: {error}"])
+    lines.append(f"  it {'fits' if needs.total <= free else 'does not fit'}")
+    kept = format_bytes(min(needs.cache, DEFAULT_MAX_BYTES))
+    lines.append(f"  a conversation that goes on keeps up to {kept} of keys and values beside")
+    return "\n".join(lines)
+
+
+def _cached_models() -> str:
+    try:
+        repositories = [repository for repository in scan_cache_dir().repos if repository.repo_type == "model"]
+    except CacheNotFound:
+        repositories = []
+    if not repositories:
+        return "no models in the local cache"
+    lines = ["models in the local cache:"]
+    for repository in sorted(repositories, key=lambda repository: repository.repo_id):
+        lines.append(f"  {repository.repo_id} ({format_bytes(repository.size_on_disk)})")
+    return "\n".join(lines)

@@ -1,0 +1,284 @@
+"""generate_answers: many requests at once, with pictures or without, each answered as `generate` would alone.
+
+In 16 bits, and with quantization="int8", within rounding: which of two almost equal tokens is larger can differ.
+
+Requests share every pass of the language model. One joins as soon as there is room, its prompt in the same pass as
+the next tokens of the others, and leaves with its last token (continuous batching, Orca, OSDI 2022). Nothing is
+padded; pictures of requests that join together are encoded together, and each picture once.
+
+transformers' own continuous batching takes text only: its passes have ids and no place for image features.
+
+    for answer in generate_answers(model, processor, [AnswerRequest(messages) for messages in conversations]):
+        print(answer.index, answer.text)
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from modeling_llava.acceleration.compiled_decoding import build_compile_config
+from modeling_llava.checkpoints.shared_values import check_processor
+from processing_llava.processing_llava import AnyLlavaProcessor
+
+from .answer_requests import AnswerRequest, BatchedAnswer, PreparedRequest, prepare_request
+from .batched_attention import check_row_attention, use_row_attention
+from .cached_generation import REUSING_MODEL_TYPES, build_states, check_compiles
+from .chat_cache import ChatCache
+from .prompt_images import load_features
+from .row_states import RowStates
+from .token_stream import (
+    cut_at_end,
+    decode_answer,
+    find_answer_end,
+    find_end_token,
+    list_learn_tokens,
+    read_greedy_config,
+)
+
+MAX_PASS_TOKENS = 2048
+"""Requests stop joining a pass that has this many tokens of prompts: bounds activations and the wait of the others."""
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    processor: AnyLlavaProcessor,
+    requests: Iterable[AnswerRequest],
+    *,
+    max_rows: int = 16,
+    max_cache_tokens: int = 16384,
+    cache: ChatCache | None = None,
+    compile: bool = False,
+) -> Iterator[BatchedAnswer]:
+    """Answer requests in the order in which they finish; one that fails is an answer with an error.
+
+    Requests are read as there is room for them. Closing the iterator frees the states.
+
+    Args:
+        The others: see `BatchedGeneration`.
+
+    Raises:
+        ValueError: at the first answer, if the model cannot be used so.
+    """
+    if isinstance(requests, AnswerRequest):
+        raise ValueError("got one AnswerRequest; expected a list of them, or what gives one after the other")
+    batch = BatchedGeneration(
+        model, processor, max_rows=max_rows, max_cache_tokens=max_cache_tokens, cache=cache, compile=compile
+    )
+    for index, request in enumerate(requests):
+        try:
+            batch.add(index, request)
+        except (ValueError, OSError) as error:
+            yield BatchedAnswer(index, error=ValueError(str(error)))
+        while batch.is_full:
+            yield from batch.step()
+    while batch.num_requests:
+        yield from batch.step()
+
+
+class BatchedGeneration:
+    """A batch that requests join and leave; for a server that calls `add` and `step` in turns.
+
+    Args:
+        model: Ours or transformers' LLaVA 1.5, in evaluation mode.
+        processor: Its processor.
+        max_rows: Requests that are answered at the same time.
+        max_cache_tokens: Bound of the memory for key/value states, in tokens: as many rows are answered at the same
+            time as this is a multiple of the longest one (prompt and `max_new_tokens`). One token of a 7B model takes
+            0.5 MB in 16 bits, so the default is 8 GB; it is taken as it is needed on a CPU and at once on a GPU. While
+            rows are made longer, those of one layer exist twice.
+        cache: For features of images, 256 MB by default. Its lock is held during a step, so that ChatSessions of the
+            same cache may run in other threads. Nothing else may use the model during a step.
+        compile: For a GPU: steps in which nobody joins run as CUDA graphs over places for `max_rows` requests, each of
+            at most `max_cache_tokens / max_rows` tokens. The first of them takes some minutes. All steps must then
+            be taken in one thread.
+
+    Raises:
+        ValueError: for a model whose states cannot be kept row by row, or cannot be compiled, or limits below 1.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: AnyLlavaProcessor,
+        *,
+        max_rows: int = 16,
+        max_cache_tokens: int = 16384,
+        cache: ChatCache | None = None,
+        compile: bool = False,
+    ) -> None:
+        if compile:
+            check_compiles(model)
+        if min(max_rows, max_cache_tokens) < 1:
+            raise ValueError(
+                f"got max_rows={max_rows} and max_cache_tokens={max_cache_tokens}; expected at least 1 of each"
+            )
+        if model.config.model_type not in REUSING_MODEL_TYPES or build_states(model) is None:
+            raise ValueError(
+                f"got a {type(model).__name__}; expected {' or '.join(REUSING_MODEL_TYPES)}, and a language model "
+                "whose states do not depend on the rows beside them: answer one request at a time"
+            )
+        self._generation_config = read_greedy_config(model)
+        if self._generation_config.max_time is not None:
+            raise ValueError(
+                f"got a model whose generation_config says max_time={self._generation_config.max_time}; expected none "
+                "for answers that share their time: take it out of model.generation_config"
+            )
+        check_processor(model.config, processor)
+        self.model = model
+        self.processor = processor
+        self.cache = ChatCache(max_bytes=256 * 2**20) if cache is None else cache
+        self.cache.bind(model)
+        # It sets the attention function for a moment.
+        with self.cache.lock:
+            check_row_attention(model.base_model.language_model)
+        # On a CPU padding costs more than calls, on a GPU it is the other way round.
+        row_by_row = model.device.type == "cpu" and not compile
+        self._states = RowStates(
+            max_rows=max_rows,
+            max_tokens=max_cache_tokens,
+            row_by_row=row_by_row,
+            device=model.device,
+            fixed=compile,
+        )
+        ends = self._generation_config.eos_token_id
+        self._end = find_answer_end(processor)
+        self._end_ids = {*(ends if isinstance(ends, list) else [ends]), find_end_token(processor.tokenizer, self._end)}
+        self._rows: list[PreparedRequest] = []
+        self._waiting: deque[PreparedRequest] = deque()
+
+    @property
+    def num_requests(self) -> int:
+        """Those that have no answer yet."""
+        return len(self._rows) + len(self._waiting)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a request that is added would have to wait for longer than a step."""
+        return len(self._choose()) < len(self._waiting)
+
+    def add(self, index: int, request: AnswerRequest) -> None:
+        """Prepare a request for one of the next steps.
+
+        Args:
+            index: What its answer is known by.
+
+        Raises:
+            ValueError: if a picture or a setting is refused, or the request is too long for the model or the limits.
+            FileNotFoundError: if there is no picture at a path.
+        """
+        row = prepare_request(index, request, self.model, self.processor, generation_config=self._generation_config)
+        if row.largest_length > self._states.largest_length:
+            raise ValueError(
+                f"got a request of {row.largest_length} tokens, max_new_tokens included; expected at most "
+                f"{self._states.largest_length}: raise max_cache_tokens"
+            )
+        self._waiting.append(row)
+
+    def step(self) -> list[BatchedAnswer]:
+        """Compute the next token of every request that there is room for; the answers that are complete by it.
+
+        If a pass fails, for want of memory for example, its requests are answered with the error; others go on.
+        """
+        if not self.num_requests:
+            return []
+        new_rows = self._choose()
+        for _ in new_rows:
+            self._waiting.popleft()
+        is_step = self._states.fixed and not new_rows
+        try:
+            with self.cache.lock, use_row_attention(self.model.base_model.language_model):
+                logits = self._compute_step() if is_step else self._compute_pass(new_rows)
+            tokens = self._draw(logits, [*self._rows, *new_rows])
+        except Exception as error:
+            failed = [*self._rows, *new_rows]
+            self._rows = []
+            self._states.clear()
+            # Its traceback would hold on to the tensors of the pass.
+            return [BatchedAnswer(row.index, error=error.with_traceback(None)) for row in failed]
+        self._rows += new_rows
+        for row, token in zip(self._rows, tokens):
+            row.ids.append(token)
+        answers = []
+        for place in reversed(range(len(self._rows))):
+            row = self._rows[place]
+            is_longest = len(row.ids) == row.request.max_new_tokens
+            if row.ids[-1] in self._end_ids or is_longest or self._has_ended(row.ids):
+                answers.append(BatchedAnswer(row.index, self._decode(row.ids), row.ids))
+                self._states.remove(place)
+                self._rows[place] = self._rows[-1]
+                self._rows.pop()
+        return answers[::-1]
+
+    def _choose(self) -> list[PreparedRequest]:
+        """The waiting rows that can join the next pass, in their order."""
+        chosen, num_tokens = [], 0
+        for row in self._waiting:
+            lengths = [chosen_row.largest_length for chosen_row in (*chosen, row)]
+            if num_tokens >= MAX_PASS_TOKENS or not self._states.has_room(lengths):
+                break
+            chosen.append(row)
+            num_tokens += len(row.prompt_ids)
+        return chosen
+
+    @torch.no_grad()
+    def _compute_pass(self, new_rows: list[PreparedRequest]) -> torch.Tensor:
+        """Logits `[N, vocabulary]` after the newest token of every row, the new ones last."""
+        device = self.model.device
+        images = [(image, row.inputs) for row in new_rows for image in row.images]
+        features = load_features(self.model, self.cache, images)
+        prompt_lengths = [len(row.prompt_ids) for row in new_rows]
+        positions = self._states.begin_pass(prompt_lengths, [row.largest_length for row in new_rows])
+        ids = [row.ids[-1] for row in self._rows]
+        newest = list(range(len(ids)))
+        for row in new_rows:
+            ids += row.prompt_ids
+            newest.append(len(ids) - 1)
+            row.inputs = None
+        encoded = {}
+        if features:
+            encoded["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+        outputs = self.model(
+            input_ids=torch.tensor([ids], device=device),
+            position_ids=positions,
+            logits_to_keep=torch.tensor(newest, device=device),
+            use_cache=False,
+            row_states=self._states,
+            **encoded,
+        )
+        # As `generate` does, before anything is compared or drawn.
+        return outputs.logits[0].float()
+
+    @torch.no_grad()
+    def _compute_step(self) -> torch.Tensor:
+        """As `_compute_pass` without new rows, by compiled code."""
+        compiled = self.model.get_compiled_call(build_compile_config(self.model.device))
+        positions = self._states.begin_step()
+        ids = torch.zeros_like(positions)
+        ids[0, : len(self._rows)] = torch.tensor([row.ids[-1] for row in self._rows])
+        outputs = compiled(input_ids=ids, position_ids=positions, use_cache=False, row_states=self._states)
+        # A copy: the next step writes to the same memory.
+        return outputs.logits[0, : len(self._rows)].to(torch.float32, copy=True)
+
+    def _draw(self, logits_NV: torch.Tensor, rows: list[PreparedRequest]) -> list[int]:
+        image_token_id = self.model.config.image_token_id
+        if 0 <= image_token_id < logits_NV.shape[1]:
+            # An answer can hold no image.
+            logits_NV[:, image_token_id] = -torch.inf
+        tokens_N = logits_NV.argmax(dim=-1)
+        for place, row in enumerate(rows):
+            if row.processors:
+                ids_1L = torch.tensor([row.prompt_ids + row.ids], device=logits_NV.device)
+                tokens_N[place] = row.processors(ids_1L, logits_NV[place : place + 1])[0].argmax()
+        return tokens_N.tolist()
+
+    def _has_ended(self, ids: list[int]) -> bool:
+        # A token is a byte at least, but for those that stand for nothing.
+        num_tokens = 2 * len(self._end.encode())
+        return num_tokens > 0 and self._end in self.processor.tokenizer.decode(ids[-num_tokens:])
+
+    def _decode(self, ids: list[int]) -> str:
+        text = decode_answer(ids, self.processor.tokenizer, learn_tokens=list_learn_tokens(self.processor))
+        return cut_at_end(text, self._end)

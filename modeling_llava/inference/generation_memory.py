@@ -1,0 +1,234 @@
+"""How much memory generating takes, known before a weight is loaded.
+
+    weights      parameters and buffers
+    cache        keys and values of all tokens, at the end of the answer
+    activations  what lives beside them at the largest moment: while images are encoded, the prompt is read, or the
+                 last token is made. The cache is shorter in the first two, and its missing part counts as free.
+
+The model computes on tensors without content (PyTorch's FakeTensorMode), and those that live at once are added up. So
+nothing here knows how a tower or a language model is built, and no memory is needed. Not counted: what CUDA itself
+takes (about 0.5 GiB), what allocators lose between blocks, and the work space inside single operations.
+"""
+
+import copy
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import DynamicCache, PreTrainedConfig
+
+from modeling_llava.acceleration.inference_dtype import is_slow_on_processor
+from modeling_llava.checkpoints.config_layouts import translate_config
+from modeling_llava.checkpoints.model_names import explain_missing, find_base
+from modeling_llava.configuration_llava import AnyLlavaConfig
+from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
+from modeling_llava.roomy_states import count_spare_tokens
+from processing_llava.image_layouts import ImageLayout
+from processing_llava.transformers_versions import KV_CACHE
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationMemory:
+    """Bytes that generating takes on one device."""
+
+    weights: int
+    cache: int
+    activations: int
+    num_prompt_tokens: int
+    """Of one row, image tokens included."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.activations
+
+
+def read_config(name: str) -> AnyLlavaConfig:
+    """The configuration of a LLaVA in any layout.
+
+    Args:
+        name: Folder or Hub id; of an adapter, it is that of its base.
+
+    Raises:
+        ValueError: if there is none, or it is another model.
+    """
+    with explain_missing(name):
+        name = find_base(name)
+        raw, _ = PreTrainedConfig.get_config_dict(name)
+        if not raw:
+            raise OSError(f"there is no config.json in {name}")
+        return AnyLlavaConfig.from_dict(translate_config(raw, name=name))
+
+
+WEIGHT_BITS = {"int8": 8, "fp8": 8, "int4": 4.25, "nf4": 4.13}
+"""Of a number of a quantized language model, with what scales its group of 128 or 64 numbers."""
+
+
+def choose_dtype(config: AnyLlavaConfig, device: torch.device, *, quantization: str | None = None) -> torch.dtype:
+    """The floats in which `load_for_inference` loads a model, or what is not quantized of it."""
+    if quantization is not None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if config.dtype is None or (device.type == "cpu" and is_slow_on_processor(config.dtype)):
+        return torch.float32
+    return config.dtype
+
+
+def predict_generation(
+    config: AnyLlavaConfig,
+    *,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+    num_images: int = 1,
+    num_text_tokens: int = 64,
+    num_new_tokens: int = 256,
+    num_rows: int = 1,
+) -> GenerationMemory:
+    """The memory of `generate` with a cache that grows, for rows of equal length.
+
+    Args:
+        config: Of the model.
+        dtype: Of its weights.
+        quantization: One of `WEIGHT_BITS`, for the linear layers of the language model.
+        num_images: In each row. Where images are tiled, each fills the largest grid.
+        num_text_tokens: Of the prompt of each row, beside those of its images.
+        num_new_tokens: Of each answer.
+        num_rows: Generated together.
+
+    Raises:
+        ValueError: if a number is too small, the quantization has no such name, or the language model decides by its
+            data what it computes.
+    """
+    if quantization is not None and quantization not in WEIGHT_BITS:
+        raise ValueError(f"got quantization={quantization!r}; expected one of {', '.join(WEIGHT_BITS)}")
+    for name, number, smallest in (
+        ("num_images", num_images, 0),
+        ("num_text_tokens", num_text_tokens, 1),
+        ("num_new_tokens", num_new_tokens, 1),
+        ("num_rows", num_rows, 1),
+    ):
+        if number < smallest:
+            raise ValueError(f"got {name}={number}; expected at least {smallest}")
+    try:
+        with torch.device("meta"):
+            # A copy, since the dtype is written into it.
+            model = AnyLlavaForConditionalGeneration._from_config(copy.deepcopy(config), dtype=dtype).eval()
+        with FakeTensorMode(allow_non_fake_inputs=True), _LiveBytes() as live, torch.no_grad():
+            model.to_empty(device="cpu").tie_weights()
+            size, layout = _plan_largest_image(model)
+            num_prompt_tokens = num_text_tokens + num_images * layout.num_tokens
+            live.peak = start = live.current
+
+            images = _encode(model, num_images=num_rows * num_images, size=size, num_tiles=layout.num_tiles)
+            peaks, live.peak = [live.peak], live.current
+            cache = _read(model, num_rows=num_rows, num_tokens=num_prompt_tokens)
+            cached_token = _count_states(cache) // num_prompt_tokens
+            num_spare_tokens = count_spare_tokens(num_rows)
+            peaks.append(live.peak + cached_token * num_spare_tokens)
+
+            # The last token of the answer is never read.
+            num_cached_tokens = num_prompt_tokens + num_new_tokens - 1
+            if num_new_tokens > 1:
+                cache = _read(model, num_rows=num_rows, num_tokens=num_cached_tokens - 1)
+                live.peak = live.current
+                _read(model, num_rows=num_rows, num_tokens=1, cache=cache)
+                room = num_spare_tokens - (num_new_tokens - 1) % (num_spare_tokens + 1)
+                peaks.append(live.peak + cached_token * room)
+            num_cached = _count_states(cache)
+            del images
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        model_type = config.text_config.model_type
+        raise ValueError(
+            f"got a language model of type {model_type!r}, which decides by its data what it computes ({error.func}); "
+            "expected one that does not: measure its memory instead"
+        ) from error
+    return GenerationMemory(
+        weights=_count_weights(model, quantization),
+        cache=num_cached,
+        activations=max(0, max(peaks) - start - num_cached),
+        num_prompt_tokens=num_prompt_tokens,
+    )
+
+
+def _count_weights(model: AnyLlavaForConditionalGeneration, quantization: str | None) -> int:
+    """Bytes of parameters and buffers."""
+    num_bytes = sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+    if quantization is None:
+        return num_bytes
+    linears = (module for module in model.model.language_model.modules() if type(module) is nn.Linear)
+    saved = model.dtype.itemsize - WEIGHT_BITS[quantization] / 8
+    return num_bytes - int(saved * sum(linear.weight.numel() for linear in linears))
+
+
+def _plan_largest_image(model: AnyLlavaForConditionalGeneration) -> tuple[list[int] | None, ImageLayout]:
+    """The (height, width) that takes most memory, None where images are not tiled, and its layout."""
+    side = model.config.vision_config.image_size
+    sizes = model.config.image_grid_pinpoints
+    tile = (3, side, side)
+    if sizes is None:
+        return None, model.model.plan_images(torch.empty(1, *tile))[0]
+    layouts = model.model.plan_images(torch.empty(len(sizes), 1, *tile), sizes)
+    return max(zip(sizes, layouts), key=lambda pair: (pair[1].num_tokens, pair[1].num_tiles))
+
+
+def _count_states(cache: DynamicCache) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def _encode(
+    model: AnyLlavaForConditionalGeneration, *, num_images: int, size: list[int] | None, num_tiles: int
+) -> Any:
+    """Pixels and what the model makes of them, both of which live until the answer ends."""
+    if num_images == 0:
+        return None
+    side = model.config.vision_config.image_size
+    tiles, sizes = ((), None) if size is None else ((num_tiles,), [size] * num_images)
+    pixel_values = torch.empty(num_images, *tiles, 3, side, side, dtype=model.dtype)
+    return pixel_values, model.model.get_image_features(pixel_values, sizes)
+
+
+def _read(
+    model: AnyLlavaForConditionalGeneration, *, num_rows: int, num_tokens: int, cache: DynamicCache | None = None
+) -> DynamicCache:
+    """Compute so many tokens, and logits of the last one; returns the cache with their states."""
+    cache = DynamicCache(config=model.config.text_config) if cache is None else cache
+    embeds_BLD = torch.empty(num_rows, num_tokens, model.config.text_config.hidden_size, dtype=model.dtype)
+    outputs = model.model.language_model(inputs_embeds=embeds_BLD, **{KV_CACHE: cache}, use_cache=True)
+    model.lm_head(outputs.last_hidden_state[:, -1:]).float()
+    return cache
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of all tensors that live, each storage once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = 0
+        self.peak = 0
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._count, outputs)
+        return outputs
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return
+        num_bytes = storage.nbytes()
+        self._known[storage] = True
+        weakref.finalize(storage, self._free, num_bytes)
+        self.current += num_bytes
+        self.peak = max(self.peak, self.current)
+
+    def _free(self, num_bytes: int) -> None:
+        self.current -= num_bytes

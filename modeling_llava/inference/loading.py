@@ -1,0 +1,145 @@
+"""Loading a model for answering, and making it fast where it is."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+
+from modeling_llava.acceleration import block_attention
+from modeling_llava.acceleration.fused_norms import fuse_norms
+from modeling_llava.acceleration.fused_projections import fuse_projections
+from modeling_llava.acceleration.inference_dtype import is_slow_on_processor
+from modeling_llava.acceleration.packed_linear import pack_linear_layers
+from modeling_llava.acceleration.token_attention import use_token_attention
+from modeling_llava.auto import AutoModelForVision2Seq
+from modeling_llava.checkpoints.shared_values import check_processor
+from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
+from processing_llava.original.original_folder import EMBEDDED_NAME, find_installed
+from processing_llava.processing_llava import AnyLlavaProcessor
+from processing_llava.templates import load_template
+
+from .cached_generation import REUSING_MODEL_TYPES
+from .foreign_processors import complete_processor
+
+EMBEDDED_MODEL = find_installed(EMBEDDED_NAME)
+"""The small LLaVA that ships in this package."""
+
+
+def load_for_inference(
+    name: str = EMBEDDED_MODEL,
+    *,
+    template: str | None = None,
+    base_model: str | None = None,
+    vision_tower: str | None = None,
+    device: str | torch.device | None = None,
+    quantization: str | None = None,
+    visual_tokens: int | None = None,
+) -> tuple[PreTrainedModel, AnyLlavaProcessor]:
+    """Load a model and its processor, for answering.
+
+    The model is prepared for its device and does nothing but answer: to train it or to save it, load it with
+    `AutoModelForVision2Seq.from_pretrained`.
+
+    Args:
+        name: Folder or Hub id.
+        template: Name of a conversation format to use instead of the one stored with the model.
+        base_model: Folder or Hub id of the language model, for a LoRA, projector or delta that does not say its own.
+        vision_tower: Folder or Hub id of the tower, instead of the one that an original folder names.
+        device: Where to; the first GPU by default, or the processor where there is none.
+        quantization: "int4", "fp8" or "nf4" on a GPU, "int8" on a processor: bits of the language model.
+        visual_tokens: Most tokens of an image instead of what is stored with the model; see `AnyLlavaConfig`.
+
+    Raises:
+        ValueError: if there is no such model or template, or the model or device cannot run what was chosen.
+    """
+    name = find_installed(name)
+    base = {} if base_model is None else {"base_model": find_installed(base_model)}
+    base |= {} if vision_tower is None else {"vision_tower": vision_tower}
+    base |= {} if visual_tokens is None else {"visual_tokens": visual_tokens}
+    chosen = {} if template is None else {"template": template}
+    device = find_device(device)
+    load = AutoModelForVision2Seq.from_pretrained if quantization is None else _quantizing_loader(quantization, device)
+    try:
+        processor = AutoProcessor.from_pretrained(name, **chosen, **base)
+        is_ours = isinstance(processor, AnyLlavaProcessor)
+        if visual_tokens is not None and not is_ours:
+            raise ValueError(
+                f"got visual_tokens for model {name!r} with transformers' {type(processor).__name__}; expected a "
+                "model with our processor: take the original checkpoint, or leave visual_tokens out"
+            )
+        if not is_ours:
+            complete_processor(processor, AutoConfig.from_pretrained(name), name=name)
+        loaded = load(name, **base)
+    except OSError as error:
+        reason = str(error).strip().split("\n")[0]
+        adapter = Path(name, "adapter_config.json")
+        if adapter.is_file():
+            base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+            reason = f"it is an adapter of {base!r}, to be found from {str(Path.cwd())!r} or on the Hub ({reason})"
+        raise ValueError(f"got model {name!r}; expected a folder or a Hub id of a LLaVA: {reason}") from error
+    check_processor(loaded.config, processor)
+    if template is not None and not is_ours:
+        processor.chat_template = load_template(template)
+    # Transformers' own classes keep 16 bits, and so do ours where there is a GPU.
+    if quantization is None and device.type == "cpu" and is_slow_on_processor(loaded.dtype):
+        loaded = loaded.float()
+    if loaded.config.model_type in REUSING_MODEL_TYPES:
+        # Where the weights are: a Space of ZeroGPU cannot compute on its GPU while it loads.
+        prepare_for_answering(loaded, device)
+    if quantization is None and device.type != "cpu":
+        loaded = loaded.to(device)
+    return loaded.eval(), processor
+
+
+def prepare_for_answering(model: PreTrainedModel, device: torch.device | None = None) -> None:
+    """Make a LLaVA answer faster, in place; its results change by rounding alone, and it can do nothing else.
+
+    On a processor, its weights are packed and it attends as fast as memory is read. On a GPU, its norms are fused, and
+    so are its projections, unless they are quantized or have an adapter.
+
+    Args:
+        device: Where it will answer; where it is by default.
+    """
+    device = model.device if device is None else device
+    if device.type == "cpu":
+        pack_linear_layers(model)
+        use_token_attention(model)
+        vision_tower = model.base_model.vision_tower
+        if vision_tower.config._attn_implementation == "sdpa":
+            vision_tower.set_attn_implementation(block_attention.NAME)
+        return
+    language_model = model.base_model.language_model
+    fuse_norms(language_model)
+    if not (getattr(model, "is_quantized", False) or model._hf_peft_config_loaded):
+        fuse_projections(language_model)
+
+
+def find_device(device: str | torch.device | None) -> torch.device:
+    """The device of this name; the first GPU by default, or the processor where there is none.
+
+    Raises:
+        ValueError: if this machine does not have it.
+    """
+    num_gpus = torch.cuda.device_count()
+    try:
+        found = torch.device(device or ("cuda" if num_gpus else "cpu"))
+    except RuntimeError:
+        found = None
+    if found is None or (found.type == "cuda" and (found.index or 0) >= num_gpus):
+        raise ValueError(
+            f"got device={str(device)!r}; expected cpu, or cuda:N below the {num_gpus} GPUs of this machine: leave it "
+            "out for the fastest"
+        )
+    return found
+
+
+def _quantizing_loader(quantization: str, device: torch.device) -> Callable[..., PreTrainedModel]:
+    from modeling_llava.acceleration.quantization import check_quantization
+
+    check_quantization(quantization, device)
+    # Transformers' own classes do not know these names; ours reads their checkpoints.
+    placement = {} if device.type == "cpu" else {"device_map": device}
+    return partial(AnyLlavaForConditionalGeneration.from_pretrained, quantization=quantization, **placement)

@@ -1,0 +1,102 @@
+"""Where training data comes from: a YAML list that a recipe names as `data_manifest`, or `llava export` is given.
+
+It holds what no program can find out: licences, who is in the pictures, whom to ask. Cards and
+TRAINING_DATA_SUMMARY.md are filled from it.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hub_cards
+
+from .card_vocabulary import LICENSES
+from .figures import read_sourced_yaml, refuse_loose_figures
+from .yaml_fields import build
+
+DATA_KINDS = {
+    "public": "Publicly available datasets",
+    "licensed": "Data licensed from rights holders",
+    "private": "Other private datasets of third parties",
+    "crawled": "Data crawled from the web",
+    "user": "Data of users",
+    "synthetic": "Data made by models or programs",
+    "other": "Other data",
+}
+"""In the order of the template of the EU AI Act's public summary (2.1, 2.2.1, 2.2.2, 2.3, 2.4, 2.5, 2.6)."""
+NOT_STATED = "not stated"
+KNOWN_DATA = Path(hub_cards.__file__).parent / "known_data.yaml"
+"""Datasets of published LLaVAs."""
+
+
+@dataclass(kw_only=True)
+class DataEntry:
+    """One source of training data.
+
+    Raises:
+        ValueError: an unknown kind or licence, synthetic data without its maker, crawled data without its domains, or
+            figures of a measurement in a text.
+    """
+
+    name: str
+    kind: str
+    """A key of `DATA_KINDS`."""
+    license: str | None = None
+    """Identifier of the Hub; None where nobody said."""
+    link: str | None = None
+    """Where it can be read about, or had."""
+    rows: int | None = None
+    images: int | None = None
+    used_for: str = NOT_STATED
+    """Which stage of the training."""
+    collected: str = NOT_STATED
+    """When, e.g. "2014 to 2015"."""
+    personal_data: str = NOT_STATED
+    """Who can be recognised in it, and what was done about it."""
+    contact: str = NOT_STATED
+    """Whom to ask to take something out."""
+    made_by: str | None = None
+    """The models or programs that made synthetic data."""
+    domains: list[str] = field(default_factory=list)
+    """The main ones, of crawled data."""
+    note: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in DATA_KINDS:
+            raise ValueError(f"got kind={self.kind!r} for data {self.name}; expected one of {', '.join(DATA_KINDS)}")
+        if self.license is not None and self.license not in LICENSES:
+            raise ValueError(
+                f"got license={self.license!r} for data {self.name}; expected an identifier of the Hub, such as "
+                "cc-by-4.0, or other"
+            )
+        if self.kind == "synthetic" and self.made_by is None:
+            raise ValueError(f"got synthetic data {self.name} without made_by; expected the models that made it")
+        if self.kind == "crawled" and not self.domains:
+            raise ValueError(f"got crawled data {self.name} without domains; expected the main ones")
+        for text in (self.used_for, self.personal_data, self.made_by, self.note):
+            refuse_loose_figures(text or "", f"data {self.name}")
+
+
+def read_manifest(path: str | Path) -> list[DataEntry]:
+    """The entries of a manifest.
+
+    Raises:
+        ValueError: naming the file and the field.
+    """
+    entries = read_sourced_yaml(Path(path))
+    if not isinstance(entries, list):
+        raise ValueError(f"got {path}; expected a list of {{name, kind, license, personal_data, contact, ...}}")
+    return build_entries(entries, where=str(path))
+
+
+def build_entries(entries: list[Any], *, where: str) -> list[DataEntry]:
+    """Data entries from their fields, or from keys of `hub_cards/known_data.yaml`.
+
+    Raises:
+        ValueError: naming `where` and the field or key.
+    """
+    known = read_sourced_yaml(KNOWN_DATA) if any(isinstance(entry, str) for entry in entries) else {}
+    for entry in entries:
+        if isinstance(entry, str) and entry not in known:
+            raise ValueError(f"got data {entry!r} in {where}; expected fields, or one of {', '.join(known)}")
+    return [build(DataEntry, known[entry] if isinstance(entry, str) else entry, where=where) for entry in entries]

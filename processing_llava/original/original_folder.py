@@ -1,0 +1,272 @@
+"""What a checkpoint in the layout of the original LLaVA says of itself, and where its parts are.
+
+Nothing is read from the name of a folder. What is surprising:
+- `model_type` does not tell: "llava" is also transformers' own class, and old delta weights say "llama".
+- The vision tower is only named (`mm_vision_tower`), as a Hub id or a path; a relative path starts at the folder.
+- A LoRA folder and a projector folder have a complete config.json, but neither tokenizer nor language model: both
+  come from the base model.
+"""
+
+import functools
+import json
+import re
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
+
+logger = logging.get_logger(__name__)
+
+DOWNLOAD_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""What decides where files come from, in every `from_pretrained`."""
+
+_ORIGINAL_CLASS = re.compile(r"Llava\w*ForCausalLM")
+# fmt: off
+TEXT_MODEL_OF_CLASS = {
+    "LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral", "LlavaMixtralForCausalLM": "mixtral",
+    "LlavaQwenForCausalLM": "qwen2", "LlavaQwen2ForCausalLM": "qwen2", "LlavaQwenMoeForCausalLM": "qwen2_moe",
+    "LlavaGemmaForCausalLM": "gemma", "LlavaMptForCausalLM": "mpt", "LlavaMPTForCausalLM": "mpt",
+}
+"""The text model that an original class is built on, as transformers calls it."""
+TEXT_MODEL_OF_TYPE = {
+    "llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_mixtral": "mixtral",
+    "llava_qwen": "qwen2", "llava_qwen2": "qwen2", "llava_qwen_moe": "qwen2_moe", "llava_gemma": "gemma",
+    "llava_mpt": "mpt",
+}
+"""The same by every `model_type` under which originals are published, for those without a telling class name."""
+# fmt: on
+
+
+def select_download(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments of a `from_pretrained` that decide where files come from."""
+    return {name: kwargs[name] for name in DOWNLOAD_KWARGS if kwargs.get(name) is not None}
+
+
+def override_tower(config: dict[str, Any], vision_tower: str | None) -> dict[str, Any]:
+    """The config.json of an original LLaVA, naming the tower that the caller chose, if there is one."""
+    return config if vision_tower is None else config | {"mm_vision_tower": str(vision_tower)}
+
+
+def is_original(config: dict[str, Any]) -> bool:
+    """Whether the content of a config.json is that of an original LLaVA."""
+    if config.get("model_type") == "any_llava":
+        return False
+    if "mm_vision_tower" in config or "mm_projector_type" in config:
+        return True
+    return any(_ORIGINAL_CLASS.fullmatch(name) for name in config.get("architectures") or [])
+
+
+def find_file(name: str, filename: str, download: dict[str, Any]) -> str | None:
+    """The path of a file of a folder or Hub repository, downloaded if need be; None if there is no such file.
+
+    Raises:
+        OSError: in one line, if there is no such folder or repository, or it cannot be looked for.
+    """
+    return cached_file(
+        name,
+        filename,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=True,
+        **limit_download(name, download),
+    )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be that of a repository on the Hub; a path of several parts cannot."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def limit_download(name: str, download: dict[str, Any]) -> dict[str, Any]:
+    """The download settings with which a name can be read: of the cache alone, where the Hub does not answer.
+
+    Raises:
+        OSError: in one line, if there is no such folder, or the Hub cannot be asked and nothing of it is in the cache.
+    """
+    if Path(name).is_dir():
+        return download
+    if not is_hub_id(name):
+        raise FileNotFoundError(f"there is no folder {name!r} on this machine")
+    if constants.HF_HUB_OFFLINE:
+        reason = "HF_HUB_OFFLINE forbids to ask the Hub"
+    elif download.get("local_files_only"):
+        reason = "local_files_only=True forbids to ask the Hub"
+    elif not _hub_answers(int(time.monotonic() // 60)):
+        reason = f"{constants.ENDPOINT} cannot be reached"
+    else:
+        return download
+    kept = {key: download[key] for key in ("cache_dir", "revision") if key in download}
+    folder = f"{download['subfolder']}/" if download.get("subfolder") else ""
+    files = (f"{folder}{filename}" for filename in ("config.json", "adapter_config.json", "preprocessor_config.json"))
+    if not any(isinstance(try_to_load_from_cache(name, file, **kept), str) for file in files):
+        raise FileNotFoundError(f"{name} is neither a folder nor in the cache of the Hub, and {reason}")
+    return download | {"local_files_only": True}
+
+
+@functools.lru_cache(maxsize=1)
+def _hub_answers(minute: int) -> bool:
+    """Whether the Hub, or the proxy before it, takes a connection; asked once a minute.
+
+    huggingface_hub 2.4 tries six times for each of a dozen files (http_backoff in utils/_http.py), 23 s every time.
+    """
+    hub = urlsplit(constants.ENDPOINT)
+    proxy = None if proxy_bypass(hub.hostname) else getproxies().get(hub.scheme)
+    address = urlsplit(proxy) if proxy else hub
+    try:
+        port = address.port or {"http": 80, "https": 443}[address.scheme]
+        socket.create_connection((address.hostname, port), timeout=constants.HF_HUB_ETAG_TIMEOUT).close()
+    except OSError as error:
+        logger.warning(f"{constants.ENDPOINT} cannot be reached ({error}); only what is in the cache is used")
+        return False
+    return True
+
+
+def read_json(name: str, filename: str, download: dict[str, Any]) -> dict[str, Any] | None:
+    """The content of a JSON file of a folder or Hub repository; None if there is no such file.
+
+    Raises:
+        ValueError: naming the file, if it is not JSON.
+    """
+    path = find_file(name, filename, download)
+    if path is None:
+        return None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"got {path}, which is not JSON; expected one object: {error}") from error
+
+
+def find_adapter_base(name: str, download: dict[str, Any], *, base_model: str | None = None) -> str | None:
+    """Folder or Hub id of the model under a folder that holds an adapter and no model; None for any other folder.
+
+    Args:
+        base_model: What the caller gave as the base, instead of what the adapter names.
+
+    Raises:
+        ValueError: if nothing says which model it is.
+    """
+    if find_file(name, "config.json", download) is not None:
+        return None
+    # The adapter second: a model that was downloaded for use without a network may hold no word on it.
+    adapter = read_json(name, "adapter_config.json", download)
+    if adapter is None:
+        return None
+    base = base_model or adapter.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"got adapter {name} without base_model_name_or_path; expected base_model=: the folder or Hub id of the "
+            "model that it was trained on"
+        )
+    return find_installed(str(base)) if base_model else resolve_beside(name, base)
+
+
+def resolve_beside(folder: str, name: str) -> str:
+    """A path that a file of a folder gives, from there or from here, as an absolute one; Hub ids stay."""
+    path = next((path for path in (Path(folder) / name, Path(name)) if path.is_dir()), None)
+    return find_installed(name) if path is None else str(path.resolve())
+
+
+@dataclass(frozen=True, kw_only=True)
+class OriginalFolder:
+    """An original checkpoint.
+
+    Args:
+        name: Folder or Hub id.
+        config: Its config.json.
+        base_model: Folder or Hub id that the caller gave as the base; None to use what the folder says.
+        download: Some of `DOWNLOAD_KWARGS`.
+    """
+
+    name: str
+    config: dict[str, Any]
+    base_model: str | None = None
+    download: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def find(
+        cls, name: str, *, base_model: str | None = None, vision_tower: str | None = None, **kwargs
+    ) -> "OriginalFolder | None":
+        """The original checkpoint of that name, or None if there is no config.json or it is another layout."""
+        download = select_download(kwargs)
+        config = read_json(name, "config.json", download)
+        if config is None or not is_original(config):
+            return None
+        config = override_tower(config, vision_tower)
+        return cls(name=name, config=config, base_model=base_model, download=download)
+
+    @property
+    def text_model_type(self) -> str:
+        """The `model_type` of the text model in transformers.
+
+        Raises:
+            ValueError: if no text model of transformers is known for this checkpoint.
+        """
+        for class_name in self.config.get("architectures") or []:
+            if class_name in TEXT_MODEL_OF_CLASS:
+                return TEXT_MODEL_OF_CLASS[class_name]
+        model_type = self.config.get("model_type", "llava")
+        if model_type in TEXT_MODEL_OF_CLASS.values():
+            return model_type
+        if model_type not in TEXT_MODEL_OF_TYPE:
+            raise ValueError(
+                f"got {self.name} with model_type={model_type!r} and "
+                f"architectures={self.config.get('architectures')}; expected one of "
+                f"{', '.join(sorted(set(TEXT_MODEL_OF_CLASS) | set(TEXT_MODEL_OF_TYPE)))}"
+            )
+        return TEXT_MODEL_OF_TYPE[model_type]
+
+    @property
+    def vision_tower(self) -> str:
+        """Folder or Hub id of the vision tower.
+
+        Raises:
+            ValueError: if the configuration names none.
+        """
+        name = self.config.get("mm_vision_tower")
+        if not name:
+            raise ValueError(
+                f"got {self.name} without mm_vision_tower; expected the Hub id or path of its vision tower: add it to "
+                "config.json"
+            )
+        return resolve_beside(self.name, name)
+
+    @property
+    def base_name(self) -> str | None:
+        """Folder or Hub id of the base model: what the caller gave, else what the LoRA adapter says."""
+        if self.base_model is not None:
+            return str(self.base_model)
+        adapter = read_json(self.name, "adapter_config.json", self.download)
+        base = (adapter or {}).get("base_model_name_or_path")
+        return resolve_beside(self.name, base) if base else None
+
+    @property
+    def base_download(self) -> dict[str, Any]:
+        """The download settings for other repositories: a revision or subfolder belongs to this one alone."""
+        return {key: value for key, value in self.download.items() if key not in ("revision", "subfolder")}
+
+
+EMBEDDED_NAME = "modeling_llava/tiny_llava/checkpoint"
+"""What recipes and adapters call the embedded model: its path from where this package is installed."""
+
+
+def find_installed(name: str) -> str:
+    """The folder of the embedded model for its name, whatever the working directory; any other name as it is."""
+    is_embedded = Path(name).as_posix() == EMBEDDED_NAME
+    return str(Path(__file__).resolve().parents[2] / EMBEDDED_NAME) if is_embedded else name
+
+
+def name_installed(path: str) -> str:
+    """The name of the embedded model for its folder, which another machine has elsewhere; any other name as it is."""
+    is_embedded = Path(path).resolve() == Path(find_installed(EMBEDDED_NAME))
+    return EMBEDDED_NAME if is_embedded else path

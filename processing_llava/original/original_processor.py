@@ -1,0 +1,218 @@
+"""The processor of an original checkpoint, whose folder has none: tokenizer, image settings and chat template.
+
+What is surprising: the original chooses its conversation format by the name of the folder. Here it is inferred from
+configuration and tokenizer; where these cannot tell (Vicuna and LLaMA 2 share everything), `template=` decides.
+"""
+
+import ast
+import re
+from typing import Any
+
+from transformers import AddedToken, AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import logging
+
+from processing_llava.templates import change_template, load_template
+
+from .model_parts import has_tokenizer, read_image_processor, read_tokenizer, read_vision_config
+from .older_versions import read_old_activation
+from .original_fields import check_fields
+from .original_folder import OriginalFolder, find_adapter_base, find_file, read_json, select_download
+from .transformers_folder import TRANSFORMERS_TYPES, read_transformers_parts
+
+logger = logging.get_logger(__name__)
+
+TURN_END_TOKENS = {
+    "chatml_direct": "<|im_end|>",
+    "mpt": "<|im_end|>",
+    "qwen": "<|im_end|>",
+    "llama_3": "<|eot_id|>",
+    "gemma": "<end_of_turn>",
+}
+"""What ends an answer, for formats in which it is not the end token of the language model."""
+
+_PINPOINT_RANGE = re.compile(r"\((\d+)x(\d+)\)")
+# Text-model settings that newer configuration classes renamed but still accept.
+_OLD_TEXT_FIELDS = ("rope_theta", "rope_scaling")
+
+
+class OriginalProcessorMixin(ProcessorMixin):
+    """A ProcessorMixin that reads original folders, and formats by name."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        *,
+        template: str | None = None,
+        base_model: str | None = None,
+        vision_tower: str | None = None,
+        **kwargs,
+    ) -> ProcessorMixin:
+        """As in transformers; a folder of the original LLaVA, which has no processor, gets one that fits, and so does
+        one of transformers' own `llava` and `llava_next`, whose processor is another; an adapter that of its base.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            template: Name of a conversation format, instead of the stored or inferred one.
+            base_model: Folder or Hub id with the tokenizer, for an original folder that has none; or the base of an
+                adapter, instead of the one that it names.
+            vision_tower: Folder or Hub id of the tower, instead of the one that an original folder names.
+
+        Raises:
+            ValueError: if an original folder lacks something, or there is no such template.
+        """
+        name = str(pretrained_model_name_or_path)
+        download = select_download(kwargs)
+        has_own = find_file(name, "processor_config.json", download) is not None
+        if not has_own and (base := find_adapter_base(name, download, base_model=base_model)) is not None:
+            kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
+            return cls.from_pretrained(base, template=template, vision_tower=vision_tower, **kwargs)
+        folder = OriginalFolder.find(name, base_model=base_model, vision_tower=vision_tower, **kwargs)
+        # A processor saved beside original weights is ours.
+        if folder is not None and not has_own:
+            return cls(**read_original_parts(folder, template=template))
+        config = {} if folder is not None else read_json(name, "config.json", download) or {}
+        stored = read_json(name, "processor_config.json", download) or {}
+        if config.get("model_type") in TRANSFORMERS_TYPES and stored.get("processor_class") != cls.__name__:
+            processor = cls(**read_transformers_parts(name, config, download))
+        else:
+            processor = super().from_pretrained(name, **kwargs)
+        if template is not None:
+            processor.chat_template = change_template(processor.chat_template, template)
+        return processor
+
+
+def read_text_config(folder: OriginalFolder) -> PreTrainedConfig:
+    """The configuration of the language model, whose fields lie between those of the LLaVA."""
+    model_type = folder.text_model_type
+    known = AutoConfig.for_model(model_type).to_dict()
+    taken = {name: folder.config[name] for name in (*known, *_OLD_TEXT_FIELDS) if name in folder.config}
+    for name in ("model_type", "architectures", "transformers_version", "_name_or_path"):
+        taken.pop(name, None)
+    taken |= read_old_activation(folder.config, folder.config | {"model_type": model_type})
+    return AutoConfig.for_model(model_type, **taken)
+
+
+def read_original_tokenizer(folder: OriginalFolder, text_config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer with the image tokens that the original adds when it loads the checkpoint.
+
+    Raises:
+        ValueError: if neither the folder nor its base model has one.
+    """
+    has_own = has_tokenizer(folder.name, folder.download)
+    if not has_own and folder.base_name is None:
+        raise ValueError(
+            f"got {folder.name}, which holds no tokenizer and does not say which model it was trained on; expected "
+            "base_model=: the folder or Hub id of that model"
+        )
+    tokenizer = read_tokenizer(
+        folder.name if has_own else folder.base_name,
+        text_config=text_config,
+        # The original reads LLaMA's with the slow class and the others with the fast one.
+        prefer_sentencepiece=text_config.model_type == "llama",
+        download=folder.download if has_own else folder.base_download,
+    )
+    added = []
+    # The default of the original loader, for folders written before the field existed.
+    if folder.config.get("mm_use_im_patch_token", True):
+        added.append("<im_patch>")
+    if folder.config.get("mm_use_im_start_end", False):
+        added += ["<im_start>", "<im_end>"]
+    missing = [token for token in added if token not in tokenizer.get_vocab()]
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def infer_template(folder: OriginalFolder, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The name of the conversation format that the checkpoint was trained with, as far as its files tell."""
+    text_model_type = folder.text_model_type
+    vocabulary = tokenizer.get_vocab()
+    if text_model_type == "mpt":
+        return "mpt"
+    if "<|start_header_id|>" in vocabulary:
+        return "llama_3"
+    if "<start_of_turn>" in vocabulary:
+        return "gemma"
+    if "<|im_start|>" in vocabulary:
+        return "qwen" if text_model_type.startswith("qwen") else "chatml_direct"
+    if text_model_type in ("mistral", "mixtral"):
+        return "mistral_instruct"
+    if folder.config.get("mm_use_im_start_end", False):
+        return "llava_v0"
+    if folder.config.get("mm_projector_type", "linear") == "linear":
+        return "llava_v1"
+    return "vicuna_v1"
+
+
+def read_pinpoints(folder: OriginalFolder, *, tile_size: int) -> list[list[int]] | None:
+    """The sizes that images are tiled to as (height, width) in pixels; None where images are not tiled.
+
+    The order is kept, since the first of equals is taken.
+
+    Raises:
+        ValueError: if the mode of the images is unknown, or its sizes cannot be read.
+    """
+    mode = folder.config.get("image_aspect_ratio") or "square"
+    if mode in ("pad", "square"):
+        return None
+    if mode != "anyres":
+        raise ValueError(f"got {folder.name} with image_aspect_ratio={mode!r}; expected 'pad', 'square' or 'anyres'")
+    sizes = folder.config.get("image_grid_pinpoints")
+    try:
+        if isinstance(sizes, str) and "x" in sizes:
+            (rows, columns), (last_rows, last_columns) = (map(int, ends) for ends in _PINPOINT_RANGE.findall(sizes))
+            sizes = [
+                [row * tile_size, column * tile_size]
+                for row in range(rows, last_rows + 1)
+                for column in range(columns, last_columns + 1)
+            ]
+        elif isinstance(sizes, str):
+            sizes = ast.literal_eval(sizes)
+        return [[int(height), int(width)] for width, height in sizes]
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise ValueError(
+            f"got {folder.name} with image_grid_pinpoints={sizes!r}; expected a list of [width, height]"
+        ) from error
+
+
+def read_original_parts(folder: OriginalFolder, *, template: str | None = None) -> dict[str, Any]:
+    """The arguments of AnyLlavaProcessor for an original checkpoint.
+
+    Args:
+        folder: The checkpoint.
+        template: Name of a conversation format, instead of the inferred one.
+
+    Raises:
+        ValueError: if something of it is missing, unreadable, or not supported.
+    """
+    check_fields(folder)
+    vision_config = read_vision_config(folder.vision_tower, **folder.base_download)
+    image_processor = read_image_processor(
+        folder.vision_tower,
+        vision_config,
+        download=folder.base_download,
+        image_aspect_ratio=folder.config.get("image_aspect_ratio") or "square",
+        image_grid_pinpoints=read_pinpoints(folder, tile_size=vision_config.image_size),
+    )
+    tokenizer = read_original_tokenizer(folder, read_text_config(folder))
+    if template is None:
+        template = infer_template(folder, tokenizer)
+        logger.warning(f"{folder.name}: conversation format {template}, inferred; template= chooses another")
+    has_ends = folder.config.get("mm_use_im_start_end", False)
+    return {
+        "image_processor": image_processor,
+        "tokenizer": tokenizer,
+        "chat_template": load_template(template, image="<im_start><image><im_end>" if has_ends else "<image>"),
+        "patch_size": vision_config.patch_size,
+        "num_prefix_tokens": count_kept_prefix_tokens(folder, vision_config),
+        "patch_merge_type": folder.config.get("mm_patch_merge_type") or "flat",
+    }
+
+
+def count_kept_prefix_tokens(folder: OriginalFolder, vision_config: PreTrainedConfig) -> int:
+    """Features of a tile that are not patches and are kept: CLIP's class token, where it is selected."""
+    keeps_all = folder.config.get("mm_vision_select_feature", "patch") == "cls_patch"
+    return int(keeps_all and vision_config.model_type == "clip_vision_model")
