@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from modeling_llava.acceleration.inference_dtype import is_slow_on_processor
+from modeling_llava.acceleration.devices import is_slow_on_processor
 from modeling_llava.acceleration.quantization import quantize_to_int8
 from modeling_llava.inference.loading import prepare_for_answering
 

@@ -6,13 +6,13 @@ import torch
 from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from modeling_llava.acceleration.compiled_decoding import (
+from modeling_llava.acceleration.cpu_attention import use_cpu_attention
+from modeling_llava.inference.cached_generation import (
     SMALLEST_LENGTH,
     build_compile_config,
     build_static_states,
     decode_ahead,
 )
-from modeling_llava.acceleration.token_attention import use_token_attention
 from processing_llava.transformers_versions import KV_CACHE
 
 from .models import IMAGE_TOKEN_ID, NUM_TEXT_TOKENS
@@ -44,7 +44,7 @@ def build_prompt(batch: int, features: list[torch.Tensor], device: str) -> dict[
 
 def compile_ours(model: PreTrainedModel) -> dict[str, Any]:
     """Arguments of `generate` for what `ChatSession(compile=True)` does to the same model."""
-    use_token_attention(model)
+    use_cpu_attention(model.base_model.language_model)
     compiled = {"compile_config": build_compile_config(model.device), "custom_generate": decode_ahead}
     return build_states(model) | compiled
 

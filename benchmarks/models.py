@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
-from modeling_llava.checkpoints.config_layouts import write_transformers_config
+from modeling_llava.checkpoints.layouts import write_transformers_config
 from modeling_llava.checkpoints.weight_names import add_transformers_only_weights, rename_from_ours
 from modeling_llava.inference.loading import prepare_for_answering
 from processing_llava import AnyLlavaImageProcessorPil, AnyLlavaProcessor

@@ -70,11 +70,11 @@ def build_trainer(kind: str, folder: Path, arguments: dict[str, Any], *, stage: 
     from transformers import CLIPImageProcessorPil, LlavaProcessor, Trainer, TrainingArguments
     from trl import SFTConfig, SFTTrainer
 
-    from modeling_llava.acceleration.fused_norms import fuse_norms
+    from modeling_llava.acceleration.fused_layers import fuse_norms
     from modeling_llava.acceleration.packed_attention import use_packed_attention
-    from modeling_llava.training.lora import add_lora
     from modeling_llava.training.recipe import Recipe
     from modeling_llava.training.run import compile_blocks
+    from modeling_llava.training.starting_model import add_lora
     from modeling_llava.training.trainer import LlavaTrainer
     from processing_llava.data.collator import LlavaDataCollator
     from processing_llava.data.data_sources import DataSource

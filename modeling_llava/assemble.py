@@ -11,7 +11,7 @@ from processing_llava.original.model_parts import read_image_processor, read_tok
 from processing_llava.processing_llava import AnyLlavaProcessor
 from processing_llava.templates import load_template
 
-from .checkpoints.config_layouts import merge_ids
+from .checkpoints.layouts import merge_ids
 from .checkpoints.model_names import explain_missing
 from .configuration_llava import AnyLlavaConfig
 from .modeling_llava import AnyLlavaForConditionalGeneration

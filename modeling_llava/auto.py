@@ -43,7 +43,7 @@ from processing_llava.processing_llava import AnyLlavaProcessor
 from processing_llava.transformers_versions import AutoImageProcessor, warn_of_other_versions
 
 from .checkpoints.checkpoint_mixin import refuse_bit_arguments, refuse_parts
-from .checkpoints.config_layouts import TRANSFORMERS_CONFIGS, find_changed_fields, translate_config
+from .checkpoints.layouts import TRANSFORMERS_CONFIGS, find_changed_fields, translate_config
 from .checkpoints.original_adapters import load_adapted, needs_our_class
 from .checkpoints.weight_files import refuse_unfit_weights
 from .configuration_llava import AnyLlavaConfig

@@ -20,10 +20,10 @@ from .image_processing_fast import AnyLlavaImageProcessor
 from .image_processing_llava import AnyLlavaImageProcessorPil, flatten_images
 from .messages import check_messages, is_missing, list_pictures
 from .original.original_processor import OriginalProcessorMixin
+from .prompt_ids import check_learn_tokens, list_control_tokens
 from .prompt_inputs import PromptInputs, encode_prompts
 from .prompts import Prompt, count_images, render_prompt
 from .role_markers import TREATMENTS, find_role_markers, treat_role_markers
-from .text_encoder import check_learn_tokens, list_control_tokens
 from .transformers_versions import pop_replacement_offsets
 
 logger = logging.get_logger(__name__)

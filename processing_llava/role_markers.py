@@ -17,8 +17,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
+from .prompt_ids import list_control_tokens, read_tokenizer_state
 from .prompts import render_prompt
-from .text_encoder import list_control_tokens, read_tokenizer_state
 
 TREATMENTS = ("keep", "neutralize", "refuse")
 INVISIBLE = "\u200b"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from modeling_llava.acceleration.free_memory import count_free_bytes
+from modeling_llava.acceleration.devices import count_free_bytes
 from modeling_llava.auto import AutoModelForVision2Seq
 from modeling_llava.checkpoints.model_names import explain_missing, find_base
 from modeling_llava.inference.attention_map import AnswerAttention, read_attention

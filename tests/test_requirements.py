@@ -27,7 +27,7 @@ NAMES = {"PIL": "pillow", "yaml": "pyyaml", "google": "protobuf"}
 """Distributions that are called otherwise than their module."""
 EXTRA_OF = {
     "modeling_llava/training": "train",
-    "processing_llava/row_datasets.py": "train",
+    "processing_llava/data/row_datasets.py": "train",
     "spaces_demo/app.py": "demo",
     "spaces_demo/handlers.py": "demo",
     "spaces_demo/safety.py": "demo",

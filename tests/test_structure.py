@@ -23,7 +23,6 @@ HUB_FILES = {
         "prompt_inputs",
         "prompts",
         "role_markers",
-        "text_encoder",
         "transformers_versions",
     ),
     "modeling_llava": (
@@ -31,13 +30,12 @@ HUB_FILES = {
         "generation",
         "modeling_llava",
         "projectors",
-        "roomy_states",
         "vision_towers",
         "visual_tokens",
     ),
 }
 """Files that are copied into Hub repositories."""
-SEAMS = ("checkpoint_loading", "original_processor")
+SEAMS = ("checkpoint_mixin", "original_processor")
 """Mixins that read the layouts of other code, which a Hub repository does not need: export leaves them empty."""
 HUB_PACKAGES = {"torch", "transformers", "PIL", "numpy", "tokenizers", "jinja2"}
 

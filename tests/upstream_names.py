@@ -42,13 +42,14 @@ UPSTREAM_NAMES = (
     UpstreamName(f"{_MODEL}_tp_plan", VALUE, ("modeling_llava/modeling_llava.py",), *_DECLARED),
     UpstreamName(
         f"{_MODEL}_can_compile_fullgraph", VALUE,
-        ("modeling_llava/cached_generation.py", "modeling_llava/modeling_llava.py"), *_DECLARED,
+        ("modeling_llava/inference/cached_generation.py", "modeling_llava/modeling_llava.py"), *_DECLARED,
     ),
-    UpstreamName(f"{_MODEL}_no_split_modules", VALUE, ("modeling_llava/training/sharding.py",), *_DECLARED),
+    UpstreamName(f"{_MODEL}_no_split_modules", VALUE, ("modeling_llava/training/trainer.py",), *_DECLARED),
     UpstreamName(
         f"{_MODEL}_hf_peft_config_loaded", VALUE,
-        ("modeling_llava/checkpoint_loading.py", "modeling_llava/inference.py", "modeling_llava/packed_linear.py",
-         "modeling_llava/quantization.py"),
+        ("modeling_llava/checkpoints/checkpoint_mixin.py", "modeling_llava/inference/loading.py",
+         "modeling_llava/acceleration/cpu_linear.py",
+         "modeling_llava/acceleration/quantization.py"),
         "whether a model holds an adapter", "a public question for it",
     ),
     UpstreamName(
@@ -62,28 +63,30 @@ UPSTREAM_NAMES = (
                  "generation_state, enable_cors",
          "5.20": "model_manager, chat_handler, completion_handler, response_handler, transcription_handler, "
                  "systemone_handler, generation_state, enable_cors"},
-        ("modeling_llava/serve.py",),
+        ("modeling_llava/serving/__main__.py",),
         "errors of a request are the sender's", "an own server",
     ),
     UpstreamName(
         "torch.nn.Module._load_from_state_dict",
         {"5.17": "self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs"},
-        ("modeling_llava/checkpoint_loading.py",), "PEFT drops weights without a place in silence",
+        ("modeling_llava/checkpoints/checkpoint_mixin.py",), "PEFT drops weights without a place in silence",
         "an error of PEFT's for them",
     ),
     UpstreamName(
         "peft.tuners.tuners_utils.check_target_module_exists", {"5.17": "config, key"},
-        ("modeling_llava/adapters.py",), "which modules an adapter means", "a public question for it",
+        ("modeling_llava/checkpoints/original_adapters.py",), "which modules an adapter means",
+        "a public question for it",
     ),
     UpstreamName(
         f"{_MODEL}_from_config", {"5.17": "config, kwargs"},
-        ("modeling_llava/auto.py", "modeling_llava/generation_memory.py"),
+        ("modeling_llava/auto.py", "modeling_llava/inference/generation_memory.py"),
         "a model without weights, of a dtype", "from_config of the class, which AutoModel alone has",
     ),
     UpstreamName(
         "transformers.PreTrainedConfig._attn_implementation", VALUE,
-        ("modeling_llava/attention_map.py", "modeling_llava/batched_attention.py", "modeling_llava/inference.py",
-         "modeling_llava/packed_attention.py", "modeling_llava/token_attention.py"),
+        ("modeling_llava/inference/attention_map.py", "modeling_llava/inference/row_states.py",
+         "modeling_llava/inference/loading.py",
+         "modeling_llava/acceleration/packed_attention.py", "modeling_llava/acceleration/cpu_attention.py"),
         "which attention runs", "a public reader beside set_attn_implementation",
     ),
     UpstreamName(
@@ -132,16 +135,16 @@ UPSTREAM_NAMES = (
         f"{_GENERATION}_get_logits_processor",
         {"5.17": "self, generation_config, input_ids_seq_length, encoder_input_ids, prefix_allowed_tokens_fn, "
                  "logits_processor, device, model_kwargs, negative_prompt_ids, negative_prompt_attention_mask"},
-        ("modeling_llava/answer_requests.py", "modeling_llava/generation.py"),
+        ("modeling_llava/inference/batched_generation.py", "modeling_llava/generation.py"),
         "image tokens are no text; batches without generate", "image tokens inside of the vocabulary",
     ),
     UpstreamName(
         f"{_GENERATION}_prefill", {"5.17": "self, input_ids, generation_config, model_kwargs, is_first_iteration"},
-        ("modeling_llava/compiled_decoding.py",), "decoding ahead of the host", "one engine of our own",
+        ("modeling_llava/inference/cached_generation.py",), "decoding ahead of the host", "one engine of our own",
     ),
     UpstreamName(
         "transformers.PreTrainedModel.get_compiled_call", {"5.17": "self, compile_config"},
-        ("modeling_llava/compiled_decoding.py",), "decoding ahead of the host", "one engine of our own",
+        ("modeling_llava/inference/cached_generation.py",), "decoding ahead of the host", "one engine of our own",
     ),
     UpstreamName(
         f"{_GENERATION}_prepare_cache_for_generation",
@@ -150,12 +153,13 @@ UPSTREAM_NAMES = (
     ),
     UpstreamName(
         f"{_GENERATION}_prepare_generation_config", {"5.17": "self, generation_config, kwargs"},
-        ("modeling_llava/token_stream.py",), "the settings of a model, completed", "one engine of our own",
+        ("modeling_llava/inference/token_stream.py",), "the settings of a model, completed", "one engine of our own",
     ),
     UpstreamName(
         f"{_GENERATION}_prepare_special_tokens",
         {"5.17": "self, generation_config, kwargs_has_attention_mask, device, batch_size"},
-        ("modeling_llava/answer_requests.py",), "end tokens for the logits processors", "one engine of our own",
+        ("modeling_llava/inference/batched_generation.py",), "end tokens for the logits processors",
+        "one engine of our own",
     ),
     UpstreamName(
         f"{_CANDIDATES}AssistedCandidateGenerator",
@@ -183,11 +187,11 @@ UPSTREAM_NAMES = (
     ),
     UpstreamName(
         "transformers.cache_utils.DynamicLayer.update", {"5.17": "self, key_states, value_states, args, kwargs"},
-        ("modeling_llava/roomy_states.py",), "a KV cache that grows without copies", "a cache class by name",
+        ("modeling_llava/generation.py",), "a KV cache that grows without copies", "a cache class by name",
     ),
     UpstreamName(
         "transformers.cache_utils.DynamicSlidingWindowLayer", {"5.17": "sliding_window, kwargs"},
-        ("modeling_llava/cached_generation.py",), "which states can be cut", "a public question for it",
+        ("modeling_llava/inference/cached_generation.py",), "which states can be cut", "a public question for it",
     ),
     UpstreamName(
         "transformers.integrations.sdpa_attention.sdpa_attention_forward",
@@ -195,7 +199,7 @@ UPSTREAM_NAMES = (
          "5.19": "module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, cache, "
                  "kwargs",
          "5.24": "module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, kwargs"},
-        ("modeling_llava/block_attention.py", "modeling_llava/packed_attention.py"),
+        ("modeling_llava/acceleration/cpu_attention.py", "modeling_llava/acceleration/packed_attention.py"),
         "attention where ours does not apply", "a public name for it",
     ),
     UpstreamName(
@@ -204,8 +208,8 @@ UPSTREAM_NAMES = (
                  "allow_is_causal_skip, allow_is_bidirectional_skip, allow_torch_fix, use_vmap, device, kwargs",
          "5.18": "batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size, "
                  "allow_is_causal_skip, allow_is_bidirectional_skip, use_vmap, device, kwargs"},
-        ("modeling_llava/block_attention.py", "modeling_llava/packed_attention.py",
-         "modeling_llava/token_attention.py"),
+        ("modeling_llava/acceleration/cpu_attention.py", "modeling_llava/acceleration/packed_attention.py",
+         "modeling_llava/acceleration/cpu_attention.py"),
         "masks for our attention functions", "a public name for it",
     ),
     UpstreamName(
@@ -249,7 +253,7 @@ UPSTREAM_NAMES = (
     ),
     UpstreamName(
         "transformers.utils.hub.cached_file", {"5.17": "path_or_repo_id, filename, kwargs"},
-        ("processing_llava/original_folder.py",), "one file of a folder or repository",
+        ("processing_llava/original/original_folder.py",), "one file of a folder or repository",
         "huggingface_hub, without folders",
     ),
     UpstreamName(
@@ -271,14 +275,14 @@ UPSTREAM_NAMES = (
     UpstreamName(
         "transformers.trainer_pt_utils.BatchRebalanceSampler",
         {"5.17": "lengths, effective_batch_size, dp_size, grad_accum, shuffle, seed, rank, drop_last"},
-        ("modeling_llava/training/token_budget.py",), "batches of like size", "a public name for it",
+        ("modeling_llava/training/batches.py",), "batches of like size", "a public name for it",
     ),
     UpstreamName(
-        "transformers.CompileConfig._compile_all_devices", VALUE, ("modeling_llava/compiled_decoding.py",),
+        "transformers.CompileConfig._compile_all_devices", VALUE, ("modeling_llava/inference/cached_generation.py",),
         "compiled decoding on a CPU, in tests", "a public field",
     ),
     UpstreamName(
-        "transformers.GenerationConfig._pad_token_tensor", VALUE, ("modeling_llava/compiled_decoding.py",),
+        "transformers.GenerationConfig._pad_token_tensor", VALUE, ("modeling_llava/inference/cached_generation.py",),
         "the token behind an answer", "one engine of our own",
     ),
     UpstreamName(
@@ -287,12 +291,12 @@ UPSTREAM_NAMES = (
         ("modeling_llava/training/supervised_loss.py",), "what TRL computes its loss from", "a hook of SFTTrainer",
     ),
     UpstreamName(
-        "peft.tuners.tuners_utils.BaseTunerLayer", {"5.17": ""}, ("modeling_llava/training/lora.py",),
+        "peft.tuners.tuners_utils.BaseTunerLayer", {"5.17": ""}, ("modeling_llava/training/starting_model.py",),
         "layers with an adapter", "a public question for it",
     ),
     UpstreamName(
         "huggingface_hub.dataclasses.type_validator", {"5.17": "name, value, expected_type"},
-        ("modeling_llava/yaml_fields.py",), "types of recipe fields", "pydantic, which is no dependency",
+        ("modeling_llava/records/yaml_fields.py",), "types of recipe fields", "pydantic, which is no dependency",
     ),
     UpstreamName(
         "huggingface_hub.repocard.REGEX_YAML_BLOCK", VALUE, ("modeling_llava/export/repository_check.py",),
@@ -305,45 +309,47 @@ UPSTREAM_NAMES = (
     UpstreamName(
         "torch._subclasses.fake_tensor.FakeTensorMode",
         {"5.17": "allow_fallback_kernels, allow_non_fake_inputs, shape_env, static_shapes, export"},
-        ("modeling_llava/generation_memory.py",), *_FAKE,
+        ("modeling_llava/inference/generation_memory.py",), *_FAKE,
     ),
     UpstreamName(
         "torch._subclasses.fake_tensor.DataDependentOutputException", {"5.17": "func"},
-        ("modeling_llava/generation_memory.py",), *_FAKE,
+        ("modeling_llava/inference/generation_memory.py",), *_FAKE,
     ),
     UpstreamName(
         "torch._subclasses.fake_tensor.DynamicOutputShapeException", {"5.17": "func"},
-        ("modeling_llava/generation_memory.py",), *_FAKE,
+        ("modeling_llava/inference/generation_memory.py",), *_FAKE,
     ),
     UpstreamName(
         "torch.utils._python_dispatch.TorchDispatchMode", {"5.17": "_dispatch_key"},
-        ("modeling_llava/generation_memory.py",), *_FAKE,
+        ("modeling_llava/inference/generation_memory.py",), *_FAKE,
     ),
     UpstreamName(
         "torch.utils._pytree.tree_map_only", {"5.17": "type_or_types_or_pred, func, tree, is_leaf"},
-        ("modeling_llava/generation_memory.py",), *_FAKE,
+        ("modeling_llava/inference/generation_memory.py",), *_FAKE,
     ),
     UpstreamName(
         "torch._assert_async", {"5.17": "no signature"}, ("modeling_llava/modeling_llava.py",),
         "a check that CUDA graphs hold", "a public name for it",
     ),
     UpstreamName(
-        "torch._dynamo.mark_static_address", {"5.17": "t, guard"}, ("modeling_llava/row_states.py",),
+        "torch._dynamo.mark_static_address", {"5.17": "t, guard"}, ("modeling_llava/inference/row_states.py",),
         "KV caches that CUDA graphs know", "a public name for it",
     ),
     UpstreamName(
-        "torch.cpu._is_amx_tile_supported", {"5.17": ""}, ("modeling_llava/inference_dtype.py",),
+        "torch.cpu._is_amx_tile_supported", {"5.17": ""}, ("modeling_llava/acceleration/devices.py",),
         "whether 16-bit floats are fast", "a public question for it",
     ),
     UpstreamName(
-        "torch.cpu._is_avx512_bf16_supported", {"5.17": ""}, ("modeling_llava/inference_dtype.py",),
+        "torch.cpu._is_avx512_bf16_supported", {"5.17": ""}, ("modeling_llava/acceleration/devices.py",),
         "whether 16-bit floats are fast", "a public question for it",
     ),
     UpstreamName(
-        "torch.ops.mkldnn._linear_pointwise", {"5.17": "args, kwargs"}, ("modeling_llava/packed_linear.py",), *_CPU,
+        "torch.ops.mkldnn._linear_pointwise", {"5.17": "args, kwargs"},
+        ("modeling_llava/acceleration/cpu_linear.py",), *_CPU,
     ),
     UpstreamName(
-        "torch.ops.mkldnn._reorder_linear_weight", {"5.17": "args, kwargs"}, ("modeling_llava/packed_linear.py",),
+        "torch.ops.mkldnn._reorder_linear_weight", {"5.17": "args, kwargs"},
+        ("modeling_llava/acceleration/cpu_linear.py",),
         *_CPU,
     ),
 )

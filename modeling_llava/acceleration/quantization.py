@@ -14,8 +14,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .fused_projections import fuse_projections
-from .int8_linear import Int8Linear
+from .cpu_linear import Int8Linear
+from .fused_layers import fuse_projections
 
 KEPT_MODULES = ["model.vision_tower", "model.mm_projector", "lm_head"]
 

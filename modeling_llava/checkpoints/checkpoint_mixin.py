@@ -14,10 +14,9 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from modeling_llava.acceleration.fused_projections import Columns
-from modeling_llava.acceleration.inference_dtype import with_default_dtype
-from modeling_llava.acceleration.int8_linear import Int8Linear
-from modeling_llava.acceleration.packed_linear import PackedLinear
+from modeling_llava.acceleration.cpu_linear import Int8Linear, PackedLinear
+from modeling_llava.acceleration.devices import with_default_dtype
+from modeling_llava.acceleration.fused_layers import Columns
 from processing_llava.original.original_folder import (
     DOWNLOAD_KWARGS,
     OriginalFolder,
@@ -26,7 +25,7 @@ from processing_llava.original.original_folder import (
     select_download,
 )
 
-from .config_layouts import (
+from .layouts import (
     find_layout,
     layout_of,
     merge_ids,

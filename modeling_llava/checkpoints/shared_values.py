@@ -7,7 +7,7 @@ from transformers import LlavaNextProcessor, LlavaProcessor, PreTrainedConfig, P
 from modeling_llava.configuration_llava import AnyLlavaConfig
 from processing_llava.processing_llava import AnyLlavaProcessor
 
-from .config_layouts import TRANSFORMERS_CONFIGS, read_transformers_config
+from .layouts import TRANSFORMERS_CONFIGS, read_transformers_config
 
 
 def check_processor(config: PreTrainedConfig, processor: ProcessorMixin) -> None:

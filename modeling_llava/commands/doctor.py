@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 
-from modeling_llava.acceleration.free_memory import count_free_bytes, format_bytes
+from modeling_llava.acceleration.devices import count_free_bytes, format_bytes
 
 PACKAGES = ("anyllava", "torch", "transformers", "safetensors", "huggingface_hub", "peft", "trl", "datasets", "gradio")
 BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}

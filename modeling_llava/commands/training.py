@@ -13,7 +13,7 @@ def run_check_data(options: argparse.Namespace) -> int:
     from processing_llava.data.data_check import RecordCheck, check_sources
     from processing_llava.data.data_sources import DataSource
     from processing_llava.data.preview import make_printable
-    from processing_llava.text_encoder import check_learn_tokens
+    from processing_llava.prompt_ids import check_learn_tokens
 
     from .pictures import name_option, read_image_limits
 

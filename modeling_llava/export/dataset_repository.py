@@ -5,14 +5,12 @@ from typing import Any
 
 from huggingface_hub import DatasetCardData
 
-from modeling_llava.records.card_vocabulary import SIZE_CATEGORIES
-from modeling_llava.records.data_manifest import DATA_KINDS, NOT_STATED, DataEntry
+from modeling_llava.records.data_manifest import DATA_KINDS, NOT_STATED, SIZE_CATEGORIES, DataEntry
 from modeling_llava.records.figures import add_source, build_environment
 from processing_llava.data.data_sources import DataSource
 
 from .card_facts import CardFacts
-from .licences import Part, find_conflicts
-from .model_card import assemble_card
+from .model_card import Part, assemble_card, find_conflicts
 
 SHARD_BYTES = 500_000_000
 """About the size of one Parquet file."""

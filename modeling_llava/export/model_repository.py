@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, ProcessorM
 
 import hub_cards
 from modeling_llava.auto import AutoModelForVision2Seq
-from modeling_llava.checkpoints.config_layouts import TRANSFORMERS_CONFIGS, write_transformers_config
+from modeling_llava.checkpoints.layouts import TRANSFORMERS_CONFIGS, write_transformers_config
 from modeling_llava.checkpoints.original_adapters import PROJECTOR, check_adapter_file
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.records.figures import add_source

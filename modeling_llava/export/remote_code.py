@@ -28,7 +28,7 @@ AUTO_MAP = _PROCESSOR | {
     "AutoModelForMultimodalLM": _MODEL,
 }
 SEAMS = {
-    "checkpoint_loading": (
+    "checkpoint_mixin": (
         'class CheckpointMixin:\n    """Empty: the package reads and writes the layouts of other code here."""\n'
     ),
     "original_processor": (
@@ -37,7 +37,7 @@ SEAMS = {
         '    """Empty: the package reads folders of the original LLaVA here."""\n'
     ),
 }
-_SIBLING = re.compile(r"^from (?:\.|processing_llava\.)(\w+) import", flags=re.MULTILINE)
+_SIBLING = re.compile(r"^from (?:\.|(?:modeling|processing)_llava\.)(?:\w+\.)*(\w+) import", flags=re.MULTILINE)
 
 
 def write_remote_code(folder: Path) -> list[str]:

@@ -126,7 +126,7 @@ def _export_dataset(source: Path, out: Path, settings: ExportSettings) -> Export
 
 
 def _export_space(source: Path, out: Path, settings: ExportSettings) -> Exported:
-    from .space_card import write_space_card
+    from .model_card import write_space_card
     from .space_package import carry_package
 
     shutil.copytree(source, out, dirs_exist_ok=True, ignore=_NOT_COPIED)

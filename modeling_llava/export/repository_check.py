@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from modeling_llava.records.card_vocabulary import (
+from modeling_llava.records.data_manifest import (
     BASE_MODEL_RELATIONS,
     LICENSES,
     PIPELINE_TAGS,

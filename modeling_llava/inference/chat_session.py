@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from modeling_llava.acceleration.token_attention import use_token_attention
+from modeling_llava.acceleration.cpu_attention import use_cpu_attention
 from modeling_llava.checkpoints.shared_values import check_processor
 from processing_llava.image_loading import load_images
 from processing_llava.messages import check_question
@@ -77,7 +77,7 @@ class ChatSession:
     ) -> None:
         if compile:
             check_compiles(model)
-            use_token_attention(model)
+            use_cpu_attention(model.base_model.language_model)
         check_processor(model.config, processor)
         self.model = model
         self.processor = processor

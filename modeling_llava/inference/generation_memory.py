@@ -27,12 +27,12 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import DynamicCache, PreTrainedConfig
 
-from modeling_llava.acceleration.inference_dtype import is_slow_on_processor
-from modeling_llava.checkpoints.config_layouts import translate_config
+from modeling_llava.acceleration.devices import is_slow_on_processor
+from modeling_llava.checkpoints.layouts import translate_config
 from modeling_llava.checkpoints.model_names import explain_missing, find_base
 from modeling_llava.configuration_llava import AnyLlavaConfig
+from modeling_llava.generation import count_spare_tokens
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
-from modeling_llava.roomy_states import count_spare_tokens
 from processing_llava.image_layouts import ImageLayout
 from processing_llava.transformers_versions import KV_CACHE
 

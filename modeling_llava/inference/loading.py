@@ -8,12 +8,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
-from modeling_llava.acceleration import block_attention
-from modeling_llava.acceleration.fused_norms import fuse_norms
-from modeling_llava.acceleration.fused_projections import fuse_projections
-from modeling_llava.acceleration.inference_dtype import is_slow_on_processor
-from modeling_llava.acceleration.packed_linear import pack_linear_layers
-from modeling_llava.acceleration.token_attention import use_token_attention
+from modeling_llava.acceleration.cpu_attention import use_cpu_attention
+from modeling_llava.acceleration.cpu_linear import pack_linear_layers
+from modeling_llava.acceleration.devices import is_slow_on_processor
+from modeling_llava.acceleration.fused_layers import fuse_norms, fuse_projections
 from modeling_llava.auto import AutoModelForVision2Seq
 from modeling_llava.checkpoints.shared_values import check_processor
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
@@ -106,10 +104,8 @@ def prepare_for_answering(model: PreTrainedModel, device: torch.device | None = 
     device = model.device if device is None else device
     if device.type == "cpu":
         pack_linear_layers(model)
-        use_token_attention(model)
-        vision_tower = model.base_model.vision_tower
-        if vision_tower.config._attn_implementation == "sdpa":
-            vision_tower.set_attn_implementation(block_attention.NAME)
+        use_cpu_attention(model.base_model.language_model)
+        use_cpu_attention(model.base_model.vision_tower)
         return
     language_model = model.base_model.language_model
     fuse_norms(language_model)

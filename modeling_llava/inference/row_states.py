@@ -1,17 +1,25 @@
-"""RowStates: key/value states of rows that are generated together, and attention to them.
+"""RowStates: the KV cache of rows that are generated together, and the attention function that reads it.
 
 One pass of the language model takes one packed row `[1, T]`: the newest token of every running row, then the whole
-prompts of new rows, end to end. So no layer computes padding. Each row attends to its own states only, which lie in
-a slot of their own; a row that leaves gives its slot to the last one.
+prompts of new rows, end to end. So no layer computes padding. Each row attends to its own keys and values only, which
+lie in a slot of their own; a row that leaves gives its slot to the last one.
+
+What is surprising: the language model is given no cache. As in transformers' own continuous batching (5.23,
+integrations/sdpa_paged.py), which takes text only, the cache travels as a keyword argument to the attention function.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
 
 # Shape suffixes: S slots, N running rows, R rows of one call, H heads, K key/value heads, G heads that share one,
 #                 C tokens a slot has room for, L tokens, T tokens of the packed row, D width of a head
-
-import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
 
-from modeling_llava.acceleration.token_attention import attend_to_states
+from modeling_llava.acceleration.cpu_attention import attend_to_cache
 
 SLOT_STEP = 64
 """Slots have room for a multiple of this, so that they seldom have to be made anew."""
@@ -164,7 +172,7 @@ class RowStates:
                     slice(0 if window is None else max(0, length - window), length),
                 )
                 query = query_NKGD[row : row + 1]
-                row_attended = attend_to_states(query, keys_SKCD[seen], values_SKCD[seen], scaling=scaling)
+                row_attended = attend_to_cache(query, keys_SKCD[seen], values_SKCD[seen], scaling=scaling)
                 attended.append(row_attended.flatten(1, 2))
             return attended
         seen = slice(0, self.num_running), slice(None), slice(0, self._seen_length)
@@ -235,3 +243,74 @@ def _attend_prompt(
         scale=scaling,
         enable_gqa=query_1HLD.shape[1] != key_1KLD.shape[1],
     )
+
+
+NAME = "any_llava_rows"
+"""The `attn_implementation` of a language model during a pass."""
+
+
+def row_attention_forward(
+    module: nn.Module,
+    query_1HTD: torch.Tensor,
+    key_1KTD: torch.Tensor,
+    value_1KTD: torch.Tensor,
+    attention_mask: None,
+    *,
+    row_states: RowStates,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """An attention function of transformers' AttentionInterface; `[1, T, H, D]` comes back.
+
+    Args:
+        row_states: Of the batch, with a pass begun.
+        The others: those of transformers.
+
+    Raises:
+        ValueError: for a layer with a kind of attention that torch's function does not compute.
+    """
+    unknown = {"softcap": softcap, "attention sinks": s_aux, "a position bias": position_bias}
+    for kind, value in unknown.items():
+        if value is not None:
+            raise ValueError(
+                f"got a {type(module).__name__} with {kind}; expected plain attention: answer one request at a time"
+            )
+    attended = row_states.attend(
+        module.layer_idx, query_1HTD[0], key_1KTD[0], value_1KTD[0], scaling=scaling, window=sliding_window
+    )
+    return attended, None
+
+
+def check_row_attention(language_model: PreTrainedModel) -> None:
+    """Refuse language models that have attention functions of their own.
+
+    Raises:
+        ValueError: for example for MPT.
+    """
+    before = language_model.config._attn_implementation
+    language_model.set_attn_implementation(NAME)
+    is_set = language_model.config._attn_implementation == NAME
+    language_model.set_attn_implementation(before)
+    if not is_set:
+        raise ValueError(
+            f"got a {type(language_model).__name__}; expected a language model that takes attention functions of "
+            "transformers: answer one request at a time"
+        )
+
+
+@contextmanager
+def use_row_attention(language_model: PreTrainedModel) -> Iterator[None]:
+    """Let a language model attend with `row_states`; not while another thread uses it."""
+    before = language_model.config._attn_implementation
+    language_model.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        language_model.config._attn_implementation = before
+
+
+AttentionInterface.register(NAME, row_attention_forward)

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
-from modeling_llava.acceleration.inference_dtype import is_slow_on_processor
+from modeling_llava.acceleration.devices import is_slow_on_processor
 
 from .drawings import SIZE
 from .packages import fetch_wheel

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from processing_llava import AnyLlavaProcessor
-from processing_llava.data.record_files import RefusedRecord
+from processing_llava.data.data_sources import RefusedRecord
 from processing_llava.data.row_lengths import read_image_sizes
 
 from .checkpoints import write_whole

@@ -8,7 +8,10 @@ matrices that map hidden states to hidden states; embeddings, norms and biases a
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from torch.optim import AdamW, Optimizer
+
+from .parts import part_of
 
 
 class MuonWithAdamW(Optimizer):
@@ -55,3 +58,24 @@ class MuonWithAdamW(Optimizer):
     def _share_groups(self) -> None:
         # The very same dicts: what a schedule writes into them is what both step with.
         self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+
+
+def split_for_muon(model: nn.Module, groups: list[dict], *, rate: float) -> tuple[list[dict], list[dict]]:
+    """Parameter groups for Muon, with its learning rate, and those that are left for AdamW.
+
+    Muon takes matrices of the language model's layers and of the projector; embeddings are tables, not matrices.
+    """
+    chosen = {
+        id(parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 2 and (part_of(name) == "mm_projector" or "language_model.layers." in name)
+    }
+    matrices, others = [], []
+    for group in groups:
+        kept = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+        taken = [parameter for parameter in group["params"] if id(parameter) in chosen]
+        if kept:
+            others.append(group | {"params": kept})
+        if taken:
+            matrices.append(group | {"params": taken, "lr": rate})
+    return matrices, others

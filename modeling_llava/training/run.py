@@ -12,31 +12,29 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 from trl import SFTConfig
 
-from modeling_llava.acceleration.free_memory import format_bytes
-from modeling_llava.acceleration.fused_norms import fuse_norms
+from modeling_llava.acceleration.devices import format_bytes
+from modeling_llava.acceleration.fused_layers import fuse_norms
 from modeling_llava.acceleration.packed_attention import NAME, packed_attention_forward
 from modeling_llava.checkpoints.shared_values import check_processor
 from processing_llava.data.collator import LlavaDataCollator
 from processing_llava.transformers_versions import CHECKPOINTING_FIELD
 
+from .batches import plan_batches, read_rows, repeat_stream
 from .checkpoints import (
     check_resumable,
+    check_settings,
     explain_full_disk,
     find_checkpoint,
     refuse_earlier_run,
     remove_earlier_run,
 )
 from .feature_cache import FeatureCache
-from .recipe import Recipe
-from .record import TrainingRecord
-from .resume_settings import check_settings
-from .run_log import StreamReport
-from .run_rows import plan_batches, read_rows, repeat_stream
-from .sharding import is_sharded
+from .parts import count_parameters
+from .recipe import REPORTS, Recipe
+from .run_log import StreamReport, TrainingRecord
 from .starting_model import load_model, load_processor
 from .step_memory import estimate_step, free_memory
-from .trainer import LlavaTrainer, count_parameters
-from .trainer_fields import REPORTS
+from .trainer import LlavaTrainer, is_sharded
 
 logger = logging.get_logger(__name__)
 

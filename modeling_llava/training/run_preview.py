@@ -9,16 +9,16 @@ from typing import Any
 
 import yaml
 
-from modeling_llava.acceleration.free_memory import format_bytes
+from modeling_llava.acceleration.devices import format_bytes
 from processing_llava.data.preview import format_terminal
 from processing_llava.data.row_lengths import measure_row, read_image_sizes
 
-from .lora import LORA_DEFAULTS
+from .parts import count_elements, count_parameters, part_of
 from .recipe import Recipe
 from .run import build_trainer, trainer_settings
-from .sharding import is_sharded
+from .starting_model import LORA_DEFAULTS
 from .step_memory import StepMemory, count_states, estimate_step, free_memory
-from .trainer import LlavaTrainer, count_numbers, count_parameters, part_of
+from .trainer import LlavaTrainer, is_sharded
 
 
 def preview(recipe: Recipe, *, color: bool) -> Iterator[str]:
@@ -74,7 +74,7 @@ def format_parameters(trainer: LlavaTrainer) -> str:
     trained: Counter = Counter()
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
-            trained[part_of(name), rates[id(parameter)]] += count_numbers(parameter)
+            trained[part_of(name), rates[id(parameter)]] += count_elements(parameter)
     lines = [("part", "parameters", "train", "learning rate")]
     for part, (total, _) in count_parameters(trainer.model).items():
         groups = [(number, f"{rate:g}") for (name, rate), number in trained.items() if name == part] or [(0, "-")]

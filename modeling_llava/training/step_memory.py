@@ -23,12 +23,13 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig
 
-from modeling_llava.acceleration.free_memory import count_free_bytes
+from modeling_llava.acceleration.devices import count_free_bytes
 from processing_llava.prompt_inputs import IGNORED_LABEL
 
+from .muon import split_for_muon
+from .parts import count_elements
 from .recipe import Recipe
 from .supervised_loss import MAX_LOGITS
-from .trainer import count_numbers, split_for_muon
 
 MARGIN = 1.1
 SAMPLE = 64
@@ -145,18 +146,18 @@ def count_states(model: nn.Module, *, optim: str, has_muon: bool) -> dict[str, i
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = split_for_muon(model, [{"params": trained}], rate=0.0)[0] if has_muon else []
-    num_muon = sum(count_numbers(parameter) for group in matrices for parameter in group["params"])
-    num_others = sum(count_numbers(parameter) for parameter in trained) - num_muon
+    num_muon = sum(count_elements(parameter) for group in matrices for parameter in group["params"])
+    num_others = sum(count_elements(parameter) for parameter in trained) - num_muon
     return {
         "weights": count_weights(model),
-        "gradients": sum(count_numbers(parameter) * parameter.element_size() for parameter in trained),
+        "gradients": sum(count_elements(parameter) * parameter.element_size() for parameter in trained),
         "optimizer": num_muon * MUON_BYTES + num_others * OPTIMIZER_BYTES.get(optim, 8),
     }
 
 
 def count_weights(model: nn.Module) -> int:
     """Bytes of parameters and buffers."""
-    parameters = sum(count_numbers(parameter) * parameter.element_size() for parameter in model.parameters())
+    parameters = sum(count_elements(parameter) * parameter.element_size() for parameter in model.parameters())
     return parameters + sum(buffer.nbytes for buffer in model.buffers())
 
 

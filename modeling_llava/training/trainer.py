@@ -1,87 +1,83 @@
-"""LlavaTrainer: TRL's SFTTrainer with a learning rate for each part of the model, and Muon where the recipe asks."""
+"""LlavaTrainer: TRL's SFTTrainer with a learning rate for each part of the model, and what sharding takes."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from datasets import Dataset
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Sampler
-from transformers import ProgressCallback
-from trl import SFTTrainer
+from transformers import PreTrainedModel, ProgressCallback
+from trl import SFTConfig, SFTTrainer
 
-from .muon import MuonWithAdamW
+from .batches import TokenBudgetBatchSampler
+from .checkpoints import SETTINGS_FILE, describe_settings
+from .muon import MuonWithAdamW, split_for_muon
+from .parts import keep_float32, part_of
 from .recipe import Recipe
-from .resume_settings import SETTINGS_FILE, describe_settings
 from .run_log import ProgressLine, RunLog, check_gradient, check_loss
-from .sharding import check_divisible, prepare_sharding
 from .supervised_loss import add_supervised_head
-from .token_budget import TokenBudgetBatchSampler
 
 
-def part_of(parameter_name: str) -> str:
-    """The part of the model that a parameter belongs to: "mm_projector", "language_model", "vision_tower", ..."""
-    return parameter_name.removeprefix("base_model.model.").removeprefix("model.").split(".")[0]
+def is_sharded(arguments: SFTConfig) -> bool:
+    """Whether FSDP or DeepSpeed divide the model between processes; `accelerate launch` says so in a variable."""
+    has_fsdp = arguments.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return has_fsdp or arguments.deepspeed_plugin is not None
 
 
-def freeze_all_but(model: nn.Module, trained_parts: tuple[str, ...]) -> None:
-    """Let these parts train and no other."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in trained_parts)
+def check_divisible(recipe: Recipe, *, fsdp: bool) -> None:
+    """Refuse a recipe whose model cannot be divided between processes.
 
+    Args:
+        fsdp: Whether FSDP divides it, or DeepSpeed.
 
-def count_numbers(parameter: nn.Parameter) -> int:
-    """Numbers of a parameter; one that DeepSpeed ZeRO-3 has divided between processes only says how many it had."""
-    return parameter.numel() or parameter.ds_numel
-
-
-def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """For each part, the number of its parameters and how many of them train."""
-    counts: dict[str, tuple[int, int]] = {}
-    for name, parameter in model.named_parameters():
-        # PEFT keeps the parameters that a part started from beside those that train.
-        if "original_module" in name.split("."):
-            continue
-        part = part_of(name)
-        total, trained = counts.get(part, (0, 0))
-        number = count_numbers(parameter)
-        counts[part] = (total + number, trained + number * parameter.requires_grad)
-    return counts
-
-
-def split_for_muon(model: nn.Module, groups: list[dict], *, rate: float) -> tuple[list[dict], list[dict]]:
-    """Parameter groups for Muon, with its learning rate, and those that are left for AdamW.
-
-    Muon takes matrices of the language model's layers and of the projector; embeddings are tables, not matrices.
+    Raises:
+        ValueError: naming the field.
     """
-    chosen = {
-        id(parameter)
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 2 and (part_of(name) == "mm_projector" or "language_model.layers." in name)
-    }
-    matrices, others = [], []
-    for group in groups:
-        kept = [parameter for parameter in group["params"] if id(parameter) not in chosen]
-        taken = [parameter for parameter in group["params"] if id(parameter) in chosen]
-        if kept:
-            others.append(group | {"params": kept})
-        if taken:
-            matrices.append(group | {"params": taken, "lr": rate})
-    return matrices, others
+    if recipe.muon_learning_rate is not None:
+        raise ValueError(
+            "got muon_learning_rate for a model that is divided between processes; expected a whole model in each, "
+            "since Muon takes whole matrices: launch with torchrun alone"
+        )
+    if fsdp and recipe.stage == "qlora":
+        raise ValueError(
+            "got stage 'qlora' for FSDP; expected a whole model in each process, since a checkpoint of 4-bit weights "
+            "that FSDP has divided cannot be resumed: launch with torchrun alone"
+        )
 
 
-def keep_float32(model: nn.Module) -> None:
-    """Train the parts beside the adapters of a 4-bit model in float32.
+def prepare_sharding(model: PreTrainedModel, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Adapt a LLaVA, and the settings of `accelerate launch`, to each other before the model is sharded.
 
-    TRL makes bfloat16 of all that trains there, as QLoRA's paper does with adapters. The steps of a projector that was
-    trained before are smaller than what its bfloat16 weights can take up.
+    Raises:
+        ValueError: naming the setting under which weights would be lost or checkpoints could not be loaded.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "lora_" not in name:
-            parameter.data = parameter.data.float()
+    if plugin.fsdp_version != 2:
+        raise ValueError("got fsdp_version: 1; expected 2, which shards frozen and trained weights side by side")
+    if plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
+        raise ValueError(
+            f"got fsdp_state_dict_type: {plugin.state_dict_type.name}; expected FULL_STATE_DICT, whose checkpoints "
+            "from_pretrained loads in one process"
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "got fsdp_cpu_ram_efficient_loading: true; expected false: only the first process would have weights "
+            "before the model is sharded, and the vision tower may encode pictures by then"
+        )
+    # Layers of these classes are sharded; the towers of transformers name some of their text half too.
+    model._no_split_modules &= {type(module).__name__ for module in model.modules()}
+    policy = plugin.mixed_precision_policy
+    if policy is not None:
+        # accelerate's own sums gradients, and gives back the loss, in 16 bits.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=policy.param_dtype, reduce_dtype=torch.float32
+        )
 
 
 class LlavaTrainer(SFTTrainer):

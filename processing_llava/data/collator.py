@@ -4,7 +4,7 @@ Labels are what the template marks as written by the assistant: they come from t
 cannot drift from them. A row without anything to learn is an error that names it, never a row of -100.
 
 A packed batch is one row with all rows end to end: `position_ids` restart with each of them, and `cu_seq_lens_q` holds
-their bounds, for an attention function that keeps them apart (`modeling_llava/packed_attention.py`).
+their bounds, for an attention function that keeps them apart (`modeling_llava/acceleration/packed_attention.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -17,10 +17,9 @@ from transformers.utils import logging
 
 from processing_llava.messages import check_messages, find_picture, list_image_items
 from processing_llava.processing_llava import AnyLlavaProcessor
-from processing_llava.prompt_ids import encode_prompt
+from processing_llava.prompt_ids import check_learn_tokens, encode_prompt
 from processing_llava.prompt_inputs import IGNORED_LABEL
 from processing_llava.prompts import count_images
-from processing_llava.text_encoder import check_learn_tokens
 
 from .conversations import IMAGE, place_images, read_images, read_messages, split_at_images
 from .row_lengths import ON_BAD_ROW, read_image_sizes

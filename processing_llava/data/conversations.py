@@ -29,8 +29,7 @@ from PIL import Image
 
 from processing_llava.messages import IMAGE_TYPES, check_item, find_picture, is_missing, shorten, unwrap_picture
 
-from .image_folders import ImageFolder
-from .record_files import RefusedRecord
+from .data_sources import ImageFolder, RefusedRecord
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 """Role names of data files to those of messages."""

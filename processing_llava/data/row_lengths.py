@@ -19,7 +19,7 @@ from processing_llava.processing_llava import AnyLlavaProcessor
 from processing_llava.prompt_ids import encode_prompt
 from processing_llava.prompts import compile_literals
 
-from .record_files import RefusedRecord
+from .data_sources import RefusedRecord
 
 TOO_LONG = ("keep", "drop", "split")
 """What can become of a row longer than the limit: it stays as it is, it goes, or it becomes several."""

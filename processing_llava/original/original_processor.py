@@ -1,26 +1,82 @@
-"""The processor of an original checkpoint, whose folder has none: tokenizer, image settings and chat template.
+"""The processor of a folder that has none of ours: of an original checkpoint, and of transformers' own LLaVAs.
 
 What is surprising: the original chooses its conversation format by the name of the folder. Here it is inferred from
-configuration and tokenizer; where these cannot tell (Vicuna and LLaMA 2 share everything), `template=` decides.
+configuration and tokenizer; where these cannot tell (Vicuna and LLaMA 2 share everything), `template=` decides. And
+transformers' processor keeps values of its own that the model has too (patch size, strategy, sizes of tiles). Here the
+configuration of the model decides, and a processor that contradicts it is refused.
 """
 
 import ast
 import re
 from typing import Any
 
-from transformers import AddedToken, AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AddedToken,
+    AutoConfig,
+    AutoProcessor,
+    LlavaConfig,
+    LlavaNextConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 from processing_llava.templates import change_template, load_template
 
-from .model_parts import has_tokenizer, read_image_processor, read_tokenizer, read_vision_config
+from .model_parts import has_tokenizer, read_image_fields, read_image_processor, read_tokenizer, read_vision_config
 from .older_versions import read_old_activation
-from .original_fields import check_fields
-from .original_folder import OriginalFolder, find_adapter_base, find_file, read_json, select_download
-from .transformers_folder import TRANSFORMERS_TYPES, read_transformers_parts
+from .original_folder import OriginalFolder, check_fields, find_adapter_base, find_file, read_json, select_download
 
 logger = logging.get_logger(__name__)
+
+TRANSFORMERS_TYPES = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
+
+
+def read_transformers_parts(name: str, raw: dict[str, Any], download: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of AnyLlavaProcessor.
+
+    Args:
+        name: Folder or Hub id.
+        raw: Its config.json.
+        download: Some of `DOWNLOAD_KWARGS`.
+
+    Raises:
+        ValueError: naming the values in which its processor contradicts its model.
+    """
+    config = TRANSFORMERS_TYPES[raw["model_type"]].from_dict(dict(raw))
+    theirs = AutoProcessor.from_pretrained(name, backend="pil", **download)
+    if theirs.image_token_id != config.image_token_id:
+        raise ValueError(
+            f"got {name} with image_token_index={config.image_token_id} in config.json, and a tokenizer that gives "
+            f"{theirs.image_token!r} the id {theirs.image_token_id}; expected equal ids: correct one of them"
+        )
+    fields = theirs.image_processor.to_dict()
+    is_tiled = config.model_type == "llava_next"
+    pinpoints = config.image_grid_pinpoints if is_tiled else None
+    if is_tiled:
+        stored = fields.get("image_grid_pinpoints")
+        if stored is not None and [list(size) for size in stored] != [list(size) for size in pinpoints]:
+            raise ValueError(
+                f"got {name} with image_grid_pinpoints {pinpoints} in config.json and {stored} in its image "
+                "processor; expected equal ones: correct one of them"
+            )
+        image_aspect_ratio = "anyres"
+    else:
+        image_aspect_ratio = "pad" if fields.get("do_pad") else "square"
+    is_clip = config.vision_config.model_type == "clip_vision_model"
+    return {
+        "image_processor": read_image_fields(
+            fields, image_aspect_ratio=image_aspect_ratio, image_grid_pinpoints=pinpoints
+        ),
+        "tokenizer": theirs.tokenizer,
+        "chat_template": theirs.chat_template,
+        "patch_size": config.vision_config.patch_size,
+        "num_prefix_tokens": int(is_clip and config.vision_feature_select_strategy == "full"),
+        "patch_merge_type": "spatial_unpad" if is_tiled else "flat",
+        "image_token": theirs.image_token,
+    }
+
 
 TURN_END_TOKENS = {
     "chatml_direct": "<|im_end|>",

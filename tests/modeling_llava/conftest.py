@@ -6,7 +6,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from tests import original_folders as folders
-from tests.modeling_llava.session_models import SETTINGS, load
+from tests.modeling_llava.inference.session_models import SETTINGS, load
 from tests.tiny import TEXT_CONFIGS
 
 

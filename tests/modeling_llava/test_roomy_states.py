@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from modeling_llava.roomy_states import RoomyLayer, count_spare_tokens, leave_room
+from modeling_llava.generation import RoomyLayer, count_spare_tokens, leave_room
 from tests.tiny import IMAGE_TOKEN_ID, batch, random_images, text_ids, tiny_model
 
 

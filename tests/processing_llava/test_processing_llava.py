@@ -12,8 +12,8 @@ from transformers import AutoProcessor
 
 from modeling_llava.inference.loading import EMBEDDED_MODEL
 from processing_llava import AnyLlavaProcessor, ImageLimits
+from processing_llava.prompt_ids import TextEncoder
 from processing_llava.templates import load_template
-from processing_llava.text_encoder import TextEncoder
 from tests.processing_llava.hostile_images import encode
 from tests.tiny import PATCH_SIZE, PINPOINTS, TILE_SIZE, tiny_processor
 

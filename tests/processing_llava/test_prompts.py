@@ -12,10 +12,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from processing_llava.prompt_ids import encode_prompt
+from processing_llava.prompt_ids import encode_prompt, list_control_tokens
 from processing_llava.prompts import Prompt, count_images, render_prompt
 from processing_llava.templates import TEMPLATE_FILES, load_template
-from processing_llava.text_encoder import list_control_tokens
 from tests.conftest import GOLDENS
 from tests.processing_llava.golden_prompts import GOLDEN_PROMPTS, golden_messages
 from tests.processing_llava.tokenizers_of_each_kind import (

@@ -4,10 +4,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from processing_llava.prompt_ids import encode_prompt
+from processing_llava.prompt_ids import encode_prompt, list_control_tokens
 from processing_llava.prompts import render_prompt
 from processing_llava.templates import TEMPLATE_FILES, load_template
-from processing_llava.text_encoder import list_control_tokens
 from tests.processing_llava.real_tokenizers import FOLDER, NAMES, load_real_tokenizer
 
 IMAGE_ID = 10**6

@@ -14,8 +14,8 @@ from modeling_llava.acceleration.quantization import four_bit_config
 from modeling_llava.cli import main
 from modeling_llava.export.merged_adapter import compare, merge_adapter
 from tests import original_folders as folders
+from tests.modeling_llava.checkpoints.test_original_adapters import with_added, write_lora
 from tests.modeling_llava.export.conftest import train_tiny
-from tests.modeling_llava.test_adapters import with_added, write_lora
 from tests.tiny import VISION_CONFIGS, VOCAB_SIZE, save_tiny_checkpoint, tiny_processor
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from modeling_llava import AutoModelForVision2Seq
 from modeling_llava.training.recipe import Recipe, read_recipe
 from modeling_llava.training.run import train
-from modeling_llava.training.sharding import check_divisible, prepare_sharding
+from modeling_llava.training.trainer import check_divisible, prepare_sharding
 from tests import original_folders as folders
 from tests.conftest import ROOT
 from tests.modeling_llava.training.conftest import write_recipe

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
-from modeling_llava.training.muon import MuonWithAdamW
+from modeling_llava.training.muon import MuonWithAdamW, split_for_muon
+from modeling_llava.training.parts import freeze_all_but
 from modeling_llava.training.recipe import Recipe
-from modeling_llava.training.trainer import LlavaTrainer, freeze_all_but, split_for_muon
+from modeling_llava.training.trainer import LlavaTrainer
 from tests.tiny import tiny_model
 
 

@@ -7,9 +7,8 @@ import yaml
 from trl import SFTConfig
 
 from modeling_llava.cli import main
-from modeling_llava.training import trainer_fields
-from modeling_llava.training.recipe import Recipe, read_recipe
-from modeling_llava.training.trainer_fields import NO_EFFECT, NO_EFFECT_PACKED, SENDING, TAKEN, UNLESS_SET
+from modeling_llava.training import recipe as trainer_fields
+from modeling_llava.training.recipe import NO_EFFECT, NO_EFFECT_PACKED, SENDING, TAKEN, UNLESS_SET, Recipe, read_recipe
 
 FIELDS = {
     "stage": "lora",

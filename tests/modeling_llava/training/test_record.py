@@ -9,8 +9,8 @@ import yaml
 from modeling_llava.cli import main
 from modeling_llava.records.run_files import read_run_files
 from modeling_llava.training.recipe import read_recipe
-from modeling_llava.training.record import describe_source
 from modeling_llava.training.run import train
+from modeling_llava.training.run_log import describe_source
 from processing_llava.data.data_sources import DataSource
 from tests.modeling_llava.training.conftest import write_recipe
 

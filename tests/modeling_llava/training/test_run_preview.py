@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from modeling_llava.acceleration.free_memory import format_bytes
+from modeling_llava.acceleration.devices import format_bytes
 from modeling_llava.cli import main
 from modeling_llava.training import run_preview
 from modeling_llava.training.recipe import read_recipe

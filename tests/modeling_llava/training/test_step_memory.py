@@ -9,8 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPVisionConfig, LlamaConfig, TrainerCallback
 
 from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
-from modeling_llava.acceleration.free_memory import format_bytes
+from modeling_llava.acceleration.devices import format_bytes
 from modeling_llava.training import run
+from modeling_llava.training.parts import count_parameters, freeze_all_but
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import build_trainer
 from modeling_llava.training.step_memory import (
@@ -20,7 +21,7 @@ from modeling_llava.training.step_memory import (
     count_states,
     estimate_step,
 )
-from modeling_llava.training.trainer import LlavaTrainer, count_parameters, freeze_all_but
+from modeling_llava.training.trainer import LlavaTrainer
 from processing_llava.transformers_versions import is_checkpointing
 from tests.modeling_llava.training.conftest import write_recipe
 from tests.tiny import tiny_model, tiny_processor
