@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from modeling_llava.inference.chat_session import ChatSession
-from modeling_llava.inference.foreign_processors import encode_messages
+from modeling_llava.inference.token_stream import encode_messages
 from processing_llava import AnyLlavaProcessor
 
 from .models import TILE_SIZE, build_pair, build_processor, draw_noise

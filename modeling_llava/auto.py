@@ -32,18 +32,17 @@ from processing_llava.image_processing_fast import AnyLlavaImageProcessor
 from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
 from processing_llava.original.original_folder import (
     TEXT_MODEL_OF_TYPE,
-    OriginalFolder,
-    find_adapter_base,
+    TRANSFORMERS_CONFIGS,
     find_file,
-    is_original,
-    read_json,
+    find_layout,
+    recognise,
     select_download,
 )
 from processing_llava.processing_llava import AnyLlavaProcessor
 from processing_llava.transformers_versions import AutoImageProcessor, warn_of_other_versions
 
 from .checkpoints.checkpoint_mixin import refuse_bit_arguments, refuse_parts
-from .checkpoints.layouts import TRANSFORMERS_CONFIGS, find_changed_fields, translate_config
+from .checkpoints.layouts import find_changed_fields, translate_config
 from .checkpoints.original_adapters import load_adapted, needs_our_class
 from .checkpoints.weight_files import refuse_unfit_weights
 from .configuration_llava import AnyLlavaConfig
@@ -68,21 +67,21 @@ class AutoModelForVision2Seq(_BaseAutoModelClass):
         refuse_bit_arguments(kwargs)
         name, download = str(pretrained_model_name_or_path), select_download(kwargs)
         ours = AnyLlavaForConditionalGeneration
-        if OriginalFolder.find(name, **kwargs) is not None:
+        found = recognise(name, download, base_model=kwargs.get("base_model"))
+        if found.layout == "original":
             kwargs.pop("trust_remote_code", None)
             return ours.from_pretrained(name, *model_args, **kwargs)
-        if (base := find_adapter_base(name, download, base_model=kwargs.get("base_model"))) is not None:
+        if found.layout == "adapter":
             kwargs.pop("base_model", None)
             merge = kwargs.pop("merge_adapter", True)
             loader = ours if needs_our_class(name, download) else cls
-            return load_adapted(loader, base, name, download, *model_args, merge=merge, **kwargs)
-        raw = read_json(name, "config.json", download) or {}
-        if raw.get("model_type") not in TRANSFORMERS_CONFIGS:
+            return load_adapted(loader, found.base, name, download, *model_args, merge=merge, **kwargs)
+        if found.layout != "transformers":
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         refuse_parts(
             {part: kwargs.get(part) for part in ("base_model", "delta", "vision_tower")}, "transformers", name
         )
-        _tell_changed_meaning(name, raw)
+        _tell_changed_meaning(name, found.raw)
         wants_info = kwargs.pop("output_loading_info", False)
         takes_any_shape = kwargs.pop("ignore_mismatched_sizes", False)
         checks = {"ignore_mismatched_sizes": True, "output_loading_info": True}
@@ -122,7 +121,7 @@ def build_dispatch_config(model_type: str) -> type[PreTrainedConfig]:
 
         @classmethod
         def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> PreTrainedConfig:
-            if built_in is not None and not is_original(config_dict):
+            if built_in is not None and find_layout(config_dict) == "transformers":
                 return built_in.from_dict(config_dict, **kwargs)
             name = kwargs.get("name_or_path", config_dict.get("_name_or_path", ""))
             return AnyLlavaConfig.from_dict(translate_config(config_dict, **kwargs | {"name": name}), **kwargs)
@@ -163,12 +162,11 @@ def load_processor(pretrained_model_name_or_path: str, **kwargs) -> ProcessorMix
     # (5.17 to 5.24, models/auto/processing_auto.py); and it knows no processor of an adapter.
     name, download = str(pretrained_model_name_or_path), select_download(kwargs)
     if find_file(name, "processor_config.json", download) is None:
-        base = find_adapter_base(name, download, base_model=kwargs.get("base_model"))
-        if base is not None:
+        found = recognise(name, download, base_model=kwargs.get("base_model"))
+        if found.layout == "adapter":
             dropped = ("base_model", "revision", "subfolder")
-            return load_processor(base, **{key: value for key, value in kwargs.items() if key not in dropped})
-        config = read_json(name, "config.json", download) or {}
-        if is_original(config) or config.get("model_type") == AnyLlavaConfig.model_type:
+            return load_processor(found.base, **{key: value for key, value in kwargs.items() if key not in dropped})
+        if found.layout in ("original", AnyLlavaConfig.model_type):
             kwargs = {key: value for key, value in kwargs.items() if key not in ("config", "trust_remote_code")}
             return AnyLlavaProcessor.from_pretrained(name, **kwargs)
     return _load_upstream(name, **kwargs)

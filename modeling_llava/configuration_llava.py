@@ -54,7 +54,6 @@ class AnyLlavaConfig(PreTrainedConfig):
             before transformers 5, where the language model scaled every input embedding, need it.
         lm_head_bias: Whether the output layer has a bias (Phi has one).
         tie_word_embeddings: Whether the output layer shares the input embeddings. Default: what `text_config` says.
-        source_config: The config.json of another layout that this was read from; never saved.
 
     Raises:
         ValueError: if a choice is unknown, or a part cannot be combined with another.
@@ -78,7 +77,6 @@ class AnyLlavaConfig(PreTrainedConfig):
         scale_image_features: bool = False,
         lm_head_bias: bool = False,
         tie_word_embeddings: bool | None = None,
-        source_config: dict[str, Any] | None = None,
         **kwargs,
     ) -> None:
         if "mm_vision_tower" in kwargs or "mm_projector_type" in kwargs:
@@ -86,7 +84,6 @@ class AnyLlavaConfig(PreTrainedConfig):
                 "got the config.json of an original LLaVA as AnyLlavaConfig; expected AutoConfig.from_pretrained, "
                 "which translates it"
             )
-        self.source_config = source_config
         self.vision_config = _sub_config(vision_config, default_model_type="clip_vision_model")
         self.text_config = _sub_config(text_config, default_model_type="llama")
         self.image_token_id = image_token_id
@@ -106,7 +103,6 @@ class AnyLlavaConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
-        fields.pop("source_config", None)
         for part in (fields["vision_config"], fields["text_config"]):
             # A path of this machine stays here.
             if os.path.isabs(part.get("_name_or_path") or ""):

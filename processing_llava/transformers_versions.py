@@ -24,8 +24,6 @@ VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 KV_CACHE = "cache" if VERSION >= (5, 24) else "past_key_values"
 """What models and their outputs call their KV cache. The old name goes at 5.40."""
 OTHER_KV_CACHE = "past_key_values" if VERSION >= (5, 24) else "cache"
-TAKES_ENCODED_IMAGES = VERSION >= (5, 18)
-"""Whether transformers' own LLaVA takes `mm_encoder_outputs`; before it answers without the images, in silence."""
 CAN_PREFILL_IMAGES_IN_CHUNKS = VERSION >= (5, 23)
 """Whether `prefill_chunk_size` gives each chunk of a prompt its own images."""
 HAS_OLD_DINOV2_NAMES = VERSION < (5, 18)

@@ -11,15 +11,14 @@ from threading import Lock
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.acceleration.devices import count_free_bytes
-from modeling_llava.auto import AutoModelForVision2Seq
-from modeling_llava.checkpoints.model_names import explain_missing, find_base
 from modeling_llava.inference.attention_map import AnswerAttention, read_attention
 from modeling_llava.inference.chat_cache import ChatCache
 from modeling_llava.inference.chat_session import AnswerStatistics, ChatSession
-from modeling_llava.inference.generation_memory import choose_dtype
+from modeling_llava.inference.generation_memory import choose_dtype, read_config
 from modeling_llava.inference.loading import EMBEDDED_MODEL, find_device, load_for_inference
 from processing_llava.processing_llava import AnyLlavaProcessor
 from processing_llava.templates import change_template
@@ -53,10 +52,6 @@ class Settings:
         if self.template != AS_TRAINED:
             processor.chat_template = change_template(processor.chat_template, self.template)
         if self.tile_mode != AS_TRAINED:
-            if not isinstance(processor, AnyLlavaProcessor):
-                raise ValueError(
-                    f"got tile mode {self.tile_mode!r} for a model of transformers' own; leave it as trained"
-                )
             if self.tile_mode == "anyres" and not processor.image_processor.image_grid_pinpoints:
                 raise ValueError("got tile mode 'anyres' for a model of one tile; choose 'pad' or 'square'")
             processor.image_processor = copy(processor.image_processor)
@@ -82,9 +77,7 @@ class LoadedModel:
     def describe(self) -> str:
         dtype = str(self.model.dtype).removeprefix("torch.")
         size = f"{self.model.num_parameters() / 1e6:,.0f} million parameters in {dtype} on {self.model.device}"
-        if isinstance(self.processor, AnyLlavaProcessor):
-            return f"{size}, tile mode {self.processor.image_processor.image_aspect_ratio}"
-        return size
+        return f"{size}, tile mode {self.processor.image_processor.image_aspect_ratio}"
 
 
 class ModelMenu:
@@ -225,10 +218,9 @@ def estimate_bytes(name: str, device: torch.device) -> int:
     Raises:
         ValueError: if there is no such model.
     """
-    with explain_missing(name):
-        config = AutoConfig.from_pretrained(find_base(name))
+    config = read_config(name)
     with torch.device("meta"):
-        model = AutoModelForVision2Seq.from_config(config)
+        model = AnyLlavaForConditionalGeneration(config)
     num_weights = sum(tensor.numel() for tensor in model.state_dict().values())
     return num_weights * choose_dtype(config, device).itemsize
 

@@ -17,17 +17,23 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from modeling_llava.acceleration.cpu_linear import Int8Linear, PackedLinear
 from modeling_llava.acceleration.devices import with_default_dtype
 from modeling_llava.acceleration.fused_layers import Columns
+from modeling_llava.acceleration.quantization import (
+    ON_PROCESSOR,
+    quantize_to_int8,
+    refuse_unchanged,
+    with_quantization,
+)
 from processing_llava.original.original_folder import (
     DOWNLOAD_KWARGS,
     OriginalFolder,
-    find_adapter_base,
+    check_model_type,
     find_file,
+    override_tower,
+    recognise,
     select_download,
 )
 
 from .layouts import (
-    find_layout,
-    layout_of,
     merge_ids,
     translate_config,
     write_original_config,
@@ -54,6 +60,8 @@ _NOT_FOR_CONFIG = ("dtype", "torch_dtype", "attn_implementation", "quantization_
 class CheckpointMixin:
     """Reads and writes the layouts of other code; to be listed before PreTrainedModel."""
 
+    checkpoint_layout = "any_llava"
+    """The layout that was loaded, which saving writes unless it is told another one."""
     source_folder: OriginalFolder | None = None
     """The original folder that a model was loaded from, which saving in that layout reads once more."""
 
@@ -91,97 +99,119 @@ class CheckpointMixin:
                 `output_loading_info=True` tells it instead.
         """
         refuse_bit_arguments(kwargs)
-        base_model, vision_tower = (None if part is None else str(part) for part in (base_model, vision_tower))
-        parts = {"base_model": base_model, "delta": delta, "vision_tower": vision_tower}
         if quantization is not None:
-            from modeling_llava.acceleration.quantization import (
-                ON_PROCESSOR,
-                quantize_to_int8,
-                refuse_unchanged,
-                with_quantization,
-            )
-
-            loaded = cls.from_pretrained(
-                pretrained_model_name_or_path,
+            kwargs = with_quantization(kwargs, quantization)
+        if pretrained_model_name_or_path is None:
+            loaded = super().from_pretrained(None, *model_args, config=config, **kwargs)
+        else:
+            base_model, vision_tower = (None if part is None else str(part) for part in (base_model, vision_tower))
+            parts = {"base_model": base_model, "delta": delta, "vision_tower": vision_tower}
+            loaded = cls._load(
+                str(pretrained_model_name_or_path),
                 *model_args,
                 config=config,
-                merge_adapter=merge_adapter,
-                **parts,
-                **with_quantization(kwargs, quantization),
+                parts=parts,
+                merge=merge_adapter,
+                **kwargs,
             )
+        if quantization is not None:
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             if quantization == ON_PROCESSOR:
                 quantize_to_int8(model)
             else:
                 refuse_unchanged(model, quantization)
-            return loaded
-        if pretrained_model_name_or_path is None:
-            return super().from_pretrained(None, *model_args, config=config, **kwargs)
-        name = str(pretrained_model_name_or_path)
+        return loaded
+
+    @classmethod
+    def _load(
+        cls, name: str, *args, config: PreTrainedConfig | str | None, parts: dict[str, Any], merge: bool, **kwargs
+    ) -> Any:
+        """Recognise the layout, and load by it."""
         download = select_download(kwargs)
-        if config is None and (base := find_adapter_base(name, download, base_model=base_model)) is not None:
-            parts.pop("base_model")
-            return load_adapted(cls, base, name, download, *model_args, merge=merge_adapter, **parts, **kwargs)
-        raw = None
-        if isinstance(config, cls.config_class):
-            layout, stored = layout_of(config), config.dtype
+        if config is None:
+            found = recognise(name, download, base_model=parts["base_model"])
+            if found.layout == "adapter":
+                given = {key: value for key, value in parts.items() if key != "base_model"}
+                return load_adapted(cls, found.base, name, download, *args, merge=merge, **given, **kwargs)
+            raw = found.raw
+        elif isinstance(config, cls.config_class):
+            # The fields are settled; how the weights are named is still for the folder to say.
+            raw = recognise(name, download, base_model=parts["base_model"]).raw
+        elif isinstance(config, PreTrainedConfig):
+            raw = config.to_dict()
         else:
-            if isinstance(config, PreTrainedConfig):
-                raw = config.to_dict()
-            else:
-                raw, _ = PreTrainedConfig.get_config_dict(name if config is None else config, **download)
-            layout, stored = find_layout(raw), raw.get("dtype", raw.get("torch_dtype"))
+            raw = None
+        if not raw and not isinstance(config, cls.config_class):
+            raw, _ = PreTrainedConfig.get_config_dict(name if config is None else config, **download)
+        layout = check_model_type(raw)
         refuse_parts(parts, layout, name)
         adapter = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
         if adapter is None and layout != "original" and find_file(name, "adapter_config.json", download) is not None:
             adapter = name
-        wants_info = kwargs.pop("output_loading_info", False)
-        takes_any_shape = kwargs.pop("ignore_mismatched_sizes", False)
-        checks = {"ignore_mismatched_sizes": True, "output_loading_info": True}
         if layout == "any_llava" and adapter != name:
-            kwargs = with_default_dtype(kwargs, stored=stored)
-            model, info = super().from_pretrained(name, *model_args, config=config, **checks, **kwargs)
-            if not wants_info:  # which tells the caller
-                refuse_unfit(model, info, name, download=download, takes_any_shape=takes_any_shape)
-            if adapter is not None:
-                model.load_adapter(adapter)
-            return (model, info) if wants_info else model
-        if raw is not None:
-            translated = translate_config(raw, name=name, **parts, **download)
-            held = {key: kwargs.pop(key) for key in _NOT_FOR_CONFIG if key in kwargs}
-            config, kwargs = cls.config_class.from_dict(translated, return_unused_kwargs=True, **kwargs)
-            kwargs |= held
+            stored = config.dtype if isinstance(config, cls.config_class) else raw.get("dtype", raw.get("torch_dtype"))
+            model, info, wants_info = cls._load_own(name, *args, config=config, stored=stored, **kwargs)
+        else:
+            if not isinstance(config, cls.config_class):
+                translated = translate_config(raw, name=name, **parts, **download)
+                held = {key: kwargs.pop(key) for key in _NOT_FOR_CONFIG if key in kwargs}
+                config, kwargs = cls.config_class.from_dict(translated, return_unused_kwargs=True, **kwargs)
+                kwargs |= held
+            raw = override_tower(raw, parts["vision_tower"]) if layout == "original" else raw
+            folder = OriginalFolder(name=name, config=raw, base_model=parts["base_model"], download=download)
+            model, info, wants_info = cls._load_renamed(
+                folder, *args, layout=layout, config=config, delta=parts["delta"], **kwargs
+            )
+            if layout == "original" and find_file(name, "adapter_config.json", download) is not None:
+                model, adapter = load_original_adapter(model, folder, merge=merge), None
+        if adapter is not None:
+            model.load_adapter(adapter)
+        return (model, info) if wants_info else model
 
+    @classmethod
+    def _load_own(cls, name: str, *args, stored: Any, **kwargs) -> tuple[PreTrainedModel, dict[str, Any], bool]:
+        """A model in our own layout; what was loaded, and whether the caller asked for that."""
+        download = select_download(kwargs)
+        checks, wants_info, takes_any_shape = _take_checks(kwargs)
+        model, info = super().from_pretrained(name, *args, **checks, **with_default_dtype(kwargs, stored=stored))
+        if not wants_info:  # which tells the caller
+            refuse_unfit(model, info, name, download=download, takes_any_shape=takes_any_shape)
+        return model, info, wants_info
+
+    @classmethod
+    def _load_renamed(
+        cls, folder: OriginalFolder, *args, layout: str, config: PreTrainedConfig, delta: bool | None, **kwargs
+    ) -> tuple[PreTrainedModel, dict[str, Any], bool]:
+        """As `_load_own`, for any folder whose weights are gathered here, under our names.
+
+        Args:
+            folder: Also one that is no original.
+        """
+        name = folder.name
+        checks, wants_info, takes_any_shape = _take_checks(kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key not in DOWNLOAD_KWARGS}
-        folder = OriginalFolder(name=name, config=config.source_config, base_model=base_model, download=download)
-        is_original = layout == "original"
-        if is_original:
+        if layout == "original":
             weights = gather_original_weights(folder, config, delta=delta)
         else:
-            weights = read_model(name, download)
+            weights = read_model(name, folder.download)
             if layout == "transformers":
-                refuse_quantized(name, config.source_config, weights)
+                refuse_quantized(name, folder.config, weights)
                 weights = {rename_to_ours(key, "transformers"): item for key, item in weights.items()}
             weights = {key: item for key, item in weights.items() if is_used(key, config)}
         config.dtype = config.dtype or find_base_dtype(weights)
         kwargs = with_default_dtype(kwargs, stored=config.dtype)
         state_dict = {key: item.data for key, item in weights.items()}
-        model, info = super().from_pretrained(
-            None, *model_args, config=config, state_dict=state_dict, **checks, **kwargs
-        )
+        model, info = super().from_pretrained(None, *args, config=config, state_dict=state_dict, **checks, **kwargs)
         refuse_unfit(model, info, name, weights=weights, takes_any_shape=takes_any_shape)
         # PEFT writes the second one into its adapters.
         model.config.name_or_path = model.name_or_path = name
         if model.can_generate():
-            model.generation_config = read_generation_config(name, config, download)
-        if is_original:
+            model.generation_config = read_generation_config(name, config, folder.download)
+        model.checkpoint_layout = layout
+        if layout == "original":
             # Saving may happen somewhere else.
             model.source_folder = replace(folder, name=str(Path(name).resolve()) if Path(name).is_dir() else name)
-        if is_original and find_file(name, "adapter_config.json", download) is not None:
-            model = load_original_adapter(model, folder, merge=merge_adapter)
-        elif adapter is not None:
-            model.load_adapter(adapter)
-        return (model, info) if wants_info else model
+        return model, info, wants_info
 
     def save_pretrained(
         self, save_directory: str | Path, *args, layout: str | None = None, state_dict: dict | None = None, **kwargs
@@ -201,7 +231,7 @@ class CheckpointMixin:
                 "got a model whose weights are fused, packed or in int8, for answering; expected its own: load "
                 "it with from_pretrained and without quantization, and save that"
             )
-        layout = layout or layout_of(self.config)
+        layout = layout or self.checkpoint_layout
         check_layout(layout)
         kwargs["save_original_format"] = False
         if not self._hf_peft_config_loaded:
@@ -217,7 +247,7 @@ class CheckpointMixin:
         if self.config.tie_word_embeddings:
             state_dict.pop("lm_head.weight", None)
         if layout == "original":
-            source = self.source_folder if layout_of(self.config) == "original" else None
+            source = self.source_folder if self.checkpoint_layout == "original" else None
             vision_tower = self.config.vision_config.name_or_path
             if source is not None:
                 refuse_missing_source(source, vision_tower)
@@ -314,13 +344,20 @@ class CheckpointMixin:
 
         So a Trainer resumes, and loads the best model, from what it saved of a model in any layout.
         """
-        layout = layout_of(self.config)
-        if layout != "any_llava":
+        if self.checkpoint_layout != "any_llava":
             own = self.state_dict().keys()
             state_dict = {
-                key if key in own else rename_to_ours(key, layout): value for key, value in state_dict.items()
+                key if key in own else rename_to_ours(key, self.checkpoint_layout): value
+                for key, value in state_dict.items()
             }
         return super().load_state_dict(state_dict, *args, **kwargs)
+
+
+def _take_checks(kwargs: dict[str, Any]) -> tuple[dict[str, bool], bool, bool]:
+    """Take two arguments out: what transformers is told in place of them, and what the caller said."""
+    wants_info = kwargs.pop("output_loading_info", False)
+    takes_any_shape = kwargs.pop("ignore_mismatched_sizes", False)
+    return {"ignore_mismatched_sizes": True, "output_loading_info": True}, wants_info, takes_any_shape
 
 
 def refuse_parts(parts: dict[str, Any], layout: str, name: str) -> None:

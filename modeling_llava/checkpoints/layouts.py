@@ -14,9 +14,10 @@ from modeling_llava.configuration_llava import AnyLlavaConfig
 from processing_llava.original.model_parts import has_tokenizer, read_vision_config
 from processing_llava.original.older_versions import is_older, read_old_activation, scales_image_features
 from processing_llava.original.original_folder import (
+    TRANSFORMERS_CONFIGS,
     OriginalFolder,
     check_fields,
-    is_original,
+    check_model_type,
     override_tower,
     select_download,
 )
@@ -38,32 +39,6 @@ CLASS_OF_TEXT_MODEL = {
     "gemma": ("llava_gemma", "LlavaGemmaForCausalLM"),
 }
 """model_type and class that the original gives a LLaVA on this text model."""
-TRANSFORMERS_CONFIGS = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
-"""transformers' own configurations that AnyLlavaConfig can express, by model_type."""
-
-
-def find_layout(raw: dict[str, Any]) -> str:
-    """The layout of a checkpoint by its config.json: "any_llava", "original" or "transformers".
-
-    Raises:
-        ValueError: for any other model.
-    """
-    if is_original(raw):
-        return "original"
-    if raw.get("model_type") in TRANSFORMERS_CONFIGS:
-        return "transformers"
-    # AnyLlavaConfig is also made from dicts without model_type.
-    if raw.get("model_type", "any_llava") != "any_llava":
-        raise ValueError(
-            f"got a configuration with model_type={raw['model_type']!r}; expected one of an original LLaVA "
-            f"(mm_vision_tower), {', '.join(TRANSFORMERS_CONFIGS)}, or any_llava"
-        )
-    return "any_llava"
-
-
-def layout_of(config: PreTrainedConfig) -> str:
-    """The layout of the checkpoint that an AnyLlavaConfig was read from."""
-    return "any_llava" if config.source_config is None else find_layout(config.source_config)
 
 
 def translate_config(
@@ -81,7 +56,7 @@ def translate_config(
     Raises:
         ValueError: if it is another model, or cannot be expressed.
     """
-    layout = find_layout(raw)
+    layout = check_model_type(raw)
     if layout == "any_llava":
         return raw
     if layout == "transformers":
@@ -92,7 +67,7 @@ def translate_config(
         fields = read_original_config(folder)
     # TRL looks the class up by its name.
     architectures = ["AnyLlavaForConditionalGeneration"]
-    return {**fields, "model_type": "any_llava", "architectures": architectures, "source_config": raw}
+    return {**fields, "model_type": "any_llava", "architectures": architectures}
 
 
 def read_original_config(folder: OriginalFolder) -> dict[str, Any]:

@@ -2,20 +2,35 @@
 
 from typing import Any
 
-from transformers import LlavaNextProcessor, LlavaProcessor, PreTrainedConfig, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from modeling_llava.configuration_llava import AnyLlavaConfig
+from processing_llava.original.original_folder import TRANSFORMERS_CONFIGS
 from processing_llava.processing_llava import AnyLlavaProcessor
 
-from .layouts import TRANSFORMERS_CONFIGS, read_transformers_config
+from .layouts import read_transformers_config
 
 
-def check_processor(config: PreTrainedConfig, processor: ProcessorMixin) -> None:
+def check_pair(model: PreTrainedModel, processor: ProcessorMixin) -> None:
+    """Refuse for answering what is not of our classes, and a processor that prepares other inputs than a model takes.
+
+    Raises:
+        ValueError: naming the classes, or the values that differ.
+    """
+    if not isinstance(model.config, AnyLlavaConfig) or not isinstance(processor, AnyLlavaProcessor):
+        raise ValueError(
+            f"got a {type(model).__name__} with a {type(processor).__name__}; expected "
+            "AnyLlavaForConditionalGeneration with AnyLlavaProcessor, which read checkpoints of transformers' own "
+            "LLaVAs too: load both with load_for_inference"
+        )
+    check_processor(model.config, processor)
+
+
+def check_processor(config: PreTrainedConfig, processor: AnyLlavaProcessor) -> None:
     """Refuse a processor that prepares other inputs than a model takes.
 
     Args:
-        config: Of the model: ours, or transformers' own `llava` or `llava_next`; others are not checked.
-        processor: Ours, or transformers' own for these models.
+        config: Configuration of the model: ours, or transformers' own `llava` or `llava_next`; others are not checked.
 
     Raises:
         ValueError: naming the values that differ.
@@ -24,13 +39,7 @@ def check_processor(config: PreTrainedConfig, processor: ProcessorMixin) -> None
         if config.model_type not in TRANSFORMERS_CONFIGS:
             return
         config = AnyLlavaConfig(**read_transformers_config(config.to_dict()))
-    if isinstance(processor, AnyLlavaProcessor):
-        found, expected = _read_ours(processor), _read_model(config)
-    elif isinstance(processor, (LlavaProcessor, LlavaNextProcessor)):
-        found = {"image_token_id": processor.image_token_id, "patch_size": processor.patch_size}
-        expected = _read_model(config)
-    else:
-        return
+    found, expected = _read_ours(processor), _read_model(config)
     differing = [name for name in found if found[name] != expected[name]]
     if differing:
         raise ValueError(

@@ -25,7 +25,6 @@ STOPPED = "\n(stopped: question and answer are forgotten, their pictures wait fo
 def _session(options: argparse.Namespace, limits):
     from modeling_llava.inference.chat_session import ChatSession
     from modeling_llava.inference.loading import EMBEDDED_MODEL, load_for_inference
-    from processing_llava import AnyLlavaProcessor
 
     model, processor = load_for_inference(
         options.model or EMBEDDED_MODEL,
@@ -35,8 +34,7 @@ def _session(options: argparse.Namespace, limits):
         quantization=options.quantization,
         visual_tokens=options.visual_tokens,
     )
-    if isinstance(processor, AnyLlavaProcessor):
-        processor.image_processor.limits = limits
+    processor.image_processor.limits = limits
     return ChatSession(model, processor, system=options.system, compile=options.compile)
 
 

@@ -117,7 +117,7 @@ def _merge(
     refuse_unfit_weights(found._asdict() | {"mismatched_keys": []}, weights, adapter)
     merged = model.merge_and_unload(safe_merge=True)
     if is_ours:
-        merged.config.source_config = None  # the layout that fits the processor, whatever the base had
+        merged.checkpoint_layout = "any_llava"  # the layout that fits the processor, whatever the base had
     return before, merged, processor
 
 

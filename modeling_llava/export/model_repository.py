@@ -16,14 +16,14 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, ProcessorM
 
 import hub_cards
 from modeling_llava.auto import AutoModelForVision2Seq
-from modeling_llava.checkpoints.layouts import TRANSFORMERS_CONFIGS, write_transformers_config
+from modeling_llava.checkpoints.layouts import write_transformers_config
 from modeling_llava.checkpoints.original_adapters import PROJECTOR, check_adapter_file
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.records.figures import add_source
 from modeling_llava.records.run_files import carry_files, read_run_files
 from modeling_llava.records.yaml_fields import build
 from processing_llava import AnyLlavaProcessor
-from processing_llava.original.original_folder import find_adapter_base, find_installed, is_original, read_json
+from processing_llava.original.original_folder import find_adapter_base, find_installed, find_layout, read_json
 
 from .card_facts import CardFacts
 from .export_settings import Exported, ExportSettings
@@ -191,7 +191,7 @@ def _refuse_other_names(config: dict[str, Any], base: str) -> None:
         found = read_json(base, "config.json", {})
     except OSError:
         return
-    is_built_in = found is not None and found.get("model_type") in TRANSFORMERS_CONFIGS and not is_original(found)
+    is_built_in = found is not None and find_layout(found) == "transformers"
     if is_built_in and PROJECTOR in (config["modules_to_save"] or ()):
         raise ValueError(
             f"got an adapter with a projector for {base}, whose layout 'transformers' has another name for it; "

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from processing_llava.data.data_sources import ROW_FILES, DataSource
-from processing_llava.original.original_folder import is_original
+from processing_llava.original.original_folder import find_layout
 
 from .export_settings import Exported, ExportSettings
 from .model_card import PREPARED_MARK
@@ -34,7 +34,7 @@ def find_kind(source: Path) -> str:
         return "space"
     if (source / "adapter_config.json").is_file():
         # A LoRA of the original LLaVA has a config.json too, and goes up merged.
-        is_merged = config.is_file() and is_original(json.loads(config.read_text(encoding="utf-8")))
+        is_merged = config.is_file() and find_layout(json.loads(config.read_text(encoding="utf-8"))) == "original"
         return "model" if is_merged else "adapter"
     if config.is_file():
         return "model"

@@ -22,6 +22,7 @@ from PIL import Image
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from modeling_llava.checkpoints.shared_values import check_pair
 from modeling_llava.configuration_llava import AnyLlavaConfig
 from modeling_llava.visual_tokens import choose_features
 from processing_llava.image_layouts import ImageLayout, fit_inside, plan_image, select_grid
@@ -62,11 +63,7 @@ def read_attention(
         ValueError: if the processor is not ours, there is no answer or none with words, or the template does not mark
             answers.
     """
-    if not isinstance(processor, AnyLlavaProcessor):
-        raise ValueError(
-            f"got a {type(processor).__name__}; expected an AnyLlavaProcessor, because only its layouts are known; "
-            "load the checkpoint with AnyLlavaForConditionalGeneration and AnyLlavaProcessor"
-        )
+    check_pair(model, processor)
     inputs = processor.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
     )

@@ -23,29 +23,27 @@ import torch
 from transformers import BatchFeature, GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from modeling_llava.checkpoints.shared_values import check_processor
+from modeling_llava.checkpoints.shared_values import check_pair
 from modeling_llava.generation import ForbidImageToken
 from processing_llava.messages import check_question
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .cached_generation import (
-    REUSING_MODEL_TYPES,
     build_compile_config,
     build_states,
     check_compiles,
     limit_new_tokens,
 )
 from .chat_cache import ChatCache, PromptImage, load_features, read_images
-from .foreign_processors import encode_messages
 from .row_states import RowStates, check_row_attention, use_row_attention
 from .token_stream import (
     build_sampler,
     check_numbers,
     cut_at_end,
     decode_answer,
+    encode_messages,
     find_answer_end,
     find_end_token,
-    list_learn_tokens,
     read_greedy_config,
 )
 
@@ -118,11 +116,6 @@ def prepare_request(
     check_numbers(max_new_tokens=request.max_new_tokens, **drawing)
     sampler = build_sampler(**drawing, device=model.device)
     inputs = encode_messages(messages, processor)
-    if model.config.model_type == "llava" and "image_sizes" in inputs:
-        raise ValueError(
-            "got pictures of different sizes for transformers' own class; expected pictures of one size: answer one "
-            "request at a time"
-        )
     prompt_ids = inputs["input_ids"][0].tolist()
     max_new_tokens = limit_new_tokens(
         model.config, num_prompt_tokens=len(prompt_ids), max_new_tokens=request.max_new_tokens
@@ -204,7 +197,7 @@ class BatchedGeneration:
     """A batch that requests join and leave; for a server that calls `add` and `step` in turns.
 
     Args:
-        model: Ours or transformers' LLaVA 1.5, in evaluation mode.
+        model: Ours, in evaluation mode.
         processor: Its processor.
         max_rows: Requests that are answered at the same time.
         max_cache_tokens: Bound of the memory for key/value states, in tokens: as many rows are answered at the same
@@ -237,10 +230,12 @@ class BatchedGeneration:
             raise ValueError(
                 f"got max_rows={max_rows} and max_cache_tokens={max_cache_tokens}; expected at least 1 of each"
             )
-        if model.config.model_type not in REUSING_MODEL_TYPES or build_states(model) is None:
+        check_pair(model, processor)
+        if build_states(model) is None:
+            language_model = type(model.base_model.language_model).__name__
             raise ValueError(
-                f"got a {type(model).__name__}; expected {' or '.join(REUSING_MODEL_TYPES)}, and a language model "
-                "whose states do not depend on the rows beside them: answer one request at a time"
+                f"got a {language_model}; expected a language model whose KV cache does not depend on the rows beside "
+                "it: answer one request at a time"
             )
         self._generation_config = read_greedy_config(model)
         if self._generation_config.max_time is not None:
@@ -248,7 +243,6 @@ class BatchedGeneration:
                 f"got a model whose generation_config says max_time={self._generation_config.max_time}; expected none "
                 "for answers that share their time: take it out of model.generation_config"
             )
-        check_processor(model.config, processor)
         self.model = model
         self.processor = processor
         self.cache = ChatCache(max_bytes=256 * 2**20) if cache is None else cache
@@ -402,5 +396,5 @@ class BatchedGeneration:
         return num_tokens > 0 and self._end in self.processor.tokenizer.decode(ids[-num_tokens:])
 
     def _decode(self, ids: list[int]) -> str:
-        text = decode_answer(ids, self.processor.tokenizer, learn_tokens=list_learn_tokens(self.processor))
+        text = decode_answer(ids, self.processor.tokenizer, learn_tokens=self.processor.learn_tokens)
         return cut_at_end(text, self._end)

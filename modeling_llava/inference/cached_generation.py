@@ -2,8 +2,7 @@
 
 Keys and values are reused where they can be cut after any token: full attention, and sliding windows until a
 conversation outgrows them. Quantized and recurrent caches are not reused, nor are those whose positions depend on the
-length of the conversation. Features of images always are. Telling images apart takes the number of tokens of each, so
-only `REUSING_MODEL_TYPES` reuse anything; other models answer as `generate` does.
+length of the conversation. Features of images always are.
 
 Compiled decoding has a KV cache of fixed size, so that one graph serves every token and every turn. Only the steps of
 one token are compiled; a prompt has another length every time and takes few steps. On a GPU the steps become CUDA
@@ -36,7 +35,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_llava.acceleration.cpu_linear import Int8Linear, PackedLinear
 from modeling_llava.generation import leave_room, read_max_length
-from processing_llava.transformers_versions import KV_CACHE, TAKES_ENCODED_IMAGES
+from processing_llava.transformers_versions import KV_CACHE
 
 from .chat_cache import ChatCache, PromptImage, TokenKey, load_features, read_images
 
@@ -133,8 +132,6 @@ def _start_transfer(*tensors: torch.Tensor) -> _Transfer:
     return _Transfer(copies, done)
 
 
-REUSING_MODEL_TYPES = ("any_llava", "llava") if TAKES_ENCODED_IMAGES else ("any_llava",)
-"""Ours, and transformers' own LLaVA 1.5."""
 LENGTH_DEPENDENT_ROPE_TYPES = {"dynamic", "longrope"}
 """Position embeddings of the first tokens change when a conversation grows long."""
 
@@ -171,9 +168,6 @@ class CachedGeneration:
         """As `model.generate(**inputs, **settings)`; the lock of the cache must be held."""
         settings["max_new_tokens"] = max_new_tokens
         device = self.model.device
-        if not self._can_reuse():
-            self.model.generate(**self.inputs.to(device), **settings)
-            return
         images = read_images(self.model, self.inputs, scope=self.scope)
         keys: list[TokenKey] = self.inputs["input_ids"][0].tolist()
         for image in images:
@@ -217,11 +211,6 @@ class CachedGeneration:
             for layer, (key_states, value_states) in enumerate(zip(states, states)):
                 past.update(key_states, value_states, layer)
         return past
-
-    def _can_reuse(self) -> bool:
-        model_type = self.model.config.model_type
-        # A LLaVA with a Pixtral tower has images of different sizes, and says so.
-        return model_type in REUSING_MODEL_TYPES and not (model_type == "llava" and "image_sizes" in self.inputs)
 
     def _load_features(self, images: list[PromptImage]) -> list[torch.Tensor]:
         """Features of the image tokens that are not reused, in reading order."""
@@ -268,18 +257,18 @@ def check_compiles(model: PreTrainedModel) -> None:
     Raises:
         ValueError: saying why.
     """
-    states = build_states(model) if model.config.model_type == "any_llava" else None
+    language_model = model.base_model.language_model
+    states = build_states(model)
     if states is None:
         raise ValueError(
-            f"got compile=True for a {type(model).__name__}; expected one of ours whose states can be reused: leave "
-            "compile out"
+            f"got compile=True for a {type(language_model).__name__}; expected a language model whose KV cache can be "
+            "reused: leave compile out"
         )
     if any(type(layer) is DynamicSlidingWindowLayer for layer in states.layers):
         raise ValueError(
             "got compile=True for a language model with a sliding window, whose states count their tokens in numbers "
             "that a graph holds fixed; expected full attention: leave compile out"
         )
-    language_model = model.base_model.language_model
     if not language_model._can_compile_fullgraph:
         raise ValueError(
             f"got compile=True for a {type(language_model).__name__}; expected a language model that runs on states "

@@ -205,15 +205,12 @@ def read_images(model: PreTrainedModel, inputs: BatchFeature, *, scope: bytes = 
     pixel_values, image_sizes = inputs["pixel_values"], inputs.get("image_sizes")
     image_mask_BL = inputs["input_ids"] == model.config.image_token_id
     tiles = list(pixel_values)
-    if model.config.model_type == "any_llava":
-        layouts = model.model.plan_images(pixel_values, image_sizes)
-        counts = [layout.num_tokens for layout in layouts]
-        model.model.check_image_tokens(image_mask_BL, counts)
-        if pixel_values.ndim == 5:
-            # The padding to the largest number of tiles depends on the other images.
-            tiles = [image[: layout.num_tiles] for image, layout in zip(tiles, layouts)]
-    else:
-        counts = [int(image_mask_BL.sum()) // len(tiles)] * len(tiles)
+    layouts = model.model.plan_images(pixel_values, image_sizes)
+    counts = [layout.num_tokens for layout in layouts]
+    model.model.check_image_tokens(image_mask_BL, counts)
+    if pixel_values.ndim == 5:
+        # The padding to the largest number of tiles depends on the other images.
+        tiles = [image[: layout.num_tiles] for image, layout in zip(tiles, layouts)]
     positions = image_mask_BL[0].nonzero()[:, 0].tolist()
     images, num_before = [], 0
     for row, (image, count) in enumerate(zip(tiles, counts)):

@@ -10,20 +10,19 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from modeling_llava.acceleration.cpu_attention import use_cpu_attention
-from modeling_llava.checkpoints.shared_values import check_processor
+from modeling_llava.checkpoints.shared_values import check_pair
 from processing_llava.image_loading import load_images
 from processing_llava.messages import check_question
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .cached_generation import CachedGeneration, check_compiles, limit_new_tokens
 from .chat_cache import ChatCache
-from .foreign_processors import encode_messages
 from .token_stream import (
     StreamedText,
     build_sampler,
     check_numbers,
+    encode_messages,
     find_answer_end,
-    list_learn_tokens,
     read_greedy_config,
     stream_tokens,
 )
@@ -52,7 +51,7 @@ class ChatSession:
     Sessions of one model that run in several threads must share a cache: the model then gives one answer at a time.
 
     Args:
-        model: A model with `generate`.
+        model: Ours, in evaluation mode.
         processor: Its processor.
         system: Replaces the system text of the template.
         cache: What answers can be continued from; the session's own by default.
@@ -78,7 +77,7 @@ class ChatSession:
         if compile:
             check_compiles(model)
             use_cpu_attention(model.base_model.language_model)
-        check_processor(model.config, processor)
+        check_pair(model, processor)
         self.model = model
         self.processor = processor
         self.system = system
@@ -112,11 +111,9 @@ class ChatSession:
                 f"got a {type(question).__name__} and a {type(images).__name__}; expected a question and a list of "
                 "pictures"
             )
-        checks = {}
-        if isinstance(self.processor, AnyLlavaProcessor):
-            image_processor = self.processor.image_processor
-            checks = {"limits": image_processor.limits, "urls": image_processor.urls}
-        content = [{"type": "image", "image": image} for image in load_images(images, **checks)]
+        image_processor = self.processor.image_processor
+        pictures = load_images(images, limits=image_processor.limits, urls=image_processor.urls)
+        content = [{"type": "image", "image": picture} for picture in pictures]
         question_message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
         # Who calls `reset` meanwhile begins another list.
         messages, pieces = self.messages, []
@@ -169,8 +166,10 @@ class ChatSession:
         generate = partial(
             generation.run, max_new_tokens=max_new_tokens, use_cache=True, do_sample=False, logits_processor=sampler
         )
-        learn_tokens = list_learn_tokens(self.processor)
-        text, times = StreamedText(self.processor.tokenizer, end=self._end, learn_tokens=learn_tokens), []
+        text, times = (
+            StreamedText(self.processor.tokenizer, end=self._end, learn_tokens=self.processor.learn_tokens),
+            [],
+        )
         worker = self.cache.compiled_worker if self.compile else None
         try:
             with closing(stream_tokens(generate, lock=self.cache.lock, worker=worker)) as tokens:

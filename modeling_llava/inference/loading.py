@@ -1,26 +1,20 @@
 """Loading a model for answering, and making it fast where it is."""
 
 import json
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from modeling_llava.acceleration.cpu_attention import use_cpu_attention
 from modeling_llava.acceleration.cpu_linear import pack_linear_layers
 from modeling_llava.acceleration.devices import is_slow_on_processor
 from modeling_llava.acceleration.fused_layers import fuse_norms, fuse_projections
-from modeling_llava.auto import AutoModelForVision2Seq
-from modeling_llava.checkpoints.shared_values import check_processor
+from modeling_llava.acceleration.quantization import check_quantization
+from modeling_llava.checkpoints.shared_values import check_pair
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
 from processing_llava.original.original_folder import EMBEDDED_NAME, find_installed
 from processing_llava.processing_llava import AnyLlavaProcessor
-from processing_llava.templates import load_template
-
-from .cached_generation import REUSING_MODEL_TYPES
-from .foreign_processors import complete_processor
 
 EMBEDDED_MODEL = find_installed(EMBEDDED_NAME)
 """The small LLaVA that ships in this package."""
@@ -35,8 +29,8 @@ def load_for_inference(
     device: str | torch.device | None = None,
     quantization: str | None = None,
     visual_tokens: int | None = None,
-) -> tuple[PreTrainedModel, AnyLlavaProcessor]:
-    """Load a model and its processor, for answering.
+) -> tuple[AnyLlavaForConditionalGeneration, AnyLlavaProcessor]:
+    """Load a LLaVA of any layout and its processor, for answering; of transformers' own layout too, in our class.
 
     The model is prepared for its device and does nothing but answer: to train it or to save it, load it with
     `AutoModelForVision2Seq.from_pretrained`.
@@ -59,18 +53,13 @@ def load_for_inference(
     base |= {} if visual_tokens is None else {"visual_tokens": visual_tokens}
     chosen = {} if template is None else {"template": template}
     device = find_device(device)
-    load = AutoModelForVision2Seq.from_pretrained if quantization is None else _quantizing_loader(quantization, device)
+    bits = {}
+    if quantization is not None:
+        check_quantization(quantization, device)
+        bits = {"quantization": quantization} | ({} if device.type == "cpu" else {"device_map": device})
     try:
-        processor = AutoProcessor.from_pretrained(name, **chosen, **base)
-        is_ours = isinstance(processor, AnyLlavaProcessor)
-        if visual_tokens is not None and not is_ours:
-            raise ValueError(
-                f"got visual_tokens for model {name!r} with transformers' {type(processor).__name__}; expected a "
-                "model with our processor: take the original checkpoint, or leave visual_tokens out"
-            )
-        if not is_ours:
-            complete_processor(processor, AutoConfig.from_pretrained(name), name=name)
-        loaded = load(name, **base)
+        processor = AnyLlavaProcessor.from_pretrained(name, **chosen, **base)
+        model = AnyLlavaForConditionalGeneration.from_pretrained(name, **base, **bits)
     except OSError as error:
         reason = str(error).strip().split("\n")[0]
         adapter = Path(name, "adapter_config.json")
@@ -78,18 +67,15 @@ def load_for_inference(
             base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
             reason = f"it is an adapter of {base!r}, to be found from {str(Path.cwd())!r} or on the Hub ({reason})"
         raise ValueError(f"got model {name!r}; expected a folder or a Hub id of a LLaVA: {reason}") from error
-    check_processor(loaded.config, processor)
-    if template is not None and not is_ours:
-        processor.chat_template = load_template(template)
-    # Transformers' own classes keep 16 bits, and so do ours where there is a GPU.
-    if quantization is None and device.type == "cpu" and is_slow_on_processor(loaded.dtype):
-        loaded = loaded.float()
-    if loaded.config.model_type in REUSING_MODEL_TYPES:
-        # Where the weights are: a Space of ZeroGPU cannot compute on its GPU while it loads.
-        prepare_for_answering(loaded, device)
+    check_pair(model, processor)
+    # A machine with a GPU keeps 16 bits, also where its CPU is asked to answer.
+    if quantization is None and device.type == "cpu" and is_slow_on_processor(model.dtype):
+        model = model.float()
+    # Where the weights are: a Space of ZeroGPU cannot compute on its GPU while it loads.
+    prepare_for_answering(model, device)
     if quantization is None and device.type != "cpu":
-        loaded = loaded.to(device)
-    return loaded.eval(), processor
+        model = model.to(device)
+    return model.eval(), processor
 
 
 def prepare_for_answering(model: PreTrainedModel, device: torch.device | None = None) -> None:
@@ -130,12 +116,3 @@ def find_device(device: str | torch.device | None) -> torch.device:
             "out for the fastest"
         )
     return found
-
-
-def _quantizing_loader(quantization: str, device: torch.device) -> Callable[..., PreTrainedModel]:
-    from modeling_llava.acceleration.quantization import check_quantization
-
-    check_quantization(quantization, device)
-    # Transformers' own classes do not know these names; ours reads their checkpoints.
-    placement = {} if device.type == "cpu" else {"device_map": device}
-    return partial(AnyLlavaForConditionalGeneration.from_pretrained, quantization=quantization, **placement)

@@ -11,15 +11,16 @@ from concurrent.futures import Executor
 from numbers import Integral, Real
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
+from typing import Any
 
 import torch
 from transformers import (
+    BatchFeature,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    ProcessorMixin,
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
@@ -74,6 +75,17 @@ def stream_tokens(
         wait()
 
 
+def encode_messages(messages: list[dict[str, Any]], processor: AnyLlavaProcessor) -> BatchFeature:
+    """What a model takes to answer a conversation.
+
+    Raises:
+        ValueError: if it is no conversation, or a picture is refused.
+    """
+    return processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
 def read_greedy_config(model: PreTrainedModel) -> GenerationConfig:
     """The settings with which a model answers, one token at a time.
 
@@ -96,12 +108,12 @@ def read_greedy_config(model: PreTrainedModel) -> GenerationConfig:
     return config
 
 
-def find_answer_end(processor: ProcessorMixin) -> str:
+def find_answer_end(processor: AnyLlavaProcessor) -> str:
     """What the chat template writes behind an answer: "###" in `llava_v0`, the name of a special token in most others.
 
-    Empty for processors of transformers, where nothing but blanks ends an answer, and for a template that writes none.
+    Empty where there is no template, and for one that writes none.
     """
-    if not isinstance(processor, AnyLlavaProcessor) or processor.chat_template is None:
+    if processor.chat_template is None:
         return ""
     answer = {"role": "assistant", "content": [{"type": "text", "text": "ANSWER"}]}
     # A template may refuse a question with an image, or without one.
@@ -200,11 +212,6 @@ def decode_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase, *, learn_t
     added = tokenizer.added_tokens_decoder
     hidden = {id for id, token in added.items() if token.special and token.content not in learn_tokens}
     return tokenizer.decode([id for id in ids if id not in hidden]).lstrip()
-
-
-def list_learn_tokens(processor: ProcessorMixin) -> Sequence[str]:
-    """The special tokens that answers may hold; processors of transformers do not tell."""
-    return processor.learn_tokens if isinstance(processor, AnyLlavaProcessor) else ()
 
 
 def cut_at_end(text: str, end: str) -> str:

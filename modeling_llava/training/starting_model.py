@@ -197,7 +197,7 @@ def load_model(recipe: Recipe, *, bf16: bool) -> PreTrainedModel:
     )
     refuse_adapter(model, recipe.model)
     # Whatever was loaded, checkpoints are in our layout, so that a run can be resumed from them.
-    model.config.source_config = None
+    model.checkpoint_layout = "any_llava"
     if recipe.tokens_per_batch is not None:
         use_packed_attention(model)
     if recipe.uses_lora:

@@ -14,13 +14,13 @@ import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, LlavaConfig, LlavaNextConfig, PreTrainedConfig
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
@@ -29,6 +29,8 @@ logger = logging.get_logger(__name__)
 DOWNLOAD_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """What decides where files come from, in every `from_pretrained`."""
 
+TRANSFORMERS_CONFIGS = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
+"""transformers' own configurations that AnyLlavaConfig can express, by model_type."""
 _ORIGINAL_CLASS = re.compile(r"Llava\w*ForCausalLM")
 # fmt: off
 TEXT_MODEL_OF_CLASS = {
@@ -56,13 +58,62 @@ def override_tower(config: dict[str, Any], vision_tower: str | None) -> dict[str
     return config if vision_tower is None else config | {"mm_vision_tower": str(vision_tower)}
 
 
-def is_original(config: dict[str, Any]) -> bool:
-    """Whether the content of a config.json is that of an original LLaVA."""
-    if config.get("model_type") == "any_llava":
-        return False
-    if "mm_vision_tower" in config or "mm_projector_type" in config:
-        return True
-    return any(_ORIGINAL_CLASS.fullmatch(name) for name in config.get("architectures") or [])
+class Recognised(NamedTuple):
+    """What a folder or Hub repository holds."""
+
+    layout: str | None
+    """"any_llava", "original", "transformers" (its own `llava` and `llava_next`); "adapter" for an adapter without a
+    model; None for any other model, and for none."""
+    raw: dict[str, Any]
+    """The content of config.json, empty where there is none."""
+    base: str | None
+    """Folder or Hub id of the model under an adapter without a model."""
+
+
+def recognise(name: str, download: dict[str, Any], *, base_model: str | None = None) -> Recognised:
+    """What is behind the name of a model, for every `from_pretrained`.
+
+    Args:
+        name: Folder or Hub id.
+        download: Some of `DOWNLOAD_KWARGS`.
+        base_model: What the caller gave as the base, instead of what an adapter names.
+
+    Raises:
+        ValueError: config.json is no JSON, or nothing says which model is under an adapter.
+        OSError: in one line, if there is no such folder or repository.
+    """
+    raw = read_json(name, "config.json", download)
+    if raw is not None:
+        return Recognised(find_layout(raw), raw, None)
+    base = find_adapter_base(name, download, base_model=base_model)
+    return Recognised(None if base is None else "adapter", {}, base)
+
+
+def find_layout(raw: dict[str, Any]) -> str | None:
+    """The layout of a checkpoint by its config.json; None for a model of another kind."""
+    model_type = raw.get("model_type")
+    if model_type == "any_llava":
+        return "any_llava"
+    is_named = any(_ORIGINAL_CLASS.fullmatch(name) for name in raw.get("architectures") or [])
+    if is_named or "mm_vision_tower" in raw or "mm_projector_type" in raw:
+        return "original"
+    return "transformers" if model_type in TRANSFORMERS_CONFIGS else None
+
+
+def check_model_type(raw: dict[str, Any]) -> str:
+    """The layout of a config.json, which must be that of a LLaVA.
+
+    Raises:
+        ValueError: for any other model.
+    """
+    layout = find_layout(raw)
+    # AnyLlavaConfig is also made from dicts without model_type.
+    if layout is None and "model_type" in raw:
+        raise ValueError(
+            f"got a configuration with model_type={raw['model_type']!r}; expected one of an original LLaVA "
+            f"(mm_vision_tower), {', '.join(TRANSFORMERS_CONFIGS)}, or any_llava"
+        )
+    return layout or "any_llava"
 
 
 def find_file(name: str, filename: str, download: dict[str, Any]) -> str | None:
@@ -201,7 +252,7 @@ class OriginalFolder:
         """The original checkpoint of that name, or None if there is no config.json or it is another layout."""
         download = select_download(kwargs)
         config = read_json(name, "config.json", download)
-        if config is None or not is_original(config):
+        if config is None or find_layout(config) != "original":
             return None
         config = override_tower(config, vision_tower)
         return cls(name=name, config=config, base_model=base_model, download=download)

@@ -14,8 +14,6 @@ from transformers import (
     AddedToken,
     AutoConfig,
     AutoProcessor,
-    LlavaConfig,
-    LlavaNextConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -26,11 +24,18 @@ from processing_llava.templates import change_template, load_template
 
 from .model_parts import has_tokenizer, read_image_fields, read_image_processor, read_tokenizer, read_vision_config
 from .older_versions import read_old_activation
-from .original_folder import OriginalFolder, check_fields, find_adapter_base, find_file, read_json, select_download
+from .original_folder import (
+    TRANSFORMERS_CONFIGS,
+    OriginalFolder,
+    check_fields,
+    check_model_type,
+    override_tower,
+    read_json,
+    recognise,
+    select_download,
+)
 
 logger = logging.get_logger(__name__)
-
-TRANSFORMERS_TYPES = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
 
 
 def read_transformers_parts(name: str, raw: dict[str, Any], download: dict[str, Any]) -> dict[str, Any]:
@@ -44,13 +49,28 @@ def read_transformers_parts(name: str, raw: dict[str, Any], download: dict[str, 
     Raises:
         ValueError: naming the values in which its processor contradicts its model.
     """
-    config = TRANSFORMERS_TYPES[raw["model_type"]].from_dict(dict(raw))
+    config = TRANSFORMERS_CONFIGS[raw["model_type"]].from_dict(dict(raw))
     theirs = AutoProcessor.from_pretrained(name, backend="pil", **download)
-    if theirs.image_token_id != config.image_token_id:
+    tokenizer, token = theirs.tokenizer, theirs.image_token
+    # Folders of before transformers 4.46 lack fields of the processor, and the token in the tokenizer.
+    if token not in tokenizer.get_vocab() and len(tokenizer) == config.image_token_id:
+        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
+    found = tokenizer.get_vocab().get(token)
+    if found != config.image_token_id:
         raise ValueError(
             f"got {name} with image_token_index={config.image_token_id} in config.json, and a tokenizer that gives "
-            f"{theirs.image_token!r} the id {theirs.image_token_id}; expected equal ids: correct one of them"
+            f"{token!r} the id {found}; expected equal ids: correct one of them"
         )
+    strategy = config.vision_feature_select_strategy
+    for field, stored, expected in (
+        ("patch_size", theirs.patch_size, config.vision_config.patch_size),
+        ("vision_feature_select_strategy", theirs.vision_feature_select_strategy, strategy),
+    ):
+        if stored not in (None, expected):
+            raise ValueError(
+                f"got {name} with {field} {stored!r} in the files of its processor and {expected!r} in config.json; "
+                "expected one value: correct the wrong one"
+            )
     fields = theirs.image_processor.to_dict()
     is_tiled = config.model_type == "llava_next"
     pinpoints = config.image_grid_pinpoints if is_tiled else None
@@ -72,7 +92,7 @@ def read_transformers_parts(name: str, raw: dict[str, Any], download: dict[str, 
         "tokenizer": theirs.tokenizer,
         "chat_template": theirs.chat_template,
         "patch_size": config.vision_config.patch_size,
-        "num_prefix_tokens": int(is_clip and config.vision_feature_select_strategy == "full"),
+        "num_prefix_tokens": int(is_clip and strategy == "full"),
         "patch_merge_type": "spatial_unpad" if is_tiled else "flat",
         "image_token": theirs.image_token,
     }
@@ -120,18 +140,20 @@ class OriginalProcessorMixin(ProcessorMixin):
         """
         name = str(pretrained_model_name_or_path)
         download = select_download(kwargs)
-        has_own = find_file(name, "processor_config.json", download) is not None
-        if not has_own and (base := find_adapter_base(name, download, base_model=base_model)) is not None:
+        stored = read_json(name, "processor_config.json", download)
+        found = recognise(name, download, base_model=base_model)
+        if found.layout is None:
+            check_model_type(found.raw)
+        if found.layout == "adapter" and stored is None:
             kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
-            return cls.from_pretrained(base, template=template, vision_tower=vision_tower, **kwargs)
-        folder = OriginalFolder.find(name, base_model=base_model, vision_tower=vision_tower, **kwargs)
+            return cls.from_pretrained(found.base, template=template, vision_tower=vision_tower, **kwargs)
         # A processor saved beside original weights is ours.
-        if folder is not None and not has_own:
+        if found.layout == "original" and stored is None:
+            config = override_tower(found.raw, vision_tower)
+            folder = OriginalFolder(name=name, config=config, base_model=base_model, download=download)
             return cls(**read_original_parts(folder, template=template))
-        config = {} if folder is not None else read_json(name, "config.json", download) or {}
-        stored = read_json(name, "processor_config.json", download) or {}
-        if config.get("model_type") in TRANSFORMERS_TYPES and stored.get("processor_class") != cls.__name__:
-            processor = cls(**read_transformers_parts(name, config, download))
+        if found.layout == "transformers" and (stored or {}).get("processor_class") != cls.__name__:
+            processor = cls(**read_transformers_parts(name, found.raw, download))
         else:
             processor = super().from_pretrained(name, **kwargs)
         if template is not None:

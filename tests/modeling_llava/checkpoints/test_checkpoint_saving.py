@@ -13,7 +13,6 @@ from transformers import (
 )
 
 from modeling_llava import AnyLlavaForConditionalGeneration, AutoModelForVision2Seq
-from modeling_llava.checkpoints.layouts import layout_of
 from tests import original_folders as folders
 from tests.tiny import PINPOINTS, tiny_model
 
@@ -109,7 +108,7 @@ def test_original_in_another_layout(tmp_path, layout):
     loaded = AutoModelForVision2Seq.from_pretrained(tmp_path / "checkpoint")
     loaded.save_pretrained(tmp_path / "saved", layout=layout)
     again = AnyLlavaForConditionalGeneration.from_pretrained(tmp_path / "saved")
-    assert layout_of(again.config) == layout
+    assert again.checkpoint_layout == layout
     inputs = folders.example_inputs(model)
     expected = folders.logits_of(model, inputs)
     assert torch.equal(folders.logits_of(again, inputs)[..., : expected.shape[-1]], expected)
@@ -208,7 +207,7 @@ def test_ours_as_original(tmp_path):
     model.save_pretrained(tmp_path / "saved", layout="original")
     folders.write_sentencepiece(tmp_path / "saved")
     again = AutoModelForVision2Seq.from_pretrained(tmp_path / "saved")
-    assert layout_of(again.config) == "original"
+    assert again.checkpoint_layout == "original"
     assert_equal_weights(dict(again.state_dict()), dict(model.state_dict()))
 
 

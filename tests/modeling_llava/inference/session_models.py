@@ -1,10 +1,10 @@
 """Models that sessions are tried on, pictures, and messages."""
 
+import tempfile
 from collections.abc import Callable
 from functools import cache
 
 import PIL.Image
-import pytest
 import torch
 from transformers import (
     CLIPImageProcessorPil,
@@ -14,7 +14,6 @@ from transformers import (
 )
 
 from modeling_llava.inference.loading import load_for_inference
-from processing_llava.transformers_versions import TAKES_ENCODED_IMAGES
 from tests.original_folders import widen
 from tests.tiny import (
     PATCH_SIZE,
@@ -55,8 +54,6 @@ def build_anyres():
 
 
 def build_transformers_own():
-    if not TAKES_ENCODED_IMAGES:
-        pytest.skip("transformers' own class takes images that are encoded before from 5.18 on")
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
@@ -77,10 +74,18 @@ def build_transformers_own():
     return model.eval(), processor
 
 
+def load_transformers_own():
+    """The same checkpoint as our class reads it."""
+    with tempfile.TemporaryDirectory() as folder:
+        for part in build_transformers_own():
+            part.save_pretrained(folder)
+        return load_for_inference(folder)
+
+
 MODELS: dict[str, Callable] = {
     "embedded": load_for_inference,
     "anyres": build_anyres,
-    "transformers": build_transformers_own,
+    "transformers": load_transformers_own,
     **{
         text: lambda text=text: build_text_model(text) for text in ("llama", "mistral", "qwen3", "mpt", "phi", "gemma")
     },

@@ -23,8 +23,8 @@ from tests.conftest import GOLDENS
 from tests.modeling_llava.inference.session_models import (
     build_anyres,
     build_text_model,
-    build_transformers_own,
     follow_script,
+    load_transformers_own,
 )
 from tests.tiny import tiny_config, tiny_processor
 
@@ -41,7 +41,7 @@ TALL = CAT.resize((40, 160))
 MODELS = {
     "embedded": load_for_inference,
     "anyres": build_anyres,
-    "transformers": build_transformers_own,
+    "transformers": load_transformers_own,
     "sliding": lambda: build_text_model("mistral", sliding_window=100),
     **{text: lambda text=text: build_text_model(text) for text in ("llama", "mistral", "qwen3", "gemma", "phi")},
 }
@@ -232,7 +232,7 @@ def test_a_request_that_fails_stops_no_other():
 @pytest.mark.parametrize("name", ["llama", "transformers"])
 def test_no_answer_holds_an_image_token_that_has_a_logit(name):
     if name == "transformers":
-        model, processor = build_transformers_own()
+        model, processor = load_transformers_own()
     else:
         processor = tiny_processor()
         config = tiny_config(image_token_id=processor.image_token_id)

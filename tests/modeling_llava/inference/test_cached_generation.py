@@ -1,18 +1,16 @@
 """What turns and sessions reuse: the tokens of `generate`, for the price of the new ones."""
 
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import PIL.Image
 import pytest
-import torch
 from transformers import (
     GenerationConfig,
     LlamaConfig,
     Qwen3NextConfig,
 )
 
-from modeling_llava.inference.cached_generation import CachedGeneration, build_states
+from modeling_llava.inference.cached_generation import build_states
 from modeling_llava.inference.chat_cache import ChatCache
 from modeling_llava.inference.chat_session import ChatSession
 from tests.modeling_llava.inference.session_models import (
@@ -212,29 +210,6 @@ def test_other_caches_are_left_to_generate(watched, monkeypatch):
         assert seen.ids == expected
     assert session.statistics.num_reused_tokens == 0
     assert seen.tower_runs == 0
-
-
-def test_models_whose_pictures_cannot_be_told_apart_answer_without_reuse(watched, monkeypatch):
-    seen = watched("transformers")
-    monkeypatch.setattr(seen.model.config, "model_type", "llava_next")
-    session = ChatSession(seen.model, seen.processor)
-    for question, images in (("What?", [CAT]), ("Sure?", [])):
-        expected = seen.expect([*session.messages, user(question, *images)])
-        read(session.ask(question, images=images, **SETTINGS))
-        assert seen.ids == expected
-        assert session.statistics.num_reused_tokens == 0
-
-
-def test_pictures_of_different_sizes_in_transformers_own_class_are_left_to_generate(watched, monkeypatch):
-    """As a Pixtral tower has them: the number of tokens of each is not known."""
-    seen = watched("transformers")
-    monkeypatch.setattr(seen.model, "generate", passed := Mock(spec=seen.model.generate))
-    inputs = seen.processor(text="<image>", images=CAT, return_tensors="pt")
-    inputs["image_sizes"] = torch.tensor([[28, 28]])
-    cache = ChatCache()
-    CachedGeneration(seen.model, inputs, cache).run(max_new_tokens=1)
-    assert passed.call_args.kwargs == {**inputs, "max_new_tokens": 1}
-    assert cache.num_bytes == 0
 
 
 def test_recurrent_states_are_not_reused():

@@ -32,11 +32,11 @@ def test_an_adapter_says_which_base_was_not_found(tmp_path, monkeypatch):
         load_for_inference(str(tmp_path / "adapter"))
 
 
-def test_visual_tokens_are_refused_for_a_model_with_the_processor_of_transformers(tmp_path):
+def test_visual_tokens_of_a_checkpoint_of_transformers(tmp_path):
     for part in build_transformers_own():
         part.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="expected a model with our processor"):
-        load_for_inference(str(tmp_path), visual_tokens=4)
+    model, processor = load_for_inference(str(tmp_path), visual_tokens=4)
+    assert (model.config.visual_tokens, processor.visual_tokens) == (4, 4)
 
 
 def test_loading_goes_where_it_is_told():

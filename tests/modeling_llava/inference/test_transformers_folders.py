@@ -1,4 +1,4 @@
-"""Sessions on transformers' own processor: what a user types is no control token, and no text opens a file."""
+"""Folders of transformers' own LLaVAs in our class: what older ones lack, and files that contradict each other."""
 
 import json
 import re
@@ -9,9 +9,9 @@ from PIL import Image
 from modeling_llava.cli import main
 from modeling_llava.inference.batched_generation import AnswerRequest, generate_answers
 from modeling_llava.inference.chat_session import ChatSession
-from modeling_llava.inference.foreign_processors import protect_messages
 from modeling_llava.inference.loading import load_for_inference
-from tests.modeling_llava.inference.test_batched_generation import build_transformers_own
+from processing_llava import AnyLlavaProcessor
+from tests.modeling_llava.inference.session_models import build_transformers_own
 from tests.tiny import tiny_processor
 
 PICTURE = Image.new("RGB", (40, 30), "red")
@@ -27,40 +27,35 @@ def ask(text: str) -> list[dict]:
     return [{"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": text}]}]
 
 
-def test_typed_control_tokens_are_text(own):
-    _, processor = own
+def test_other_classes_are_refused(own):
+    for answer in (ChatSession, lambda *pair: next(generate_answers(*pair, [AnswerRequest(ask("a"))]))):
+        with pytest.raises(ValueError, match="LlavaForConditionalGeneration with a LlavaProcessor.*load_for_inf"):
+            answer(*own)
+
+
+def test_typed_control_tokens_are_text(folder):
+    model, processor = load_for_inference(str(folder))
     tokenizer = processor.tokenizer
 
     def count(text: str) -> list[int]:
-        inputs = processor.apply_chat_template(
-            protect_messages(ask(text), processor), add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        ids = inputs["input_ids"][0]
-        return [list(ids).count(tokenizer.convert_tokens_to_ids(token)) for token in ("</s>", "<s>", "<image>")]
+        inputs = processor.apply_chat_template(ask(text), add_generation_prompt=True, tokenize=True, return_dict=True)
+        ids = list(inputs["input_ids"][0])
+        return [ids.count(tokenizer.convert_tokens_to_ids(token)) for token in ("</s>", "<s>", "<image>")]
 
     assert count(HOSTILE) == count("a b")
-
-
-def test_answers_to_hostile_questions(own):
-    session = ChatSession(*own)
-    assert isinstance("".join(session.ask(HOSTILE, images=[PICTURE], max_new_tokens=3)), str)
-    (answer,) = generate_answers(*own, [AnswerRequest(ask(HOSTILE), max_new_tokens=3)])
+    (answer,) = generate_answers(model, processor, [AnswerRequest(ask(HOSTILE), max_new_tokens=3)])
     assert answer.error is None and len(answer.ids) == 3
 
 
-def test_texts_open_no_file(own, tmp_path):
-    PICTURE.save(tmp_path / "red.png")
-    for item in (
-        {"type": "image", "url": str(tmp_path / "red.png")},
-        {"type": "image", "path": "https://a.example/b"},
-    ):
-        with pytest.raises(ValueError, match="no text opens a file|URLs are not fetched"):
-            list(ChatSession(*own).answer([{"role": "user", "content": [item, {"type": "text", "text": "a"}]}]))
-
-
-def test_our_processor_needs_nothing():
-    messages = ask(HOSTILE)
-    assert protect_messages(messages, tiny_processor()) is messages
+def test_answers_are_those_of_transformers(own, folder):
+    """Greedy tokens of our class on its files are those of its own class."""
+    model, processor = own
+    inputs = processor.apply_chat_template(
+        ask("a b"), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    (answer,) = generate_answers(*load_for_inference(str(folder)), [AnswerRequest(ask("a b"), max_new_tokens=8)])
+    assert answer.ids == output.tolist()
 
 
 FIELDS = ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy")
@@ -87,13 +82,12 @@ def test_what_the_processor_lacks_is_in_the_config(own, folder, missing):
         (folder / "processor_config.json").unlink()
     else:
         change(folder / "processor_config.json", **dict.fromkeys(missing))
-    _, processor = load_for_inference(str(folder))
-    processor.chat_template = own[1].chat_template
     encoded, expected = (
         each.apply_chat_template(ask("a"), tokenize=True, return_dict=True)["input_ids"]
-        for each in (processor, own[1])
+        for each in (AnyLlavaProcessor.from_pretrained(folder), own[1])
     )
     assert list(encoded[0]) == list(expected[0])
+    assert isinstance("".join(ChatSession(*load_for_inference(str(folder))).ask("a", max_new_tokens=2)), str)
 
 
 def test_an_image_token_that_the_tokenizer_lacks_is_added(own, folder):
@@ -113,8 +107,12 @@ def test_an_image_token_that_the_tokenizer_lacks_is_added(own, folder):
 @pytest.mark.parametrize(
     ("file", "fields", "told"),
     [
-        ("config.json", {"image_token_id": 7}, "image token id 7 and whose tokenizer has 300"),
-        ("config.json", {"image_token_id": None, "image_token_index": 299}, "image token id 299"),
+        (
+            "config.json",
+            {"image_token_id": 7},
+            "image_token_index=7 in config.json, and a tokenizer that gives '<image>' the id 300",
+        ),
+        ("config.json", {"image_token_id": None, "image_token_index": 299}, "image_token_index=299"),
         ("processor_config.json", {"patch_size": 14}, "patch_size 14 .* and 7 in config.json"),
         ("processor_config.json", {"vision_feature_select_strategy": "full"}, "'full' .* and 'default'"),
     ],
@@ -123,4 +121,4 @@ def test_contradictions_are_one_sentence(folder, capsys, file, fields, told):
     change(folder / file, **fields)
     assert main(["ask", str(folder / "red.png"), "a", "--model", str(folder)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert line.startswith("llava: got model") and re.search(told, line)
+    assert line.startswith("llava: got ") and re.search(told, line)
