@@ -12,8 +12,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.cli import main
+from modeling_llava.export.remote_code import collect_modules
 from tests.modeling_llava.export.conftest import run_python
-from tests.test_structure import HUB_FILES, SEAMS
 from tests.tiny import PINPOINTS, save_tiny_checkpoint, tiny_model, tiny_processor
 
 pytestmark = pytest.mark.slow
@@ -122,7 +122,7 @@ def test_a_model_with_fewer_image_tokens_brings_the_code_that_chooses_them(tmp_p
 
 def test_the_code_is_flat_small_and_says_its_version(only_ours):
     files = sorted((only_ours / "out").glob("*.py"))
-    assert {path.stem for path in files} <= {name for names in HUB_FILES.values() for name in names} | set(SEAMS)
+    assert {path.stem for path in files} == collect_modules().keys()
     # 183,000 for transformers 5.23 alone; a range of versions, and the refusals that came with it, took the rest.
     assert sum(path.stat().st_size for path in files) < 212_000
     for path in files:
