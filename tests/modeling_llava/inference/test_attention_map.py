@@ -197,7 +197,7 @@ def test_what_cannot_be_read_is_an_error():
         read_attention(model, processor, talk()[:1])
     with pytest.raises(ValueError, match="without words"):
         read_attention(model, processor, talk(answer=" "))
-    with pytest.raises(ValueError, match="expected an AnyLlavaProcessor"):
+    with pytest.raises(ValueError, match="AnyLlavaForConditionalGeneration with AnyLlavaProcessor"):
         read_attention(model, processor.tokenizer, talk())
     processor.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     with pytest.raises(ValueError, match="marks no answers"):

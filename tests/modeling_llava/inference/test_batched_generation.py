@@ -349,7 +349,7 @@ def test_models_that_cannot_be_batched_are_refused(monkeypatch):
             BatchedGeneration(model, processor)
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     monkeypatch.setattr(model.config.text_config, "rope_parameters", rope)
-    with pytest.raises(ValueError, match="rows beside them"):
+    with pytest.raises(ValueError, match="rows beside it"):
         BatchedGeneration(model, processor)
 
 
