@@ -68,16 +68,8 @@ if __name__ == "__main__":
         commands = {
             "llava ask": ["ask", str(PICTURE), "What is this?"],
             "llava train (LoRA)": ["train", str(write_recipe(folder))],
-            "llava export": [
-                "export",
-                EMBEDDED_MODEL,
-                "--out",
-                str(folder / "out"),
-                "--repo-id",
-                "me/tiny",
-                "--license",
-                "apache-2.0",
-            ],
+            "llava export": f"export {EMBEDDED_MODEL} --out {folder / 'out'} --repo-id me/tiny "
+            "--license apache-2.0 --base-model facebook/dinov2-small".split(),
         }
         found = {command: list_files(arguments) for command, arguments in commands.items()}
     for command, files in found.items():
