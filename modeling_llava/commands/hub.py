@@ -41,15 +41,8 @@ def run_push(options: argparse.Namespace) -> None:
         if options.dry_run:
             print(f"nothing was sent to {options.repo_id}")
             return
-        print(
-            push_repository(
-                exported.folder,
-                options.repo_id,
-                exported.kind,
-                private=options.private,
-                pull_request=options.pull_request,
-            )
-        )
+        sent = push_repository(exported, options.repo_id, private=options.private, pull_request=options.pull_request)
+        print(sent)
 
 
 def _show_exported(exported) -> None:

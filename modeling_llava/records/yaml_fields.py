@@ -13,6 +13,8 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 from huggingface_hub.dataclasses import type_validator
 
+ACCESS_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
+"""A token of the Hub. No recipe, message or repository may hold one."""
 _BOOLEAN, _DATE = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"
 
 

@@ -14,10 +14,9 @@ from huggingface_hub import DatasetCard, EvalResultEntry, ModelCard, SpaceCard, 
 from transformers import AutoTokenizer
 
 from modeling_llava.cli import main
-from modeling_llava.export import model_repository
+from modeling_llava.export import model_repository, repository
 from modeling_llava.export.hub_upload import list_files
-from modeling_llava.export.repository import find_kind
-from modeling_llava.export.repository_check import find_problems
+from modeling_llava.export.repository import find_kind, find_problems
 from modeling_llava.records.run_files import read_run_files
 from tests import original_folders as folders
 from tests.conftest import GOLDENS, ROOT
@@ -311,6 +310,23 @@ def test_a_dry_run_checks_a_prepared_folder(workspace, tmp_path, capsys):
     (out / "weights.bin").write_bytes(b"")
     assert main(push) == 2
     assert "weights.bin can hold code that runs when it is loaded" in capsys.readouterr().err
+
+
+def test_a_push_checks_a_folder_once(workspace, tmp_path, monkeypatch):
+    checked = []
+
+    def find_and_count(folder: Path, kind: str):
+        checked.append(kind)
+        return find_problems(folder, kind)
+
+    monkeypatch.setattr(repository, "find_problems", find_and_count)
+    export = ["export", str(workspace / "start"), "--out", str(tmp_path / "out"), "--repo-id", "alice/model", *BASE]
+    assert main(export) == 0
+    for source, facts in ((workspace / "start", BASE), (tmp_path / "out", [])):
+        checked.clear()
+        # Without a network it ends where it would begin to send.
+        assert main(["push", str(source), "--repo-id", "alice/model", *facts]) == 2
+        assert checked == ["model"]
 
 
 def test_an_original_folder_goes_up_in_the_layout_of_transformers(tmp_path, capsys):
