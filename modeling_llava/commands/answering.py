@@ -47,7 +47,7 @@ def _settings(options: argparse.Namespace) -> dict:
 def _answer(options: argparse.Namespace, session, question: str, *, images: list) -> str:
     """Print an answer while it is generated; returns it whole."""
     pieces = []
-    # Closed at once where somebody stops it; the model would go on until the generator is collected.
+    # Closed at once where somebody stops it; otherwise the model goes on until the generator is collected.
     with closing(session.ask(question, images=images, **_settings(options))) as answer:
         for piece in answer:
             print(piece, end="", flush=True)
@@ -79,7 +79,7 @@ def run_chat(options: argparse.Namespace) -> None:
     waiting = open_pictures(options.images, limits=limits)
     session = _session(options, limits)
     if sys.stdin.isatty():
-        # With it, input() edits lines and brings earlier ones back; they stay in memory. Windows has its own.
+        # With readline, input() edits lines and recalls earlier ones, from memory only. Windows has its own.
         with suppress(ImportError):
             import readline  # noqa: F401
     print(CHAT_HELP)

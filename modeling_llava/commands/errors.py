@@ -1,4 +1,4 @@
-"""What a user can get wrong, as one line."""
+"""Mistakes of a user, each as one line."""
 
 import re
 
@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from modeling_llava.records.yaml_fields import ACCESS_TOKEN
 
 PATH_ERRORS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
-"""What a path that a user gave can cause."""
+"""Errors that a path of a user can cause."""
 
 USER_ERRORS = (ValueError, TemplateError, SafetensorError, *PATH_ERRORS)
 
@@ -28,11 +28,11 @@ EXTRAS = {
     "fastapi": "'transformers[serving]'",
     "torchao": "torchao",
 }
-"""Packages that a command may need, and what pip is to install for them."""
+"""Packages that a command may need, and the argument of pip that installs them."""
 
 
 def explain(error: Exception) -> str:
-    """One line for what a user can get wrong.
+    """One line for a mistake of a user.
 
     Raises:
         Exception: as it was given, if it is a fault of ours.
@@ -45,7 +45,7 @@ def explain(error: Exception) -> str:
 
 
 def missing_extra(error: ImportError) -> str:
-    """Name of the package that is missing; one that no command may need is an error of ours.
+    """One line that names a missing package; one that no command may need is an error of ours.
 
     Raises:
         ImportError: as it was given.
@@ -62,7 +62,7 @@ def missing_extra(error: ImportError) -> str:
 
 
 def one_line(error: Exception) -> str:
-    # Messages repeat what was got.
+    """The message of an error without line breaks and without tokens."""
     text = ACCESS_TOKEN.sub("hf_...", str(error))
     if isinstance(error, SafetensorError):
         text = f"got weights that cannot be read ({text}); expected whole files: copy or download the model again"

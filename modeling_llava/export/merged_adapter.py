@@ -1,4 +1,4 @@
-"""`llava merge`: one model of an adapter and its base, with the logits of both compared.
+"""`llava merge`: an adapter and its base become one model, whose logits are compared with theirs.
 
 What is surprising: an adapter that was trained on a 4-bit base corrects the rounding of that base too. It is merged
 into the 4-bit weights written out as 16 bits, not into the weights they were rounded from.

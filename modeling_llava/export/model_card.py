@@ -1,4 +1,4 @@
-"""README.md and TRAINING_DATA_SUMMARY.md of a model or adapter, from the files of its training and what people say."""
+"""README.md and TRAINING_DATA_SUMMARY.md of a model or adapter, from the files of its training and stated facts."""
 
 import re
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from .card_facts import CardFacts
 from .repository_check import Part, find_conflicts
 
 PREPARED_MARK = "<!-- Prepared by anyllava"
-"""How a card begins that `llava export` wrote: its folder is ready to go up."""
+"""Beginning of a card that `llava export` wrote: its folder is ready to go up."""
 PIPELINE_TAG = "image-text-to-text"
 HUB_RESULTS_FILE = Path(".eval_results") / "anyllava.yaml"
 """Where the Hub looks for results: on the page of the model, and in the leaderboard of a benchmark."""
@@ -34,12 +34,12 @@ RECIPE_SETTINGS = (
 )  # fmt: skip
 """Settings of a recipe that decide the result, beside those of the Trainer; paths stay out."""
 MODALITY_RANGES = ((1_000_000, "less than 1 million"), (1_000_000_000, "1 million to 1 billion"))
-"""Ranges of the number of pictures in the template of the EU AI Act, by their upper ends; beyond is the last one."""
+"""Ranges of the number of pictures in the template of the EU AI Act, by their upper ends."""
 
 
 @dataclass(kw_only=True)
 class ModelDescription:
-    """All that a card of a model or adapter is written from.
+    """Everything that a card of a model or adapter is written from.
 
     Raises:
         ValueError: if licence or base model are missing.
@@ -55,10 +55,10 @@ class ModelDescription:
     prompt: str
     """One conversation as the model reads it."""
     features: dict[str, Any]
-    """What its configuration says, by what a reader would call it; numbers know their file."""
+    """Values of its configuration, by the name that a reader gives them; numbers know their file."""
     has_code: bool = False
     has_other_ids: bool = False
-    """Whether transformers' processor tokenises otherwise than ours."""
+    """Whether transformers' processor tokenises differently from ours."""
     conflicts: list[str] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -38,7 +38,7 @@ DATA_KINDS = {
     "synthetic": "Data made by models or programs",
     "other": "Other data",
 }
-"""In the order of the template of the EU AI Act's public summary (2.1, 2.2.1, 2.2.2, 2.3, 2.4, 2.5, 2.6)."""
+"""Kinds in the order of the EU AI Act's template of a public summary (2.1, 2.2.1, 2.2.2, 2.3, 2.4, 2.5, 2.6)."""
 NOT_STATED = "not stated"
 KNOWN_DATA = Path(hub_cards.__file__).parent / "known_data.yaml"
 """Datasets of published LLaVAs."""
@@ -57,19 +57,19 @@ class DataEntry:
     kind: str
     """A key of `DATA_KINDS`."""
     license: str | None = None
-    """Identifier of the Hub; None where nobody said."""
+    """Identifier of the Hub; None where nobody stated one."""
     link: str | None = None
-    """Where it can be read about, or had."""
+    """Address where it can be read about, or had."""
     rows: int | None = None
     images: int | None = None
     used_for: str = NOT_STATED
-    """Which stage of the training."""
+    """Stage of the training."""
     collected: str = NOT_STATED
-    """When, e.g. "2014 to 2015"."""
+    """Time in words, e.g. "2014 to 2015"."""
     personal_data: str = NOT_STATED
-    """Who can be recognised in it, and what was done about it."""
+    """People who can be recognised in it, and what was done about it."""
     contact: str = NOT_STATED
-    """Whom to ask to take something out."""
+    """Person or page to ask to take something out."""
     made_by: str | None = None
     """The models or programs that made synthetic data."""
     domains: list[str] = field(default_factory=list)

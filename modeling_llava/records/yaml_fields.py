@@ -1,7 +1,7 @@
 """The fields of a recipe, card or manifest: read from YAML, and checked by the dataclass that takes them.
 
-What is surprising: YAML 1.1, which PyYAML reads, takes 1e-4 for text because it has no point, no for false, and
-2024-01-01 for a date. Here the first is a number, and the others text, as `save_strategy: no` means it.
+What is surprising: YAML 1.1 takes 1e-4 for text because it has no point, "no" for false, and 2024-01-01 for a date
+(PyYAML 6.0, resolver.py). Here the first is a number, and the others are text, as `save_strategy: no` means it.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ T = TypeVar("T")
 
 
 def build(kind: type[T], fields: dict[str, Any], *, where: str) -> T:
-    """An object of a dataclass from what stands in `where`, checked as in `check_fields`."""
+    """An object of a dataclass from its fields, checked as in `check_fields`."""
     check_fields(fields, kind, where=where)
     return kind(**fields)
 

@@ -129,7 +129,7 @@ def test_the_code_is_flat_small_and_says_its_version(only_ours):
         first, text = path.read_text().split("\n", 1)
         assert re.fullmatch(r"# AnyLLaVA \d+\.\d+\.\d+, Apache-2.0; .*", first), path.name
         assert not re.search(r"^\s*(?:from|import) (?:modeling_llava|processing_llava)", text, flags=re.MULTILINE)
-    for seam in ("checkpoint_loading", "original_processor"):
+    for seam in SEAMS:
         assert "def " not in (only_ours / "out" / f"{seam}.py").read_text()
 
 

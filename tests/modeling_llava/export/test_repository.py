@@ -138,7 +138,7 @@ def test_the_card_of_a_trained_model(finished, tmp_path, capsys):
         "| three coloured squares | synthetic | 6 | 3 | cc-by-nc-4.0 | not stated | none | nobody@example.org |",
         "| `learning_rate` | 0.003 |",
         "| `seed` | 42 |",
-        "| longest row | 400 tokens; what is longer: `drop` |",
+        "| longest row | 400 tokens; longer rows: `drop` |",
         "| `projector_learning_rate` | 0.0001 |",
         "| steps | 2 |",
         "rows of `rows.json`: sha256 `" + record["data"][0]["sha256"],
@@ -336,7 +336,7 @@ def test_an_original_folder_goes_up_in_the_layout_of_transformers(tmp_path, caps
     # SentencePiece: the text after a picture begins with another piece there.
     assert "note: transformers' processor gives the text after a picture other ids" in printed
     card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert "It also tokenises the text after a picture otherwise" in card.text
+    assert "It also tokenises the text after a picture differently" in card.text
     assert "| POPE | 85.9 |" in card.text
 
 
