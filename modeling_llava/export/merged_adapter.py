@@ -82,6 +82,24 @@ def merge_adapter(
     return report
 
 
+def compare(before: torch.Tensor, after: torch.Tensor, *, base_bits: int) -> MergeReport:
+    """How two sets of logits `[L, vocabulary]` differ.
+
+    Raises:
+        ValueError: if it is more than rounding.
+    """
+    report = MergeReport(
+        base_bits=base_bits,
+        positions=len(before),
+        largest_logit=before.abs().max().item(),
+        largest_difference=(before - after).abs().max().item(),
+        same_greedy_tokens=int((before.argmax(-1) == after.argmax(-1)).sum()),
+    )
+    if not report.largest_difference <= MAX_RELATIVE_DIFFERENCE * report.largest_logit:
+        raise ValueError(f"got a merged model that computes something else: {report}; expected the same logits")
+    return report
+
+
 def _merge(
     adapter: str, *, base_model: str | None, base_bits: int
 ) -> tuple[torch.Tensor, PreTrainedModel, ProcessorMixin]:
@@ -141,21 +159,3 @@ def _example(processor: ProcessorMixin) -> BatchFeature:
         return_dict=True,
         return_tensors="pt",
     )
-
-
-def compare(before: torch.Tensor, after: torch.Tensor, *, base_bits: int) -> MergeReport:
-    """How two sets of logits `[L, vocabulary]` differ.
-
-    Raises:
-        ValueError: if it is more than rounding.
-    """
-    report = MergeReport(
-        base_bits=base_bits,
-        positions=len(before),
-        largest_logit=before.abs().max().item(),
-        largest_difference=(before - after).abs().max().item(),
-        same_greedy_tokens=int((before.argmax(-1) == after.argmax(-1)).sum()),
-    )
-    if not report.largest_difference <= MAX_RELATIVE_DIFFERENCE * report.largest_logit:
-        raise ValueError(f"got a merged model that computes something else: {report}; expected the same logits")
-    return report

@@ -68,19 +68,6 @@ def read_run_files(folder: Path) -> RunFiles:
     )
 
 
-def _read_lines(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def _sum_emissions(path: Path) -> dict[str, Any]:
-    """The sum over all lines; a run that was resumed wrote several."""
-    lines = _read_lines(path)
-    numbers = {name: math.fsum(float(line[name]) for line in lines) for name in EMISSIONS_NUMBERS}
-    names = {name: ", ".join(dict.fromkeys(filter(None, (line[name] for line in lines)))) for name in EMISSIONS_NAMES}
-    return names | add_source(numbers, EMISSIONS_FILE)
-
-
 def carry_files(source: Path, out: Path) -> None:
     """Copy the files of a training that belong into its repository; of the emissions only what a card says."""
     found = [source / name for name in CARRIED_FILES] + sorted((source / RESULTS_FOLDER).glob("*.json"))
@@ -95,3 +82,16 @@ def carry_files(source: Path, out: Path) -> None:
             writer = csv.DictWriter(file, [*EMISSIONS_NUMBERS, *EMISSIONS_NAMES], extrasaction="ignore")
             writer.writeheader()
             writer.writerows(lines)
+
+
+def _sum_emissions(path: Path) -> dict[str, Any]:
+    """The sum over all lines; a run that was resumed wrote several."""
+    lines = _read_lines(path)
+    numbers = {name: math.fsum(float(line[name]) for line in lines) for name in EMISSIONS_NUMBERS}
+    names = {name: ", ".join(dict.fromkeys(filter(None, (line[name] for line in lines)))) for name in EMISSIONS_NAMES}
+    return names | add_source(numbers, EMISSIONS_FILE)
+
+
+def _read_lines(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

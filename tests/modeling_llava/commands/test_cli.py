@@ -228,7 +228,7 @@ def test_chat_in_a_process_of_its_own(checkpoint, picture, tmp_path, start_chat)
 
 @pytest.mark.parametrize("word", ["exit", "quit", "/quit", "/exit", " Exit "])
 def test_words_that_end_a_chat(word, monkeypatch, capsys):
-    monkeypatch.setattr(answering, "_session", lambda options, limits: None)
+    monkeypatch.setattr(answering, "_start_session", lambda options, limits: None)
     monkeypatch.setattr("builtins.input", lambda prompt: word)
     assert main(["chat"]) == 0
 

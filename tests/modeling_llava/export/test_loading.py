@@ -244,13 +244,13 @@ PUBLISHED_KEYS = [
         for kind in ("weight", "bias")
     ),
 ]
-"""Of llava-hf/llava-1.5-7b-hf, for a model of two text and four vision layers, of which three are used."""
+"""Names of llava-hf/llava-1.5-7b-hf, for a model of two text and four vision layers, of which three are used."""
 PUBLISHED_NEXT_KEYS = [*PUBLISHED_KEYS, "image_newline"]
-"""Of llava-hf/llava-v1.6-vicuna-7b-hf."""
+"""Names of llava-hf/llava-v1.6-vicuna-7b-hf."""
 PUBLISHED_SIGLIP_KEYS = [
     key for key in PUBLISHED_KEYS if "class_embedding" not in key and "pre_layrnorm" not in key
 ] + ["vision_tower.vision_model.embeddings.patch_embedding.bias"]
-"""Of llava-hf/llava-interleave-qwen-0.5b-hf, but for its language model."""
+"""Names of llava-hf/llava-interleave-qwen-0.5b-hf, with another language model."""
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def logits_of(model, folder) -> torch.Tensor:
 
 
 def save_wide_checkpoint(folder):
-    """bitsandbytes answers on a processor only if widths are multiples of 64."""
+    """bitsandbytes answers on a CPU only if widths are multiples of 64."""
     processor = tiny_processor()
     text_config = LlamaConfig(
         vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
@@ -62,7 +62,7 @@ def test_a_16_bit_base(adapter, workspace, tmp_path, capsys):
 
 
 def test_a_base_in_the_layout_of_transformers(adapter, workspace, tmp_path):
-    """Their class calls the projector otherwise; the trained one has to arrive all the same."""
+    """Their class has another name for the projector; the trained one has to arrive all the same."""
     start = AnyLlavaForConditionalGeneration.from_pretrained(workspace / "start")
     start.save_pretrained(tmp_path / "base", layout="transformers")
     merge_adapter(str(adapter), tmp_path / "expected")

@@ -156,7 +156,7 @@ def test_the_card_of_a_trained_model(finished, tmp_path, capsys):
 
 
 def test_figures_of_two_files_keep_their_sources(finished, tmp_path, capsys):
-    """Of one dataset and split, by name and by seed."""
+    """The figures are of one dataset and split, and differ in name or seed."""
     (result,) = RESULTS["results"]
     results = finished / "results"
     (results / "easy.json").write_text(json.dumps(RESULTS | {"results": [result | {"benchmark": "POPE, easy"}]}))
