@@ -78,7 +78,9 @@ def test_a_4_bit_base_is_the_one_that_was_trained_on(workspace, tmp_path, capsys
     """The record says qlora, so the adapter goes onto the weights as they were rounded."""
     pytest.importorskip("bitsandbytes")
     start = save_wide_checkpoint(tmp_path / "start")
-    adapter = train_tiny(workspace, "qlora", model=str(start), lora={"r": 4, "lora_alpha": 8})
+    adapter = train_tiny(
+        workspace, "qlora", model=str(start), lora={"r": 4, "lora_alpha": 8}, output_dir=str(tmp_path / "adapter")
+    )
     assert main(["merge", str(adapter), "--out", str(tmp_path / "merged")]) == 0
     assert "4-bit base; logits before and after differ" in capsys.readouterr().out
     base = AutoModelForVision2Seq.from_pretrained(start, quantization_config=four_bit_config())
