@@ -1,1 +1,1 @@
-"""Jinja templates of model cards."""
+"""Templates of the cards of models, adapters, datasets and Spaces, and facts of published models."""

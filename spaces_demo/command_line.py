@@ -112,14 +112,14 @@ def _add_models(commands) -> None:
     assemble.add_argument("--patch-merge-type", default="flat", help="of tiles: flat, spatial or spatial_unpad")
     assemble.add_argument("--seed", type=int, default=0, help="of the projector's initial weights")
     assemble.add_argument("--out", required=True, help="folder to write")
-    assemble.set_defaults(run="modeling_llava.commands.models:run_assemble")
+    assemble.set_defaults(run="modeling_llava.commands.training:run_assemble")
 
     merge = commands.add_parser("merge", help="make one model of an adapter and its base")
     merge.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
     merge.add_argument("--out", required=True, help="folder to write")
     merge.add_argument("--base-model", help="folder or Hub id to use instead of the one that the adapter names")
     merge.add_argument("--base-bits", type=int, help="4 if it was trained on a 4-bit base (default: see its record)")
-    merge.set_defaults(run="modeling_llava.commands.models:run_merge")
+    merge.set_defaults(run="modeling_llava.commands.training:run_merge")
 
     doctor = commands.add_parser("doctor", help="versions, device, cached models, and the memory that a model needs")
     doctor.add_argument("--parameters", type=float, default=7e9, help="size of a model in parameters, e.g. 7e9")
@@ -129,7 +129,7 @@ def _add_models(commands) -> None:
     doctor.add_argument("--rows", type=int, default=1, help="answers of the model at a time")
     doctor.add_argument("--quantization", help="of the model: int8 on a processor; int4, fp8 or nf4 on a GPU")
     doctor.add_argument("--visual-tokens", type=int, help="most tokens of a picture that the model sees")
-    doctor.set_defaults(run="modeling_llava.commands.models:run_doctor")
+    doctor.set_defaults(run="modeling_llava.commands.doctor:run_doctor")
 
 
 def _parse_size(text: str) -> list[int]:

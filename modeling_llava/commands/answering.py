@@ -22,7 +22,55 @@ CHAT_ENDS = ("/quit", "/exit", "quit", "exit")
 STOPPED = "\n(stopped: question and answer are forgotten, their pictures wait for the next question)"
 
 
-def _session(options: argparse.Namespace, limits):
+def run_ask(options: argparse.Namespace) -> None:
+    if len(options.inputs) < 2:
+        raise ValueError('got only one argument; expected pictures and a question: llava ask cat.jpg "What is this?"')
+    *sources, question = options.inputs
+    limits = read_image_limits(options.image_limit)
+    # Pictures are opened before the model, so that a wrong path is answered at once.
+    images = open_pictures(sources, limits=limits, standard_input=True)
+    session = _start_session(options, limits)
+    if not options.json:
+        _print_answer(options, session, question, images=images)
+        return
+    settings = _settings(options)
+    answer = "".join(session.ask(question, images=images, **settings))
+    record = {"question": question, "images": sources, "answer": answer, "model": options.model or "embedded"}
+    took = dataclasses.asdict(session.statistics)
+    print(json.dumps(record | settings | took, ensure_ascii=False))
+
+
+def run_chat(options: argparse.Namespace) -> None:
+    limits = read_image_limits(options.image_limit)
+    waiting = open_pictures(options.images, limits=limits)
+    session = _start_session(options, limits)
+    if sys.stdin.isatty():
+        # With readline, input() edits lines and recalls earlier ones, from memory only. Windows has its own.
+        with suppress(ImportError):
+            import readline  # noqa: F401
+    print(CHAT_HELP)
+    while (line := _read_line()) is not None:
+        command, _, names = line.partition(" ")
+        try:
+            if command == "/image":
+                waiting += open_pictures(_split_names(names), limits=limits)
+            elif command == "/reset":
+                session.reset()
+                waiting = []
+            elif command == "/save":
+                _save_conversation(session, _split_names(names))
+            elif command.startswith("/"):
+                print(CHAT_HELP)
+            elif line:
+                _print_answer(options, session, line, images=waiting)
+                waiting = []
+        except (ValueError, OSError) as error:
+            print(one_line(error))
+        except KeyboardInterrupt:
+            print(STOPPED)
+
+
+def _start_session(options: argparse.Namespace, limits):
     from modeling_llava.inference.chat_session import ChatSession
     from modeling_llava.inference.loading import EMBEDDED_MODEL, load_for_inference
 
@@ -42,64 +90,13 @@ def _settings(options: argparse.Namespace) -> dict:
     return {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "seed": options.seed}
 
 
-def _answer(options: argparse.Namespace, session, question: str, *, images: list) -> str:
-    """Print an answer while it is generated; returns it whole."""
-    pieces = []
-    # Closed at once where somebody stops it; the model would go on until the generator is collected.
+def _print_answer(options: argparse.Namespace, session, question: str, *, images: list) -> None:
+    """Print an answer while it is generated."""
+    # Closed at once where somebody stops it; otherwise the model goes on until the generator is collected.
     with closing(session.ask(question, images=images, **_settings(options))) as answer:
         for piece in answer:
             print(piece, end="", flush=True)
-            pieces.append(piece)
     print()
-    return "".join(pieces)
-
-
-def run_ask(options: argparse.Namespace) -> None:
-    if len(options.inputs) < 2:
-        raise ValueError('got only one argument; expected pictures and a question: llava ask cat.jpg "What is this?"')
-    *sources, question = options.inputs
-    limits = read_image_limits(options.image_limit)
-    # Pictures are opened before the model, so that a wrong path is answered at once.
-    images = open_pictures(sources, limits=limits, standard_input=True)
-    session = _session(options, limits)
-    if not options.json:
-        _answer(options, session, question, images=images)
-        return
-    settings = _settings(options)
-    answer = "".join(session.ask(question, images=images, **settings))
-    record = {"question": question, "images": sources, "answer": answer, "model": options.model or "embedded"}
-    took = dataclasses.asdict(session.statistics)
-    print(json.dumps(record | settings | took, ensure_ascii=False))
-
-
-def run_chat(options: argparse.Namespace) -> None:
-    limits = read_image_limits(options.image_limit)
-    waiting = open_pictures(options.images, limits=limits)
-    session = _session(options, limits)
-    if sys.stdin.isatty():
-        # With it, input() edits lines and brings earlier ones back; they stay in memory. Windows has its own.
-        with suppress(ImportError):
-            import readline  # noqa: F401
-    print(CHAT_HELP)
-    while (line := _read_line()) is not None:
-        command, _, names = line.partition(" ")
-        try:
-            if command == "/image":
-                waiting += open_pictures(_split_names(names), limits=limits)
-            elif command == "/reset":
-                session.reset()
-                waiting = []
-            elif command == "/save":
-                _save_conversation(session, _split_names(names))
-            elif command.startswith("/"):
-                print(CHAT_HELP)
-            elif line:
-                _answer(options, session, line, images=waiting)
-                waiting = []
-        except (ValueError, OSError) as error:
-            print(one_line(error))
-        except KeyboardInterrupt:
-            print(STOPPED)
 
 
 def _read_line() -> str | None:

@@ -1,8 +1,9 @@
-"""What `llava doctor` prints: versions, device, memory, cached models, and what a model needs.
+"""`llava doctor`: versions, device, cached models, and the memory that a model needs.
 
-Of a model that is named, it is what generating takes (`generation_memory.py`); of a number of parameters, the weights.
+A model that is named needs the memory of an answer (`generation_memory.py`); a number of parameters, that of weights.
 """
 
+import argparse
 import importlib.metadata
 import platform
 
@@ -14,6 +15,20 @@ from modeling_llava.acceleration.devices import count_free_bytes, format_bytes
 
 PACKAGES = ("anyllava", "torch", "transformers", "safetensors", "huggingface_hub", "peft", "trl", "datasets", "gradio")
 BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
+
+
+def run_doctor(options: argparse.Namespace) -> None:
+    print(
+        report(
+            num_parameters=options.parameters,
+            model=options.model,
+            num_images=options.images,
+            num_new_tokens=options.new_tokens,
+            num_rows=options.rows,
+            quantization=options.quantization,
+            visual_tokens=options.visual_tokens,
+        )
+    )
 
 
 def report(
@@ -31,11 +46,11 @@ def report(
     Args:
         num_parameters: Size of a model, whose weights are computed if no model is named.
         model: Folder or Hub id of the model that is to answer.
-        num_images: In each of its prompts.
-        num_new_tokens: Of each answer.
-        num_rows: Answers at a time.
-        quantization: As `load_for_inference`.
-        visual_tokens: As `load_for_inference`.
+        num_images: Images in each of its prompts.
+        num_new_tokens: Length of each answer.
+        num_rows: Number of answers at a time.
+        quantization: The same as for `load_for_inference`.
+        visual_tokens: The same as for `load_for_inference`.
 
     Raises:
         ValueError: if there is no such model or quantization, or a number is too small.

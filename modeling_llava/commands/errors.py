@@ -1,12 +1,14 @@
-"""What a user can get wrong, as one line."""
+"""Mistakes of a user, each as one line."""
 
 import re
 
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 
+from modeling_llava.records.yaml_fields import ACCESS_TOKEN
+
 PATH_ERRORS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
-"""What a path that a user gave can cause."""
+"""Errors that a path of a user can cause."""
 
 USER_ERRORS = (ValueError, TemplateError, SafetensorError, *PATH_ERRORS)
 
@@ -26,11 +28,11 @@ EXTRAS = {
     "fastapi": "'transformers[serving]'",
     "torchao": "torchao",
 }
-"""Packages that a command may need, and what pip is to install for them."""
+"""Packages that a command may need, and the argument of pip that installs them."""
 
 
 def explain(error: Exception) -> str:
-    """One line for what a user can get wrong.
+    """One line for a mistake of a user.
 
     Raises:
         Exception: as it was given, if it is a fault of ours.
@@ -43,7 +45,7 @@ def explain(error: Exception) -> str:
 
 
 def missing_extra(error: ImportError) -> str:
-    """Which package is missing; one that no command may need is an error of ours.
+    """One line that names a missing package; one that no command may need is an error of ours.
 
     Raises:
         ImportError: as it was given.
@@ -51,7 +53,8 @@ def missing_extra(error: ImportError) -> str:
     if not isinstance(error, ModuleNotFoundError):
         # transformers and this package name the package, and how to install it, in a plain ImportError.
         return one_line(error)
-    # transformers has a sentence where the name belongs: "The 'deepspeed>=0.9.3' distribution was not found".
+    # Where the name belongs is a sentence (transformers 5.23, utils/versions.py): "The 'deepspeed>=0.9.3' distribution
+    # was not found".
     package = re.match(r"(?:The ')?([\w-]*)", error.name or "")[1]
     if package not in EXTRAS:
         raise error
@@ -59,13 +62,11 @@ def missing_extra(error: ImportError) -> str:
 
 
 def one_line(error: Exception) -> str:
-    from modeling_llava.export.repository_check import ACCESS_TOKEN
-
-    # Messages repeat what was got.
+    """The message of an error without line breaks and without tokens."""
     text = ACCESS_TOKEN.sub("hf_...", str(error))
     if isinstance(error, SafetensorError):
         text = f"got weights that cannot be read ({text}); expected whole files: copy or download the model again"
     if "Original Traceback" in text:
-        # A worker of a data loader sends its whole traceback; the last line has the error.
+        # A worker of a data loader sends its whole traceback (torch 2.13, _utils.py); the last line has the error.
         text = text.strip().splitlines()[-1].split(": ", 1)[-1]
     return " ".join(text.split())

@@ -5,20 +5,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 
-def _export_settings(options: argparse.Namespace):
-    from modeling_llava.export.card_facts import CardFacts, read_facts
-    from modeling_llava.export.export_settings import ExportSettings
-    from modeling_llava.records.data_manifest import read_manifest
-    from modeling_llava.records.yaml_fields import build
-
-    given = {"license": options.license, "base_model": options.base_model}
-    given = {name: value for name, value in given.items() if value is not None}
-    facts = build(CardFacts, vars(read_facts(options.card)) | given, where="the command line")
-    data = [] if options.data_manifest is None else read_manifest(options.data_manifest)
-    kept = {name: getattr(options, name) for name in ("repo_id", "layout", "with_code", "keep_card", "image_folder")}
-    return ExportSettings(facts=facts, data=data, **kept)
-
-
 def run_export(options: argparse.Namespace) -> None:
     from modeling_llava.export.repository import export_repository
 
@@ -41,15 +27,22 @@ def run_push(options: argparse.Namespace) -> None:
         if options.dry_run:
             print(f"nothing was sent to {options.repo_id}")
             return
-        print(
-            push_repository(
-                exported.folder,
-                options.repo_id,
-                exported.kind,
-                private=options.private,
-                pull_request=options.pull_request,
-            )
-        )
+        sent = push_repository(exported, options.repo_id, private=options.private, pull_request=options.pull_request)
+        print(sent)
+
+
+def _export_settings(options: argparse.Namespace):
+    from modeling_llava.export.card_facts import CardFacts, read_facts
+    from modeling_llava.export.export_settings import ExportSettings
+    from modeling_llava.records.data_manifest import read_manifest
+    from modeling_llava.records.yaml_fields import build
+
+    given = {"license": options.license, "base_model": options.base_model}
+    given = {name: value for name, value in given.items() if value is not None}
+    facts = build(CardFacts, vars(read_facts(options.card)) | given, where="the command line")
+    data = [] if options.data_manifest is None else read_manifest(options.data_manifest)
+    kept = {name: getattr(options, name) for name in ("repo_id", "layout", "with_code", "keep_card", "image_folder")}
+    return ExportSettings(facts=facts, data=data, **kept)
 
 
 def _show_exported(exported) -> None:

@@ -17,7 +17,7 @@ _CONVERTERS = {
     "PDF": ("pypdfium2", "import pypdfium2; pypdfium2.PdfDocument(argv[1])[0].render(scale=2).to_pil().save(argv[2])"),
     "SVG": ("resvg_py", "import resvg_py; open(argv[2], 'wb').write(bytes(resvg_py.svg_to_bytes(svg_path=argv[1])))"),
 }
-"""By format, what pip has to install first, and the Python that makes a PNG."""
+"""Package that pip has to install first, and the Python that makes a PNG, by format."""
 _READ_BY_PILLOW = ("AVIF", "ICO", "JPEG 2000", "PSD", "TIFF")
 # PNG holds 16-bit grey and transparency as they are; what it does not hold, such as CMYK, has colours of its own.
 _BY_PILLOW = (
@@ -69,7 +69,7 @@ def open_pictures(sources: list[str], *, limits: ImageLimits, standard_input: bo
 
 
 def find_kind(path: Path) -> str | None:
-    """The format of a file that only others open, if a command here converts it; None for any other file, or none."""
+    """The format of a file that this package does not open and a command here converts; None for any other path."""
     try:
         # Opening a pipe would wait for somebody who writes.
         if not path.is_file():
@@ -83,7 +83,7 @@ def find_kind(path: Path) -> str | None:
 
 
 def write_conversion(path: Path, kind: str) -> str:
-    """The command that makes a PNG of it, beside it."""
+    """The command that writes a PNG beside a file."""
     package, code = _CONVERTERS.get(kind, _BY_PILLOW)
     python = [sys.executable, "-c", f"from sys import argv; {code}", str(path), f"{path}.png"]
     install = [[sys.executable, "-m", "pip", "install", package]] if package else []

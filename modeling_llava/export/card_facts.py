@@ -1,4 +1,4 @@
-"""What a card says that no file of a run can know: a YAML file given as `--card`, or one of `hub_cards/published`."""
+"""Facts of a card that no file of a run can know: a YAML file given as `--card`, or one of `hub_cards/published`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ class PublishedFigures:
     source: str
     """Address of the page or file."""
     values: dict[str, float | int]
-    """By benchmark, with the metric where it has several."""
+    """Value of each benchmark, named with the metric where it has several."""
     note: str | None = None
 
     def __post_init__(self) -> None:
@@ -65,7 +65,7 @@ class CardFacts:
     contact: str | None = None
     paper: str | None = None
     released: str | None = None
-    """When, in words."""
+    """Date in words."""
     uses: str | None = None
     misuse: str | None = None
     limits: list[str] = field(default_factory=list)
@@ -74,7 +74,7 @@ class CardFacts:
     figures: list[dict] = field(default_factory=list)
     """See `PublishedFigures`."""
     opt_outs: str | None = None
-    """How reservations of rights holders were respected while data was collected."""
+    """How the collection of the data respected reservations of rights holders."""
     removed: str | None = None
     """What was done to remove unlawful content from the data."""
 

@@ -1,40 +1,52 @@
 """Rows of training data as a dataset repository: Parquet files with the pictures inside, and a card."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import DatasetCardData
 
-from modeling_llava.records.data_manifest import DATA_KINDS, NOT_STATED, SIZE_CATEGORIES, DataEntry
+from modeling_llava.records.data_manifest import DATA_KINDS, NOT_STATED
 from modeling_llava.records.figures import add_source, build_environment
 from processing_llava.data.data_sources import DataSource
 
-from .card_facts import CardFacts
-from .model_card import Part, assemble_card, find_conflicts
+from .export_settings import Exported, ExportSettings
+from .model_card import assemble_card
+from .repository_check import Part, find_conflicts, find_language_problems
 
 SHARD_BYTES = 500_000_000
 """About the size of one Parquet file."""
+SIZE_CATEGORIES = (
+    (1_000, "n<1K"),
+    (10_000, "1K<n<10K"),
+    (100_000, "10K<n<100K"),
+    (1_000_000, "100K<n<1M"),
+    (10_000_000, "1M<n<10M"),
+    (100_000_000, "10M<n<100M"),
+    (1_000_000_000, "100M<n<1B"),
+)
+"""Number of rows below which a category of the Hub ends, and its name."""
 
 
-def write_dataset_repository(
-    source: DataSource, out: Path, *, facts: CardFacts, data: list[DataEntry], repo_id: str
-) -> list[str]:
-    """Write `data/train-*.parquet` and README.md; returns the licence conflicts.
+def write_dataset_repository(source: Path, out: Path, settings: ExportSettings) -> Exported:
+    """Write `data/train-*.parquet` and README.md.
 
     Raises:
         ValueError: if a record or picture cannot be read, or the licence is missing.
     """
+    facts = settings.facts
+    data = settings.data or facts.data_entries
     license_id = facts.require_license()
-    counts = write_parquet(source, out / "data")
+    counts = write_parquet(DataSource(path=str(source), image_folder=settings.image_folder), out / "data")
     parts = [Part(name=entry.name, kind="data", license=entry.license) for entry in data]
     conflicts = find_conflicts(license_id, parts)
-    title = facts.choose_title(repo_id)
+    title = facts.choose_title(settings.repo_id)
     body = (
         build_environment()
         .get_template("dataset.md.jinja")
         .render(
             title=title,
-            repo_id=repo_id,
+            repo_id=settings.repo_id,
             facts=facts,
             data=data,
             kinds=DATA_KINDS,
@@ -56,8 +68,20 @@ def write_dataset_repository(
         tags=["llava", *facts.tags],
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],
     )
-    (out / "README.md").write_text(assemble_card(metadata, body, layout="dataset", repo_id=repo_id), encoding="utf-8")
-    return conflicts
+    card = assemble_card(metadata, body, layout="dataset", repo_id=settings.repo_id)
+    (out / "README.md").write_text(card, encoding="utf-8")
+    return Exported(folder=out, kind="dataset", notices=conflicts)
+
+
+def find_dataset_problems(folder: Path, metadata: dict[str, Any] | None) -> Iterator[str]:
+    """Languages that are none, and files that the card names and the folder lacks."""
+    if metadata is None:
+        return
+    yield from find_language_problems(metadata)
+    for config in metadata.get("configs") or []:
+        for files in config["data_files"]:
+            if not any(folder.glob(files["path"])):
+                yield f"configs names {files['path']}, and there is no such file"
 
 
 def write_parquet(source: DataSource, folder: Path) -> dict[str, int]:

@@ -1,4 +1,7 @@
-"""What is decided about an export, and what comes out of it."""
+"""What is decided about an export, and what comes out of it.
+
+It stands apart from `repository.py` because the files of all kinds, which that one imports, need both classes.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +25,7 @@ class ExportSettings:
     """Where image paths of a dataset start."""
     facts: CardFacts = field(default_factory=CardFacts)
     data: list[DataEntry] = field(default_factory=list)
-    """A data manifest, instead of that of the facts or of the training record."""
+    """Data manifest to use instead of that of the facts or of the training record."""
     keep_card: bool = False
     """Take the README.md of a model's folder instead of writing one."""
 
@@ -34,6 +37,6 @@ class Exported:
     folder: Path
     kind: str
     layout: str | None = None
-    """Of a model."""
+    """Layout of a model."""
     notices: list[str] = field(default_factory=list)
     """What a person should know: licences that do not fit, what the layout changes."""

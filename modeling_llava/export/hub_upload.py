@@ -10,22 +10,13 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import BadRequestError, HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from modeling_llava.records.run_files import CARRIED_FILES
-
-from .model_card import HUB_RESULTS_FILE
-from .remote_code import collect_modules
-from .repository import KINDS
-from .repository_check import check_repository, read_card
+from .export_settings import Exported
+from .repository import KINDS, Kind
+from .repository_check import read_card
 
 CLIENT_ERROR = HfHubHTTPError.__bases__[0]
-"""What a lost connection raises, in the client that huggingface_hub uses: httpx up to 1.x, httpx2 from 2.0 on."""
+"""What a lost connection raises: the error of httpx up to huggingface_hub 1.x, of httpx2 from 2.0 on (errors.py)."""
 IGNORED_FOLDERS = ("__pycache__", ".cache", ".git")
-_MODEL_FILES = (
-    "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", "adapter_config.json",
-    "adapter_model.safetensors", "config.json", "generation_config.json", "preprocessor_config.json",
-    "tokenizer.model", "TRAINING_DATA_SUMMARY.md", "results/*.json", HUB_RESULTS_FILE.as_posix(), *CARRIED_FILES,
-)  # fmt: skip
-"""What one export of a model or adapter holds and another one may lack."""
 _CARD_REFUSED = "the Hub refuses this, most often for the card: correct the metadata at the top of README.md"
 _MEANINGS = {
     400: _CARD_REFUSED,
@@ -42,7 +33,7 @@ _MEANINGS = {
 
 
 def list_files(folder: Path) -> dict[str, int]:
-    """What would go up: bytes by the path in the repository."""
+    """Sizes in bytes of the files that would go up, by their path in the repository."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {
         path.relative_to(folder).as_posix(): path.stat().st_size
@@ -51,28 +42,26 @@ def list_files(folder: Path) -> dict[str, int]:
     }
 
 
-def push_repository(folder: Path, repo_id: str, kind: str, *, private: bool = True, pull_request: bool = False) -> str:
+def push_repository(exported: Exported, repo_id: str, *, private: bool = True, pull_request: bool = False) -> str:
     """Create or update a repository.
 
     Args:
-        folder: As `llava export` wrote it.
-        kind: A key of `KINDS`.
-        private: Of a new repository; an existing one must not be more open than that.
+        exported: Folder that `prepare_repository` checked.
+        private: Whether nobody else sees a new repository; an existing one must not be more open than that.
         pull_request: Propose the files to an existing repository instead of writing them.
 
     Returns:
         The address of the commit or pull request.
 
     Raises:
-        ValueError: if the folder may not go up, or saying what the Hub's refusal means.
+        ValueError: saying what the Hub's refusal means.
     """
-    check_repository(folder, kind)
     api = HfApi()
     try:
         user = api.whoami()
         if not pull_request:
             _check_owner(user, repo_id)
-        return _push(api, folder, repo_id, kind, private=private, pull_request=pull_request)
+        return _push(api, exported.folder, repo_id, KINDS[exported.kind], private=private, pull_request=pull_request)
     except LocalTokenNotFoundError as error:
         raise ValueError(f"got no token of the Hub; expected one: {_MEANINGS[401]}") from error
     except OfflineModeIsEnabled as error:
@@ -89,17 +78,11 @@ def push_repository(folder: Path, repo_id: str, kind: str, *, private: bool = Tr
         ) from error
 
 
-def list_replaced(kind: str) -> list[str]:
-    """Patterns of files that an earlier push may have left, and that would be read beside those that go up."""
-    if kind == "space":
-        return []
-    if kind == "dataset":
-        return ["data/train-*"]
-    return [*_MODEL_FILES, *(f"{name}.py" for name in collect_modules())]
-
-
 def _check_owner(user: dict[str, Any], repo_id: str) -> None:
-    """Refuse a name of somebody else: huggingface_hub takes their public repository for one that it created."""
+    """Refuse a name of somebody else.
+
+    `create_repo(exist_ok=True)` takes their public repository for its own (huggingface_hub 2.4, hf_api.py).
+    """
     owner = repo_id.split("/")[0]
     own = [user["name"], *(organization["name"] for organization in user.get("orgs", []))]
     if "/" in repo_id and owner not in own:
@@ -109,10 +92,10 @@ def _check_owner(user: dict[str, Any], repo_id: str) -> None:
         )
 
 
-def _push(api: HfApi, folder: Path, repo_id: str, kind: str, *, private: bool, pull_request: bool) -> str:
-    repo_type = KINDS[kind]
+def _push(api: HfApi, folder: Path, repo_id: str, kind: Kind, *, private: bool, pull_request: bool) -> str:
+    repo_type = kind.repo_type
     if not pull_request:
-        sdk = read_card(folder / "README.md")[0]["sdk"] if repo_type == "space" else None
+        sdk = read_card(folder).metadata["sdk"] if repo_type == "space" else None
         api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk)
     if private and not pull_request and not api.repo_info(repo_id, repo_type=repo_type).private:
         raise ValueError(f"got {repo_id}, which exists and is public; expected a private one: give --public to go on")
@@ -122,7 +105,7 @@ def _push(api: HfApi, folder: Path, repo_id: str, kind: str, *, private: bool, p
             repo_type=repo_type,
             folder_path=folder,
             create_pr=pull_request,
-            delete_patterns=list_replaced(kind),
+            delete_patterns=kind.list_replaced(),
             ignore_patterns=[f"{start}{name}/**" for name in IGNORED_FOLDERS for start in ("", "**/")],
             commit_message="Upload with llava push",
         )

@@ -1,4 +1,4 @@
-"""`llava merge`: one model of an adapter and its base, with the logits of both compared.
+"""`llava merge`: an adapter and its base become one model, whose logits are compared with theirs.
 
 What is surprising: an adapter that was trained on a 4-bit base corrects the rounding of that base too. It is merged
 into the 4-bit weights written out as 16 bits, not into the weights they were rounded from.
@@ -22,7 +22,7 @@ from modeling_llava.records.run_files import RECORD_FILE
 from processing_llava.original.original_folder import OriginalFolder, find_installed, read_json, resolve_beside
 
 MAX_RELATIVE_DIFFERENCE = 0.1
-"""Of the largest logit. Rounding to 16 bits stays far below; an adapter of another base does not."""
+"""Share of the largest logit. Rounding to 16 bits stays far below; an adapter of another base does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +33,14 @@ class MergeReport:
     positions: int
     largest_logit: float
     largest_difference: float
-    same_likeliest_tokens: int
-    """Positions where both think the same token the likeliest."""
+    same_greedy_tokens: int
+    """Positions where greedy decoding chooses the same token."""
 
     def __str__(self) -> str:
         return (
             f"{self.base_bits}-bit base; logits before and after differ by at most {self.largest_difference:.2g} "
-            f"(largest logit {self.largest_logit:.4g}); the likeliest token is the same at "
-            f"{self.same_likeliest_tokens} of {self.positions} positions"
+            f"(largest logit {self.largest_logit:.4g}); the greedy token is the same at "
+            f"{self.same_greedy_tokens} of {self.positions} positions"
         )
 
 
@@ -82,6 +82,24 @@ def merge_adapter(
     return report
 
 
+def compare(before: torch.Tensor, after: torch.Tensor, *, base_bits: int) -> MergeReport:
+    """How two sets of logits `[L, vocabulary]` differ.
+
+    Raises:
+        ValueError: if it is more than rounding.
+    """
+    report = MergeReport(
+        base_bits=base_bits,
+        positions=len(before),
+        largest_logit=before.abs().max().item(),
+        largest_difference=(before - after).abs().max().item(),
+        same_greedy_tokens=int((before.argmax(-1) == after.argmax(-1)).sum()),
+    )
+    if not report.largest_difference <= MAX_RELATIVE_DIFFERENCE * report.largest_logit:
+        raise ValueError(f"got a merged model that computes something else: {report}; expected the same logits")
+    return report
+
+
 def _merge(
     adapter: str, *, base_model: str | None, base_bits: int
 ) -> tuple[torch.Tensor, PreTrainedModel, ProcessorMixin]:
@@ -103,7 +121,7 @@ def _merge(
     config = PeftConfig.from_pretrained(adapter)
     base_model = find_installed(base_model) if base_model else resolve_beside(adapter, config.base_model_name_or_path)
     # transformers' own class, which "auto" takes for its layout, has another name for our projector; PEFT would leave
-    # the trained one out with a warning.
+    # the trained one out without an error (peft 0.21, peft_model.py).
     is_ours = needs_our_class(adapter, {})
     model_class = AnyLlavaForConditionalGeneration if is_ours else AutoModelForVision2Seq
     if base_bits == 16:
@@ -112,7 +130,7 @@ def _merge(
     else:
         before = _compute_logits(PeftModel.from_pretrained(_load_4_bits(model_class, base_model), adapter), processor)
         model = PeftModel.from_pretrained(_load_4_bits(model_class, base_model).dequantize(), adapter)
-    # What has no place is reported by the second time alone; a class of transformers would leave it out.
+    # Of the two, only load_adapter returns the keys that found no place (peft 0.21, peft_model.py).
     found = model.load_adapter(adapter, "default")
     refuse_unfit_weights(found._asdict() | {"mismatched_keys": []}, weights, adapter)
     merged = model.merge_and_unload(safe_merge=True)
@@ -141,21 +159,3 @@ def _example(processor: ProcessorMixin) -> BatchFeature:
         return_dict=True,
         return_tensors="pt",
     )
-
-
-def compare(before: torch.Tensor, after: torch.Tensor, *, base_bits: int) -> MergeReport:
-    """How two sets of logits `[L, vocabulary]` differ.
-
-    Raises:
-        ValueError: if it is more than rounding.
-    """
-    report = MergeReport(
-        base_bits=base_bits,
-        positions=len(before),
-        largest_logit=before.abs().max().item(),
-        largest_difference=(before - after).abs().max().item(),
-        same_likeliest_tokens=int((before.argmax(-1) == after.argmax(-1)).sum()),
-    )
-    if not report.largest_difference <= MAX_RELATIVE_DIFFERENCE * report.largest_logit:
-        raise ValueError(f"got a merged model that computes something else: {report}; expected the same logits")
-    return report

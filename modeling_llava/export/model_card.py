@@ -1,7 +1,4 @@
-"""README.md and TRAINING_DATA_SUMMARY.md of a model or adapter, from the files of its training and what people say.
-
-Whether the licence of a model fits those of its parts is reported for a person to look at; it is no legal advice.
-"""
+"""README.md and TRAINING_DATA_SUMMARY.md of a model or adapter, from the files of its training and stated facts."""
 
 import re
 from dataclasses import dataclass, field
@@ -16,7 +13,6 @@ from huggingface_hub import (
     EvalResultEntry,
     ModelCard,
     ModelCardData,
-    SpaceCardData,
     eval_result_entries_to_yaml,
 )
 
@@ -25,65 +21,10 @@ from modeling_llava.records.figures import build_environment
 from modeling_llava.records.run_files import RunFiles
 
 from .card_facts import CardFacts
-
-NON_COMMERCIAL = frozenset(
-    {
-        "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0",
-        "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "deepfloyd-if-license", "fair-noncommercial-research-license",
-        "h-research", "intel-research",
-    }
-)  # fmt: skip
-NO_DERIVATIVES = frozenset({"cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nd-4.0"})
-SHARE_ALIKE = frozenset(
-    {
-        "agpl-3.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0",
-        "cdla-sharing-1.0", "gpl", "gpl-2.0", "gpl-3.0", "odbl",
-    }
-)  # fmt: skip
-PASSED_ON = frozenset(
-    {"gemma", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "openrail", "creativeml-openrail-m"}
-)
-"""Licences of models whose terms every derivative carries on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Something a model was made of."""
-
-    name: str
-    kind: str
-    """"base model" or "data"."""
-    license: str | None
-    """Identifier of the Hub; None where nobody said."""
-
-
-def find_conflicts(license_id: str, parts: list[Part]) -> list[str]:
-    """What does not fit, one sentence each.
-
-    Args:
-        license_id: Of the model, as the Hub calls it.
-    """
-    conflicts = []
-    for part in parts:
-        named = f"{part.kind} {part.name} is under {part.license}"
-        if part.license is None or part.license == "unknown":
-            conflicts.append(f"the licence of {part.kind} {part.name} is not stated")
-        elif part.license == "other":
-            conflicts.append(f"{part.kind} {part.name} has terms of its own, which have to be read")
-        if part.license in NO_DERIVATIVES:
-            conflicts.append(f"{named}, which allows no derivatives")
-        if part.license in NON_COMMERCIAL and license_id not in NON_COMMERCIAL:
-            own = "the terms of the model have to be read" if license_id == "other" else f"{license_id} does not"
-            conflicts.append(f"{named}, which forbids commercial use; {own}")
-        if part.license in SHARE_ALIKE and part.license != license_id:
-            conflicts.append(f"{named}, which asks derivatives to be shared alike; the model is under {license_id}")
-        if part.kind == "base model" and part.license in PASSED_ON and part.license != license_id:
-            conflicts.append(f"{named}, whose terms derivatives carry on; the model is under {license_id}")
-    return conflicts
-
+from .repository_check import Part, find_conflicts
 
 PREPARED_MARK = "<!-- Prepared by anyllava"
-"""How a card begins that `llava export` wrote: its folder is ready to go up."""
+"""Beginning of a card that `llava export` wrote: its folder is ready to go up."""
 PIPELINE_TAG = "image-text-to-text"
 HUB_RESULTS_FILE = Path(".eval_results") / "anyllava.yaml"
 """Where the Hub looks for results: on the page of the model, and in the leaderboard of a benchmark."""
@@ -91,14 +32,14 @@ RECIPE_SETTINGS = (
     "template", "image_aspect_ratio", "tokens_per_batch", "images_per_batch", "projector_learning_rate",
     "vision_tower_learning_rate", "muon_learning_rate",
 )  # fmt: skip
-"""What of a recipe decides the result beside the Trainer's settings; paths stay out."""
+"""Settings of a recipe that decide the result, beside those of the Trainer; paths stay out."""
 MODALITY_RANGES = ((1_000_000, "less than 1 million"), (1_000_000_000, "1 million to 1 billion"))
-"""Ranges of the number of pictures in the template of the EU AI Act, by their upper ends; beyond is the last one."""
+"""Ranges of the number of pictures in the template of the EU AI Act, by their upper ends."""
 
 
 @dataclass(kw_only=True)
 class ModelDescription:
-    """All that a card of a model or adapter is written from.
+    """Everything that a card of a model or adapter is written from.
 
     Raises:
         ValueError: if licence or base model are missing.
@@ -114,10 +55,10 @@ class ModelDescription:
     prompt: str
     """One conversation as the model reads it."""
     features: dict[str, Any]
-    """What its configuration says, by what a reader would call it; numbers know their file."""
+    """Values of its configuration, by the name that a reader gives them; numbers know their file."""
     has_code: bool = False
     has_other_ids: bool = False
-    """Whether transformers' processor tokenises otherwise than ours."""
+    """Whether transformers' processor tokenises differently from ours."""
     conflicts: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -238,7 +179,8 @@ def _eval_results(model: ModelDescription) -> list[EvalResult]:
             task_type=PIPELINE_TAG,
             dataset_type=result.dataset,
             dataset_name=result.benchmark,
-            # huggingface_hub merges figures of one dataset, split and configuration under the first one's source.
+            # Figures of one dataset, split and configuration are merged under the source of the first
+            # (huggingface_hub 2.4, repocard_data.py).
             dataset_config=f"{result.benchmark}, {result.value.source}",
             dataset_split=result.split,
             metric_type=result.metric,
@@ -262,33 +204,3 @@ def _eval_results(model: ModelDescription) -> list[EvalResult]:
         for benchmark, value in figures.values.items()
     ]
     return measured + published
-
-
-_GRADIO_PIN = re.compile(r"^gradio(?:\[[\w,]+\])?\s*==\s*([\w.]+)", flags=re.MULTILINE)
-
-
-def write_space_card(folder: Path, *, facts: CardFacts, repo_id: str) -> None:
-    """Write the card of a Gradio Space, with the version of Gradio that its requirements.txt pins.
-
-    Raises:
-        ValueError: if the version or the licence is missing.
-    """
-    requirements = folder / "requirements.txt"
-    pin = _GRADIO_PIN.search(requirements.read_text(encoding="utf-8")) if requirements.is_file() else None
-    if pin is None:
-        raise ValueError(f"got {folder} without gradio==VERSION in requirements.txt; expected the version to run on")
-    title = facts.choose_title(repo_id)
-    metadata = SpaceCardData(
-        title=title,
-        emoji="\N{VOLCANO}",
-        colorFrom="red",
-        colorTo="yellow",
-        sdk="gradio",
-        sdk_version=pin.group(1),
-        app_file="app.py",
-        license=facts.require_license(),
-        models=facts.base_model or None,
-        tags=["llava", *facts.tags],
-    )
-    body = build_environment().get_template("space.md.jinja").render(title=title, facts=facts)
-    (folder / "README.md").write_text(assemble_card(metadata, body, layout="space", repo_id=repo_id), encoding="utf-8")

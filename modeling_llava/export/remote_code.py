@@ -1,8 +1,8 @@
 """The code that a repository carries for those who load it with `trust_remote_code=True` and without this package.
 
-What is surprising: transformers looks for such code in one folder and follows `from .x import y` only, so both
-packages are laid flat side by side; and the two mixins that read the layouts of other code are left empty, which
-halves what a stranger has to read before trusting it.
+What is surprising: both packages lie flat side by side, because transformers looks for such code in one folder and
+follows relative imports of one dot (transformers 5.23, dynamic_module_utils.py). The two mixins that read the layouts
+of other code are left empty, which halves what a stranger has to read before trusting it.
 """
 
 import json
@@ -40,19 +40,17 @@ SEAMS = {
 _SIBLING = re.compile(r"^from (?:\.|(?:modeling|processing)_llava\.)(?:\w+\.)*(\w+) import", flags=re.MULTILINE)
 
 
-def write_remote_code(folder: Path) -> list[str]:
-    """Put the code beside a saved model and processor, name it in their configurations; returns the file names."""
+def write_remote_code(folder: Path) -> None:
+    """Put the code beside a saved model and processor, and name it in their configurations."""
     first, last = (".".join(map(str, tested)) for tested in (FIRST, LAST))
     header = (
         f"# AnyLLaVA {version('anyllava')}, Apache-2.0; for trust_remote_code=True. Copied by `llava export`.\n"
         f"# Tested with transformers {first} to {last}.\n"
     )
-    modules = collect_modules()
-    for name, text in modules.items():
+    for name, text in collect_modules().items():
         (folder / f"{name}.py").write_text(header + text, encoding="utf-8")
     _update(folder / "config.json", AUTO_MAP)
     _update(folder / "processor_config.json", _PROCESSOR)
-    return sorted(f"{name}.py" for name in modules)
 
 
 def collect_modules() -> dict[str, str]:

@@ -1,22 +1,125 @@
-"""`llava export`: a folder as it goes to the Hub, for a model, an adapter, a dataset or a Space."""
+"""`llava export`: a folder as it goes to the Hub, for a model, an adapter, a dataset or a Space.
+
+Each kind of repository has a file beside this one, which writes it and finds what is wrong with it; `KINDS` names
+them. What every kind is checked for stands in `repository_check.py`. A folder that this file returns was checked.
+"""
 
 import json
 import re
 import shutil
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from processing_llava.data.data_sources import ROW_FILES, DataSource
+from processing_llava.data.data_sources import ROW_FILES
 from processing_llava.original.original_folder import find_layout
 
+from .adapter_repository import find_adapter_problems, write_adapter_repository
+from .dataset_repository import find_dataset_problems, write_dataset_repository
 from .export_settings import Exported, ExportSettings
 from .model_card import PREPARED_MARK
-from .repository_check import check_repository
+from .model_repository import find_model_problems, list_replaced_files, write_model_repository
+from .repository_check import find_card_problems, find_file_problems, read_card
+from .space_repository import find_space_problems, write_space_repository
 
-KINDS = {"model": "model", "adapter": "model", "dataset": "dataset", "space": "space"}
-"""What can be exported, and as which type of repository."""
 _PREPARED = re.compile(rf"{re.escape(PREPARED_MARK)} .* for (\S+) -->")
-_NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.pyc", ".git", ".gradio", ".cache", ".env")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """How one kind of repository is written, checked and updated."""
+
+    repo_type: str
+    """"model", "dataset" or "space", as the Hub has it."""
+    write: Callable[[Path, Path, ExportSettings], Exported]
+    find_problems: Callable[[Path, dict[str, Any] | None], Iterator[str]]
+    """It takes the folder and the metadata of its card, None where there are none that can be read."""
+    list_replaced: Callable[[], list[str]]
+    """Patterns of files that an earlier push may have left, and that would be read beside those that go up."""
+
+
+KINDS = {
+    "model": Kind(
+        repo_type="model",
+        write=write_model_repository,
+        find_problems=find_model_problems,
+        list_replaced=list_replaced_files,
+    ),
+    "adapter": Kind(
+        repo_type="model",
+        write=write_adapter_repository,
+        find_problems=find_adapter_problems,
+        list_replaced=list_replaced_files,
+    ),
+    "dataset": Kind(
+        repo_type="dataset",
+        write=write_dataset_repository,
+        find_problems=find_dataset_problems,
+        list_replaced=lambda: ["data/train-*"],
+    ),
+    "space": Kind(
+        repo_type="space",
+        write=write_space_repository,
+        find_problems=find_space_problems,
+        list_replaced=lambda: [],
+    ),
+}
+"""What can be exported."""
+
+
+def prepare_repository(source: Path, out: Path, settings: ExportSettings) -> Exported:
+    """A prepared folder as it is, once it is checked; of anything else an export to `out`.
+
+    Raises:
+        ValueError: as `export_repository`, or if the folder was prepared for another repository.
+    """
+    prepared_id = find_prepared_id(source)
+    if prepared_id is None:
+        return export_repository(source, out, settings)
+    if settings != ExportSettings(repo_id=settings.repo_id):
+        raise ValueError(f"got {source}, which is exported already, and settings of an export; expected one of them")
+    if prepared_id != settings.repo_id:
+        raise ValueError(
+            f"got {source}, whose card was written for {prepared_id!r}; expected {settings.repo_id!r}: export it "
+            f"again with --repo-id {settings.repo_id}"
+        )
+    kind = find_kind(source)
+    check_repository(source, kind)
+    return Exported(folder=source, kind=kind)
+
+
+def find_prepared_id(source: Path) -> str | None:
+    """The repository that `llava export` wrote a folder for; None for any other folder or file."""
+    card = source / "README.md"
+    mark = _PREPARED.search(card.read_text(encoding="utf-8")) if card.is_file() else None
+    return mark.group(1) if mark else None
+
+
+def export_repository(source: Path, out: Path, settings: ExportSettings) -> Exported:
+    """Write a folder for the Hub, and check it.
+
+    Args:
+        source: Folder of a model, adapter or Space; folder or file of data.
+        out: Folder to write; must be new or empty. Nothing of it stays if something is wrong.
+
+    Raises:
+        ValueError: if something is missing, cannot be expressed, or may not go up.
+    """
+    kind = find_kind(source)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"got {out}, which holds files; expected a new or empty folder")
+    if kind != "model" and (settings.layout is not None or settings.with_code):
+        raise ValueError(f"got a layout or code for a {kind}; expected them for a model only")
+    settings = replace(settings, repo_id=settings.repo_id or out.name)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        exported = KINDS[kind].write(source, out, settings)
+        check_repository(out, kind)
+    except BaseException:
+        shutil.rmtree(out)
+        raise
+    return exported
 
 
 def find_kind(source: Path) -> str:
@@ -48,88 +151,23 @@ def find_kind(source: Path) -> str:
     )
 
 
-def find_prepared_id(source: Path) -> str | None:
-    """The repository that `llava export` wrote a folder for; None for any other folder or file."""
-    card = source / "README.md"
-    mark = _PREPARED.search(card.read_text(encoding="utf-8")) if card.is_file() else None
-    return mark.group(1) if mark else None
-
-
-def prepare_repository(source: Path, out: Path, settings: ExportSettings) -> Exported:
-    """A prepared folder as it is, once it is checked; of anything else an export to `out`.
-
-    Raises:
-        ValueError: as `export_repository`, or if the folder was prepared for another repository.
-    """
-    prepared_id = find_prepared_id(source)
-    if prepared_id is None:
-        return export_repository(source, out, settings)
-    if settings != ExportSettings(repo_id=settings.repo_id):
-        raise ValueError(f"got {source}, which is exported already, and settings of an export; expected one of them")
-    if prepared_id != settings.repo_id:
-        raise ValueError(
-            f"got {source}, whose card was written for {prepared_id!r}; expected {settings.repo_id!r}: export it "
-            f"again with --repo-id {settings.repo_id}"
-        )
-    kind = find_kind(source)
-    check_repository(source, kind)
-    return Exported(folder=source, kind=kind)
-
-
-def export_repository(source: Path, out: Path, settings: ExportSettings) -> Exported:
-    """Write a folder for the Hub, and check it.
+def check_repository(folder: Path, kind: str) -> None:
+    """Refuse a folder that may not go up.
 
     Args:
-        source: Folder of a model, adapter or Space; folder or file of data.
-        out: Folder to write; must be new or empty. Nothing of it stays if something is wrong.
+        kind: A key of `KINDS`.
 
     Raises:
-        ValueError: if something is missing, cannot be expressed, or may not go up.
+        ValueError: with every reason.
     """
-    kind = find_kind(source)
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"got {out}, which holds files; expected a new or empty folder")
-    if kind != "model" and (settings.layout is not None or settings.with_code):
-        raise ValueError(f"got a layout or code for a {kind}; expected them for a model only")
-    settings = replace(settings, repo_id=settings.repo_id or out.name)
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        exported = _export(kind, source, out, settings)
-        check_repository(out, kind)
-    except BaseException:
-        shutil.rmtree(out)
-        raise
-    return exported
+    problems = list(find_problems(folder, kind))
+    if problems:
+        raise ValueError(f"got {folder}, which may not go up: {'; '.join(problems)}; correct that first")
 
 
-def _export(kind: str, source: Path, out: Path, settings: ExportSettings) -> Exported:
-    if kind == "dataset":
-        return _export_dataset(source, out, settings)
-    if kind == "space":
-        return _export_space(source, out, settings)
-    from .model_repository import export_adapter, export_model
-
-    return (export_model if kind == "model" else export_adapter)(source, out, settings)
-
-
-def _export_dataset(source: Path, out: Path, settings: ExportSettings) -> Exported:
-    from .dataset_repository import write_dataset_repository
-
-    notices = write_dataset_repository(
-        DataSource(path=str(source), image_folder=settings.image_folder),
-        out,
-        facts=settings.facts,
-        data=settings.data or settings.facts.data_entries,
-        repo_id=settings.repo_id,
-    )
-    return Exported(folder=out, kind="dataset", notices=notices)
-
-
-def _export_space(source: Path, out: Path, settings: ExportSettings) -> Exported:
-    from .model_card import write_space_card
-    from .space_package import carry_package
-
-    shutil.copytree(source, out, dirs_exist_ok=True, ignore=_NOT_COPIED)
-    if not (out / "README.md").is_file():
-        write_space_card(out, facts=settings.facts, repo_id=settings.repo_id)
-    return Exported(folder=out, kind="space", notices=carry_package(out))
+def find_problems(folder: Path, kind: str) -> Iterator[str]:
+    """Every reason why a folder may not go up."""
+    card = read_card(folder)
+    yield from find_file_problems(folder)
+    yield from KINDS[kind].find_problems(folder, card.metadata)
+    yield from find_card_problems(folder, card)

@@ -1,8 +1,14 @@
-"""What would make a repository useless, dishonest or dangerous, found before anything leaves this machine."""
+"""What repositories of every kind may not hold: code that runs, tokens, paths of this machine, wrong licences.
+
+All of it is found on this machine, since `llava export` and `--dry-run` ask nobody; the Hub itself looks at the
+metadata of a card when it goes up (huggingface_hub 2.4, hf_api.py). Whether the licence of a model fits those of its
+parts is reported for a person to look at; it is no legal advice.
+"""
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -10,16 +16,11 @@ import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from modeling_llava.records.data_manifest import (
-    BASE_MODEL_RELATIONS,
-    LICENSES,
-    PIPELINE_TAGS,
-    SPACE_COLORS,
-    SPACE_SDKS,
-)
+from modeling_llava.records.data_manifest import LICENSES
+from modeling_llava.records.yaml_fields import ACCESS_TOKEN
 
 MAX_FILE_BYTES = 500_000_000_000
-"""Beyond it the Hub refuses a file: https://huggingface.co/docs/hub/storage-limits."""
+"""Size of the largest file that the Hub takes: https://huggingface.co/docs/hub/storage-limits."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _TEXT_FILES = (".md", ".json", ".txt", ".py", ".yaml", ".yml", ".csv", ".jinja", ".cfg", ".toml")
 # BibTeX has {{ after =, where it keeps capitals.
@@ -33,52 +34,154 @@ _PATH_IN_TEXT = re.compile(
     flags=re.VERBOSE,
 )
 _RELATIVE_LINK = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)")
-ACCESS_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(?:-[A-Za-z]{2,4})?|multilingual|code")
+_ID_FIELDS = ("base_model", "datasets", "models")
+
+# fmt: off
+NON_COMMERCIAL = frozenset({
+    "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0",
+    "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "deepfloyd-if-license", "fair-noncommercial-research-license",
+    "h-research", "intel-research",
+})
+NO_DERIVATIVES = frozenset({"cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nd-4.0"})
+SHARE_ALIKE = frozenset({
+    "agpl-3.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0",
+    "cdla-sharing-1.0", "gpl", "gpl-2.0", "gpl-3.0", "odbl",
+})
+PASSED_ON = frozenset({
+    "gemma", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "openrail", "creativeml-openrail-m",
+})
+"""Licences of models whose terms every derivative carries on."""
+# fmt: on
 
 
-def check_repository(folder: Path, kind: str) -> None:
-    """Refuse a folder that may not go up.
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """README.md of a repository."""
 
-    Args:
-        kind: "model", "adapter", "dataset" or "space".
-
-    Raises:
-        ValueError: with every reason.
-    """
-    problems = list(find_problems(folder, kind))
-    if problems:
-        raise ValueError(f"got {folder}, which may not go up: {'; '.join(problems)}; correct that first")
+    metadata: dict[str, Any] | None
+    """None where there are none that can be read."""
+    text: str = ""
+    problem: str | None = None
+    """Why there are no metadata."""
 
 
-def find_problems(folder: Path, kind: str) -> Iterator[str]:
-    """Every reason why a folder may not go up."""
-    yield from _find_file_problems(folder)
-    yield from _CONTENT_CHECKS[kind](folder)
-    card = folder / "README.md"
-    if not card.is_file():
-        yield "README.md is missing"
-        return
-    try:
-        metadata, text = read_card(card)
-    except yaml.YAMLError as error:
-        yield f"the metadata of README.md is not YAML ({error})"
-        return
-    if not isinstance(metadata, dict):
-        yield "README.md does not begin with metadata between two lines of ---"
-        return
-    yield from _find_text_problems(folder, text)
-    yield from _find_license_problems(folder, metadata)
-    yield from _METADATA_CHECKS[kind](folder, metadata)
-    for name in ("base_model", "datasets", "models"):
-        yield from _find_id_problems(metadata, name)
-
-
-def read_card(path: Path) -> tuple[Any, str]:
-    """The metadata of a README.md, None if it has none, and the text after them."""
+def read_card(folder: Path) -> Card:
+    """The README.md of a folder, whatever is wrong with it."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return Card(metadata=None, problem="README.md is missing")
     text = path.read_text(encoding="utf-8")
     block = REGEX_YAML_BLOCK.search(text)
-    return (yaml.safe_load(block.group(2)), text[block.end() :]) if block else (None, text)
+    try:
+        metadata = yaml.safe_load(block.group(2)) if block else None
+    except yaml.YAMLError as error:
+        return Card(metadata=None, problem=f"the metadata of README.md is not YAML ({error})")
+    if not isinstance(metadata, dict):
+        return Card(metadata=None, problem="README.md does not begin with metadata between two lines of ---")
+    return Card(metadata=metadata, text=text[block.end() :])
+
+
+def find_file_problems(folder: Path) -> Iterator[str]:
+    """Files that are too large, run code when they are loaded, or hold secrets or paths of this machine."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file():
+            continue
+        if path.stat().st_size > MAX_FILE_BYTES:
+            size, limit = f"{path.stat().st_size:,}", f"{MAX_FILE_BYTES:,}"
+            yield f"{name} has {size} bytes, and the Hub takes at most {limit} in one file: split it"
+        if path.suffix in _PICKLES:
+            yield f"{name} can hold code that runs when it is loaded; save it as safetensors"
+        if path.name == ".env":
+            yield f"{name} usually holds secrets"
+        if path.suffix in _TEXT_FILES and path.name != "tokenizer.json":
+            text = path.read_text(encoding="utf-8")
+            if ACCESS_TOKEN.search(text):
+                yield f"{name} holds an access token"
+            if path.suffix == ".json":
+                for value in _list_texts(json.loads(text)):
+                    yield from (f"{name} holds the path {found} of this machine" for found in find_paths(value))
+
+
+def find_card_problems(folder: Path, card: Card) -> Iterator[str]:
+    """What is wrong with a card, whatever kind of repository it describes."""
+    if card.problem is not None:
+        yield card.problem
+        return
+    for mark in dict.fromkeys(_TEMPLATE_MARK.findall(card.text)):
+        yield f"README.md holds {mark!r}, which a template left behind"
+    for path in find_paths(card.text):
+        yield f"README.md holds the path {path} of this machine"
+    for link in _RELATIVE_LINK.findall(card.text):
+        if not (folder / link).exists():
+            yield f"README.md links {link}, and there is no such file"
+    license_id = card.metadata.get("license")
+    if license_id not in LICENSES:
+        yield f"license is {license_id!r}, which the Hub does not know"
+    has_terms = "license_link" in card.metadata or any(folder.glob("LICENSE*"))
+    if license_id == "other" and not ("license_name" in card.metadata and has_terms):
+        yield "license is 'other' without license_name, and license_link or a file LICENSE"
+    for name in _ID_FIELDS:
+        for repo_id in list_values(card.metadata, name):
+            try:
+                validate_repo_id(repo_id)
+            except HFValidationError:
+                yield f"{name} is {repo_id!r}, which is no id of the Hub"
+
+
+def find_missing(folder: Path, names: list[str]) -> Iterator[str]:
+    """Files that a kind of repository needs and a folder lacks."""
+    yield from (f"{name} is missing" for name in names if not (folder / name).is_file())
+
+
+def find_language_problems(metadata: dict[str, Any]) -> Iterator[str]:
+    """Languages of a model or dataset that are no codes."""
+    for language in list_values(metadata, "language"):
+        if not _LANGUAGE.fullmatch(str(language)):
+            yield f"language is {language!r}, which is no code such as 'en'"
+
+
+def list_values(metadata: dict[str, Any], name: str) -> list[Any]:
+    """The values of a field that may hold one text or several."""
+    values = metadata.get(name) or []
+    return [values] if isinstance(values, str) else values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Something that a model or dataset was made of."""
+
+    name: str
+    kind: str
+    """"base model" or "data"."""
+    license: str | None
+    """Identifier of the Hub; None where nobody said."""
+
+
+def find_conflicts(license_id: str, parts: list[Part]) -> list[str]:
+    """What does not fit between a licence and those of the parts, one sentence each.
+
+    Args:
+        license_id: Licence of the whole, as the Hub calls it.
+    """
+    conflicts = []
+    for part in parts:
+        named = f"{part.kind} {part.name} is under {part.license}"
+        if part.license is None or part.license == "unknown":
+            conflicts.append(f"the licence of {part.kind} {part.name} is not stated")
+        elif part.license == "other":
+            conflicts.append(f"{part.kind} {part.name} has terms of its own, which have to be read")
+        if part.license in NO_DERIVATIVES:
+            conflicts.append(f"{named}, which allows no derivatives")
+        if part.license in NON_COMMERCIAL and license_id not in NON_COMMERCIAL:
+            own = "the terms of the model have to be read" if license_id == "other" else f"{license_id} does not"
+            conflicts.append(f"{named}, which forbids commercial use; {own}")
+        if part.license in SHARE_ALIKE and part.license != license_id:
+            conflicts.append(f"{named}, which asks derivatives to be shared alike; the model is under {license_id}")
+        if part.kind == "base model" and part.license in PASSED_ON and part.license != license_id:
+            conflicts.append(f"{named}, whose terms derivatives carry on; the model is under {license_id}")
+    return conflicts
 
 
 def is_absolute_path(value: str) -> bool:
@@ -101,156 +204,35 @@ def cut_paths(text: str) -> str:
     return _PATH_IN_TEXT.sub(lambda match: _last_part(match["path"]) if match["path"] else match.group(), text)
 
 
+def cut_paths_in_files(folder: Path) -> None:
+    """Cut the paths in every JSON file of a folder; a tokenizer's stays, whose pieces can look like paths."""
+    for path in folder.rglob("*.json"):
+        if path.name == "tokenizer.json":
+            continue
+        content = json.loads(path.read_text(encoding="utf-8"))
+        cut = _cut_json(content)
+        if cut != content:
+            path.write_text(json.dumps(cut, indent=2) + "\n", encoding="utf-8")
+
+
 def _last_part(path: str) -> str:
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
-def _find_file_problems(folder: Path) -> Iterator[str]:
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if not path.is_file():
-            continue
-        if path.stat().st_size > MAX_FILE_BYTES:
-            size, limit = f"{path.stat().st_size:,}", f"{MAX_FILE_BYTES:,}"
-            yield f"{name} has {size} bytes, and the Hub takes at most {limit} in one file: split it"
-        if path.suffix in _PICKLES:
-            yield f"{name} can hold code that runs when it is loaded; save it as safetensors"
-        if path.name == ".env":
-            yield f"{name} usually holds secrets"
-        if path.suffix in _TEXT_FILES and path.name != "tokenizer.json":
-            text = path.read_text(encoding="utf-8")
-            if ACCESS_TOKEN.search(text):
-                yield f"{name} holds an access token"
-            if path.suffix == ".json":
-                yield from (
-                    f"{name} holds the path {found} of this machine" for found in _find_json_paths(json.loads(text))
-                )
+def _cut_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _cut_json(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_cut_json(item) for item in value]
+    return cut_paths(value) if isinstance(value, str) else value
 
 
-def _find_json_paths(value: Any) -> Iterator[str]:
+def _list_texts(value: Any) -> Iterator[str]:
+    """Every text among the values of a JSON file."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
         for item in value:
-            yield from _find_json_paths(item)
+            yield from _list_texts(item)
     elif isinstance(value, str):
-        yield from find_paths(value)
-
-
-def _find_text_problems(folder: Path, text: str) -> Iterator[str]:
-    for mark in dict.fromkeys(_TEMPLATE_MARK.findall(text)):
-        yield f"README.md holds {mark!r}, which a template left behind"
-    for path in find_paths(text):
-        yield f"README.md holds the path {path} of this machine"
-    for link in _RELATIVE_LINK.findall(text):
-        if not (folder / link).exists():
-            yield f"README.md links {link}, and there is no such file"
-
-
-def _find_license_problems(folder: Path, metadata: dict[str, Any]) -> Iterator[str]:
-    license_id = metadata.get("license")
-    if license_id not in LICENSES:
-        yield f"license is {license_id!r}, which the Hub does not know"
-    has_terms = "license_link" in metadata or any(folder.glob("LICENSE*"))
-    if license_id == "other" and not ("license_name" in metadata and has_terms):
-        yield "license is 'other' without license_name, and license_link or a file LICENSE"
-
-
-def _find_id_problems(metadata: dict[str, Any], name: str) -> Iterator[str]:
-    ids = metadata.get(name) or []
-    for repo_id in [ids] if isinstance(ids, str) else ids:
-        try:
-            validate_repo_id(repo_id)
-        except HFValidationError:
-            yield f"{name} is {repo_id!r}, which is no id of the Hub"
-
-
-def _check_model_metadata(folder: Path, metadata: dict[str, Any]) -> Iterator[str]:
-    if metadata.get("pipeline_tag") not in PIPELINE_TAGS:
-        yield f"pipeline_tag is {metadata.get('pipeline_tag')!r}, which the Hub does not know"
-    if not metadata.get("library_name"):
-        yield "library_name is missing"
-    if not metadata.get("base_model"):
-        yield "base_model is missing"
-    if metadata.get("base_model_relation") not in BASE_MODEL_RELATIONS:
-        relation = metadata.get("base_model_relation")
-        yield f"base_model_relation is {relation!r}; it can be {', '.join(BASE_MODEL_RELATIONS)}"
-    yield from _find_language_problems(metadata)
-    for entry in metadata.get("model-index") or []:
-        for result in entry["results"]:
-            if not (result.get("source") or {}).get("url"):
-                yield f"model-index has a figure of {result['dataset']['name']} without its source"
-
-
-def _check_adapter_metadata(folder: Path, metadata: dict[str, Any]) -> Iterator[str]:
-    yield from _check_model_metadata(folder, metadata)
-    if metadata.get("base_model_relation") != "adapter":
-        yield f"base_model_relation is {metadata.get('base_model_relation')!r} for an adapter"
-    path = folder / "adapter_config.json"
-    base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"] if path.is_file() else None
-    if metadata.get("base_model") not in (base, [base]):
-        yield f"base_model is {metadata.get('base_model')!r}, and adapter_config.json says {base!r}"
-
-
-def _check_dataset_metadata(folder: Path, metadata: dict[str, Any]) -> Iterator[str]:
-    yield from _find_language_problems(metadata)
-    for config in metadata.get("configs") or []:
-        for files in config["data_files"]:
-            if not any(folder.glob(files["path"])):
-                yield f"configs names {files['path']}, and there is no such file"
-
-
-def _check_space_metadata(folder: Path, metadata: dict[str, Any]) -> Iterator[str]:
-    if metadata.get("sdk") not in SPACE_SDKS:
-        yield f"sdk is {metadata.get('sdk')!r}; it can be {', '.join(SPACE_SDKS)}"
-    if metadata.get("sdk") == "gradio" and not metadata.get("sdk_version"):
-        yield "sdk_version is missing"
-    if not (folder / metadata.get("app_file", "app.py")).is_file():
-        yield f"app_file is {metadata.get('app_file', 'app.py')!r}, and there is no such file"
-    for name in ("colorFrom", "colorTo"):
-        if metadata.get(name, "red") not in SPACE_COLORS:
-            yield f"{name} is {metadata[name]!r}; it can be {', '.join(SPACE_COLORS)}"
-    if len(metadata.get("short_description") or "") > 60:
-        yield "short_description has more than 60 characters"
-
-
-def _find_language_problems(metadata: dict[str, Any]) -> Iterator[str]:
-    languages = metadata.get("language") or []
-    for language in [languages] if isinstance(languages, str) else languages:
-        if not _LANGUAGE.fullmatch(str(language)):
-            yield f"language is {language!r}, which is no code such as 'en'"
-
-
-def _check_model_files(folder: Path) -> Iterator[str]:
-    index = folder / "model.safetensors.index.json"
-    shards = ["model.safetensors"]
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    needed = [*shards, "config.json", "generation_config.json", "processor_config.json", "chat_template.jinja"]
-    yield from _find_missing(folder, needed)
-
-
-def _check_adapter_files(folder: Path) -> Iterator[str]:
-    yield from _find_missing(folder, ["adapter_config.json", "adapter_model.safetensors", "processor_config.json"])
-
-
-def _find_missing(folder: Path, names: list[str]) -> Iterator[str]:
-    yield from (f"{name} is missing" for name in names if not (folder / name).is_file())
-
-
-def _check_nothing(folder: Path) -> Iterator[str]:
-    return iter(())
-
-
-_CONTENT_CHECKS: dict[str, Callable[[Path], Iterator[str]]] = {
-    "model": _check_model_files,
-    "adapter": _check_adapter_files,
-    "dataset": _check_nothing,
-    "space": _check_nothing,
-}
-_METADATA_CHECKS: dict[str, Callable[[Path, dict[str, Any]], Iterator[str]]] = {
-    "model": _check_model_metadata,
-    "adapter": _check_adapter_metadata,
-    "dataset": _check_dataset_metadata,
-    "space": _check_space_metadata,
-}
+        yield value

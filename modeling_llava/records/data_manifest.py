@@ -1,8 +1,7 @@
 """Where training data comes from: a YAML list that a recipe names as `data_manifest`, or `llava export` is given.
 
 It holds what no program can find out: licences, who is in the pictures, whom to ask. Cards and
-TRAINING_DATA_SUMMARY.md are filled from it. The words that the Hub accepts stand here too (its documentation's page of
-licences, and its tasks).
+TRAINING_DATA_SUMMARY.md are filled from it.
 """
 
 from dataclasses import dataclass, field
@@ -28,37 +27,8 @@ LICENSES = frozenset({
     "odc-by", "ofl-1.1", "openmdw-1.0", "openmdw-1.1", "openrail", "openrail++", "osl-3.0", "other", "pddl",
     "postgresql", "unknown", "unlicense", "wtfpl", "zlib",
 })
-
-PIPELINE_TAGS = frozenset({
-    "any-to-any", "audio-classification", "audio-text-to-text", "audio-to-audio", "automatic-speech-recognition",
-    "depth-estimation", "document-question-answering", "feature-extraction", "fill-mask", "graph-ml",
-    "image-classification", "image-feature-extraction", "image-segmentation", "image-text-to-image",
-    "image-text-to-text", "image-text-to-video", "image-to-3d", "image-to-image", "image-to-text", "image-to-video",
-    "keypoint-detection", "mask-generation", "multiple-choice", "object-detection", "other", "question-answering",
-    "reinforcement-learning", "robotics", "sentence-similarity", "summarization", "table-question-answering",
-    "table-to-text", "tabular-classification", "tabular-regression", "tabular-to-text", "text-classification",
-    "text-generation", "text-ranking", "text-retrieval", "text-to-3d", "text-to-audio", "text-to-image",
-    "text-to-speech", "text-to-video", "time-series-forecasting", "token-classification", "translation",
-    "unconditional-image-generation", "video-classification", "video-text-to-text", "video-to-video",
-    "visual-document-retrieval", "visual-question-answering", "voice-activity-detection", "zero-shot-classification",
-    "zero-shot-image-classification", "zero-shot-object-detection",
-})
+"""Identifiers that the Hub accepts: https://huggingface.co/docs/hub/repositories-licenses."""
 # fmt: on
-BASE_MODEL_RELATIONS = ("adapter", "finetune", "merge", "quantized")
-SPACE_SDKS = ("gradio", "docker", "static")
-SPACE_COLORS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
-SIZE_CATEGORIES = (
-    (1_000, "n<1K"),
-    (10_000, "1K<n<10K"),
-    (100_000, "10K<n<100K"),
-    (1_000_000, "100K<n<1M"),
-    (10_000_000, "1M<n<10M"),
-    (100_000_000, "10M<n<100M"),
-    (1_000_000_000, "100M<n<1B"),
-)
-"""Number of rows below which a category ends, and its name."""
-
-
 DATA_KINDS = {
     "public": "Publicly available datasets",
     "licensed": "Data licensed from rights holders",
@@ -68,7 +38,7 @@ DATA_KINDS = {
     "synthetic": "Data made by models or programs",
     "other": "Other data",
 }
-"""In the order of the template of the EU AI Act's public summary (2.1, 2.2.1, 2.2.2, 2.3, 2.4, 2.5, 2.6)."""
+"""Kinds in the order of the EU AI Act's template of a public summary (2.1, 2.2.1, 2.2.2, 2.3, 2.4, 2.5, 2.6)."""
 NOT_STATED = "not stated"
 KNOWN_DATA = Path(hub_cards.__file__).parent / "known_data.yaml"
 """Datasets of published LLaVAs."""
@@ -87,23 +57,23 @@ class DataEntry:
     kind: str
     """A key of `DATA_KINDS`."""
     license: str | None = None
-    """Identifier of the Hub; None where nobody said."""
+    """Identifier of the Hub; None where nobody stated one."""
     link: str | None = None
-    """Where it can be read about, or had."""
+    """Address where it can be read about, or had."""
     rows: int | None = None
     images: int | None = None
     used_for: str = NOT_STATED
-    """Which stage of the training."""
+    """Stage of the training."""
     collected: str = NOT_STATED
-    """When, e.g. "2014 to 2015"."""
+    """Time in words, e.g. "2014 to 2015"."""
     personal_data: str = NOT_STATED
-    """Who can be recognised in it, and what was done about it."""
+    """People who can be recognised in it, and what was done about it."""
     contact: str = NOT_STATED
-    """Whom to ask to take something out."""
+    """Person or page to ask to take something out."""
     made_by: str | None = None
     """The models or programs that made synthetic data."""
     domains: list[str] = field(default_factory=list)
-    """The main ones, of crawled data."""
+    """Main domains of crawled data."""
     note: str | None = None
 
     def __post_init__(self) -> None:

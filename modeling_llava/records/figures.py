@@ -28,17 +28,17 @@ _LOOSE_FIGURE = re.compile(
     | \b\d[\d,]*\ (?:out\ )?of\ (?:the\ )?\d[\d,]*""",
     flags=re.VERBOSE,
 )
-"""A share, or a number with a point that is none of a version (v1.5, CC BY 4.0) and no size (10.5 million)."""
+"""A share, or a decimal that is neither a version (v1.5, CC BY 4.0) nor a size (10.5 million)."""
 
 
 class SourcedInt(int):
-    """A whole number of a file."""
+    """An integer that was read from a file."""
 
     source: str
 
 
 class SourcedFloat(float):
-    """A number of a file."""
+    """A float that was read from a file."""
 
     source: str
 
@@ -72,7 +72,7 @@ def read_sourced_yaml(path: Path) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One figure of an evaluation, with all that it takes to repeat it."""
+    """One figure of an evaluation, with everything that repeating it takes."""
 
     benchmark: str
     dataset: str
@@ -84,8 +84,8 @@ class Result:
     commit: str
     command: str
     task_id: str | None = None
-    """Of the benchmark, as eval.yaml of its dataset on the Hub calls it. With it the figure goes into the results file
-    that the Hub reads."""
+    """Name of the benchmark in eval.yaml of its dataset on the Hub. With it the figure goes into the results file that
+    the Hub reads."""
 
 
 def read_results(folder: Path) -> list[Result]:

@@ -1,4 +1,4 @@
-"""What a trained folder says of its training: record, results, plot, emissions."""
+"""Files that a training leaves in its folder: record, results, plot, emissions."""
 
 import csv
 import math
@@ -13,18 +13,18 @@ from .figures import RESULTS_FOLDER, Result, add_source, read_results, read_sour
 RECORD_FILE = "training_record.json"
 PLOT_FILE = "progress.png"
 EMISSIONS_FILE = "emissions.csv"
-"""Written by codecarbon (`report_to: codecarbon` in a recipe), a line for each run."""
+"""codecarbon writes it (`report_to: codecarbon` in a recipe), one line for each run."""
 EMISSIONS_NUMBERS = ("emissions", "energy_consumed")
-"""In kg of CO2 equivalent and in kWh."""
+"""Columns in kg of CO2 equivalent and in kWh."""
 EMISSIONS_NAMES = ("country_name", "gpu_model", "cpu_model")
-"""With the numbers, all that leaves this machine: codecarbon also writes where it stands."""
+"""Columns that leave this machine beside the numbers; codecarbon also writes its place, as longitude and latitude."""
 CARRIED_FILES = (RECORD_FILE, PLOT_FILE, "progress.csv", EMISSIONS_FILE)
-"""What goes along with the weights; so do `results/*.json`."""
+"""Files that go along with the weights, as `results/*.json` do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
-    """What was found in a folder."""
+    """The content of these files."""
 
     stages: list[dict[str, Any]]
     """Training records, the first stage first; numbers know their file."""
@@ -49,7 +49,7 @@ class RunFiles:
 
 
 def read_run_files(folder: Path) -> RunFiles:
-    """What the folder holds.
+    """The files of a training in a folder.
 
     Raises:
         ValueError: naming a file that cannot be used.
@@ -68,19 +68,6 @@ def read_run_files(folder: Path) -> RunFiles:
     )
 
 
-def _read_lines(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def _sum_emissions(path: Path) -> dict[str, Any]:
-    """A run that was resumed wrote several lines."""
-    lines = _read_lines(path)
-    numbers = {name: math.fsum(float(line[name]) for line in lines) for name in EMISSIONS_NUMBERS}
-    names = {name: ", ".join(dict.fromkeys(filter(None, (line[name] for line in lines)))) for name in EMISSIONS_NAMES}
-    return names | add_source(numbers, EMISSIONS_FILE)
-
-
 def carry_files(source: Path, out: Path) -> None:
     """Copy the files of a training that belong into its repository; of the emissions only what a card says."""
     found = [source / name for name in CARRIED_FILES] + sorted((source / RESULTS_FOLDER).glob("*.json"))
@@ -95,3 +82,16 @@ def carry_files(source: Path, out: Path) -> None:
             writer = csv.DictWriter(file, [*EMISSIONS_NUMBERS, *EMISSIONS_NAMES], extrasaction="ignore")
             writer.writeheader()
             writer.writerows(lines)
+
+
+def _sum_emissions(path: Path) -> dict[str, Any]:
+    """The sum over all lines; a run that was resumed wrote several."""
+    lines = _read_lines(path)
+    numbers = {name: math.fsum(float(line[name]) for line in lines) for name in EMISSIONS_NUMBERS}
+    names = {name: ", ".join(dict.fromkeys(filter(None, (line[name] for line in lines)))) for name in EMISSIONS_NAMES}
+    return names | add_source(numbers, EMISSIONS_FILE)
+
+
+def _read_lines(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

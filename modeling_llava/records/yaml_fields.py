@@ -1,7 +1,7 @@
 """The fields of a recipe, card or manifest: read from YAML, and checked by the dataclass that takes them.
 
-What is surprising: YAML 1.1, which PyYAML reads, takes 1e-4 for text because it has no point, no for false, and
-2024-01-01 for a date. Here the first is a number, and the others text, as `save_strategy: no` means it.
+What is surprising: YAML 1.1 takes 1e-4 for text because it has no point, "no" for false, and 2024-01-01 for a date
+(PyYAML 6.0, resolver.py). Here the first is a number, and the others are text, as `save_strategy: no` means it.
 """
 
 import dataclasses
@@ -13,6 +13,8 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 from huggingface_hub.dataclasses import type_validator
 
+ACCESS_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
+"""A token of the Hub. No recipe, message or repository may hold one."""
 _BOOLEAN, _DATE = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"
 
 
@@ -60,7 +62,7 @@ T = TypeVar("T")
 
 
 def build(kind: type[T], fields: dict[str, Any], *, where: str) -> T:
-    """An object of a dataclass from what stands in `where`, checked as in `check_fields`."""
+    """An object of a dataclass from its fields, checked as in `check_fields`."""
     check_fields(fields, kind, where=where)
     return kind(**fields)
 

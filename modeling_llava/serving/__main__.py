@@ -1,10 +1,8 @@
-"""`python -m modeling_llava.serve MODEL ...`: `transformers serve`, for models of this package.
+"""`python -m modeling_llava.serving MODEL ...`: `transformers serve`, for models of this package, with its options.
 
-Transformers 5.23 loads no code of other packages before it looks for a model's class, so the import comes first here.
-What is surprising: its server answers every error with status 500. What our processor refuses, such as a picture that
-is none, is the sender's fault and becomes 400.
-
-Options are those of `transformers serve`.
+The server looks for a model's class in transformers alone (transformers 5.23, cli/serving/model_manager.py), so the
+import that registers ours comes first here. What is surprising: a ValueError would become status 500 (transformers
+5.23, cli/serving/server.py). A request that our processor refuses is the sender's fault and becomes 400.
 """
 
 import functools
@@ -23,14 +21,14 @@ def main() -> None:
     from transformers.cli.serving import server
     from transformers.cli.transformers import main as run_transformers
 
-    # Looked up when the server starts.
+    # `transformers serve` looks the function up when it starts (transformers 5.23, cli/serve.py).
     server.build_server = refuse_with_400(server.build_server)
     sys.argv = ["transformers", "serve", *sys.argv[1:]]
     run_transformers()
 
 
 def refuse_with_400(build_server: Callable) -> Callable:
-    """`build_server`, whose app tells the sender what was wrong with a request."""
+    """The same `build_server`, whose app tells the sender what was wrong with a request."""
 
     @functools.wraps(build_server)
     def build(*args, **kwargs):

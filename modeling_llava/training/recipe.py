@@ -16,8 +16,7 @@ import yaml
 from peft import LoraConfig
 from trl import SFTConfig
 
-from modeling_llava.export.repository_check import ACCESS_TOKEN
-from modeling_llava.records.yaml_fields import FieldsLoader, build, check_fields, read_yaml
+from modeling_llava.records.yaml_fields import ACCESS_TOKEN, FieldsLoader, build, check_fields, read_yaml
 from processing_llava.data.data_sources import DataSource
 from processing_llava.data.row_lengths import ON_BAD_ROW, check_length_options
 from processing_llava.image_limits import ImageLimits

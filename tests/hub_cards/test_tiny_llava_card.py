@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from modeling_llava.export.repository_check import find_problems
+from modeling_llava.export.repository import find_problems
 from modeling_llava.inference.loading import EMBEDDED_MODEL
 from modeling_llava.tiny_llava.write_card import HELDOUT_SOURCE, write_card
 from tests.tiny import save_tiny_checkpoint

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_llava import AnyLlavaForConditionalGeneration, AutoModelForVision2Seq
 from modeling_llava.checkpoints.layouts import write_transformers_config
-from modeling_llava.export.transformers_processor import build_transformers_processor
+from modeling_llava.export.model_repository import build_transformers_processor
 from modeling_llava.inference.chat_session import ChatSession
 from modeling_llava.training.feature_cache import FeatureCache
 from modeling_llava.visual_tokens import choose_diverse, choose_features

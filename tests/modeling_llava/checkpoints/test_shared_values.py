@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.checkpoints.layouts import write_transformers_config
 from modeling_llava.checkpoints.shared_values import check_processor
-from modeling_llava.export.transformers_processor import build_transformers_processor, save_transformers_processor
+from modeling_llava.export.model_repository import build_transformers_processor, save_transformers_processor
 from modeling_llava.inference.batched_generation import generate_answers
 from modeling_llava.inference.chat_session import ChatSession
 from modeling_llava.inference.loading import load_for_inference

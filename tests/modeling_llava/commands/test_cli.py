@@ -15,7 +15,7 @@ import pytest
 from jinja2 import TemplateError
 
 from modeling_llava.cli import main
-from modeling_llava.commands import answering, models
+from modeling_llava.commands import answering, doctor
 from processing_llava import load_image
 from tests.tiny import TEXT_CONFIGS, VISION_CONFIGS, save_tiny_checkpoint, tiny_tokenizer
 
@@ -228,7 +228,7 @@ def test_chat_in_a_process_of_its_own(checkpoint, picture, tmp_path, start_chat)
 
 @pytest.mark.parametrize("word", ["exit", "quit", "/quit", "/exit", " Exit "])
 def test_words_that_end_a_chat(word, monkeypatch, capsys):
-    monkeypatch.setattr(answering, "_session", lambda options, limits: None)
+    monkeypatch.setattr(answering, "_start_session", lambda options, limits: None)
     monkeypatch.setattr("builtins.input", lambda prompt: word)
     assert main(["chat"]) == 0
 
@@ -425,7 +425,7 @@ def test_what_is_missing_and_what_a_template_refuses_are_one_line(error, message
     def fail(options) -> None:
         raise error
 
-    monkeypatch.setattr(models, "run_doctor", fail)
+    monkeypatch.setattr(doctor, "run_doctor", fail)
     assert main(["doctor"]) == 2
     assert re.match(f"llava: {message}.*\n$", capsys.readouterr().err)
 

@@ -45,7 +45,7 @@ sys.meta_path.insert(0, Blocker())
 def run_python(code: str, folder: Path, *, blocked: bool = True, **environment: str) -> str:
     """The output of Python code that runs in `folder` and, if `blocked`, cannot import this package.
 
-    It has as many threads as this process: some processors sum otherwise with fewer.
+    It has as many threads as this process: some CPUs sum in another order with fewer.
     """
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     kept = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf_home")} | threads

@@ -239,7 +239,9 @@ def test_an_update_leaves_what_somebody_put_there(pushes, hub):
 def test_an_adapter_on_the_hub_is_merged_into_the_bits_of_its_record(hub, workspace, tmp_path):
     pytest.importorskip("bitsandbytes")
     start = save_wide_checkpoint(tmp_path / "start")
-    adapter = train_tiny(workspace, "qlora", model=str(start), lora={"r": 4, "lora_alpha": 8})
+    adapter = train_tiny(
+        workspace, "qlora", model=str(start), lora={"r": 4, "lora_alpha": 8}, output_dir=str(tmp_path / "adapter")
+    )
     base = [str(start), "--repo-id", "alice/wide", *FACTS, "--layout", "any_llava"]
     facts = ["--license", "mit", "--base-model", "alice/wide"]
     commands = [("base", base, {}), ("adapter", [str(adapter), "--repo-id", "alice/qlora", *facts], {})]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from modeling_llava.export.model_card import Part, find_conflicts
+from modeling_llava.export.repository_check import Part, find_conflicts
 
 
 def conflicts(license_id: str, part_license: str | None, *, kind: str = "data") -> list[str]:

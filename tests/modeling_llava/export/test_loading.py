@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.cli import main
-from modeling_llava.export.remote_code import collect_modules
+from modeling_llava.export.remote_code import SEAMS, collect_modules
 from tests.modeling_llava.export.conftest import run_python
 from tests.tiny import PINPOINTS, save_tiny_checkpoint, tiny_model, tiny_processor
 
@@ -129,7 +129,7 @@ def test_the_code_is_flat_small_and_says_its_version(only_ours):
         first, text = path.read_text().split("\n", 1)
         assert re.fullmatch(r"# AnyLLaVA \d+\.\d+\.\d+, Apache-2.0; .*", first), path.name
         assert not re.search(r"^\s*(?:from|import) (?:modeling_llava|processing_llava)", text, flags=re.MULTILINE)
-    for seam in ("checkpoint_loading", "original_processor"):
+    for seam in SEAMS:
         assert "def " not in (only_ours / "out" / f"{seam}.py").read_text()
 
 
@@ -244,13 +244,13 @@ PUBLISHED_KEYS = [
         for kind in ("weight", "bias")
     ),
 ]
-"""Of llava-hf/llava-1.5-7b-hf, for a model of two text and four vision layers, of which three are used."""
+"""Names of llava-hf/llava-1.5-7b-hf, for a model of two text and four vision layers, of which three are used."""
 PUBLISHED_NEXT_KEYS = [*PUBLISHED_KEYS, "image_newline"]
-"""Of llava-hf/llava-v1.6-vicuna-7b-hf."""
+"""Names of llava-hf/llava-v1.6-vicuna-7b-hf."""
 PUBLISHED_SIGLIP_KEYS = [
     key for key in PUBLISHED_KEYS if "class_embedding" not in key and "pre_layrnorm" not in key
 ] + ["vision_tower.vision_model.embeddings.patch_embedding.bias"]
-"""Of llava-hf/llava-interleave-qwen-0.5b-hf, but for its language model."""
+"""Names of llava-hf/llava-interleave-qwen-0.5b-hf, with another language model."""
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def logits_of(model, folder) -> torch.Tensor:
 
 
 def save_wide_checkpoint(folder):
-    """bitsandbytes answers on a processor only if widths are multiples of 64."""
+    """bitsandbytes answers on a CPU only if widths are multiples of 64."""
     processor = tiny_processor()
     text_config = LlamaConfig(
         vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
@@ -62,7 +62,7 @@ def test_a_16_bit_base(adapter, workspace, tmp_path, capsys):
 
 
 def test_a_base_in_the_layout_of_transformers(adapter, workspace, tmp_path):
-    """Their class calls the projector otherwise; the trained one has to arrive all the same."""
+    """Their class has another name for the projector; the trained one has to arrive all the same."""
     start = AnyLlavaForConditionalGeneration.from_pretrained(workspace / "start")
     start.save_pretrained(tmp_path / "base", layout="transformers")
     merge_adapter(str(adapter), tmp_path / "expected")
@@ -78,7 +78,9 @@ def test_a_4_bit_base_is_the_one_that_was_trained_on(workspace, tmp_path, capsys
     """The record says qlora, so the adapter goes onto the weights as they were rounded."""
     pytest.importorskip("bitsandbytes")
     start = save_wide_checkpoint(tmp_path / "start")
-    adapter = train_tiny(workspace, "qlora", model=str(start), lora={"r": 4, "lora_alpha": 8})
+    adapter = train_tiny(
+        workspace, "qlora", model=str(start), lora={"r": 4, "lora_alpha": 8}, output_dir=str(tmp_path / "adapter")
+    )
     assert main(["merge", str(adapter), "--out", str(tmp_path / "merged")]) == 0
     assert "4-bit base; logits before and after differ" in capsys.readouterr().out
     base = AutoModelForVision2Seq.from_pretrained(start, quantization_config=four_bit_config())

@@ -14,10 +14,9 @@ from huggingface_hub import DatasetCard, EvalResultEntry, ModelCard, SpaceCard, 
 from transformers import AutoTokenizer
 
 from modeling_llava.cli import main
-from modeling_llava.export import model_repository
+from modeling_llava.export import model_repository, repository
 from modeling_llava.export.hub_upload import list_files
-from modeling_llava.export.repository import find_kind
-from modeling_llava.export.repository_check import find_problems
+from modeling_llava.export.repository import find_kind, find_problems
 from modeling_llava.records.run_files import read_run_files
 from tests import original_folders as folders
 from tests.conftest import GOLDENS, ROOT
@@ -139,7 +138,7 @@ def test_the_card_of_a_trained_model(finished, tmp_path, capsys):
         "| three coloured squares | synthetic | 6 | 3 | cc-by-nc-4.0 | not stated | none | nobody@example.org |",
         "| `learning_rate` | 0.003 |",
         "| `seed` | 42 |",
-        "| longest row | 400 tokens; what is longer: `drop` |",
+        "| longest row | 400 tokens; longer rows: `drop` |",
         "| `projector_learning_rate` | 0.0001 |",
         "| steps | 2 |",
         "rows of `rows.json`: sha256 `" + record["data"][0]["sha256"],
@@ -157,7 +156,7 @@ def test_the_card_of_a_trained_model(finished, tmp_path, capsys):
 
 
 def test_figures_of_two_files_keep_their_sources(finished, tmp_path, capsys):
-    """Of one dataset and split, by name and by seed."""
+    """The figures are of one dataset and split, and differ in name or seed."""
     (result,) = RESULTS["results"]
     results = finished / "results"
     (results / "easy.json").write_text(json.dumps(RESULTS | {"results": [result | {"benchmark": "POPE, easy"}]}))
@@ -313,6 +312,23 @@ def test_a_dry_run_checks_a_prepared_folder(workspace, tmp_path, capsys):
     assert "weights.bin can hold code that runs when it is loaded" in capsys.readouterr().err
 
 
+def test_a_push_checks_a_folder_once(workspace, tmp_path, monkeypatch):
+    checked = []
+
+    def find_and_count(folder: Path, kind: str):
+        checked.append(kind)
+        return find_problems(folder, kind)
+
+    monkeypatch.setattr(repository, "find_problems", find_and_count)
+    export = ["export", str(workspace / "start"), "--out", str(tmp_path / "out"), "--repo-id", "alice/model", *BASE]
+    assert main(export) == 0
+    for source, facts in ((workspace / "start", BASE), (tmp_path / "out", [])):
+        checked.clear()
+        # Without a network it ends where it would begin to send.
+        assert main(["push", str(source), "--repo-id", "alice/model", *facts]) == 2
+        assert checked == ["model"]
+
+
 def test_an_original_folder_goes_up_in_the_layout_of_transformers(tmp_path, capsys):
     folders.write_v15(tmp_path)
     printed = export(capsys, str(tmp_path / "checkpoint"), "--out", str(tmp_path / "out"), "--card", "llava-v1.5-7b")
@@ -320,7 +336,7 @@ def test_an_original_folder_goes_up_in_the_layout_of_transformers(tmp_path, caps
     # SentencePiece: the text after a picture begins with another piece there.
     assert "note: transformers' processor gives the text after a picture other ids" in printed
     card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert "It also tokenises the text after a picture otherwise" in card.text
+    assert "It also tokenises the text after a picture differently" in card.text
     assert "| POPE | 85.9 |" in card.text
 
 

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from modeling_llava.export import repository_check
-from modeling_llava.export.repository_check import check_repository, cut_paths, find_problems, is_absolute_path
+from modeling_llava.export.repository import check_repository, find_problems
+from modeling_llava.export.repository_check import cut_paths, is_absolute_path
 from tests.tiny import save_tiny_checkpoint
 
 METADATA = {

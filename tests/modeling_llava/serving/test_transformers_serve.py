@@ -26,7 +26,7 @@ def server():
     command = [
         sys.executable,
         "-m",
-        "modeling_llava.serving.__main__",
+        "modeling_llava.serving",
         EMBEDDED_MODEL,
         "--port",
         str(port),
