@@ -6,4 +6,16 @@ from .image_processing_fast import AnyLlavaImageProcessor
 from .image_processing_llava import AnyLlavaImageProcessorPil
 from .processing_llava import AnyLlavaProcessor
 
-__all__ = ["AnyLlavaImageProcessor", "AnyLlavaImageProcessorPil", "AnyLlavaProcessor", "ImageLimits", "load_image"]
+# isort: split
+from .data.collator import LlavaDataCollator
+from .data.image_urls import UrlPolicy
+
+__all__ = [
+    "AnyLlavaImageProcessor",
+    "AnyLlavaImageProcessorPil",
+    "AnyLlavaProcessor",
+    "ImageLimits",
+    "LlavaDataCollator",
+    "UrlPolicy",
+    "load_image",
+]
