@@ -2,9 +2,10 @@
 
     python -m benchmarks.report [benchmarks/results/mid-cpu.json ...] [--out BENCHMARKS.md]
 
-Without names, it takes every file of benchmarks/results. What a work is and how it is measured is said once, in the
-docstring of its file in benchmarks/, which is quoted here. Tables that single commands have printed are kept as they
-are, in the .md files of benchmarks/results.
+Without names, it takes every file of benchmarks/results. It begins with the rows that are quoted elsewhere, and with
+those where ours is behind. What a work is and how it is measured is said once, in the docstring of its file in
+benchmarks/, which is quoted here. Tables that single commands have printed are kept as they are, in the .md files of
+benchmarks/results.
 """
 
 import argparse
@@ -24,8 +25,22 @@ FIELDS = {
     "date", "command", "device", "size", "rounds", "threads", "hardware", "versions", "limits", "parts", "failed",
 }
 # fmt: on
+HEADLINES = {
+    (
+        "chat",
+        "turn 2 to the first token",
+        "transformers",
+    ): "the second question about a picture, until an answer begins",
+    ("captioning", "batch captioning, 32 mixed requests", "transformers, batches of 1"): "many requests at once",
+    ("preprocessing", "pad, AnyLLaVA, torch", "transformers, PIL"): "pictures to tensors",
+    ("decoding", "decode, batch 1, float32", "transformers, compiled"): "one answer, token by token",
+    ("training", "training LoRA, checkpointing", "TRL SFTTrainer as it comes"): (
+        "LoRA training, both with gradient checkpointing"
+    ),
+}
+"""Part, name and peer of the rows that are quoted, and what they are to somebody who never saw the benchmark."""
 INTRODUCTION = """\
-# Benchmarks
+## How to read it
 
 Written by `python -m benchmarks.report` from the files of benchmarks/results; `python -m benchmarks --help` makes such
 a file. Ours and the peer take turns in one run, with the same weights. A ratio says how many times better ours is;
@@ -89,6 +104,36 @@ def render_run(results: dict[str, Any]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def render_headlines(runs: list[dict[str, Any]]) -> str:
+    """The rows of `HEADLINES`, each of the newest run that has it, and the works in which the peer is better."""
+    header = ["what", "ours", "the peer's", "ratio", "peer", "row below", "machine"]
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    for (part, name, peer), meaning in HEADLINES.items():
+        found = [
+            (results["date"], row, results)
+            for results in runs
+            for row in results["parts"].get(part, [])
+            if (row["name"], row["peer_name"]) == (name, peer)
+        ]
+        if not found:
+            continue
+        _, row, results = max(found, key=lambda item: item[0])
+        cells = [meaning, *(f"{_format(row[side])} {row['unit']}" for side in ("ours", "peer")), f"{row['ratio']:.1f}"]
+        machine = f"{results['size']} on {results['device']}: {results['hardware']}"
+        lines.append(f"| {' | '.join([*cells, peer, f'{part}: {name}', machine])} |")
+    behind = [
+        f"{row['name']} ({row['peer_name']}) {row['ratio']:.2f}"
+        for results in runs
+        for rows in results["parts"].values()
+        for row in rows
+        if row["ratio"] < 1 and f"{row['ratio']:.2f}" != "1.00"
+    ]
+    sections = ["# Benchmarks", "\n".join(lines)]
+    if behind:
+        sections.append(textwrap.fill(f"The peer is better in: {'; '.join(behind)}.", 119, break_on_hyphens=False))
+    return "\n\n".join(sections) + "\n"
+
+
 def render_explanations(parts: list[str]) -> str:
     """What each part is: its docstring, without the command."""
     sections = ["## What is measured"]
@@ -103,7 +148,7 @@ def render(files: list[Path], *, tables: list[Path]) -> str:
     """The whole of BENCHMARKS.md."""
     runs = [read_results(path) for path in files]
     parts = list(dict.fromkeys(part for results in runs for part in results["parts"]))
-    sections = [INTRODUCTION, *(render_run(results) for results in runs)]
+    sections = [render_headlines(runs), INTRODUCTION, *(render_run(results) for results in runs)]
     sections += [path.read_text(encoding="utf-8") for path in tables]
     return "\n".join([*sections, render_explanations(parts)])
 

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import __main__ as command
 from benchmarks.llama_cpp import is_installed
-from benchmarks.report import read_results, render, render_table
+from benchmarks.report import HEADLINES, read_results, render, render_headlines, render_table
 from benchmarks.roofline import count_operations, find_share
 from benchmarks.timing import compare, interleave
 from tests.conftest import ROOT
@@ -74,6 +74,19 @@ def test_a_table_prints_figure_ratio_spread_and_share():
     assert render_table([row], limits=LIMITS, device="cpu").splitlines()[-1] == (
         "| prefill | s | 0.5 | 1 | 2.00 (2.00 to 2.00) | 20% | transformers | equal logits |"
     )
+
+
+def test_a_report_begins_with_the_newest_row_to_quote_and_names_where_the_peer_is_better():
+    (part, name, peer), meaning = next(iter(HEADLINES.items()))
+
+    def build_run(date: str, *, ours: float) -> dict:
+        row = compare(name, [ours], [1.0], unit="s") | {"peer_name": peer}
+        return {"date": date, "size": "mid", "device": "cpu", "hardware": "2 cores", "parts": {part: [row]}}
+
+    headlines = render_headlines([build_run("2026-11-02", ours=0.5), build_run("2026-11-01", ours=4.0)])
+    assert f"| {meaning} | 0.5 s | 1 s | 2.0 | {peer} | {part}: {name} | mid on cpu: 2 cores |" in headlines
+    assert f"The peer is better in: {name} ({peer}) 0.25." in headlines
+    assert headlines.count(meaning) == 1
 
 
 def test_a_file_that_is_no_result_is_refused(tmp_path):
