@@ -5,7 +5,7 @@
     TRAINER_FIELDS  what `trainer:` takes of TRL's SFTConfig
 
 A mistake that shows in the recipe alone is refused here, before anything is loaded. What needs more is refused where
-that is known: the launcher in `trainer.check_sharding`, the machine in `run.check_reports`, the model in
+that is known: the launcher in `trainer.check_sharding`, the machine in `run.build_trainer`, the model in
 `starting_model.py`, the checkpoint in `checkpoints.check_settings`.
 """
 
@@ -185,7 +185,7 @@ TRAINER_FIELDS = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
     "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
     "label_smoothing_factor", "neftune_noise_alpha", "loss_type", "router_aux_loss_coef",
-    # arithmetic and memory
+    # dtypes and memory
     "bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval", "full_determinism", "use_cpu", "use_cache",
     "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
     "gradient_checkpointing_kwargs", "activation_offloading", "torch_compile", "torch_compile_backend",

@@ -115,7 +115,7 @@ def build_trainer(recipe: Recipe, trainer_class: type[LlavaTrainer] = LlavaTrain
     arguments = SFTConfig(output_dir=recipe.output_dir, **trainer_settings(recipe))
     # transformers adds kubeflow where its variables are set (5.23, training_args.py).
     arguments.report_to = [name for name in arguments.report_to if name in REPORTS]
-    check_reports(arguments.report_to)
+    _check_reports(arguments.report_to)
     # Adapters start from random numbers, before the Trainer sets its seed.
     set_seed(arguments.seed)
     processor = load_processor(recipe)
@@ -149,7 +149,7 @@ def build_trainer(recipe: Recipe, trainer_class: type[LlavaTrainer] = LlavaTrain
         processor, packed=batch_sampler is not None, read_features=read_features, on_bad_row=recipe.bad_rows
     )
     if not {"gradient_checkpointing", "activation_checkpointing"} & recipe.trainer.keys():
-        decide_checkpointing(model, collator, dataset, recipe, arguments)
+        _decide_checkpointing(model, collator, dataset, recipe, arguments)
     if recipe.compile_blocks:
         compile_blocks(base, checkpointing=arguments.gradient_checkpointing)
     return trainer_class(
@@ -165,7 +165,7 @@ def build_trainer(recipe: Recipe, trainer_class: type[LlavaTrainer] = LlavaTrain
     )
 
 
-def check_reports(names: list[str]) -> None:
+def _check_reports(names: list[str]) -> None:
     """Refuse a logger that is not installed, before the model is loaded.
 
     Raises:
@@ -180,7 +180,7 @@ def check_reports(names: list[str]) -> None:
             )
 
 
-def decide_checkpointing(
+def _decide_checkpointing(
     model: PreTrainedModel,
     collator: LlavaDataCollator,
     dataset: Dataset | IterableDataset,
