@@ -2,7 +2,7 @@
 
 All losses come from one place, the Trainer's `state.log_history`, which its checkpoints hold (trainer_state.json);
 `read_log` reads it, and the table, the curves and the record are written from that. So a resumed run goes on where its
-checkpoint ends, and no row stands twice.
+checkpoint ends, and no row stands twice. One thing comes back from progress.csv: an evaluation after the checkpoint.
 
 What is surprising: `seconds` and `first_step` of the record belong to the process that ended the run; a run that was
 resumed took longer. Pictures are not hashed one by one: the files of rows that name them are.
@@ -93,6 +93,7 @@ class RunLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._restart_counts(step=state.global_step)
+        self._read_last_evaluation(state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -133,6 +134,22 @@ class RunLog(TrainerCallback):
             axes.grid(alpha=0.3)
         axes.set_xlabel("step")
         figure.savefig(self.path.with_suffix(".png"), dpi=100)
+
+    def _read_last_evaluation(self, state: TrainerState) -> None:
+        """Read an evaluation back that the checkpoint to go on from does not hold.
+
+        At the end of an epoch the Trainer may evaluate after the checkpoint of its last step (transformers 5.23,
+        trainer.py).
+        """
+        step = state.global_step
+        is_known = any("eval_loss" in log and log["step"] == step for log in state.log_history)
+        if step == 0 or is_known or not self.path.is_file() or not state.is_world_process_zero:
+            return
+        with self.path.open(newline="") as file:
+            for line in csv.DictReader(file):
+                if int(line["step"]) == step and line["eval_loss"]:
+                    log = {"eval_loss": float(line["eval_loss"]), "epoch": float(line["epoch"]), "step": step}
+                    state.log_history.append(log)
 
     def _restart_counts(self, *, step: int) -> None:
         self.step = step
