@@ -2,9 +2,9 @@
 
     python -m benchmarks.training [--device cpu] [--size mid] [--rows 64] [--rows-per-step 8] [--rounds 2]
 
-Same weights, rows, batches, order, float type and optimizer; the tower is frozen, and projector and language model are
+Same weights, rows, batches, order, dtype and optimizer; the tower is frozen, and projector and language model are
 trained, or adapters in the language model (LoRA) beside the projector. The losses of every step must be equal to 1e-3
-(on a GPU, in 16 bits, 1e-2), or the benchmark fails. Lengths are drawn like those of LLaVA's instruction data: two
+(on a GPU, in 16 bits, 1e-2), or the benchmark fails. Lengths are sampled like those of LLaVA's instruction data: two
 thirds of the rows show an image, a fifth of the tokens is supervised. Each trainer is a process of its own, and they
 take turns; on a GPU, each has four more that prepare batches. The first step is left out, and on a GPU, where blocks
 are compiled, the second. Memory is the peak above what was held before the first step. Useful tokens are all but
@@ -40,15 +40,15 @@ PEERS = {
     "trainer": "Trainer on transformers' own class",
 }
 OURS = {"ours": "", "ours-checkpointing": ", checkpointing", "ours-compiled": ", compiled blocks"}
-"""And to what the names of their rows end in."""
+"""Our trainers, and what the names of their rows end in."""
 STAGES = {
     "finetune": ("trl", "trl-plain", "trainer", "ours"),
     "lora": ("trl", "trainer", "ours", "ours-checkpointing"),
 }
 COMPILED_ON = ("cuda",)
-"""Devices on which ours is trained with compiled blocks too; on a processor compiling takes longer than training."""
+"""Devices on which ours is trained with compiled blocks too; on a CPU compiling would take longer than training."""
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
-"""Without dropout, since every trainer would draw other numbers; of this rank, since "mid" is narrow."""
+"""Without dropout, since every trainer would sample another one; with a small rank, since "mid" is narrow."""
 PEER_LORA = LORA | {
     "target_modules": r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj",
     "modules_to_save": ["multi_modal_projector"],
@@ -113,7 +113,7 @@ def build_trainer(kind: str, folder: Path, arguments: dict[str, Any], *, stage: 
     peer_processor = LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
         processor.tokenizer,
-        # TRL expects the template to write the first token, where our processor adds it.
+        # TRL takes what the template writes and adds no first token (TRL 1.16, trainer/sft_trainer.py); ours adds it.
         chat_template="{{ bos_token }}" + processor.chat_template,
         patch_size=processor.patch_size,
         vision_feature_select_strategy="default",
@@ -181,7 +181,7 @@ def train_once(kind: str, folder: Path, *, stage: str, size: str, device: str, r
 
 
 def find_largest_difference(results: dict[str, list[dict[str, Any]]], *, device: str) -> float:
-    """Of the losses of all steps, relative to those of plain Trainer.
+    """Largest difference between the losses of all steps, relative to those of plain Trainer.
 
     Raises:
         RuntimeError: if the trainers did not compute the same.

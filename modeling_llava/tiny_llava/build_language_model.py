@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 INITIALIZER_RANGE = 0.06
-"""About 1 / sqrt(192). The usual 0.02 is made for wide models; from it, three times as many rows teach as little."""
+"""About 1 / sqrt(192). The usual 0.02 is made for wide models."""
 
 
 def build_language_model(vocabulary: int, eos: int, pad: int) -> LlamaForCausalLM:

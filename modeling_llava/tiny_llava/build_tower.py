@@ -33,7 +33,7 @@ TEACHER_LAYERS, STUDENT_LAYERS = 10, 5
 BATCH, LEARNING_RATE, WARMUP = 32, 5e-4, 0.05
 NAMING_RATE, HEAD_RATE = 2e-4, 5e-3
 HAS_FAST_BFLOAT16 = not is_slow_on_processor(torch.bfloat16)
-"""Three times as fast as float32 where the processor has units for it, and 1.7 times as slow where it has none."""
+"""Whether the CPU has units for bfloat16. Without them float32 is faster."""
 NAMES = {add_article(name) for name in CATEGORY_OF}
 SHAPES = ("circle", "rectangle", "triangle")
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -50,7 +50,8 @@ PREPROCESSOR = {
     "image_mean": IMAGE_MEAN,
     "image_std": IMAGE_STD,
 }
-# The names of attention weights in the file, made by transformers 4, and in transformers 5.
+# The names of attention weights in the file, made by transformers 4, and in transformers 5.23
+# (models/dinov2/modeling_dinov2.py).
 ATTENTION_NAMES = {
     "attention.attention.query": "attention.q_proj",
     "attention.attention.key": "attention.k_proj",
@@ -106,7 +107,7 @@ def build_tower(weights: dict[str, Tensor], layers: list[int]) -> Dinov2Model:
     positions = weights["embeddings.position_embeddings"]
     chosen["embeddings.position_embeddings"] = resize_positions(positions, SIZE // PATCH)
     tower.load_state_dict(chosen)
-    # With short sequences the plain attention is 1.8 times as fast in bfloat16 on a CPU as the fused one.
+    # The fused attention does not pay for the short sequences of these images.
     tower.set_attn_implementation("eager")
     return tower.eval()
 

@@ -28,12 +28,12 @@ def evaluate(model: PreTrainedModel, processor: AnyLlavaProcessor, questions: Pa
 
     Args:
         questions: JSON list of LLaVA records with `task` and `answer`.
-        limit: At most so many questions of each task, drawn with a fixed seed.
+        limit: At most so many questions of each task, sampled with a fixed seed.
 
     Returns:
         `{task: {"correct": ..., "total": ..., "accuracy": ...}}` and the records with `prediction` added.
     """
-    records = _draw(json.loads(questions.read_text()), limit)
+    records = _sample(json.loads(questions.read_text()), limit)
     for start in range(0, len(records), BATCH_SIZE):
         batch = records[start : start + BATCH_SIZE]
         for record, prediction in zip(batch, _answer(model, processor, batch, questions.parent)):
@@ -51,7 +51,7 @@ def normalise(answer: str) -> str:
     return answer.strip().rstrip(".").lower()
 
 
-def _draw(records: list[dict], limit: int | None) -> list[dict]:
+def _sample(records: list[dict], limit: int | None) -> list[dict]:
     if limit is None:
         return records
     random.Random(0).shuffle(records)

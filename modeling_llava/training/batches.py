@@ -1,10 +1,10 @@
-"""The rows of a run, packed into batches of about equally many tokens, filled like bins.
+"""The rows of a run, and packed batches of them with about equally many tokens, filled like bins.
 
 What is surprising: rows are put into batches in random order and never sorted, which would fill batches a little
-better. A batch stays a random sample this way; batches of one length nearly stop a small model from learning. And
-every epoch has equally many batches, since transformers' Trainer takes the number of the first one for all: the rows
-of a batch too many would be lost. Batches that are computed beside each other, one by each process, are alike in
-images and tokens: the slowest of them decides how long a step takes.
+better: a batch stays a random sample this way. And every epoch has equally many batches, since the Trainer takes the
+number of the first epoch for all (transformers 5.23, trainer.py): the rows of a batch too many would be lost. Batches
+that are computed beside each other, one by each process, are alike in images and tokens: the slowest of them decides
+how long a step takes.
 """
 
 import math
@@ -27,12 +27,38 @@ from .recipe import Recipe
 
 logger = logging.get_logger(__name__)
 
-MAX_OPEN = 16
-"""Batches that are being filled at a time: more leave fewer holes, and take longer to plan."""
+
+def read_rows(
+    sources: Sequence[DataSource], recipe: Recipe, processor: AnyLlavaProcessor, *, seed: int = 0
+) -> tuple[Dataset | IterableDataset, FateCounts]:
+    """The rows of some sources of a recipe, and what became of those that are too long or bad, which is logged.
+
+    Raises:
+        ValueError: naming a row that cannot be used, or if none is left.
+    """
+    is_measured = recipe.max_length is not None or recipe.tokens_per_batch is not None or recipe.bad_rows == "skip"
+    dataset, fates = load_rows(
+        sources,
+        seed=seed,
+        processor=processor if is_measured else None,
+        max_length=recipe.max_length,
+        too_long=recipe.too_long,
+        on_bad_row=recipe.bad_rows,
+        num_proc=os.cpu_count(),
+        special_tokens=list_special_tokens(processor.tokenizer),
+        learn_tokens=processor.learn_tokens,
+    )
+    name = "eval_data" if sources is recipe.eval_data else "data"
+    for fate, number in fates.items():
+        logger.warning(f"{number:,} rows of {name}: {fate}")
+    if next(iter(dataset), None) is None:
+        found = ", ".join(f"{number:,} {fate}" for fate, number in fates.items()) or "none at all"
+        raise ValueError(f"got no row in {name} ({found}); expected at least one: raise max_length, or correct data")
+    return dataset, fates
 
 
 @dataclass
-class Batch:
+class _Batch:
     """Rows, and what they add up to."""
 
     rows: list[int] = field(default_factory=list)
@@ -43,8 +69,8 @@ class Batch:
 class TokenBudgetBatchSampler(BatchRebalanceSampler):
     """Batches with at most `max_tokens` tokens and `max_images` images, every row once in each epoch.
 
-    The order depends on seed and epoch alone, so a run that is resumed sees the same batches. The class it extends is
-    the one whose batches the Trainer takes as they are, for each process its own; nothing else of it is used.
+    The order depends on seed and epoch alone, so a run that is resumed sees the same batches. It extends the one class
+    whose batches the Trainer takes as they are, for each process its own (transformers 5.23, trainer.py).
 
     Args:
         lengths: Tokens of each row, image features counted.
@@ -52,12 +78,12 @@ class TokenBudgetBatchSampler(BatchRebalanceSampler):
         max_tokens: The largest sum of lengths in a batch.
         max_images: The largest number of images in a batch; None for any. It balances the work of the tower.
         num_epochs: Epochs that will be run.
-        seed: Of the shuffling.
+        seed: Seed of the shuffling.
         rank: Which process asks; process r takes every `num_ranks`-th batch, from the r-th on.
         num_ranks: Number of processes.
         batches_per_step: Batches that the optimizer takes together, of all processes; a multiple of `num_ranks`. One
             process that gathers as many takes the same steps as several.
-        row_ids: Of each row, for messages; None names rows by their positions.
+        row_ids: Id of each row, for messages; None names rows by their positions.
 
     Raises:
         ValueError: if a row alone is larger than a batch may be.
@@ -131,25 +157,26 @@ class TokenBudgetBatchSampler(BatchRebalanceSampler):
 
     def _fill(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + epoch)
-        closed: list[Batch] = []
-        open_batches: list[Batch] = []
+        closed: list[_Batch] = []
+        open_batches: list[_Batch] = []
         for row in torch.randperm(len(self.lengths), generator=generator).tolist():
             fitting = [batch for batch in open_batches if self._fits(batch, row)]
             if fitting:
                 batch = max(fitting, key=lambda batch: batch.num_tokens)
             else:
-                if len(open_batches) == MAX_OPEN:
+                # More open batches leave fewer holes, and take longer to plan.
+                if len(open_batches) == 16:
                     fullest = max(open_batches, key=lambda batch: batch.num_tokens)
                     open_batches.remove(fullest)
                     closed.append(fullest)
-                batch = Batch()
+                batch = _Batch()
                 open_batches.append(batch)
             batch.rows.append(row)
             batch.num_tokens += self.lengths[row]
             batch.num_images += self.num_images[row]
         return [batch.rows for batch in closed + open_batches]
 
-    def _fits(self, batch: Batch, row: int) -> bool:
+    def _fits(self, batch: _Batch, row: int) -> bool:
         if batch.num_tokens + self.lengths[row] > self.max_tokens:
             return False
         return self.max_images is None or batch.num_images + self.num_images[row] <= self.max_images
@@ -161,53 +188,8 @@ class TokenBudgetBatchSampler(BatchRebalanceSampler):
         return self.num_batches // self.num_ranks
 
 
-def read_rows(
-    sources: Sequence[DataSource], recipe: Recipe, processor: AnyLlavaProcessor, *, seed: int = 0
-) -> tuple[Dataset | IterableDataset, FateCounts]:
-    """The rows of some sources of a recipe, and what became of them, which is logged.
-
-    Raises:
-        ValueError: naming a row that cannot be used, or if none is left.
-    """
-    is_measured = recipe.max_length is not None or recipe.tokens_per_batch is not None or recipe.bad_rows == "skip"
-    dataset, fates = load_rows(
-        sources,
-        seed=seed,
-        processor=processor if is_measured else None,
-        max_length=recipe.max_length,
-        too_long=recipe.too_long,
-        on_bad_row=recipe.bad_rows,
-        num_proc=os.cpu_count(),
-        special_tokens=list_special_tokens(processor.tokenizer),
-        learn_tokens=processor.learn_tokens,
-    )
-    name = "eval_data" if sources is recipe.eval_data else "data"
-    for fate, number in fates.items():
-        logger.warning(f"{number:,} rows of {name}: {fate}")
-    if next(iter(dataset), None) is None:
-        found = ", ".join(f"{number:,} {fate}" for fate, number in fates.items()) or "none at all"
-        raise ValueError(f"got no row in {name} ({found}); expected at least one: raise max_length, or correct data")
-    return dataset, fates
-
-
-def repeat_stream(dataset: IterableDataset, arguments: SFTConfig) -> IterableDataset:
-    """Streaming rows without an end.
-
-    Where the Trainer does not know the number of rows, it knows of one epoch only: a run that is resumed after the end
-    of a stream would begin with its first rows again.
-
-    Raises:
-        ValueError: if nothing says when to stop.
-    """
-    if arguments.max_steps <= 0:
-        raise ValueError("got streaming data, whose rows are not counted; expected a number of steps: set max_steps")
-    return dataset.repeat(None)
-
-
-def plan_batches(dataset: Dataset | IterableDataset, recipe: Recipe, arguments: SFTConfig) -> TokenBudgetBatchSampler:
-    """Packed batches of a data set whose rows were measured."""
-    if not isinstance(dataset, Dataset):
-        raise ValueError("got tokens_per_batch for data that is streaming; expected data on disk, or padded batches")
+def plan_batches(dataset: Dataset, recipe: Recipe, arguments: SFTConfig) -> TokenBudgetBatchSampler:
+    """Packed batches of rows that were measured."""
     lengths = dataset.with_format(None)
     num_tokens = lengths["num_tokens"][:]
     num_epochs = math.ceil(arguments.num_train_epochs)

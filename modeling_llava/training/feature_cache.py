@@ -1,10 +1,10 @@
-"""Features of a frozen vision tower on disk: every distinct picture is decoded and encoded once for all epochs.
+"""Features of a frozen vision tower on disk: every distinct image is decoded and encoded once for all epochs.
 
     DIR/<key of tower and preprocessing>/features.f16   one block [P, V] after another
-    DIR/<key of tower and preprocessing>/positions.json  SHA-256 of a picture's bytes -> number of its block
+    DIR/<key of tower and preprocessing>/positions.json  SHA-256 of an image's bytes -> number of its block
 
-Nothing stale can be served: other weights, feature layers, preprocessing or arithmetic have another folder, and a
-picture that changed has another digest. What is kept is what the projector takes, so that it still trains.
+Nothing stale can be served: other weights, feature layers, preprocessing or dtype have another folder, and an image
+that changed has another digest. What is kept is what the projector takes, so that it still trains.
 """
 
 import contextlib
@@ -31,19 +31,20 @@ from .checkpoints import write_whole
 logger = logging.get_logger(__name__)
 
 BATCH_SIZE = 64
+"""Images that the tower encodes together."""
 
 
 class FeatureCache:
-    """Looks up the tower features of pictures, after `add` has encoded them.
+    """Looks up the tower features of images, after `add` has encoded them.
 
     Args:
         model: Its tower encodes; it must not train.
-        processor: Its image processor prepares one tile for each picture.
+        processor: Its image processor prepares one tile for each image.
         folder: Where features are kept; several towers can share it.
         bf16: Encode in bfloat16, as a run with `bf16: true` would.
 
     Raises:
-        ValueError: if pictures are cut into tiles, whose number differs from picture to picture.
+        ValueError: if images are cut into tiles, whose number differs from image to image.
     """
 
     def __init__(
@@ -61,22 +62,22 @@ class FeatureCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.positions: dict[str, int] = {}
         self.num_blocks = 0
-        """With the gaps that unreadable pictures leave."""
+        """Blocks in the file, with the gaps that unreadable images leave."""
         self.digests: dict[Path, str] = {}
         num_features = model.config.patches_per_side**2 + model.config.num_prefix_tokens
         self.shape = (num_features, model.config.vision_feature_size)
 
     def add(self, rows: Iterable[dict[str, Any]], *, on_bad_row: str = "raise") -> None:
-        """Encode the pictures of rows that are not cached yet; the processes of a run share the work.
+        """Encode the images of rows that are not cached yet; the processes of a run share the work.
 
         Another run with the same folder waits until this one is done.
 
         Args:
             rows: From `convert_record`.
-            on_bad_row: "raise", or "skip" pictures that cannot be read; `read` refuses them.
+            on_bad_row: "raise", or "skip" images that cannot be read; `read` refuses them.
 
         Raises:
-            RefusedRecord: naming the row with a picture that cannot be read.
+            RefusedRecord: naming the row with an image that cannot be read.
         """
         rank, num_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         with FileLock(self.folder / "lock") if rank == 0 else contextlib.nullcontext():
@@ -87,15 +88,15 @@ class FeatureCache:
     def _add(self, rows: Iterable[dict[str, Any]], *, on_bad_row: str, rank: int, num_processes: int) -> None:
         path = self.folder / "positions.json"
         self.positions = json.loads(path.read_text()) if path.exists() else {}
-        # Rows of one picture each, so that a fault names its row.
-        pictures = {
+        # Rows of one image each, so that a fault names its row.
+        images = {
             self._digest(image): {"id": row["id"], "images": [image]}
             for row in rows
             if self._can_read(row, decode=False, on_bad_row=on_bad_row)
             for image in row["images"]
         }
-        missing = [digest for digest in pictures if digest not in self.positions]
-        logger.warning(f"{len(pictures):,} pictures, {len(missing):,} of them not yet in {self.folder}")
+        missing = [digest for digest in images if digest not in self.positions]
+        logger.warning(f"{len(images):,} pictures, {len(missing):,} of them not yet in {self.folder}")
         first = 1 + max(self.positions.values(), default=-1)
         blocks = self.folder / "features.f16"
         blocks.touch()
@@ -103,7 +104,7 @@ class FeatureCache:
         # Blocks that an interrupted run wrote have no position and are written over.
         with blocks.open("r+b") as file:
             for start in range(rank * BATCH_SIZE, len(missing), num_processes * BATCH_SIZE):
-                batch = {digest: pictures[digest] for digest in missing[start : start + BATCH_SIZE]}
+                batch = {digest: images[digest] for digest in missing[start : start + BATCH_SIZE]}
                 features = self._encode_readable(batch, on_bad_row=on_bad_row)
                 file.seek((first + start) * math.prod(self.shape) * 2)
                 for number, (digest, features_PV) in enumerate(features.items()):
@@ -116,7 +117,7 @@ class FeatureCache:
             write_whole(path, json.dumps(self.positions))
 
     def read(self, images: list[Path | str | bytes]) -> torch.Tensor:
-        """Features of pictures that were added, `[I, P, V]` in float32.
+        """Features of images that were added, `[I, P, V]` in float32.
 
         Raises:
             ValueError: if one of them could not be read.
@@ -130,7 +131,7 @@ class FeatureCache:
 
     def _digest(self, image: Path | str | bytes) -> str:
         if not isinstance(image, Path):
-            # A text is a data URI: what it says is the picture.
+            # A text is a data URI: what it says is the image.
             return hashlib.sha256(image.encode() if isinstance(image, str) else image).hexdigest()
         if image not in self.digests:
             self.digests[image] = hashlib.sha256(image.read_bytes()).hexdigest()
@@ -146,11 +147,11 @@ class FeatureCache:
         return True
 
     def _encode_readable(self, batch: dict[str, dict[str, Any]], *, on_bad_row: str) -> dict[str, torch.Tensor]:
-        """Features `[P, V]` of the pictures that can be read, by digest."""
+        """Features `[P, V]` of the images that can be read, by digest."""
         try:
             return dict(zip(batch, self._encode([image for row in batch.values() for image in row["images"]]).cpu()))
         except (OSError, ValueError):
-            # Rare enough to look at each picture on its own.
+            # Rare enough to look at each image on its own.
             readable = {
                 digest: row for digest, row in batch.items() if self._can_read(row, decode=True, on_bad_row=on_bad_row)
             }
@@ -177,7 +178,7 @@ class FeatureCache:
 
 
 def _gather(written: dict[str, int]) -> list[dict[str, int]]:
-    """Of every process of the run, once all have come here."""
+    """What every process of the run has written, once all have come here."""
     if not dist.is_initialized():
         return [written]
     parts: list[dict[str, int]] = [{}] * dist.get_world_size()
@@ -186,6 +187,6 @@ def _gather(written: dict[str, int]) -> list[dict[str, int]]:
 
 
 def _wait_for_all() -> None:
-    """Until all processes of the run have come here."""
+    """Return when all processes of the run have come here."""
     if dist.is_initialized():
         dist.barrier()

@@ -15,15 +15,16 @@ def freeze_all_but(model: nn.Module, trained_parts: tuple[str, ...]) -> None:
 
 
 def count_elements(parameter: nn.Parameter) -> int:
-    """Elements of a parameter; one that DeepSpeed ZeRO-3 has sharded only says how many it had."""
+    """Elements of a parameter; one that ZeRO-3 has sharded is empty, and says how many it had (PEFT 0.21,
+    peft_model.py)."""
     return parameter.numel() or parameter.ds_numel
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """For each part, the number of its parameters and how many of them train."""
+    """For each part, its parameters and how many of them train."""
     counts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
-        # PEFT keeps the parameters that a part started from beside those that train.
+        # PEFT keeps the parameters that a part started from beside those that train (PEFT 0.21, utils/other.py).
         if "original_module" in name.split("."):
             continue
         part = part_of(name)
@@ -36,8 +37,9 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
 def keep_float32(model: nn.Module) -> None:
     """Train the parts beside the adapters of a 4-bit model in float32.
 
-    TRL makes bfloat16 of all that trains there, as QLoRA's paper does with adapters. The steps of a projector that was
-    trained before are smaller than what its bfloat16 weights can take up.
+    TRL casts all that trains there to bfloat16, as QLoRA's paper does with adapters (TRL 1.16,
+    trainer/sft_trainer.py). The steps of a projector that was trained before are smaller than what its bfloat16
+    weights can take up.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_" not in name:

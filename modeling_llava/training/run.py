@@ -19,7 +19,7 @@ from modeling_llava.checkpoints.shared_values import check_processor
 from processing_llava.data.collator import LlavaDataCollator
 from processing_llava.transformers_versions import CHECKPOINTING_FIELD
 
-from .batches import plan_batches, read_rows, repeat_stream
+from .batches import plan_batches, read_rows
 from .checkpoints import (
     check_resumable,
     check_settings,
@@ -50,15 +50,19 @@ TRAINER_DEFAULTS = {
     "max_length": None,
     "remove_unused_columns": False,
 }
-"""LLaVA's schedule; everything can be set in the recipe. TRL's default max_length would cut images."""
+"""LLaVA's schedule; the recipe can set all but the last two. By default TRL cuts rows at 1024 tokens, and with them
+images (TRL 1.16, trainer/sft_config.py)."""
 
 
 def trainer_settings(recipe: Recipe) -> dict[str, Any]:
-    """The fields of SFTConfig for a recipe. TRL's own default computes in bfloat16 on processors too."""
+    """The fields of SFTConfig for a recipe.
+
+    TRL's own default computes in bfloat16 on CPUs too (TRL 1.16, trainer/base_config.py).
+    """
     has_gpu = torch.cuda.is_available()
-    # TRL keeps the adapters of QLoRA in bfloat16, as its paper does.
+    # TRL keeps the adapters of QLoRA in bfloat16, as its paper does (TRL 1.16, trainer/sft_trainer.py).
     bf16 = recipe.stage == "qlora" or (has_gpu and torch.cuda.is_bf16_supported())
-    # A GPU would wait while pictures are prepared; on a processor the same cores do both.
+    # A GPU would wait while images are prepared; on a CPU the same cores do both.
     machine = {"use_cpu": not has_gpu, "bf16": bf16, "dataloader_num_workers": 4 if has_gpu else 0}
     evaluation = {"eval_strategy": "epoch"} if recipe.eval_data else {}
     settings = TRAINER_DEFAULTS | machine | evaluation | recipe.trainer
@@ -68,12 +72,15 @@ def trainer_settings(recipe: Recipe) -> dict[str, Any]:
     return settings
 
 
-def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Path:
+def train(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, trainer_class: type[LlavaTrainer] = LlavaTrainer
+) -> Path:
     """Run a recipe.
 
     Args:
         resume: Go on from the last complete checkpoint in the output folder; without one, start.
         overwrite: Remove what an earlier run left in the output folder, once the first step can be taken.
+        trainer_class: One with another optimizer, for example.
 
     Returns:
         The folder with the trained model (of a LoRA: the adapter) and its processor, which the Auto classes load.
@@ -86,7 +93,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> P
     if not overwrite:
         refuse_earlier_run(recipe.output_dir, resume=resume)
     with explain_full_disk(recipe.output_dir):
-        trainer = build_trainer(recipe)
+        trainer = build_trainer(recipe, trainer_class)
         if overwrite and trainer.is_world_process_zero():
             remove_earlier_run(recipe.output_dir)
         trainer.add_callback(TrainingRecord(recipe, trainer.train_dataset))
@@ -99,7 +106,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> P
     return Path(recipe.output_dir)
 
 
-def build_trainer(recipe: Recipe) -> LlavaTrainer:
+def build_trainer(recipe: Recipe, trainer_class: type[LlavaTrainer] = LlavaTrainer) -> LlavaTrainer:
     """Everything up to the first step.
 
     Raises:
@@ -108,15 +115,15 @@ def build_trainer(recipe: Recipe) -> LlavaTrainer:
     arguments = SFTConfig(output_dir=recipe.output_dir, **trainer_settings(recipe))
     # transformers adds kubeflow where its variables are set (5.23, training_args.py).
     arguments.report_to = [name for name in arguments.report_to if name in REPORTS]
-    check_reports(arguments.report_to)
+    _check_reports(arguments.report_to)
     # Adapters start from random numbers, before the Trainer sets its seed.
     set_seed(arguments.seed)
     processor = load_processor(recipe)
     model = load_model(recipe, bf16=arguments.bf16)
     base = model.get_base_model() if recipe.uses_lora else model
     check_processor(base.config, processor)
-    # The norms of QLoRA have weights of 32 bits for inputs of 16, which no single kernel takes; those of a divided
-    # model have no shape yet.
+    # The norms of QLoRA have weights of 32 bits for inputs of 16 (PEFT 0.21, utils/other.py), which no single kernel
+    # takes; those of a sharded model have no shape yet.
     if arguments.device.type == "cuda" and recipe.stage != "qlora" and not is_sharded(arguments):
         fuse_norms(base.base_model.language_model)
     for part, (total, trained) in count_parameters(model).items():
@@ -134,16 +141,18 @@ def build_trainer(recipe: Recipe) -> LlavaTrainer:
         read_features = cache.read
 
     if isinstance(dataset, IterableDataset):
-        dataset = repeat_stream(dataset, arguments)
+        # The Trainer takes rows that it cannot count for one epoch (transformers 5.23, trainer.py): a run that is
+        # resumed after the end of a stream would begin with its first rows again. max_steps says when to stop.
+        dataset = dataset.repeat(None)
     batch_sampler = plan_batches(dataset, recipe, arguments) if recipe.tokens_per_batch is not None else None
     collator = LlavaDataCollator(
         processor, packed=batch_sampler is not None, read_features=read_features, on_bad_row=recipe.bad_rows
     )
     if not {"gradient_checkpointing", "activation_checkpointing"} & recipe.trainer.keys():
-        decide_checkpointing(model, collator, dataset, recipe, arguments)
+        _decide_checkpointing(model, collator, dataset, recipe, arguments)
     if recipe.compile_blocks:
         compile_blocks(base, checkpointing=arguments.gradient_checkpointing)
-    return LlavaTrainer(
+    return trainer_class(
         model,
         arguments,
         recipe=recipe,
@@ -156,8 +165,8 @@ def build_trainer(recipe: Recipe) -> LlavaTrainer:
     )
 
 
-def check_reports(names: list[str]) -> None:
-    """Refuse a logger that is not there, before the model is loaded.
+def _check_reports(names: list[str]) -> None:
+    """Refuse a logger that is not installed, before the model is loaded.
 
     Raises:
         ValueError: naming it.
@@ -171,7 +180,7 @@ def check_reports(names: list[str]) -> None:
             )
 
 
-def decide_checkpointing(
+def _decide_checkpointing(
     model: PreTrainedModel,
     collator: LlavaDataCollator,
     dataset: Dataset | IterableDataset,

@@ -1,8 +1,11 @@
-"""What a run writes down: its progress line, progress.csv and progress.png, and at its end training_record.json.
+"""What a run tells of itself: its progress line, progress.csv and progress.png, and at its end training_record.json.
 
-What is surprising: a resumed run goes on in the same progress.csv, and rows after the checkpoint that it starts from
-are written again, so they are dropped first. `seconds` and `first_step` of the record belong to the process that ended
-the run; a run that was resumed took longer. Pictures are not hashed one by one: the files of rows that name them are.
+All losses come from one place, the Trainer's `state.log_history`, which its checkpoints hold (trainer_state.json);
+`read_log` reads it, and the table, the curves and the record are written from that. So a resumed run goes on where its
+checkpoint ends, and no row stands twice. One thing comes back from progress.csv: an evaluation after the checkpoint.
+
+What is surprising: `seconds` and `first_step` of the record belong to the process that ended the run; a run that was
+resumed took longer. Pictures are not hashed one by one: the files of rows that name them are.
 """
 
 import csv
@@ -11,7 +14,6 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import math
 import platform
 import shutil
 import subprocess
@@ -38,14 +40,16 @@ from .recipe import Recipe
 logger = logging.get_logger(__name__)
 
 RATES = ("rows_per_second", "tokens_per_second", "useful", "seconds_left")
-"""`useful` is the share of tokens that are not padding."""
-FEW_POINTS = 30
-"""Below it each point of a curve is drawn."""
-COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", *RATES)
+"""Throughput beside each loss; `useful` is the share of tokens that are not padding."""
+
+
+def read_log(state: TrainerState) -> list[dict[str, Any]]:
+    """Every log of a run with a loss of training or evaluation, in order."""
+    return [log for log in state.log_history if "loss" in log or "eval_loss" in log]
 
 
 class RunLog(TrainerCallback):
-    """Counts rows and tokens, writes a line whenever the Trainer logs, and draws both curves when it is asked to.
+    """Counts rows and tokens, and writes progress.csv, for people, whenever the Trainer logs.
 
     Args:
         folder: Where the files go.
@@ -53,7 +57,6 @@ class RunLog(TrainerCallback):
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / "progress.csv"
-        self.lines: list[dict[str, Any]] = []
         self._restart_counts(step=0)
 
     def count(self, batch: dict[str, Any]) -> None:
@@ -89,10 +92,8 @@ class RunLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step and self.path.is_file():
-            with self.path.open(newline="") as file:
-                self.lines = [line for line in csv.DictReader(file) if int(line["step"]) <= state.global_step]
         self._restart_counts(step=state.global_step)
+        self._read_last_evaluation(state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -101,27 +102,54 @@ class RunLog(TrainerCallback):
         if state.global_step == state.max_steps and args.logging_strategy != "no":
             control.should_log = True
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs
-    ) -> None:
-        if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        lines = read_log(state)
+        # The last log may be another, such as the summary of the run.
+        if not state.is_world_process_zero or not lines or lines[-1] is not state.log_history[-1]:
             return
-        place = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
-        self.lines.append({name: logs[name] for name in COLUMNS if name in logs} | place)
-        self._write()
-
-    def draw(self) -> None:
-        """Draw what was logged, if anything was."""
-        if self.lines:
-            draw(self.lines, self.path.with_suffix(".png"))
-
-    def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        columns = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", *RATES)
         table = io.StringIO()
-        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.lines)
+        writer.writerows(line | {"epoch": round(line.get("epoch", 0), 4)} for line in lines)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, table.getvalue())
+
+    def plot(self, state: TrainerState) -> None:
+        """Write progress.png: loss and throughput over the steps, if anything was logged."""
+        if not read_log(state):
+            return
+        # Not pyplot: it keeps figures, and looks for a screen.
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 6), layout="constrained")
+        for axes, names in zip(figure.subplots(2, 1, sharex=True), (("loss", "eval_loss"), ("tokens_per_second",))):
+            for name in names:
+                points = [(line["step"], line[name]) for line in read_log(state) if name in line]
+                # A line through few points is hardly seen, and through one not at all.
+                axes.plot(*zip(*points), marker="o" if len(points) < 30 else None, label=name.replace("_", " "))
+            if len(axes.lines) > 1:
+                axes.legend()
+            axes.set_ylabel(names[0].replace("_", " "))
+            axes.grid(alpha=0.3)
+        axes.set_xlabel("step")
+        figure.savefig(self.path.with_suffix(".png"), dpi=100)
+
+    def _read_last_evaluation(self, state: TrainerState) -> None:
+        """Read an evaluation back that the checkpoint to go on from does not hold.
+
+        At the end of an epoch the Trainer may evaluate after the checkpoint of its last step (transformers 5.23,
+        trainer.py).
+        """
+        step = state.global_step
+        is_known = any("eval_loss" in log and log["step"] == step for log in state.log_history)
+        if step == 0 or is_known or not self.path.is_file() or not state.is_world_process_zero:
+            return
+        with self.path.open(newline="") as file:
+            for line in csv.DictReader(file):
+                if int(line["step"]) == step and line["eval_loss"]:
+                    log = {"eval_loss": float(line["eval_loss"]), "epoch": float(line["epoch"]), "step": step}
+                    state.log_history.append(log)
 
     def _restart_counts(self, *, step: int) -> None:
         self.step = step
@@ -130,7 +158,7 @@ class RunLog(TrainerCallback):
 
 
 class ProgressLine(ProgressCallback):
-    """The Trainer's progress line with throughput in it; after a resume, time left counts from there."""
+    """The Trainer's progress line, with throughput; after a resume, time left counts from there."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -174,54 +202,6 @@ class StreamReport(TrainerCallback):
             logger.warning(f"{number:,} streaming rows read: {fate}")
 
 
-def draw(lines: list[dict[str, Any]], path: Path) -> None:
-    """Loss and throughput over the steps, as a picture."""
-    # Not pyplot: it keeps figures, and looks for a screen.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    for axes, names in zip(figure.subplots(2, 1, sharex=True), (("loss", "eval_loss"), ("tokens_per_second",))):
-        for name in names:
-            # What a line does not have is empty in the file, from which a resumed run reads it.
-            points = [(int(line["step"]), float(line[name])) for line in lines if line.get(name) not in (None, "")]
-            # A line through one point is not seen.
-            marker = "o" if len(points) < FEW_POINTS else None
-            axes.plot(*zip(*points), marker=marker, label=name.replace("_", " "))
-        if len(axes.lines) > 1:
-            axes.legend()
-        axes.set_ylabel(names[0].replace("_", " "))
-        axes.grid(alpha=0.3)
-    axes.set_xlabel("step")
-    figure.savefig(path, dpi=100)
-
-
-def check_loss(loss: torch.Tensor, *, step: int) -> None:
-    """Stop a run whose loss is no number, before it is trained into the weights.
-
-    Raises:
-        ValueError: naming the step.
-    """
-    _check_number("a loss", loss.item(), step=step)
-
-
-def check_gradient(norm: torch.Tensor | float, *, step: int) -> None:
-    """Stop a run whose gradient is no number, which can be under a loss that is one, before the optimizer's step.
-
-    Raises:
-        ValueError: naming the step.
-    """
-    _check_number("a gradient with a norm", float(norm), step=step)
-
-
-def _check_number(what: str, value: float, *, step: int) -> None:
-    if not math.isfinite(value):
-        raise ValueError(
-            f"got {what} of {value} at step {step}; expected a number: lower the learning rate, or look for a broken "
-            "row with `llava check-data`; the last checkpoint is unharmed"
-        )
-
-
-PACKAGES = ("anyllava", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 HYPERPARAMETERS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "adam_beta1", "adam_beta2",
     "max_grad_norm", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
@@ -236,7 +216,7 @@ class TrainingRecord(TrainerCallback):
     What the run starts from is described when this is made, so that a missing file is an error before training.
 
     Args:
-        recipe: Of the run.
+        recipe: The recipe of the run.
         dataset: The rows that are trained on.
 
     Raises:
@@ -270,25 +250,24 @@ class TrainingRecord(TrainerCallback):
         # A run that was over when it was resumed has its record.
         if not state.is_world_process_zero or (state.global_step == self.first_step and path.is_file()):
             return
-        counts = count_parameters(model)
+        counts, log = count_parameters(model), read_log(state)
+        losses, eval_losses = (
+            [{"step": line["step"], "loss": line[name]} for line in log if name in line]
+            for name in ("loss", "eval_loss")
+        )
         record = self.origin | {
             "hyperparameters": {name: getattr(args, name) for name in HYPERPARAMETERS},
             "parameters": {part: {"total": total, "trained": trained} for part, (total, trained) in counts.items()},
             "steps": state.global_step,
             "first_step": self.first_step,
             "seconds": round(time.perf_counter() - self.start, 3),
-            "losses": read_losses(state, "loss"),
-            "eval_losses": read_losses(state, "eval_loss"),
-            "hardware": describe_hardware(),
-            "versions": describe_versions(),
+            "losses": losses,
+            "eval_losses": eval_losses,
+            "hardware": _describe_hardware(),
+            "versions": _describe_versions(),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-
-
-def read_losses(state: TrainerState, name: str) -> list[dict[str, float]]:
-    """Step and value of each loss of this name."""
-    return [{"step": log["step"], "loss": log[name]} for log in state.log_history if name in log]
 
 
 def describe_source(source: DataSource) -> dict[str, Any]:
@@ -311,14 +290,14 @@ def describe_source(source: DataSource) -> dict[str, Any]:
     return {"path": source.path, "files": len(files), "bytes": num_bytes, "sha256": digest.hexdigest()}
 
 
-def describe_hardware() -> dict[str, Any]:
+def _describe_hardware() -> dict[str, Any]:
     """Name and number of the devices of this machine."""
     if torch.cuda.is_available():
         return {"device": torch.cuda.get_device_name(), "devices": torch.cuda.device_count()}
-    return {"device": _processor_name(), "threads": torch.get_num_threads()}
+    return {"device": _name_cpu(), "threads": torch.get_num_threads()}
 
 
-def _processor_name() -> str:
+def _name_cpu() -> str:
     info = Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.is_file() else ():
         if line.startswith("model name"):
@@ -326,11 +305,12 @@ def _processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def describe_versions() -> dict[str, str]:
+def _describe_versions() -> dict[str, str]:
     """Versions of everything that computes, and the commit of this package where it runs from a checkout."""
+    packages = ("anyllava", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
     installed = {distribution.name: distribution.version for distribution in importlib.metadata.distributions()}
     versions = {"python": platform.python_version()}
-    versions |= {name: installed[name] for name in PACKAGES if name in installed}
+    versions |= {name: installed[name] for name in packages if name in installed}
     git, checkout = shutil.which("git"), Path(__file__).parents[2]
     if git is not None and (checkout / ".git").exists():
         command = [git, "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]

@@ -14,7 +14,7 @@ from processing_llava.data.preview import format_terminal
 from processing_llava.data.row_lengths import measure_row, read_image_sizes
 
 from .parts import count_elements, count_parameters, part_of
-from .recipe import Recipe
+from .recipe import TRAINER_FIELDS, Recipe
 from .run import build_trainer, trainer_settings
 from .starting_model import LORA_DEFAULTS
 from .step_memory import StepMemory, count_states, estimate_step, free_memory
@@ -25,7 +25,7 @@ def preview(recipe: Recipe, *, color: bool) -> Iterator[str]:
     """The sections one by one. Nothing is trained, and nothing is written but the caches of `datasets`.
 
     Args:
-        color: Of supervised text and images in the batch; without, supervised text stands between `<<` and `>>`.
+        color: Color supervised text and images in the batch; without, supervised text stands between `<<` and `>>`.
 
     Raises:
         ValueError: as `run.build_trainer`.
@@ -33,25 +33,25 @@ def preview(recipe: Recipe, *, color: bool) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         # The Trainer makes its output folder, and the features of a tower would be cached.
         trainer = build_trainer(dataclasses.replace(recipe, output_dir=folder, feature_cache=None))
-        yield format_recipe(recipe, checkpointing=trainer.args.gradient_checkpointing)
-        yield format_parameters(trainer)
-        yield preview_memory(trainer, recipe)
-        yield from format_batch(trainer, color=color)
+        yield _format_recipe(recipe, checkpointing=trainer.args.gradient_checkpointing)
+        yield _format_parameters(trainer)
+        yield _preview_memory(trainer, recipe)
+        yield from _format_batch(trainer, color=color)
 
 
-def preview_memory(trainer: LlavaTrainer, recipe: Recipe) -> str:
-    """What a step takes on this device; of a model that processes divide, what they divide.
+def _preview_memory(trainer: LlavaTrainer, recipe: Recipe) -> str:
+    """What a step takes on this device; where the model is sharded, what is sharded.
 
-    The whole of such a model may be more than one device holds, so it is not computed with.
+    The whole of such a model may be more than one device holds, so it does not compute here.
     """
     arguments = trainer.args
     if is_sharded(arguments):
-        states = count_states(trainer.model, optim=arguments.optim, has_muon=False)
-        return format_states(states, num_processes=arguments.world_size)
+        states = count_states(trainer.model, optim=arguments.optim)
+        return _format_states(states, num_processes=arguments.world_size)
     memory = estimate_step(
         trainer.model, trainer.data_collator, trainer.train_dataset, recipe=recipe, arguments=arguments
     )
-    return format_memory(
+    return _format_memory(
         memory,
         free=free_memory(trainer.model, arguments),
         checkpointing=arguments.gradient_checkpointing,
@@ -59,16 +59,17 @@ def preview_memory(trainer: LlavaTrainer, recipe: Recipe) -> str:
     )
 
 
-def format_recipe(recipe: Recipe, *, checkpointing: bool) -> str:
-    """All fields, and of SFTConfig and LoraConfig what this package or the recipe sets, as YAML: a recipe again."""
-    trainer = trainer_settings(recipe) | {"activation_checkpointing": checkpointing}
+def _format_recipe(recipe: Recipe, *, checkpointing: bool) -> str:
+    """All fields as YAML, with the defaults of this package for SFTConfig and LoraConfig: a recipe again."""
+    settings = trainer_settings(recipe) | {"activation_checkpointing": checkpointing}
+    trainer = {name: value for name, value in settings.items() if name in TRAINER_FIELDS}
     lora = LORA_DEFAULTS | recipe.lora if recipe.uses_lora else {}
     fields = dataclasses.asdict(recipe) | {"lora": lora, "trainer": trainer}
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
 
 
-def format_parameters(trainer: LlavaTrainer) -> str:
-    """A table of the parts of the model: numbers, and with which learning rates how many of them train."""
+def _format_parameters(trainer: LlavaTrainer) -> str:
+    """A table of the parts of the model: parameters, and with which learning rates how many of them train."""
     optimizer = trainer.create_optimizer()
     rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
     trained: Counter = Counter()
@@ -82,7 +83,7 @@ def format_parameters(trainer: LlavaTrainer) -> str:
     return _align(lines)
 
 
-def format_memory(memory: StepMemory, *, free: int, checkpointing: bool, device: str) -> str:
+def _format_memory(memory: StepMemory, *, free: int, checkpointing: bool, device: str) -> str:
     """A table of what a step takes, without and with gradient checkpointing."""
     lines = [("memory of a step", "plain", "gradient checkpointing")]
     for name in ("weights", "gradients", "optimizer"):
@@ -95,21 +96,21 @@ def format_memory(memory: StepMemory, *, free: int, checkpointing: bool, device:
     return f"{_align(lines)}{format_bytes(free)} free on {device}; gradient checkpointing is {state}\n"
 
 
-def format_states(states: dict[str, int], *, num_processes: int) -> str:
-    """A table of what a model holds before processes divide it between them.
+def _format_states(states: dict[str, int], *, num_processes: int) -> str:
+    """A table of what a model holds before it is sharded.
 
     Args:
         states: As `step_memory.count_states` gives it.
     """
-    lines = [("memory before it is divided", "whole model")]
+    lines = [("memory before sharding", "whole model")]
     lines += [(name, format_bytes(size)) for name, size in (states | {"sum": sum(states.values())}).items()]
     return (
-        f"{_align(lines)}FSDP and ZeRO-3 divide all of it between {num_processes} processes, ZeRO-2 gradients and "
+        f"{_align(lines)}FSDP and ZeRO-3 shard all of it between {num_processes} processes, ZeRO-2 gradients and "
         "optimizer; activations, and weights gathered while a layer computes, come on top and are not estimated\n"
     )
 
 
-def format_batch(trainer: LlavaTrainer, *, color: bool) -> Iterator[str]:
+def _format_batch(trainer: LlavaTrainer, *, color: bool) -> Iterator[str]:
     """The rows of the first packed batch, or as many first rows as a padded batch has."""
     dataset, processor = trainer.train_dataset, trainer.processing_class
     if trainer.batch_sampler is not None:

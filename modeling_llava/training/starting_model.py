@@ -30,132 +30,9 @@ from .parts import freeze_all_but
 from .recipe import Recipe
 
 LORA_DEFAULTS = {"r": 128, "lora_alpha": 256, "lora_dropout": 0.05, "bias": "none"}
-"""Those of LLaVA v1.5."""
+"""The defaults of LLaVA v1.5."""
 NEWLINE = "image_newline"
-"""The one part of a LLaVA that is a parameter and no module; only models that cut pictures into tiles have it."""
-MAGNITUDE = "lora_magnitude_vector"
-"""Of a layer under DoRA."""
-
-
-class LlavaPeftModel(PeftModel):
-    """A PeftModel whose adapter file PEFT and transformers read alike, and which holds a trained `image_newline`.
-
-    PEFT writes whole modules beside an adapter, but no single parameters; it reads them, and so does transformers. And
-    it leaves out the last word of DoRA's magnitudes, without which transformers does not find them.
-    """
-
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        *args,
-        is_main_process: bool = True,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        **kwargs,
-    ) -> None:
-        super().save_pretrained(
-            str(save_directory), *args, is_main_process=is_main_process, state_dict=state_dict, **kwargs
-        )
-        if is_main_process:
-            _name_base(Path(save_directory, "adapter_config.json"))
-        newline = self.get_base_model().base_model.image_newline
-        has_newline = newline is not None and newline.requires_grad
-        if not is_main_process or not (has_newline or self.active_peft_config.use_dora):
-            return
-        path = Path(save_directory, "adapter_model.safetensors")
-        weights = {
-            f"{name}.weight" if name.endswith(MAGNITUDE) else name: value for name, value in load_file(path).items()
-        }
-        if has_newline:
-            name = f"base_model.model.model.{NEWLINE}"
-            weights[name] = self.state_dict()[name] if state_dict is None else state_dict[name]
-        save_file(weights, path, metadata={"format": "pt"})
-
-
-def _name_base(path: Path) -> None:
-    """Have an adapter of the embedded model name it as every machine finds it, and not by a folder of this one."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = name_installed(config["base_model_name_or_path"])
-    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-
-
-def refuse_adapter(model: PreTrainedModel, name: str) -> None:
-    """Keep a run away from a model that is an adapter over another one, whose adapters it would train anew or cover.
-
-    Args:
-        name: Where the model comes from.
-
-    Raises:
-        ValueError: if there are adapters.
-    """
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError(
-            f"got model {name!r}, which is an adapter; expected a whole model: make one with `llava merge {name} "
-            "--out FOLDER`"
-        )
-
-
-def add_lora(
-    model: PreTrainedModel, settings: dict[str, Any], *, trained_parts: tuple[str, ...], autocast: bool = False
-) -> PeftModel:
-    """Wrap a LLaVA so that adapters in its language model train, and whole parts beside them.
-
-    Args:
-        model: Its weights are frozen.
-        settings: Fields of PEFT's LoraConfig. `target_modules` as a list, or "all-linear", never names layers of the
-            tower: it is frozen, or trains as a whole.
-        trained_parts: What trains fully and is saved with the adapter: "mm_projector", "vision_tower", and
-            "image_newline", which a model may be without.
-        autocast: The model trains under `torch.autocast`, which gives every product its 16 bits. PEFT would make each
-            input 32 bits long before, to be cut down again: a sixth of what a layer of a 7B keeps for the backward
-            pass without dropout, and a seventh of its kernels.
-    """
-    if getattr(model, "is_quantized", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    modules = [part for part in trained_parts if part != NEWLINE]
-    config = keep_off_tower({"target_modules": None} | LORA_DEFAULTS | settings, model)
-    config["modules_to_save"] = modules + list(settings.get("modules_to_save") or ())
-    wrapped = LlavaPeftModel(model, LoraConfig(**config))
-    for name, parameter in model.base_model.vision_tower.named_parameters():
-        # PEFT's `bias: all` means every bias of the model, and those of the tower may be frozen.
-        if name.endswith(".bias") and not {"lora_B", "modules_to_save"} & set(name.split(".")):
-            parameter.requires_grad_(False)
-    newline = model.base_model.image_newline
-    if NEWLINE in trained_parts and newline is not None:
-        newline.requires_grad_(True)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            # Updates are smaller than what 16-bit weights can take up.
-            parameter.data = parameter.data.float()
-    for module in wrapped.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = not autocast
-    return wrapped
-
-
-def keep_off_tower(config: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """Fields of LoraConfig whose `target_modules`, unless they are a pattern, have no layer of the vision tower."""
-    if config["target_modules"] in (None, "all-linear"):
-        if config.get("layers_to_transform") is None:
-            return config | {"target_modules": find_targets(model)}
-        # PEFT counts layers for a list of words alone.
-        config = config | {"target_modules": find_words(model)}
-    if isinstance(config["target_modules"], str):
-        return config
-    excluded = config.get("exclude_modules") or ()
-    if not isinstance(excluded, str):
-        excluded = "|".join(rf"(.*\.)?{re.escape(name)}" for name in excluded)
-    return config | {"exclude_modules": "|".join(filter(None, (r"model\.vision_tower\..*", excluded)))}
-
-
-def find_targets(model: PreTrainedModel) -> str:
-    """A pattern for the full paths of all linear layers inside the language model."""
-    return rf"model\.language_model\..*\.({'|'.join(find_words(model))})"
-
-
-def find_words(model: PreTrainedModel) -> list[str]:
-    """The last words of the names of all linear layers inside the language model."""
-    layers = model.base_model.language_model.named_modules()
-    return sorted({name.rsplit(".", 1)[-1] for name, module in layers if isinstance(module, nn.Linear)})
+"""The one part of a LLaVA that is a parameter and no module; only models that cut images into tiles have it."""
 
 
 def load_processor(recipe: Recipe) -> AnyLlavaProcessor:
@@ -195,7 +72,7 @@ def load_model(recipe: Recipe, *, bf16: bool) -> PreTrainedModel:
         attn_implementation=recipe.attn_implementation,
         quantization_config=four_bit_config() if recipe.stage == "qlora" else None,
     )
-    refuse_adapter(model, recipe.model)
+    _refuse_adapter(model, recipe.model)
     # Whatever was loaded, checkpoints are in our layout, so that a run can be resumed from them.
     model.checkpoint_layout = "any_llava"
     if recipe.tokens_per_batch is not None:
@@ -204,3 +81,127 @@ def load_model(recipe: Recipe, *, bf16: bool) -> PreTrainedModel:
         return add_lora(model, recipe.lora, trained_parts=recipe.trained_parts, autocast=bf16)
     freeze_all_but(model, recipe.trained_parts)
     return model
+
+
+def _refuse_adapter(model: PreTrainedModel, name: str) -> None:
+    """Keep a run away from a model that is an adapter over another one, whose adapters it would train anew or cover.
+
+    Args:
+        name: Where the model comes from.
+
+    Raises:
+        ValueError: if there are adapters.
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            f"got model {name!r}, which is an adapter; expected a whole model: make one with `llava merge {name} "
+            "--out FOLDER`"
+        )
+
+
+def add_lora(
+    model: PreTrainedModel, settings: dict[str, Any], *, trained_parts: tuple[str, ...], autocast: bool = False
+) -> PeftModel:
+    """Wrap a LLaVA so that adapters in its language model train, and whole parts beside them.
+
+    Args:
+        model: Its weights are frozen.
+        settings: Fields of PEFT's LoraConfig. `target_modules` as a list, or "all-linear", never names layers of the
+            tower: it is frozen, or trains as a whole.
+        trained_parts: What trains fully and is saved with the adapter: "mm_projector", "vision_tower", and
+            "image_newline", which a model may be without.
+        autocast: The model trains under `torch.autocast`, which gives every product its 16 bits. PEFT would cast each
+            input to 32 bits before (PEFT 0.21, tuners/tuners_utils.py), to be cast down again, and the backward pass
+            would keep the copy.
+    """
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    modules = [part for part in trained_parts if part != NEWLINE]
+    config = _keep_off_tower({"target_modules": None} | LORA_DEFAULTS | settings, model)
+    config["modules_to_save"] = modules + list(settings.get("modules_to_save") or ())
+    wrapped = LlavaPeftModel(model, LoraConfig(**config))
+    for name, parameter in model.base_model.vision_tower.named_parameters():
+        # PEFT's `bias: all` means every bias of the model (PEFT 0.21, tuners/tuners_utils.py), and those of the tower
+        # may be frozen.
+        if name.endswith(".bias") and not {"lora_B", "modules_to_save"} & set(name.split(".")):
+            parameter.requires_grad_(False)
+    newline = model.base_model.image_newline
+    if NEWLINE in trained_parts and newline is not None:
+        newline.requires_grad_(True)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            # Updates are smaller than what 16-bit weights can take up.
+            parameter.data = parameter.data.float()
+    for module in wrapped.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = not autocast
+    return wrapped
+
+
+def _keep_off_tower(config: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """Fields of LoraConfig whose `target_modules`, unless they are a pattern, have no layer of the vision tower."""
+    if config["target_modules"] in (None, "all-linear"):
+        if config.get("layers_to_transform") is None:
+            return config | {"target_modules": find_targets(model)}
+        # PEFT counts layers for a list of words alone (PEFT 0.21, tuners/tuners_utils.py).
+        config = config | {"target_modules": _find_words(model)}
+    if isinstance(config["target_modules"], str):
+        return config
+    excluded = config.get("exclude_modules") or ()
+    if not isinstance(excluded, str):
+        excluded = "|".join(rf"(.*\.)?{re.escape(name)}" for name in excluded)
+    return config | {"exclude_modules": "|".join(filter(None, (r"model\.vision_tower\..*", excluded)))}
+
+
+def find_targets(model: PreTrainedModel) -> str:
+    """A pattern for the full paths of all linear layers inside the language model."""
+    return rf"model\.language_model\..*\.({'|'.join(_find_words(model))})"
+
+
+def _find_words(model: PreTrainedModel) -> list[str]:
+    """The last words of the names of all linear layers inside the language model."""
+    layers = model.base_model.language_model.named_modules()
+    return sorted({name.rsplit(".", 1)[-1] for name, module in layers if isinstance(module, nn.Linear)})
+
+
+class LlavaPeftModel(PeftModel):
+    """A PeftModel whose adapter file PEFT and transformers read alike, and which holds a trained `image_newline`.
+
+    PEFT writes whole modules beside an adapter, but no single parameters; it reads them, and so does transformers. And
+    it leaves out the last word of DoRA's magnitudes (PEFT 0.21, tuners/lora/model.py), without which transformers does
+    not find them.
+    """
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *args,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> None:
+        super().save_pretrained(
+            str(save_directory), *args, is_main_process=is_main_process, state_dict=state_dict, **kwargs
+        )
+        if is_main_process:
+            _name_base(Path(save_directory, "adapter_config.json"))
+        newline = self.get_base_model().base_model.image_newline
+        has_newline = newline is not None and newline.requires_grad
+        if not is_main_process or not (has_newline or self.active_peft_config.use_dora):
+            return
+        path = Path(save_directory, "adapter_model.safetensors")
+        weights = {
+            f"{name}.weight" if name.endswith("lora_magnitude_vector") else name: value
+            for name, value in load_file(path).items()
+        }
+        if has_newline:
+            name = f"base_model.model.model.{NEWLINE}"
+            weights[name] = self.state_dict()[name] if state_dict is None else state_dict[name]
+        save_file(weights, path, metadata={"format": "pt"})
+
+
+def _name_base(path: Path) -> None:
+    """Have an adapter of the embedded model name it as every machine finds it, and not by a folder of this one."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = name_installed(config["base_model_name_or_path"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")

@@ -2,8 +2,8 @@
 
     weights      all parameters and buffers, as they are loaded
     gradients    one more copy of the parameters that train
-    optimizer    `OPTIMIZER_BYTES` for each number that trains
-    activations  what the forward pass keeps for the backward pass; see `measure_activations`
+    optimizer    `OPTIMIZER_BYTES` for each element that trains
+    activations  what the forward pass keeps for the backward pass; see `_measure_activations`
 
 The sum is what is held where the backward pass ends, the largest moment of a step. Not in it: what CUDA itself takes
 (about 0.5 GiB), what allocators lose between blocks, and the work space of single operations; `MARGIN` is for them.
@@ -26,14 +26,11 @@ from trl import SFTConfig
 from modeling_llava.acceleration.devices import count_free_bytes
 from processing_llava.prompt_inputs import IGNORED_LABEL
 
-from .muon import split_for_muon
 from .parts import count_elements
 from .recipe import Recipe
 from .supervised_loss import MAX_LOGITS
 
 MARGIN = 1.1
-SAMPLE = 64
-"""Rows among which the longest one is looked for, where they were not measured."""
 OPTIMIZER_BYTES = {
     "adafactor": 0,
     "adamw_8bit": 2,
@@ -49,10 +46,7 @@ OPTIMIZER_BYTES = {
     "rmsprop": 4,
     "sgd": 0,
 }
-"""Of the state for each number that trains, by `optim` of TrainingArguments; others are taken to need 8, as AdamW."""
-MUON_BYTES = 4
-LOGIT_COPIES = 4
-"""Logits, their softmax, and two results of computing with it, in float32."""
+"""State for each element that trains, by `optim` of TrainingArguments; others are taken to need 8, as AdamW."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +80,7 @@ def estimate_step(
     """The memory of the largest step of a run; the model goes to the device on which it trains.
 
     The largest padded batch is taken to be `per_device_train_batch_size` times the longest row, the largest packed
-    batch to be full; see `_find_costliest` for the row. Of rows that were not measured, the first `SAMPLE` count.
+    batch to be full; see `_find_costliest` for the row.
     """
     if model.device != arguments.device:
         model.to(arguments.device)
@@ -95,8 +89,8 @@ def estimate_step(
     if recipe.tokens_per_batch is not None:
         num_rows = recipe.tokens_per_batch / num_tokens
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
-    activations, checkpointed = measure_activations(model, collate, row, num_rows=num_rows, dtype=dtype)
-    states = count_states(model, optim=arguments.optim, has_muon=recipe.muon_learning_rate is not None)
+    activations, checkpointed = _measure_activations(model, collate, row, num_rows=num_rows, dtype=dtype)
+    states = count_states(model, optim=arguments.optim)
     return StepMemory(**states, activations=activations, checkpointed=checkpointed)
 
 
@@ -105,15 +99,16 @@ def _find_costliest(
 ) -> tuple[dict[str, Any], int]:
     """The row that a batch is taken to be full of, and its tokens.
 
-    It is the longest. Where the tower trains, pictures cost too: padded, it is the longest row with a picture; packed,
-    where a token costs the same in every row, the one with the most pictures for its length.
+    It is the longest. Where the tower trains, images cost too: padded, it is the longest row with an image; packed,
+    where a token costs the same in every row, the one with the most images for its length. Where rows were not
+    measured, the first 64 are looked at.
     """
     if isinstance(dataset, Dataset) and "num_tokens" in dataset.column_names:
         counts = dataset.with_format(None)
         lengths, num_images = counts["num_tokens"][:], counts["num_images"][:]
         rows: Any = dataset
     else:
-        rows = list(islice(dataset, SAMPLE))
+        rows = list(islice(dataset, 64))
         lengths = [collate([row])["input_ids"].shape[1] for row in rows]
         num_images = [len(row["images"]) for row in rows]
 
@@ -133,35 +128,32 @@ def free_memory(model: nn.Module, arguments: SFTConfig) -> int:
     device = arguments.device
     if device.type == "cuda":
         return count_free_bytes(device) + torch.cuda.memory_reserved(device)
-    return count_free_bytes(device) // arguments.world_size + count_weights(model)
+    return count_free_bytes(device) // arguments.world_size + _count_weights(model)
 
 
-def count_states(model: nn.Module, *, optim: str, has_muon: bool) -> dict[str, int]:
+def count_states(model: nn.Module, *, optim: str) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer.
 
     Args:
         model: With the parameters that train set to train.
         optim: As in TrainingArguments.
-        has_muon: Muon trains the matrices; see `trainer.split_for_muon`.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = split_for_muon(model, [{"params": trained}], rate=0.0)[0] if has_muon else []
-    num_muon = sum(count_elements(parameter) for group in matrices for parameter in group["params"])
-    num_others = sum(count_elements(parameter) for parameter in trained) - num_muon
+    num_elements = sum(count_elements(parameter) for parameter in trained)
     return {
-        "weights": count_weights(model),
+        "weights": _count_weights(model),
         "gradients": sum(count_elements(parameter) * parameter.element_size() for parameter in trained),
-        "optimizer": num_muon * MUON_BYTES + num_others * OPTIMIZER_BYTES.get(optim, 8),
+        "optimizer": num_elements * OPTIMIZER_BYTES.get(optim, 8),
     }
 
 
-def count_weights(model: nn.Module) -> int:
+def _count_weights(model: nn.Module) -> int:
     """Bytes of parameters and buffers."""
     parameters = sum(count_elements(parameter) * parameter.element_size() for parameter in model.parameters())
     return parameters + sum(buffer.nbytes for buffer in model.buffers())
 
 
-def measure_activations(
+def _measure_activations(
     model: nn.Module, collate: Callable[[list[Any]], dict[str, Any]], row: Any, *, num_rows: float, dtype: torch.dtype
 ) -> tuple[int, int]:
     """Bytes that a batch of `num_rows` such rows keeps for the backward pass, and that with gradient checkpointing.
@@ -175,14 +167,15 @@ def measure_activations(
         collate: Makes a batch of rows.
         row: The one that costs most.
         num_rows: Padded, the rows of a batch; packed, the tokens of a batch divided by those of the row.
-        dtype: That the step computes in.
+        dtype: Dtype that the step computes in.
     """
     device = next(model.parameters()).device
     batches = [send_to_device(collate([row] * number), device) for number in (1, 2)]
     one, two = (_count_saved(model, batch, dtype) for batch in batches)
     num_supervised = int((batches[0]["labels"] != IGNORED_LABEL).sum()) * num_rows
     num_logits = min(num_supervised * model.config.get_text_config().vocab_size, MAX_LOGITS)
-    logits = LOGIT_COPIES * 4 * num_logits
+    # Logits, their softmax, and two results of computing with it, in float32.
+    logits = 4 * 4 * num_logits
     plain = one.plain + (two.plain - one.plain) * (num_rows - 1)
     checkpointed = one.checkpointed + (two.checkpointed - one.checkpointed) * (num_rows - 1)
     return round(plain + logits), round(checkpointed + logits)
@@ -196,7 +189,7 @@ class _Saved:
     layers: Counter = field(default_factory=Counter)
     """In each layer that gradient checkpointing computes again."""
     inputs: Counter = field(default_factory=Counter)
-    """Of these layers, which it keeps."""
+    """Inputs of these layers, which it keeps."""
 
     @property
     def plain(self) -> int:

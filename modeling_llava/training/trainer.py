@@ -1,6 +1,7 @@
 """LlavaTrainer: TRL's SFTTrainer with a learning rate for each part of the model, and what sharding takes."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -18,66 +19,10 @@ from trl import SFTConfig, SFTTrainer
 
 from .batches import TokenBudgetBatchSampler
 from .checkpoints import SETTINGS_FILE, describe_settings
-from .muon import MuonWithAdamW, split_for_muon
 from .parts import keep_float32, part_of
 from .recipe import Recipe
-from .run_log import ProgressLine, RunLog, check_gradient, check_loss
+from .run_log import ProgressLine, RunLog
 from .supervised_loss import add_supervised_head
-
-
-def is_sharded(arguments: SFTConfig) -> bool:
-    """Whether FSDP or DeepSpeed divide the model between processes; `accelerate launch` says so in a variable."""
-    has_fsdp = arguments.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    return has_fsdp or arguments.deepspeed_plugin is not None
-
-
-def check_divisible(recipe: Recipe, *, fsdp: bool) -> None:
-    """Refuse a recipe whose model cannot be divided between processes.
-
-    Args:
-        fsdp: Whether FSDP divides it, or DeepSpeed.
-
-    Raises:
-        ValueError: naming the field.
-    """
-    if recipe.muon_learning_rate is not None:
-        raise ValueError(
-            "got muon_learning_rate for a model that is divided between processes; expected a whole model in each, "
-            "since Muon takes whole matrices: launch with torchrun alone"
-        )
-    if fsdp and recipe.stage == "qlora":
-        raise ValueError(
-            "got stage 'qlora' for FSDP; expected a whole model in each process, since a checkpoint of 4-bit weights "
-            "that FSDP has divided cannot be resumed: launch with torchrun alone"
-        )
-
-
-def prepare_sharding(model: PreTrainedModel, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Adapt a LLaVA, and the settings of `accelerate launch`, to each other before the model is sharded.
-
-    Raises:
-        ValueError: naming the setting under which weights would be lost or checkpoints could not be loaded.
-    """
-    if plugin.fsdp_version != 2:
-        raise ValueError("got fsdp_version: 1; expected 2, which shards frozen and trained weights side by side")
-    if plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
-        raise ValueError(
-            f"got fsdp_state_dict_type: {plugin.state_dict_type.name}; expected FULL_STATE_DICT, whose checkpoints "
-            "from_pretrained loads in one process"
-        )
-    if plugin.cpu_ram_efficient_loading:
-        raise ValueError(
-            "got fsdp_cpu_ram_efficient_loading: true; expected false: only the first process would have weights "
-            "before the model is sharded, and the vision tower may encode pictures by then"
-        )
-    # Layers of these classes are sharded; the towers of transformers name some of their text half too.
-    model._no_split_modules &= {type(module).__name__ for module in model.modules()}
-    policy = plugin.mixed_precision_policy
-    if policy is not None:
-        # accelerate's own sums gradients, and gives back the loss, in 16 bits.
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=policy.param_dtype, reduce_dtype=torch.float32
-        )
 
 
 class LlavaTrainer(SFTTrainer):
@@ -94,15 +39,14 @@ class LlavaTrainer(SFTTrainer):
         self.batch_sampler = batch_sampler
         super().__init__(*args, **kwargs)
         model = self.model.get_base_model() if recipe.uses_lora else self.model
-        is_divided = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        # A LoRA can reach the tower too.
+        # A LoRA can reach the tower too. Processes with shards of the tower must all run it, or none.
         tower_trains = any(parameter.requires_grad for parameter in model.base_model.vision_tower.parameters())
-        needs_tower = tower_trains or (is_divided and recipe.feature_cache is None)
-        add_supervised_head(model, blank="picture" if needs_tower else "features")
-        if is_divided:
-            check_divisible(recipe, fsdp=self.is_fsdp_enabled)
+        has_shards = (self.is_fsdp_enabled or self.is_deepspeed_enabled) and recipe.feature_cache is None
+        add_supervised_head(model, dummy="image" if tower_trains or has_shards else "features")
         if self.is_fsdp_enabled:
-            prepare_sharding(model, self.accelerator.state.fsdp_plugin)
+            plugin = self.accelerator.state.fsdp_plugin
+            check_sharding(plugin, stage=recipe.stage)
+            prepare_sharding(model, plugin)
         if recipe.stage == "qlora":
             keep_float32(self.model)
         if self.aux_loss_enabled:
@@ -116,22 +60,63 @@ class LlavaTrainer(SFTTrainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressLine)
 
+    # One step: its batch, its loss, its gradient, and the optimizer.
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         return self.batch_sampler or super()._get_train_sampler(train_dataset)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> torch.Tensor:
         self.run_log.count(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
-        check_loss(loss, step=self.state.global_step + 1)
+        check_finite("a loss", loss.item(), step=self.state.global_step + 1)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> torch.Tensor | float:
-        """The Trainer asks for it between backward and the optimizer's step."""
+        """The Trainer asks for it between backward and the optimizer's step (transformers 5.23, trainer.py)."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         # In float16 some steps overflow, and their scaler leaves them out.
         if not self.args.fp16:
-            check_gradient(grad_norm, step=self.state.global_step + 1)
+            check_finite("a gradient with a norm", float(grad_norm), step=self.state.global_step + 1)
         return grad_norm
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        if self.optimizer is None:
+            model = model or self.model
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(self.group_parameters(model), **settings)
+        return self.optimizer
+
+    def group_parameters(self, model: nn.Module) -> list[dict]:
+        """The parameters that train, a group for each learning rate and weight decay."""
+        rates = {
+            "mm_projector": self.recipe.projector_learning_rate,
+            "image_newline": self.recipe.projector_learning_rate,
+            "vision_tower": self.recipe.vision_tower_learning_rate,
+        }
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                rate = rates.get(part_of(name))
+                key = (
+                    self.args.learning_rate if rate is None else rate,
+                    self.args.weight_decay if name in decayed else 0.0,
+                )
+                groups.setdefault(key, []).append(parameter)
+        return [
+            {"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()
+        ]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except TypeError as error:
+            raise ValueError(
+                f"got trainer.lr_scheduler_kwargs={self.args.lr_scheduler_kwargs} ({error}); expected those that "
+                f"{self.args.lr_scheduler_type.value} takes"
+            ) from error
+
+    # What is written: logs, checkpoints, and the trained model.
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -156,13 +141,13 @@ class LlavaTrainer(SFTTrainer):
 
         The curves are drawn after it, so that nothing in their way costs the model.
 
-        Every process has to call it: each may hold a share of the weights.
+        Every process has to call it: each may hold a shard of the weights.
         """
         state_dict = self.accelerator.get_state_dict(self.model_wrapped)
-        # DeepSpeed gives the others nothing.
+        # Under DeepSpeed the other processes get None.
         if not self.is_world_process_zero():
             return
-        # Under torch_compile these are the names of a wrapper.
+        # torch.compile wraps a module and puts this before the names of its parameters.
         state_dict = {name.removeprefix("_orig_mod."): value for name, value in state_dict.items()}
         model = self.accelerator.unwrap_model(self.model)
         dtype = getattr(torch, self.recipe.output_dtype)
@@ -171,55 +156,78 @@ class LlavaTrainer(SFTTrainer):
             # What is frozen under a LoRA is not written, and may be larger than the memory that is left.
             if value.is_floating_point() and not (self.recipe.uses_lora and name in frozen):
                 state_dict[name] = value.to("cpu", dtype)
-        if self.recipe.uses_lora:
-            model.save_pretrained(self.args.output_dir, state_dict=state_dict)
-        else:
-            if model.config.tie_word_embeddings:
-                # A copy of the input embeddings by then, which would be written beside them.
-                state_dict.pop("lm_head.weight", None)
-            model.save_pretrained(self.args.output_dir, state_dict=state_dict)
+        if not self.recipe.uses_lora and model.config.tie_word_embeddings:
+            # A copy of the input embeddings by then, which would be written beside them.
+            state_dict.pop("lm_head.weight", None)
+        model.save_pretrained(self.args.output_dir, state_dict=state_dict)
+        if not self.recipe.uses_lora:
             model.config.dtype = dtype
             model.config.save_pretrained(self.args.output_dir)
         self.processing_class.save_pretrained(self.args.output_dir)
-        self.run_log.draw()
+        self.run_log.plot(self.state)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        if self.optimizer is None:
-            model = model or self.model
-            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-            if self.recipe.muon_learning_rate is None:
-                self.optimizer = optimizer_class(self._parameter_groups(model), **settings)
-            else:
-                groups = self._parameter_groups(model)
-                matrices, others = split_for_muon(model, groups, rate=self.recipe.muon_learning_rate)
-                self.optimizer = MuonWithAdamW(matrices, others, **settings)
-        return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        try:
-            return super().create_scheduler(num_training_steps, optimizer)
-        except TypeError as error:
-            raise ValueError(
-                f"got trainer.lr_scheduler_kwargs={self.args.lr_scheduler_kwargs} ({error}); expected those that "
-                f"{self.args.lr_scheduler_type.value} takes"
-            ) from error
+def check_finite(what: str, value: float, *, step: int) -> None:
+    """Stop a run on a loss or gradient that is not finite, before it is trained into the weights.
 
-    def _parameter_groups(self, model: nn.Module) -> list[dict]:
-        rates = {
-            "mm_projector": self.recipe.projector_learning_rate,
-            "image_newline": self.recipe.projector_learning_rate,
-            "vision_tower": self.recipe.vision_tower_learning_rate,
-        }
-        decayed = set(self.get_decay_parameter_names(model))
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                rate = rates.get(part_of(name))
-                key = (
-                    self.args.learning_rate if rate is None else rate,
-                    self.args.weight_decay if name in decayed else 0.0,
-                )
-                groups.setdefault(key, []).append(parameter)
-        return [
-            {"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()
-        ]
+    A gradient can be so under a finite loss.
+
+    Raises:
+        ValueError: naming the step.
+    """
+    if not math.isfinite(value):
+        raise ValueError(
+            f"got {what} of {value} at step {step}; expected a number: lower the learning rate, or look for a broken "
+            "row with `llava check-data`; the last checkpoint is unharmed"
+        )
+
+
+# What sharding takes: FSDP and DeepSpeed give each process a shard of the model.
+
+
+def is_sharded(arguments: SFTConfig) -> bool:
+    """Whether FSDP or DeepSpeed shard the model; `accelerate launch` says so in an environment variable."""
+    has_fsdp = arguments.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return has_fsdp or arguments.deepspeed_plugin is not None
+
+
+def check_sharding(plugin: FullyShardedDataParallelPlugin, *, stage: str) -> None:
+    """Refuse what FSDP cannot do with a run.
+
+    Args:
+        plugin: The settings of `accelerate launch`.
+        stage: As in the recipe.
+
+    Raises:
+        ValueError: naming the setting under which weights would be lost or checkpoints could not be loaded.
+    """
+    if stage == "qlora":
+        raise ValueError(
+            "got stage 'qlora' for FSDP; expected a whole model in each process, since a checkpoint of 4-bit weights "
+            "that FSDP has sharded cannot be resumed: launch with torchrun alone"
+        )
+    if plugin.fsdp_version != 2:
+        raise ValueError("got fsdp_version: 1; expected 2, which shards frozen and trained weights side by side")
+    if plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
+        raise ValueError(
+            f"got fsdp_state_dict_type: {plugin.state_dict_type.name}; expected FULL_STATE_DICT, whose checkpoints "
+            "from_pretrained loads in one process"
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "got fsdp_cpu_ram_efficient_loading: true; expected false: only the first process would have weights "
+            "before the model is sharded, and the vision tower may encode images by then"
+        )
+
+
+def prepare_sharding(model: PreTrainedModel, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Adapt a LLaVA, and the settings of `accelerate launch`, to each other before the model is sharded."""
+    # accelerate shards layers of these classes (1.15, utils/dataclasses.py), and the towers of transformers name some
+    # of their text half too (transformers 5.23, models/clip/modeling_clip.py).
+    model._no_split_modules &= {type(module).__name__ for module in model.modules()}
+    policy = plugin.mixed_precision_policy
+    if policy is not None:
+        # accelerate's own sums gradients, and returns the loss, in 16 bits (1.15, utils/dataclasses.py).
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=policy.param_dtype, reduce_dtype=torch.float32
+        )

@@ -15,9 +15,9 @@ from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from safetensors.torch import load_file
 
 from modeling_llava import AutoModelForVision2Seq
-from modeling_llava.training.recipe import Recipe, read_recipe
+from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import train
-from modeling_llava.training.trainer import check_divisible, prepare_sharding
+from modeling_llava.training.trainer import check_sharding, prepare_sharding
 from tests import original_folders as folders
 from tests.conftest import ROOT
 from tests.modeling_llava.training.conftest import write_recipe
@@ -227,14 +227,15 @@ def test_deepspeed_files_are_read():
 def test_settings_that_would_lose_weights_are_refused(settings, message):
     settings = {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": False} | settings
     with pytest.raises(ValueError, match=message):
-        prepare_sharding(tiny_model(), FullyShardedDataParallelPlugin(**settings))
+        check_sharding(FullyShardedDataParallelPlugin(**settings), stage="finetune")
 
 
-@pytest.mark.parametrize("fields", [{"stage": "qlora"}, {"stage": "finetune", "muon_learning_rate": 1e-3}])
-def test_recipes_whose_model_cannot_be_divided_are_refused(fields):
-    recipe = Recipe(model="m", data=["d"], output_dir="o", **fields)
-    with pytest.raises(ValueError, match=f"got {'stage' if len(fields) == 1 else 'muon_learning_rate'}"):
-        check_divisible(recipe, fsdp=True)
+def test_a_4_bit_model_is_not_sharded():
+    settings = {"state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": False}
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **settings)
+    check_sharding(plugin, stage="lora")
+    with pytest.raises(ValueError, match="got stage 'qlora' for FSDP"):
+        check_sharding(plugin, stage="qlora")
 
 
 def test_sums_are_not_rounded_to_16_bits():

@@ -71,6 +71,8 @@ def test_training_is_what_it_is_without(workspace, tmp_path, eval_data):
     train(read_recipe(recipe), resume=True)
     resumed = read_lines(tmp_path / "with")
     assert [line["eval_loss"] for line in resumed] == [line["eval_loss"] for line in lines]
+    record = json.loads((tmp_path / "with" / "training_record.json").read_text())
+    assert [(str(loss["step"]), loss["loss"]) for loss in record["eval_losses"]] == evaluated
 
 
 @pytest.mark.parametrize("stage", ["finetune", "lora"])

@@ -185,5 +185,10 @@ def test_tiled_pictures_and_a_tower_that_trains_are_refused(tmp_path):
         FeatureCache(tiny_model(image_grid_pinpoints=PINPOINTS, patch_merge_type="spatial"), None, tmp_path)
     with pytest.raises(ValueError, match="for a tower that trains"):
         Recipe(
-            stage="align", model="m", data=["d"], output_dir="o", train_vision_tower=True, feature_cache=str(tmp_path)
+            stage="align",
+            model="m",
+            data=[DataSource(path="d")],
+            output_dir="o",
+            train_vision_tower=True,
+            feature_cache=str(tmp_path),
         )

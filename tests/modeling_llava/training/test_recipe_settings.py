@@ -7,8 +7,24 @@ import yaml
 from trl import SFTConfig
 
 from modeling_llava.cli import main
-from modeling_llava.training import recipe as trainer_fields
-from modeling_llava.training.recipe import NO_EFFECT, NO_EFFECT_PACKED, SENDING, TAKEN, UNLESS_SET, Recipe, read_recipe
+from modeling_llava.training import recipe as recipe_module
+from modeling_llava.training.recipe import DECIDED_BY_PACKING, INSTEAD, TRAINER_FIELDS, Recipe, read_recipe
+from processing_llava.data.data_sources import DataSource
+
+SENDING = (
+    "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token", "project",
+    "push_to_hub", "run_name", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
+)  # fmt: skip
+"""Fields of SFTConfig that send something somewhere while a run goes on."""
+LOSING = ("chat_template_path", "eos_token", "max_length", "output_dir", "remove_unused_columns")
+"""Those that would lose rows, or what the recipe says of them."""
+WITHOUT_EFFECT = (
+    "assistant_only_loss", "batch_eval_metrics", "completion_only_loss", "dataset_kwargs", "dataset_num_proc",
+    "dataset_text_field", "do_eval", "do_predict", "do_train", "eval_packing", "include_for_metrics", "label_names",
+    "local_rank", "model_init_kwargs", "packing", "packing_strategy", "pad_to_multiple_of", "pad_token",
+    "padding_free", "resume_from_checkpoint", "shuffle_dataset", "truncation_mode", "trust_remote_code",
+)  # fmt: skip
+"""Those that something else decides here."""
 
 FIELDS = {
     "stage": "lora",
@@ -63,15 +79,18 @@ def test_a_setting_without_a_value_takes_the_key_out(tmp_path):
         ("learning_rate=1e-4", "got learning_rate in .*recipe.yaml; expected fields of Recipe, such as stage, model"),
         (
             "trainer.learning_rat=1",
-            "got learning_rat in trainer of .*; expected fields of SFTConfig, such as learning_ra",
+            "got trainer.learning_rat, which no recipe takes; expected a field such as learning_rate",
         ),
-        ("trainer.zzz=1", "got zzz in trainer of .*; expected fields of SFTConfig$"),
+        ("trainer.zzz=1", "got trainer.zzz, which no recipe takes; expected a field such as learning_rate$"),
         ("output_dir=./some/model", "where the model to train lies"),
         ("projector_learning_rate=-1e-4", "expected 0 or more"),
         ("lora.init_lora_weights=eva", "begin with random numbers"),
         ("trainer.train_sampling_strategy=group_by_length", "expected 'random' or 'sequential'"),
-        ("trainer.output_dir=a", "got trainer.output_dir; expected output_dir at the top"),
-        ("trainer.max_length=100", "got trainer.max_length, which cuts; expected max_length at the top"),
+        ("trainer.output_dir=a", "got trainer.output_dir, which no recipe takes; expected output_dir at the top"),
+        (
+            "trainer.max_length=100",
+            "got trainer.max_length, .*; expected max_length at the top of the recipe, which cuts no",
+        ),
         ("trainer.learning_rate=fast", "got learning_rate='fast' in trainer of .*; expected float"),
         ("trainer.max_steps=1.5", "got max_steps=1.5 in trainer of .*; expected int"),
         ("trainer.max_steps=true", "got max_steps=True in trainer"),
@@ -80,7 +99,7 @@ def test_a_setting_without_a_value_takes_the_key_out(tmp_path):
         ("lora.init_lora_weights=pissa_niter_16", "got lora.init_lora_weights='pissa_niter_16'.*; expected 'pissa'"),
         ("trainer.chat_template_path=a.jinja", "got trainer.chat_template_path, .*; expected template at the top"),
         ("trainer.eos_token=<pad>", "got trainer.eos_token, .*; expected template at the top"),
-        ("trainer.remove_unused_columns=true", "got trainer.remove_unused_columns=True, .*; expected false"),
+        ("trainer.remove_unused_columns=true", "got trainer.remove_unused_columns, which no recipe takes"),
         ("trainer.gradient_accumulation_steps=0", "got trainer.gradient_accumulation_steps=0; expected at least 1"),
         ("data.0.file=a", "got file in data of .*; expected fields of DataSource, such as path"),
         ("data.0.weight=much", "got weight='much' in data"),
@@ -88,8 +107,11 @@ def test_a_setting_without_a_value_takes_the_key_out(tmp_path):
         ("trainer=3", "got 3 as trainer of .*; expected a mapping"),
         ("tokens_per_batch=0", "got tokens_per_batch=0; expected at least 1"),
         ("bad_rows=ignore", "got bad_rows='ignore'; expected one of raise, skip"),
-        ("trainer.assistant_only_loss=false", "got trainer.assistant_only_loss, which has no effect here; expected n"),
+        ("trainer.assistant_only_loss=false", "got trainer.assistant_only_loss, which no recipe takes; expected a"),
         ("trainer.resume_from_checkpoint=a", "got trainer.resume_from_checkpoint, .* `llava train --resume`"),
+        ("trainer.push_to_hub=true", "got trainer.push_to_hub, which no recipe takes; expected `llava push` after"),
+        ("trainer.packing=true", "got trainer.packing, which no recipe takes; expected tokens_per_batch at the top"),
+        ("data.0.streaming=true", "got streaming data, whose rows are not counted; .*: set max_steps under trainer"),
         ("tokens_per_batch=many", "got tokens_per_batch='many' in .*; expected int"),
         ("data.2.path=c", "got 'data.2.path=c'; expected a key"),
         ("data.first.path=c", "got 'data.first.path=c'; expected a key"),
@@ -108,7 +130,7 @@ def test_mistakes_are_named(tmp_path, setting, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"trainer": {"learning_rat": 1}}, "got learning_rat in trainer of"),
+        ({"trainer": {"learning_rat": 1}}, "got trainer.learning_rat, which no recipe takes"),
         ({"lora": {"rank": 1}}, "got rank in lora of"),
         ({"data": ["a.json"]}, "got 'a.json' as data of .*; expected a mapping"),
         ({"trainer": {"log_level": "loud"}}, "got log_level='loud' in trainer of .*; expected one of .*, info"),
@@ -129,25 +151,35 @@ def test_what_packing_decides_is_refused_beside_it(tmp_path):
         read(tmp_path, "tokens_per_batch=100", trainer=settings)
 
 
-def test_every_refused_setting_is_one_of_trl():
-    known = {item.name for item in dataclasses.fields(SFTConfig)}
-    assert NO_EFFECT.keys() | NO_EFFECT_PACKED.keys() <= known
+def test_streaming_rows_are_not_packed(tmp_path):
+    settings = ("data.0.streaming=true", "tokens_per_batch=100")
+    with pytest.raises(ValueError, match="got tokens_per_batch for data that is streaming; expected data on disk"):
+        read(tmp_path, *settings, trainer={"max_steps": 3})
 
 
 def test_every_setting_of_trl_was_decided_on():
     """One that a newer TRL adds may lose rows, or send them somewhere: it belongs into one of these."""
     known = [item.name for item in dataclasses.fields(SFTConfig)]
-    decided = [*TAKEN, *UNLESS_SET, *NO_EFFECT, *SENDING]
+    decided = [*TRAINER_FIELDS, *LOSING, *WITHOUT_EFFECT, *SENDING]
     assert len(set(decided)) == len(decided)
     assert set(known) <= set(decided)
+    assert INSTEAD.keys() <= {*LOSING, *WITHOUT_EFFECT, *SENDING} & set(known)
+    assert set(DECIDED_BY_PACKING) <= set(TRAINER_FIELDS) & set(known)
     sending = ("hub", "trackio", "wandb", "token", "project", "run_name", "url", "upload")
     suspicious = {name for name in known if any(word in name for word in sending)}
     harmless = {"include_num_input_tokens_seen", "average_tokens_across_devices", "eos_token", "pad_token"}
-    assert suspicious - harmless == SENDING.keys() & set(known)
+    assert suspicious - harmless == set(SENDING) & set(known)
+
+
+@pytest.mark.parametrize("name", LOSING + WITHOUT_EFFECT)
+def test_what_loses_rows_or_has_no_effect_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"got trainer.{name}, which no recipe takes; expected .+"):
+        read(tmp_path, f"trainer.{name}=true")
 
 
 def test_a_setting_that_nobody_decided_on_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_fields, "TAKEN", tuple(name for name in TAKEN if name != "learning_rate"))
+    fields = tuple(name for name in TRAINER_FIELDS if name != "learning_rate")
+    monkeypatch.setattr(recipe_module, "TRAINER_FIELDS", fields)
     with pytest.raises(ValueError, match="got trainer.learning_rate, which no recipe takes; expected a field such as"):
         read(tmp_path, "trainer.learning_rate=1e-4")
 
@@ -161,10 +193,10 @@ def test_what_sends_is_refused_without_its_value(tmp_path, capsys, name, value):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(FIELDS))
     assert main(["train", str(tmp_path / "recipe.yaml"), f"trainer.{name}={value}", "--preview"]) == 2
     message = capsys.readouterr().err
-    assert message.startswith(f"llava: got trainer.{name}, which sends while a run goes on; expected none: ")
+    assert message.startswith(f"llava: got trainer.{name}, which no recipe takes; expected ")
     assert TOKEN not in message and message.count("\n") == 1
-    with pytest.raises(ValueError, match=f"got (trainer.{name}, which sends|an access token in recipe)"):
-        Recipe(stage="lora", model="m", data=["d"], output_dir="o", trainer={name: value})
+    with pytest.raises(ValueError, match=f"got (trainer.{name}, which no recipe takes|an access token in recipe)"):
+        Recipe(stage="lora", model="m", data=[DataSource(path="d")], output_dir="o", trainer={name: value})
 
 
 @pytest.mark.parametrize(

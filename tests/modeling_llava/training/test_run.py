@@ -12,8 +12,7 @@ from trl import SFTConfig
 
 from modeling_llava import AutoModelForVision2Seq
 from modeling_llava.cli import main
-from modeling_llava.training import batches as run_rows
-from modeling_llava.training import run
+from modeling_llava.training import batches, run
 from modeling_llava.training.batches import plan_batches
 from modeling_llava.training.parts import count_parameters, freeze_all_but, part_of
 from modeling_llava.training.recipe import Recipe, read_recipe
@@ -24,6 +23,7 @@ from modeling_llava.training.trainer import LlavaTrainer
 from processing_llava import AnyLlavaImageProcessor, AnyLlavaImageProcessorPil
 from processing_llava.data import row_lengths
 from processing_llava.data.collator import LlavaDataCollator
+from processing_llava.data.data_sources import DataSource
 from processing_llava.data.row_datasets import load_rows
 from processing_llava.data.row_lengths import measure_row
 from tests.modeling_llava.training.conftest import COLORS, write_recipe
@@ -76,7 +76,7 @@ def test_each_part_has_its_learning_rate(workspace):
     recipe = Recipe(
         stage="finetune",
         model="unused",
-        data=["unused"],
+        data=[DataSource(path="unused")],
         output_dir="out",
         train_vision_tower=True,
         projector_learning_rate=2.0,
@@ -87,7 +87,7 @@ def test_each_part_has_its_learning_rate(workspace):
     trainer = object.__new__(LlavaTrainer)
     trainer.recipe = recipe
     trainer.args = type("Arguments", (), {"learning_rate": 1.0, "weight_decay": 0.5})()
-    groups = trainer._parameter_groups(model)
+    groups = trainer.group_parameters(model)
     rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
     expected = {"mm_projector": 2.0, "vision_tower": 3.0, "language_model": 1.0, "lm_head": 1.0}
     for name, parameter in model.named_parameters():
@@ -180,7 +180,7 @@ def test_norms_are_fused_on_a_gpu(workspace, tmp_path, monkeypatch, device, is_s
     monkeypatch.setattr(run, "is_sharded", lambda arguments: is_sharded)
     # A run that believes it has a GPU goes no further than its rows.
     monkeypatch.setattr(SFTConfig, "device", torch.device(device))
-    monkeypatch.setattr(run_rows, "load_rows", lambda *args, **settings: ([], {}))
+    monkeypatch.setattr(batches, "load_rows", lambda *args, **settings: ([], {}))
     with pytest.raises(ValueError, match="got no row in data"):
         build_trainer(read_recipe(write_recipe(workspace, output_dir=str(tmp_path / "out"))))
     assert len(fused) == is_fused
@@ -214,9 +214,9 @@ def test_epochs_that_max_steps_makes_have_equally_many_batches(workspace, tmp_pa
     sampler = plan_batches(rows, recipe, arguments)
     for epoch in range(60 // len(sampler) + 1):
         sampler.set_epoch(epoch)
-        batches = list(sampler)
-        assert len(batches) == len(sampler)
-        assert sorted(row for batch in batches for row in batch) == list(range(len(records)))
+        planned = list(sampler)
+        assert len(planned) == len(sampler)
+        assert sorted(row for batch in planned for row in batch) == list(range(len(records)))
 
 
 def test_packed_batches_hold_every_row_once_in_each_epoch(workspace, monkeypatch):

@@ -57,8 +57,8 @@ def test_parameters_memory_and_batch(workspace, tmp_path, capsys):
     assert "[image 40x30: 16 tokens]" in rows[0] and "ASSISTANT:<< Red.</s>>>" in rows[0]
 
 
-def test_what_processes_divide_is_shown_whole_and_not_computed_with(workspace, tmp_path, capsys, monkeypatch):
-    """18,624 frozen and 38,624 trained numbers in float32: AdamW holds two more of each that trains."""
+def test_a_sharded_model_is_shown_whole_and_not_computed_with(workspace, tmp_path, capsys, monkeypatch):
+    """18,624 frozen and 38,624 trained elements in float32: AdamW holds two more of each that trains."""
     monkeypatch.setattr(run_preview, "is_sharded", lambda arguments: True)
     monkeypatch.delattr(run_preview, "estimate_step")
     trainer = TRAINER | {"gradient_checkpointing": False}
@@ -68,7 +68,7 @@ def test_what_processes_divide_is_shown_whole_and_not_computed_with(workspace, t
     assert [line.split() for line in memory[1:5]] == [
         [name, *format_bytes(4 * number).split()] for name, number in sizes.items()
     ]
-    assert memory[5].startswith("FSDP and ZeRO-3 divide all of it between 1 processes, ZeRO-2 gradients and optimizer")
+    assert memory[5].startswith("FSDP and ZeRO-3 shard all of it between 1 processes, ZeRO-2 gradients and optimizer")
 
 
 def test_packed_batch_is_the_first_of_the_run(workspace, tmp_path, capsys):
@@ -98,7 +98,10 @@ def test_settings_come_before_and_after_options(workspace, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trainer.learning_rat=1"], "got learning_rat in trainer of"),
+        (
+            ["trainer.learning_rat=1"],
+            "got trainer.learning_rat, which no recipe takes; expected a field such as learning_rate",
+        ),
         (["--preview", "max_length"], "got 'max_length'; expected KEY=VALUE"),
         (["data.0.path=missing.json"], "missing.json"),
         (["--preview", "model=missing/model"], "got model 'missing/model'; expected a folder or a Hub id"),

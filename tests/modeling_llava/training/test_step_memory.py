@@ -51,10 +51,8 @@ class HeldStates(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         self.held["weights"] = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-        inner = optimizer.optimizer
-        parts = [inner.muon, inner.adamw] if hasattr(inner, "muon") else [inner]
-        states = [state for part in parts for state in part.state.values()]
-        # Of each parameter there is one number more, which counts its steps.
+        states = optimizer.optimizer.state.values()
+        # Each parameter has one number more, which counts its steps.
         self.held["optimizer"] = sum(value.nbytes for state in states for value in state.values() if value.ndim)
 
 
@@ -65,7 +63,6 @@ class HeldStates(TrainerCallback):
         {"stage": "align"},
         {"stage": "lora", "lora": {"r": 4}},
         {"train_vision_tower": True},
-        {"muon_learning_rate": 1e-2},
         {"trainer": TRAINER | {"optim": "sgd"}},
     ],
     ids=str,
@@ -80,14 +77,14 @@ def test_states_are_those_of_a_step(workspace, tmp_path, fields):
     assert {name: getattr(memory, name) for name in held.held} == held.held
 
 
-def test_what_deepspeed_has_divided_is_counted_whole():
+def test_what_deepspeed_has_sharded_is_counted_whole():
     model = tiny_model()
     freeze_all_but(model, ("mm_projector",))
-    found = [(count_parameters(model), count_states(model, optim="adamw_torch", has_muon=False))]
+    found = [(count_parameters(model), count_states(model, optim="adamw_torch"))]
     for parameter in model.parameters():
         parameter.ds_numel = parameter.numel()
         parameter.data = torch.empty(0)
-    found.append((count_parameters(model), count_states(model, optim="adamw_torch", has_muon=False)))
+    found.append((count_parameters(model), count_states(model, optim="adamw_torch")))
     assert found[0] == found[1]
 
 

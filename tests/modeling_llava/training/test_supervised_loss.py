@@ -16,6 +16,7 @@ from modeling_llava.training.recipe import Recipe
 from modeling_llava.training.starting_model import add_lora
 from modeling_llava.training.trainer import LlavaTrainer
 from processing_llava.data.collator import LlavaDataCollator
+from processing_llava.data.data_sources import DataSource
 from tests.modeling_llava.acceleration.test_packed_attention import make_rows, pack
 from tests.tiny import (
     PINPOINTS,
@@ -38,7 +39,7 @@ def build_trainer(model, folder, *, stage="finetune", **settings) -> LlavaTraine
     return LlavaTrainer(
         model,
         SFTConfig(str(folder), max_length=None, **settings),
-        recipe=Recipe(stage=stage, model="m", data=["d"], output_dir=str(folder)),
+        recipe=Recipe(stage=stage, model="m", data=[DataSource(path="d")], output_dir=str(folder)),
         train_dataset=Dataset.from_list([{"messages": row}]),
         data_collator=LlavaDataCollator(processor),
         processing_class=processor,

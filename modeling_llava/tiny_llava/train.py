@@ -1,17 +1,45 @@
-"""Muon for the matrices inside the layers and AdamW for everything else, as one optimizer.
+"""Train the tiny LLaVA as `llava train` would, but with Muon for the matrices inside the layers.
 
-A small language model that starts from random weights needs less than half of the rows with it. Muon is made for
-matrices that map hidden states to hidden states; embeddings, norms and biases are not
-(https://kellerjordan.github.io/posts/muon).
+    python -m modeling_llava.tiny_llava.train RECIPE.yaml [KEY=VALUE ...]
+
+RECIPE is one of modeling_llava/tiny_llava/recipes; torchrun starts it in several processes. Muon is made for matrices
+that map hidden states to hidden states, here those of a language model that starts from random weights. Embeddings,
+norms and biases are not (https://kellerjordan.github.io/posts/muon): AdamW trains everything else.
 """
 
+import argparse
 from collections.abc import Callable
 
 import torch
+from accelerate import PartialState
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Muon, Optimizer
 
-from .parts import part_of
+from modeling_llava.training.parts import part_of
+from modeling_llava.training.recipe import read_recipe
+from modeling_llava.training.run import train
+from modeling_llava.training.trainer import LlavaTrainer
+
+MUON_LEARNING_RATE = 2e-3
+"""Learning rate of the matrices; `trainer.learning_rate` of the recipe is that of the others."""
+
+
+class MuonTrainer(LlavaTrainer):
+    """LlavaTrainer whose optimizer is Muon beside AdamW.
+
+    Raises:
+        ValueError: if the model is sharded, since Muon takes whole matrices.
+    """
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("got Muon for a model that is sharded; expected a whole one: launch with torchrun alone")
+        if self.optimizer is None:
+            model = model or self.model
+            _, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            matrices, others = split_for_muon(model, self.group_parameters(model), rate=MUON_LEARNING_RATE)
+            self.optimizer = MuonWithAdamW(matrices, others, **settings)
+        return self.optimizer
 
 
 class MuonWithAdamW(Optimizer):
@@ -20,20 +48,11 @@ class MuonWithAdamW(Optimizer):
     Args:
         matrices: Parameter groups of two-dimensional parameters for Muon.
         others: Parameter groups for AdamW.
-        momentum: Of Muon.
+        momentum: Momentum of Muon.
         **adamw_settings: `betas`, `eps`, ... of AdamW.
-
-    Raises:
-        ImportError: if torch has no Muon.
     """
 
     def __init__(self, matrices: list[dict], others: list[dict], *, momentum: float = 0.95, **adamw_settings) -> None:
-        try:
-            from torch.optim import Muon
-        except ImportError as error:
-            raise ImportError(
-                f"torch {torch.__version__} has no Muon; pip install 'torch>=2.9', or take muon_learning_rate out"
-            ) from error
         # "match_rms_adamw" makes its updates as large as AdamW's, so that rates of both are alike.
         self.muon = Muon(matrices, momentum=momentum, adjust_lr_fn="match_rms_adamw")
         self.adamw = AdamW(others, **adamw_settings)
@@ -79,3 +98,19 @@ def split_for_muon(model: nn.Module, groups: list[dict], *, rate: float) -> tupl
         if taken:
             matrices.append(group | {"params": taken, "lr": rate})
     return matrices, others
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="as of `llava train`")
+    arguments = parser.parse_args()
+    print(train(read_recipe(arguments.recipe, arguments.settings), trainer_class=MuonTrainer))
+    # A process that ends while torch's threads still hold its tensors can abort, and the launcher calls it a failure.
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
