@@ -1,12 +1,13 @@
 """Where records come from: JSON files, read one record at a time, and what `datasets` reads.
 
-Pictures stay encoded until somebody loads them with the limits of `image_loading`; `datasets` itself would decode
-them without. JSON files are read here and not by `datasets`, which wants one type for each key: LLaVA's own files mix
-numbers and texts in `id`, and one and many in `image`. LLaVA's instruction data is one list of a gigabyte, which
-`json.load` turns into several times as much; so a part of the file is in memory at a time.
+Pictures stay encoded until they are loaded with the limits of `image_loading`; `datasets` decodes them without
+(datasets 5.2, features/image.py). Names of pictures lead to files of their folder alone: a record of somebody else's
+data can name any file of the machine that trains on it, and a model that learned a file can tell what was in it.
 
-Names of pictures lead to files of their folder and to no others: a record of somebody else's data set can name any
-file of the machine that trains on it, and a model that learned a file can tell what was in it.
+JSON is read here and not by `datasets`, which wants one type for each key: LLaVA's own files mix numbers and texts in
+`id`, and one and many in `image`. LLaVA's instruction data is one list of a gigabyte, which `json.load` turns into
+several times as much, so a part of the file is in memory at a time. ijson 3.6 would read lists so, too; but it turns
+half a surrogate pair into "?", has no NaN and no large integer, and takes all memory for brackets in brackets.
 """
 
 import json
@@ -18,6 +19,20 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict, IterableDataset
+
+_JSON = (".json", ".jsonl")
+_BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
+ROW_FILES = (*_JSON, *_BUILDERS)
+"""Endings of files that hold rows; pictures lie beside them."""
+
+RECORD_KEYS = frozenset({"conversations", "messages", "prompt"})
+"""One of them is in every record; see `conversations.py`."""
+
+BLOCK_CHARACTERS = 2**20
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 @dataclass(frozen=True)
@@ -51,12 +66,50 @@ class ImageFolder:
         return Path(found)
 
 
-BLOCK_CHARACTERS = 2**20
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """Rows from one place.
 
-RECORD_KEYS = frozenset({"conversations", "messages", "prompt"})
-"""One of them is in every record; see `conversations.py`."""
+    Raises:
+        ValueError: a weight or `shuffle_buffer` that is not positive, a buffer for rows that are not streaming, a
+            split that is none, or `follow_links` without a folder.
+    """
 
-_SPACE = re.compile(r"[ \t\r\n]*")
+    path: str
+    """A file `.json`, `.jsonl`, `.parquet` or `.arrow`; a folder of them or of `save_to_disk`; or a Hub dataset id."""
+    image_folder: str | None = None
+    """Where image paths start, and where they have to stay; without it, records with paths are refused."""
+    follow_links: bool = False
+    """Symbolic links in the image folder may lead out of it."""
+    name: str | None = None
+    """Configuration of a Hub dataset, or of a folder that names some in its README.md; other data has none."""
+    split: str = "train"
+    """Split of a dataset, in the words of `datasets`: "validation", "train[:75%]", "train[:10]+test". A file, and a
+    dataset that was saved alone, are a "train"; a part of what is streaming can be read of JSON only."""
+    streaming: bool = False
+    """Read while training, without a copy on disk, in the order of the files."""
+    shuffle_buffer: int | None = None
+    """Rows of a streaming source among which the next one is sampled, by the seed."""
+    weight: float | None = None
+    """Share of a mixture, as a ratio to the other weights; for all sources or none."""
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and not (0 < self.weight < math.inf):
+            raise ValueError(f"got weight={self.weight} for {self.path}; expected a positive number; correct it")
+        if self.shuffle_buffer is not None and not (self.streaming and self.shuffle_buffer > 0):
+            raise ValueError(
+                f"got shuffle_buffer={self.shuffle_buffer} for {self.path} with streaming={self.streaming}; expected "
+                "a positive number, and streaming: true: other rows are shuffled as a whole"
+            )
+        if not isinstance(self.split, str) or not self.split:
+            raise ValueError(f"got split={self.split!r} for {self.path}; expected a name, such as 'train[:75%]'")
+        if self.follow_links and self.image_folder is None:
+            raise ValueError(f"got follow_links for {self.path} without an image_folder; expected both, or neither")
+
+    @property
+    def images(self) -> ImageFolder | None:
+        """Where records may have their images."""
+        return None if self.image_folder is None else ImageFolder(self.image_folder, follow_links=self.follow_links)
 
 
 class RefusedRecord(ValueError):
@@ -77,6 +130,191 @@ class RefusedRecord(ValueError):
     def __str__(self) -> str:
         record_id, _, got, remedy = self.args
         return f"got {got} in record {record_id!r}; {remedy}"
+
+
+def open_records(source: DataSource) -> tuple[int | None, Iterator[Any]]:
+    """How many records a source has, if that can be known beforehand, and the records for `convert_record`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: there is no such dataset, split or configuration, or it cannot be read.
+    """
+    parts = find_json_parts(source)
+    if parts:
+        return sum(1 for _ in stream_parts(parts)), stream_parts(parts)
+    dataset = open_dataset(source)
+    return (None if source.streaming else len(dataset)), _iterate(dataset, source)
+
+
+JsonParts = tuple[tuple[tuple[str, ...], int, int | None], ...]
+"""Files that are read one after the other, and the first record of them and the one behind the last."""
+
+
+def find_json_parts(source: DataSource) -> JsonParts:
+    """The parts of JSON files that a source is; none of one that is no JSON.
+
+    Raises:
+        FileNotFoundError: there is no such file, or image folder.
+        ValueError: there is no such configuration, split, or part of one.
+    """
+    _check_places(source)
+    path = Path(source.path)
+    if path.suffix in _JSON:
+        splits = {"train": (source.path,)}
+    elif not path.is_dir() or _is_saved_dataset(path):
+        return ()
+    else:
+        splits = _find_split_files(source)
+        if any(Path(file).suffix not in _JSON for files in splits.values() for file in files):
+            return ()
+    if source.split in splits:
+        return ((splits[source.split], 0, None),)
+    lengths = {name: sum(1 for _ in _stream_files(files)) for name, files in splits.items()}
+    return tuple((splits[name], start, stop) for name, start, stop in _read_split(source, lengths))
+
+
+def stream_parts(parts: JsonParts) -> Iterator[Any]:
+    """The records of parts, one after the other; see `stream_records`."""
+    return chain.from_iterable(islice(_stream_files(files), start, stop) for files, start, stop in parts)
+
+
+def open_dataset(source: DataSource) -> "Dataset | IterableDataset":
+    """What `datasets` knows of a source, with undecoded pictures.
+
+    Raises:
+        ValueError: there is no such dataset, split or configuration, it cannot be read, or is empty.
+    """
+    from datasets import load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
+
+    path = Path(source.path)
+    if path.is_file() and path.suffix not in _BUILDERS:
+        raise ValueError(
+            f"got the data {source.path!r}; expected a file that ends in {', '.join(ROW_FILES)}: write its rows as "
+            "JSON, as README.md does with those of a CSV file"
+        )
+    if source.streaming and not _is_saved_dataset(path) and not re.fullmatch(r"\w+(\.\w+)*", source.split):
+        raise ValueError(
+            f"got split {source.split!r} of {source.path!r} with streaming: true; expected a whole split, since rows "
+            "of a stream are not counted; take streaming out"
+        )
+    options = {"split": source.split, "streaming": source.streaming}
+    try:
+        if _is_saved_dataset(path):
+            dataset = _select(load_from_disk(source.path), source)
+            dataset = dataset.to_iterable_dataset() if source.streaming else dataset
+        elif path.suffix in _BUILDERS:
+            dataset = load_dataset(_BUILDERS[path.suffix], data_files=source.path, **options)
+        else:
+            dataset = load_dataset(source.path, source.name, **options)
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
+        raise _unreadable(source, error) from error
+    if not source.streaming and not len(dataset):
+        raise ValueError(f"got no records in split {source.split!r} of {source.path!r}; expected at least one")
+    for name, feature in (dataset.features or {}).items():
+        encoded = _leave_encoded(feature)
+        if encoded != feature:
+            dataset = dataset.cast_column(name, encoded)
+    return dataset
+
+
+def _stream_files(files: tuple[str, ...]) -> Iterator[Any]:
+    return chain.from_iterable(map(stream_records, files))
+
+
+def _check_places(source: DataSource) -> None:
+    path = Path(source.path)
+    if source.image_folder is not None and not Path(source.image_folder).is_dir():
+        raise FileNotFoundError(
+            f"got the image_folder {source.image_folder!r} for {source.path}; expected a folder; correct it"
+        )
+    is_alone = path.suffix in ROW_FILES or _is_saved_dataset(path)
+    if source.name is not None and is_alone:
+        raise ValueError(
+            f"got name={source.name!r} for {source.path!r}, which has no configurations; expected none; take it out"
+        )
+
+
+def _find_split_files(source: DataSource) -> dict[str, tuple[str, ...]]:
+    """The files of each split of a folder, told by their names (datasets 5.2, data_files.py)."""
+    from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetsError
+
+    try:
+        splits = load_dataset_builder(source.path, source.name).config.data_files or {}
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
+        raise _unreadable(source, error) from error
+    return {str(name): tuple(files) for name, files in splits.items()}
+
+
+def _read_split(source: DataSource, lengths: dict[str, int]) -> list[tuple[str, int, int]]:
+    """Name, first row, and row behind the last, of each part of a split.
+
+    Args:
+        lengths: How many rows each split has.
+
+    Raises:
+        ValueError: there is no such split, or no row in this part of it.
+    """
+    from datasets import ReadInstruction
+
+    try:
+        parts = ReadInstruction.from_spec(source.split).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        raise _unreadable(source, error) from error
+    ranges = [(part.splitname, part.from_, part.to) for part in parts]
+    if all(start >= stop for _, start, stop in ranges):
+        raise ValueError(
+            f"got no row in split {source.split!r} of {source.path!r}, which has {lengths}; expected at least one"
+        )
+    return [(name, start, stop) for name, start, stop in ranges if start < stop]
+
+
+def _select(dataset: "Dataset | DatasetDict", source: DataSource) -> "Dataset":
+    """The split of a saved dataset; one that was saved alone may know its own name too."""
+    from datasets import DatasetDict, concatenate_datasets
+
+    splits = dataset if isinstance(dataset, DatasetDict) else {"train": dataset, str(dataset.split): dataset}
+    ranges = _read_split(source, {str(name): len(rows) for name, rows in splits.items()})
+    return concatenate_datasets([splits[name].select(range(start, stop)) for name, start, stop in ranges])
+
+
+def _is_saved_dataset(path: Path) -> bool:
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _leave_encoded(feature: Any) -> Any:
+    """The type of a column, with pictures undecoded however deep they lie."""
+    from datasets import Image, LargeList, List
+
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, dict):
+        return {name: _leave_encoded(part) for name, part in feature.items()}
+    if isinstance(feature, (List, LargeList)):
+        return replace(feature, feature=_leave_encoded(feature.feature))
+    return feature
+
+
+def _iterate(dataset: "Dataset | IterableDataset", source: DataSource) -> Iterator[Any]:
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield from dataset
+    except (OSError, DatasetsError) as error:
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: DataSource, error: Exception) -> ValueError:
+    from datasets.exceptions import DatasetGenerationError
+
+    # This class says only that there was an error, and its subclasses which (datasets 5.2, builder.py).
+    if type(error) is DatasetGenerationError:
+        error = error.__cause__ or error
+    return ValueError(
+        f"got the data {source.path!r}, split {source.split!r} ({type(error).__name__}: {error}); expected a JSON "
+        "file, a folder or file of datasets, or a Hub dataset; correct path, name and split"
+    )
 
 
 def stream_records(path: str | Path) -> Iterator[Any]:
@@ -116,7 +354,7 @@ def stream_records(path: str | Path) -> Iterator[Any]:
 
 
 def _read_single_object(file: TextIO) -> dict[str, Any] | None:
-    """The object that a whole file is, in one line or in many; None of another file."""
+    """The object that a whole file is, in one line or in many; None for another file."""
     first = next((line for line in file if line.strip()), "")
     if not first.lstrip().startswith("{"):
         return None
@@ -191,243 +429,3 @@ def _parse_list(file: TextIO, path: Path) -> Iterator[Any]:
                 "between commas and a closing bracket; correct the file"
             )
         text += block
-
-
-if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict, IterableDataset
-
-_JSON = (".json", ".jsonl")
-_BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
-ROW_FILES = (*_JSON, *_BUILDERS)
-"""Endings of files that hold rows; pictures lie beside them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSource:
-    """Rows from one place.
-
-    Raises:
-        ValueError: a weight that is not positive, a `shuffle_buffer` that is, or has, nothing to draw from, a split
-            that is none, or `follow_links` without a folder.
-    """
-
-    path: str
-    """A file `.json`, `.jsonl`, `.parquet` or `.arrow`; a folder of them or of `save_to_disk`; or a Hub dataset id."""
-    image_folder: str | None = None
-    """Where image paths start, and where they have to stay; without it, records with paths are refused."""
-    follow_links: bool = False
-    """Symbolic links in the image folder may lead out of it."""
-    name: str | None = None
-    """Configuration of a Hub dataset, or of a folder that names some in its README.md; other data has none."""
-    split: str = "train"
-    """Split of a dataset, in the words of `datasets`: "validation", "train[:75%]", "train[:10]+test". A file, and a
-    dataset that was saved alone, are a "train"; a part of what is streaming can be read of JSON only."""
-    streaming: bool = False
-    """Read while training, without a copy on disk, in the order of the files."""
-    shuffle_buffer: int | None = None
-    """Of a source that is streaming: each row is drawn from the next so many, by the seed."""
-    weight: float | None = None
-    """Share of a mixture, as a ratio to the other weights; for all sources or none."""
-
-    def __post_init__(self) -> None:
-        if self.weight is not None and not (0 < self.weight < math.inf):
-            raise ValueError(f"got weight={self.weight} for {self.path}; expected a positive number; correct it")
-        if self.shuffle_buffer is not None and not (self.streaming and self.shuffle_buffer > 0):
-            raise ValueError(
-                f"got shuffle_buffer={self.shuffle_buffer} for {self.path} with streaming={self.streaming}; expected "
-                "a positive number, and streaming: true: other rows are shuffled as a whole"
-            )
-        if not isinstance(self.split, str) or not self.split:
-            raise ValueError(f"got split={self.split!r} for {self.path}; expected a name, such as 'train[:75%]'")
-        if self.follow_links and self.image_folder is None:
-            raise ValueError(f"got follow_links for {self.path} without an image_folder; expected both, or neither")
-
-    @property
-    def images(self) -> ImageFolder | None:
-        """Where records may have their images."""
-        return None if self.image_folder is None else ImageFolder(self.image_folder, follow_links=self.follow_links)
-
-
-def open_records(source: DataSource) -> tuple[int | None, Iterator[Any]]:
-    """How many records a source has, if that can be known beforehand, and the records for `convert_record`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: there is no such dataset, split or configuration, or it cannot be read.
-    """
-    parts = find_json_parts(source)
-    if parts:
-        return sum(1 for _ in stream_parts(parts)), stream_parts(parts)
-    dataset = open_dataset(source)
-    return (None if source.streaming else len(dataset)), _iterate(dataset, source)
-
-
-JsonParts = tuple[tuple[tuple[str, ...], int, int | None], ...]
-"""Files that are read one after the other, and the first record of them and the one behind the last."""
-
-
-def find_json_parts(source: DataSource) -> JsonParts:
-    """The parts of JSON files that a source is; none of one that is no JSON.
-
-    Raises:
-        FileNotFoundError: there is no such file, or image folder.
-        ValueError: there is no such configuration, split, or part of one.
-    """
-    _check_places(source)
-    path = Path(source.path)
-    if path.suffix in _JSON:
-        splits = {"train": (source.path,)}
-    elif not path.is_dir() or _is_saved_dataset(path):
-        return ()
-    else:
-        splits = _find_split_files(source)
-        if any(Path(file).suffix not in _JSON for files in splits.values() for file in files):
-            return ()
-    if source.split in splits:
-        return ((splits[source.split], 0, None),)
-    lengths = {name: sum(1 for _ in _stream_files(files)) for name, files in splits.items()}
-    return tuple((splits[name], start, stop) for name, start, stop in _read_split(source, lengths))
-
-
-def stream_parts(parts: JsonParts) -> Iterator[Any]:
-    """The records of parts, one after the other; see `stream_records`."""
-    return chain.from_iterable(islice(_stream_files(files), start, stop) for files, start, stop in parts)
-
-
-def _stream_files(files: tuple[str, ...]) -> Iterator[Any]:
-    return chain.from_iterable(map(stream_records, files))
-
-
-def _check_places(source: DataSource) -> None:
-    path = Path(source.path)
-    if source.image_folder is not None and not Path(source.image_folder).is_dir():
-        raise FileNotFoundError(
-            f"got the image_folder {source.image_folder!r} for {source.path}; expected a folder; correct it"
-        )
-    is_alone = path.suffix in ROW_FILES or _is_saved_dataset(path)
-    if source.name is not None and is_alone:
-        raise ValueError(
-            f"got name={source.name!r} for {source.path!r}, which has no configurations; expected none; take it out"
-        )
-
-
-def _find_split_files(source: DataSource) -> dict[str, tuple[str, ...]]:
-    """The files of each split of a folder. `datasets` tells by their names which they are."""
-    from datasets import load_dataset_builder
-    from datasets.exceptions import DatasetsError
-
-    try:
-        splits = load_dataset_builder(source.path, source.name).config.data_files or {}
-    except (OSError, ValueError, KeyError, DatasetsError) as error:
-        raise _unreadable(source, error) from error
-    return {str(name): tuple(files) for name, files in splits.items()}
-
-
-def _read_split(source: DataSource, lengths: dict[str, int]) -> list[tuple[str, int, int]]:
-    """Name, first row, and row behind the last, of each part of a split.
-
-    Args:
-        lengths: How many rows each split has.
-
-    Raises:
-        ValueError: there is no such split, or no row in this part of it.
-    """
-    from datasets import ReadInstruction
-
-    try:
-        parts = ReadInstruction.from_spec(source.split).to_absolute(lengths)
-    except (ValueError, AssertionError) as error:
-        raise _unreadable(source, error) from error
-    ranges = [(part.splitname, part.from_, part.to) for part in parts]
-    if all(start >= stop for _, start, stop in ranges):
-        raise ValueError(
-            f"got no row in split {source.split!r} of {source.path!r}, which has {lengths}; expected at least one"
-        )
-    return [(name, start, stop) for name, start, stop in ranges if start < stop]
-
-
-def open_dataset(source: DataSource) -> "Dataset | IterableDataset":
-    """What `datasets` knows of a source, with undecoded pictures.
-
-    Raises:
-        ValueError: there is no such dataset, split or configuration, it cannot be read, or is empty.
-    """
-    from datasets import load_dataset, load_from_disk
-    from datasets.exceptions import DatasetsError
-
-    path = Path(source.path)
-    if path.is_file() and path.suffix not in _BUILDERS:
-        raise ValueError(
-            f"got the data {source.path!r}; expected a file that ends in {', '.join(ROW_FILES)}: write its rows as "
-            "JSON, as README.md does with those of a CSV file"
-        )
-    if source.streaming and not _is_saved_dataset(path) and not re.fullmatch(r"\w+(\.\w+)*", source.split):
-        raise ValueError(
-            f"got split {source.split!r} of {source.path!r} with streaming: true; expected a whole split, since rows "
-            "of a stream are not counted; take streaming out"
-        )
-    options = {"split": source.split, "streaming": source.streaming}
-    try:
-        if _is_saved_dataset(path):
-            dataset = _select(load_from_disk(source.path), source)
-            dataset = dataset.to_iterable_dataset() if source.streaming else dataset
-        elif path.suffix in _BUILDERS:
-            dataset = load_dataset(_BUILDERS[path.suffix], data_files=source.path, **options)
-        else:
-            dataset = load_dataset(source.path, source.name, **options)
-    except (OSError, ValueError, KeyError, DatasetsError) as error:
-        raise _unreadable(source, error) from error
-    if not source.streaming and not len(dataset):
-        raise ValueError(f"got no records in split {source.split!r} of {source.path!r}; expected at least one")
-    for name, feature in (dataset.features or {}).items():
-        encoded = _leave_encoded(feature)
-        if encoded != feature:
-            dataset = dataset.cast_column(name, encoded)
-    return dataset
-
-
-def _select(dataset: "Dataset | DatasetDict", source: DataSource) -> "Dataset":
-    """The split of a saved dataset; one that was saved alone may know its own name too."""
-    from datasets import DatasetDict, concatenate_datasets
-
-    splits = dataset if isinstance(dataset, DatasetDict) else {"train": dataset, str(dataset.split): dataset}
-    ranges = _read_split(source, {str(name): len(rows) for name, rows in splits.items()})
-    return concatenate_datasets([splits[name].select(range(start, stop)) for name, start, stop in ranges])
-
-
-def _is_saved_dataset(path: Path) -> bool:
-    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-
-
-def _leave_encoded(feature: Any) -> Any:
-    """The type of a column, with pictures undecoded however deep they lie."""
-    from datasets import Image, LargeList, List
-
-    if isinstance(feature, Image):
-        return Image(decode=False)
-    if isinstance(feature, dict):
-        return {name: _leave_encoded(part) for name, part in feature.items()}
-    if isinstance(feature, (List, LargeList)):
-        return replace(feature, feature=_leave_encoded(feature.feature))
-    return feature
-
-
-def _iterate(dataset: "Dataset | IterableDataset", source: DataSource) -> Iterator[Any]:
-    from datasets.exceptions import DatasetsError
-
-    try:
-        yield from dataset
-    except (OSError, DatasetsError) as error:
-        raise _unreadable(source, error) from error
-
-
-def _unreadable(source: DataSource, error: Exception) -> ValueError:
-    from datasets.exceptions import DatasetGenerationError
-
-    # It says only that there was an error; classes of it say which.
-    if type(error) is DatasetGenerationError:
-        error = error.__cause__ or error
-    return ValueError(
-        f"got the data {source.path!r}, split {source.split!r} ({type(error).__name__}: {error}); expected a JSON "
-        "file, a folder or file of datasets, or a Hub dataset; correct path, name and split"
-    )
