@@ -79,7 +79,7 @@ def render_prompt(
         continue_final_message: End inside the last message, for the model to go on with.
         control_tokens: Needed for templates that cut messages into pieces: these literals are marked one by one.
         learn_tokens: Tokens that count as such where the assistant wrote them, inside `{% generation %}`.
-        **template_variables: Of the template; trusted, like the template.
+        **template_variables: Variables of the template; trusted, like the template.
 
     Raises:
         ValueError: if the template cuts messages into pieces and `control_tokens` is empty.
