@@ -1,7 +1,4 @@
-"""Arrays and tensors of pixels -> 8-bit levels, and PIL images -> tensors.
-
-The file is copied into Hub repositories as it is.
-"""
+"""Arrays and tensors of pixels -> 8-bit levels, and PIL images -> tensors."""
 
 import ctypes
 

@@ -2,8 +2,6 @@
 
 What is surprising: content may be missing beside `tool_calls`, as other software writes it; types of items that are
 neither text nor image are left to the chat template.
-
-Only the standard library is used, and the file is copied into Hub repositories as it is.
 """
 
 from collections.abc import Iterator

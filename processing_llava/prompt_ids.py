@@ -7,8 +7,6 @@ What is surprising: there can be two copies. A SentencePiece tokenizer of the ne
 before a text but not after a special token inside it; the prefix rule "first" looks at the position in the whole
 string, which a piece of a prompt no longer knows. And text after an image is tokenised like the start of a text, since
 the original LLaVA tokenises the pieces around its images one by one.
-
-Only the standard library, tokenizers and transformers are used; the file is copied into Hub repositories as it is.
 """
 
 import json

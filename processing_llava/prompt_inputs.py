@@ -1,7 +1,4 @@
-"""Prompts -> the rows of a batch: cut, padded, and with labels that hold no images.
-
-Only torch and transformers are used; the file is copied into Hub repositories as it is.
-"""
+"""Prompts -> the rows of a batch: cut, padded, and with labels that hold no images."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -3,8 +3,6 @@
 A prompt is a `str` that knows which characters people wrote. Control tokens and image placeholders are read only where
 the template wrote every character; all other text, template and user alike, is tokenised in one go between them, so
 that harmless text gets the ids it always had (`prompt_ids.py`).
-
-Only the standard library and transformers are used; the file is copied into Hub repositories as it is.
 """
 
 import re
