@@ -130,7 +130,7 @@ def load_rows(
 
     Args:
         sources: At least one.
-        seed: Seed of the sampling and of shuffling.
+        seed: Seed of the sampler and of shuffling.
         processor: Counts tokens, which a limit needs. The dataset then has two columns more: `num_tokens`, image
             features counted, and `num_images`. They are read with `with_format(None)`; rows do not show them.
         max_length: Longest row in tokens; None for no limit.
