@@ -39,7 +39,7 @@ IMAGE_BACKENDS = {
 PLACEHOLDERS = ("<image>", "<|image|>", "<|image_pad|>", "[IMG]", "<start_of_image>", "<image_soft_token>")
 """Placeholders of many families of models, which people write into prompts for another one."""
 
-# Old callers (TRL, pipelines) pass these beside template variables instead of inside `processor_kwargs`.
+# Callers that know transformers before 5.4 pass these beside template variables (huggingface/transformers#44881).
 _PROCESSOR_KWARGS = set(TextKwargs.__annotations__) | set(ImagesKwargs.__annotations__)
 
 
@@ -100,8 +100,8 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id.
-            backend: "pil" prepares images bit for bit as the original LLaVA; "torch" several times faster and within
-                a level or two of it, for training and servers.
+            backend: "pil" prepares images bit for bit as the original LLaVA; "torch" within a level or two of it and
+                faster (BENCHMARKS.md: Preprocessing), for training and servers.
             **kwargs: Also `visual_tokens`, instead of what is stored; and `template` and `base_model`, for folders of
                 the original LLaVA.
 

@@ -28,7 +28,7 @@ def pack_linear_layers(model: PreTrainedModel) -> None:
     """Pack in place a model on a CPU that is fast with the dtype of the model.
 
     Small layers and an output layer that is tied to the embeddings stay as they are, and so do models with adapters. A
-    packed model can answer, and neither train, nor be saved, nor move to another device.
+    packed model is for answering: it cannot be trained, saved, or moved to another device.
     """
     is_fast = model.dtype in PACKED_DTYPES and not is_slow_on_processor(model.dtype)
     if not (torch.backends.mkldnn.is_available() and is_fast) or model._hf_peft_config_loaded:

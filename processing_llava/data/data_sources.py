@@ -387,7 +387,7 @@ def _parse_lines(file: TextIO, path: Path) -> Iterator[Any]:
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
-        # ValueError also for an integer of too many digits, RecursionError for brackets in brackets
+        # ValueError also for an integer of too many digits, RecursionError for brackets in brackets.
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -414,14 +414,14 @@ def _parse_list(file: TextIO, path: Path) -> Iterator[Any]:
             end = _SPACE.match(text, end).end()
         except (ValueError, RecursionError):
             end = len(text)
-        # what comes next tells a whole number from the first half of one
+        # What comes next tells a whole number from the first half of one.
         if text.startswith((",", "]"), end):
             yield record
             num_records += 1
             position, is_closed = end + 1, text[end] == "]"
             continue
         text, position = text[position:], 0
-        # as much again as there is: a list that breaks early is not copied a thousand times
+        # As much again as there is, so that a list that breaks early is not copied a thousand times.
         block = file.read(max(BLOCK_CHARACTERS, len(text)))
         if not block:
             raise ValueError(

@@ -84,7 +84,7 @@ def read_image_sizes(row: dict[str, Any], *, decode: bool, limits: ImageLimits) 
 
     Args:
         row: From `convert_record`.
-        decode: Read all pixels, to be sure that they can be read; otherwise only headers.
+        decode: Read all pixels, to be sure that they can be read, instead of headers alone.
         limits: What is refused; those of the image processor that will load the images.
 
     Raises:
