@@ -68,8 +68,7 @@ class PackedLinear(nn.Module):
             )
         return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+    extra_repr = nn.Linear.extra_repr
 
 
 class Int8Linear(nn.Module):
@@ -114,5 +113,4 @@ class Int8Linear(nn.Module):
             outputs *= scales
         return outputs if self.bias is None else outputs.add_(self.bias)
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+    extra_repr = nn.Linear.extra_repr
