@@ -1,7 +1,4 @@
-"""Arrays and tensors of pixels -> 8-bit levels, and PIL images -> tensors.
-
-The file is copied into Hub repositories as it is.
-"""
+"""Arrays and tensors of pixels -> 8-bit levels, and PIL images -> tensors."""
 
 import ctypes
 
@@ -22,7 +19,8 @@ def read_levels(
 
     Args:
         array: [height, width], or with 1, 3 or 4 channels first or last; levels of 0..255, or floats of 0..1.
-        channels: "first" or "last"; told by the shape if None, and first where both fit, as in transformers.
+        channels: "first" or "last"; told by the shape if None, and first where both fit, as in transformers 5.23,
+            image_utils.py.
         limits: What is refused.
 
     Returns:
@@ -49,7 +47,7 @@ def read_levels(
     check_image_size(height, width, limits=limits)
     if isinstance(array, torch.Tensor):
         array = array.detach().cpu()
-        # numpy has no bfloat16
+        # numpy has no bfloat16.
         array = (array.float() if array.is_floating_point() else array).numpy()
     if channels == "first":
         array = np.moveaxis(array, 0, -1)
@@ -67,7 +65,7 @@ def read_levels(
 
 
 class _ArrowArray(ctypes.Structure):
-    """Of Arrow's C data interface, in which Pillow shows its memory."""
+    """A struct of Arrow's C data interface, in which Pillow shows its memory (Pillow 12.3, Image.py)."""
 
 
 _ArrowArray._fields_ = [
@@ -81,16 +79,16 @@ _read_capsule.restype, _read_capsule.argtypes = ctypes.c_void_p, (ctypes.py_obje
 
 
 def view_pixels(image: Image.Image) -> torch.Tensor:
-    """The levels of an RGB image, not to be written to: uint8 [height, width, 3], or [height, width, 4] whose last
-    channel means nothing.
+    """The levels of an RGB image, not to be written to: uint8 [height, width, 3], or [height, width, 4] with a last
+    channel of padding.
 
     Pillow keeps four bytes for each pixel. Where they lie in one piece, which holds up to 4 million pixels, they are
-    not copied: that would take a third of the time of resizing them.
+    not copied.
     """
     try:
         capsules = image.__arrow_c_array__()
     except ValueError:
-        # Not in one piece
+        # Not in one piece.
         return torch.from_numpy(np.array(image))
     array = ctypes.cast(_read_capsule(capsules[1], b"arrow_array"), ctypes.POINTER(_ArrowArray)).contents
     bands = array.children[0].contents

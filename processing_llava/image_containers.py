@@ -4,8 +4,6 @@ A file of a few megabytes can cost a decoder hours without being a large image: 
 JPEG with a million empty scans, an EXIF block whose entries all point at the same megabytes. So the pieces of a file
 (chunks, segments, blocks) are counted here, and Pillow sees only those that it needs. Whatever is no image, or breaks
 off, is left for Pillow to refuse.
-
-Only the standard library is used, and the file is copied into Hub repositories as it is.
 """
 
 import re
@@ -24,7 +22,7 @@ _PNG_KEPT = {_START, b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 _JPEG_DROPPED = {_OTHER, b"\xfe", *(bytes([marker]) for marker in (*range(0xE1, 0xEE), 0xEF))}
 _JPEG_COLOURS, _JPEG_COLOURS_SIZE = (b"\xe0", b"\xee"), 18
 """JFIF and Adobe, and the size of the former without a preview."""
-# What Pillow takes for markers without content: reserved ones, restarts, start and end
+# Markers without content for Pillow 12.3 (JpegImagePlugin.py): reserved ones, restarts, start and end.
 _LONE_MARKERS = {bytes([marker]) for marker in (0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE))}
 _APP1, _START_OF_SCAN, _END_OF_IMAGE = b"\xe1", b"\xda", b"\xd9"
 # In a scan, FF is followed by 00 or the number of a restart. 01 has no content.
@@ -63,7 +61,7 @@ def strip_metadata(data: bytes, *, max_pieces: int, max_frames: int) -> tuple[by
         frame = _GIF_FRAME
         kept = _keep_first_picture(pieces)
     else:
-        # libwebp passes over the chunks of a WebP that it does not need.
+        # libwebp skips the chunks of a WebP that it does not need.
         frame = b"ANMF"
         exif = (data[start + 8 : stop] for kind, start, stop in pieces if kind == b"EXIF")
         kept = [(_START, 0, len(data))]
@@ -77,14 +75,14 @@ def strip_metadata(data: bytes, *, max_pieces: int, max_frames: int) -> tuple[by
 
 
 def cut_to_pixels(data: bytes, *, max_pieces: int) -> bytes | None:
-    """A JPEG or PNG without anything but its pixels; None if it has to be encoded again for that.
+    """A JPEG or PNG with its pixels alone; None if it has to be encoded again for that.
 
     What `strip_metadata` leaves may still hold what no decoder reads: the film behind a phone's photograph, or a
     preview of the whole picture beside the part that was cut out.
 
     Args:
         data: From `strip_metadata`.
-        max_pieces: As there.
+        max_pieces: As in `strip_metadata`.
 
     Raises:
         ValueError: too many pieces.
@@ -189,7 +187,7 @@ def _size_of_colours(data: bytes, position: int) -> int:
 
 
 def _keep_first_picture(pieces: list[Piece]) -> list[Piece]:
-    """Of a GIF, with the block that says which colour is transparent, if it has the form that Pillow expects."""
+    """The first picture of a GIF, and the block with its transparent colour, if that has the size Pillow expects."""
     first = next((index for index, (kind, _, _) in enumerate(pieces) if kind == _GIF_FRAME), len(pieces))
     controls = [piece for piece in pieces[:first] if piece[0] == _GIF_CONTROL and piece[2] - piece[1] == 8]
     return pieces[:1] + controls[-1:] + pieces[first : first + 1]
@@ -209,7 +207,7 @@ def _walk_jpeg(data: bytes) -> Iterator[Piece]:
         if marker in _LONE_MARKERS:
             length = 0
         elif length < 2:
-            # Broken, and Pillow would go on at another place than libjpeg.
+            # Broken: Pillow and libjpeg would go on at different places.
             return
         stop = len(data) if marker == _START_OF_SCAN else position + 2 + length
         yield marker, position, stop

@@ -1,21 +1,21 @@
 """Which tiles an image is cut into, what is kept of them, and how many tokens that makes: integers only.
 
 The processor counts placeholders with this file and the model arranges features with it, so that the two cannot
-disagree. Surprising: the arithmetic mixes floats and truncation exactly as the original LLaVA does, because released
-checkpoints were trained on its rounding errors. `transformers` rounds before truncating and reads pinpoints in the
-other order, and therefore picks other grids for about one image size in twenty.
+disagree. What is surprising: the arithmetic mixes floats and truncation exactly as in the original LLaVA, because
+released checkpoints were trained on its rounding errors. transformers rounds before it truncates (transformers 5.23,
+models/llava_next/modeling_llava_next.py) and reads pinpoints in the other order, and therefore picks other grids for
+some sizes of images.
 
 Every pair is (height, width). The original stores pinpoints as (width, height): swap each pair, keep the list order.
-Only the standard library is used, and the file is copied into Hub repositories as it is.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# What each merge type does with the features of the detail tiles. "flat": one tile after the other, whole. "spatial":
-# the rows of the joined map. "spatial_unpad": those rows without the black borders, each closed by a newline feature.
 PATCH_MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+"""What becomes of the features of the detail tiles. "flat": one tile after the other, whole. "spatial": the rows of
+the joined map. "spatial_unpad": those rows without the black borders, each closed by a newline feature."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def check_pinpoints(pinpoints: Sequence[Sequence[int]], *, tile_size: int) -> No
 
     Args:
         pinpoints: (height, width) pairs in pixels.
-        tile_size: side of a tile in pixels.
+        tile_size: Side of a tile in pixels.
 
     Raises:
         ValueError: the list is empty, an entry is not a pair, or a side is not a positive multiple of `tile_size`.
@@ -101,9 +101,9 @@ def select_grid(height: int, width: int, pinpoints: Sequence[Sequence[int]]) -> 
     """Picks the pinpoint that shows most pixels of the image, then the one that wastes fewest; ties go to the first.
 
     Args:
-        height: of the image, in pixels.
-        width: of the image, in pixels.
-        pinpoints: candidate (height, width) pairs in pixels; their order decides ties.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        pinpoints: Candidate (height, width) pairs in pixels; their order decides ties.
 
     Returns:
         (height, width) of the chosen pinpoint.
@@ -114,7 +114,7 @@ def select_grid(height: int, width: int, pinpoints: Sequence[Sequence[int]]) -> 
         shown = min(int(width * scale) * int(height * scale), width * height)
         return shown, shown - pinpoint[0] * pinpoint[1]
 
-    # max() returns the first of equals, which is the tie rule
+    # max() returns the first of equals, which is the rule for ties.
     best_height, best_width = max(pinpoints, key=usefulness)
     return best_height, best_width
 
@@ -125,10 +125,10 @@ def fit_inside(height: int, width: int, target_height: int, target_width: int) -
     The free side is rounded up, unlike in `select_grid` and in unpadding, which both truncate.
 
     Args:
-        height: of the image, in pixels.
-        width: of the image, in pixels.
-        target_height: of the pinpoint, in pixels.
-        target_width: of the pinpoint, in pixels.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        target_height: Height of the pinpoint in pixels.
+        target_width: Width of the pinpoint in pixels.
 
     Returns:
         (height, width) in pixels, neither larger than the target.
@@ -154,15 +154,15 @@ def plan_image(
     """Lays out one image: its tiles, the features kept of them, and the number of tokens.
 
     Args:
-        height: of the image after its EXIF orientation, in pixels.
-        width: of the image after its EXIF orientation, in pixels.
-        tile_size: side of a tile in pixels.
+        height: Height of the image in pixels, after its EXIF orientation.
+        width: Width of the image in pixels, after its EXIF orientation.
+        tile_size: Side of a tile in pixels.
         patches_per_side: P, patches along the side of a tile; a tile has P * P patch features.
-        prefix_tokens: features of a tile that are no patches and are kept (1 for CLIP's CLS, else 0).
-        pinpoints: (height, width) pairs in pixels; None for one tile per image
-            ("pad" and "square"), where the merge type has nothing to merge.
-        patch_merge_type: "flat", "spatial" or "spatial_unpad".
-        visual_tokens: most tokens of an image, chosen among its features once the tiles are merged; None for all.
+        prefix_tokens: Features of a tile that are no patches and are kept (1 for CLIP's CLS, else 0).
+        pinpoints: (height, width) pairs in pixels; None for one tile per image ("pad" and "square"), where the merge
+            type has nothing to merge.
+        patch_merge_type: One of `PATCH_MERGE_TYPES`.
+        visual_tokens: Most tokens of an image, chosen among its features once the tiles are merged; None for all.
 
     Returns:
         The layout. `num_tokens` counts newlines and prefix features, but no start or end token.

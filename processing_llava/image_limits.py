@@ -1,7 +1,4 @@
-"""What an image may cost. Everything is checked before a pixel is decoded.
-
-Only the standard library is used, and the file is copied into Hub repositories as it is.
-"""
+"""What an image may cost. Everything is checked before a pixel is decoded."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields

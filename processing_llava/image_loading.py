@@ -1,14 +1,13 @@
 """The single door for images: bytes, file, data URI, array, PIL image or URL in, RGB image out, or one clear error.
 
 An image that reaches a server may be hostile: a PNG of a hundred bytes can announce a billion pixels, or be one pixel
-wide and cost gigabytes once its short side is resized. Every limit is therefore read from the header, before any
-pixel is decoded. What may surprise: no text opens a file, since it may be a stranger's and name any file of the
-machine; paths are `pathlib.Path`. EXIF orientation is applied (the original LLaVA never does), all other metadata
-goes, transparent pixels become white (a bare `convert("RGB")` shows the colour that hides below them), and 16-bit
-grey is scaled (Pillow clips it, so that nearly everything turns white).
+wide and cost gigabytes once its short side is resized. Every limit is therefore checked on the header, before any
+pixel is decoded.
 
-Only the standard library, Pillow, numpy, torch and transformers are used, and the file is copied into Hub
-repositories as it is.
+What may surprise: no text opens a file, since it may be a stranger's and name any file of the machine; paths are
+`pathlib.Path`. EXIF orientation is applied (the original LLaVA never does), all other metadata goes, transparent
+pixels become white (a bare `convert("RGB")` shows the colour that hides below them), and 16-bit grey is scaled
+(Pillow 12.3 clips it, so that nearly everything turns white).
 """
 
 import base64
@@ -38,28 +37,23 @@ Pixels = Image.Image | np.ndarray | torch.Tensor
 ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Pixels | dict
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-_PHONE_FORMAT = "MPO"
-"""What Pillow calls a JPEG with a second one behind it, where it is asked for any format."""
-
-SAVE_IT = "save it as PNG or JPEG"
-OPEN_IT = f"{SAVE_IT}, or, if it is your own, pass PIL.Image.open(path).copy()"
+_SAVE = "save it as PNG or JPEG"
+_OPEN = f"{_SAVE}, or, if it is your own, pass PIL.Image.open(path).copy()"
+_HEIC = f"{_SAVE}; iPhones take JPEG with Settings, Camera, Formats, Most Compatible"
 OTHER_FORMATS = {
-    "TIFF": (rb"II\*\x00|MM\x00\*", OPEN_IT),
-    "AVIF": (rb".{4}ftyp(avif|avis)", OPEN_IT),
-    "HEIC": (
-        rb".{4}ftyp(hei[cxms]|hev[cx]|mif1|msf1)",
-        f"{SAVE_IT}; iPhones take JPEG with Settings, Camera, Formats, Most Compatible",
-    ),
-    "JPEG 2000": (rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51", OPEN_IT),
-    "ICO": (rb"\x00\x00\x01\x00", SAVE_IT),
-    "PSD": (rb"8BPS", SAVE_IT),
-    "JPEG XL": (rb"\xff\x0a|\x00\x00\x00\x0cJXL ", SAVE_IT),
+    "TIFF": (rb"II\*\0|MM\0\*", _OPEN),
+    "AVIF": (rb".{4}ftypavi[fs]", _OPEN),
+    "HEIC": (rb".{4}ftyp(hei[cxms]|hev[cx]|mif1|msf1)", _HEIC),
+    "JPEG 2000": (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", _OPEN),
+    "ICO": (rb"\0\0\x01\0", _SAVE),
+    "PSD": (rb"8BPS", _SAVE),
+    "JPEG XL": (rb"\xff\x0a|\0\0\0\x0cJXL ", _SAVE),
     "PDF": (rb"%PDF-", "save its page as PNG"),
     "SVG": (rb"(\xef\xbb\xbf)?\s*(<svg|<[?!].*<svg)", "draw it in a browser and save it as PNG"),
 }
 """How files of other formats begin, and what to do with them."""
 
-# EXIF orientation -> what brings the stored pixels upright; 1 means "leave as it is"
+# EXIF orientation -> what brings the stored pixels upright; 1 means "leave as it is".
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -70,10 +64,10 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# what Pillow lets escape on damaged files: its own errors, and those of parsing a chunk that is too short
+# What Pillow 12.3 raises on damaged files: its own errors, and those of parsing a chunk that is too short.
 DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error)
 
-# Opening a pipe would wait for somebody who writes; Windows has none, and would change line ends.
+# Opening a pipe would wait for a writer; Windows has no pipes, and would change line ends.
 _OPEN_FLAGS = os.O_RDONLY | (os.O_NONBLOCK if os.name == "posix" else os.O_BINARY)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -94,7 +88,7 @@ def load_image(
 
     Args:
         source: Encoded bytes, a `pathlib.Path`, a "data:...;base64," URI, a URL, a binary file object, a PIL image, an
-            array of levels or of floats of 0..1, or the `{"bytes": ..., "path": ...}` of `datasets`. Encoded images
+            array of levels or of floats in 0..1, or the `{"bytes": ..., "path": ...}` of `datasets`. Encoded images
             are JPEG, PNG, WebP, GIF or BMP, told by their content; of an animation, the first picture is taken. Any
             other text is refused.
         limits: What is refused.
@@ -169,7 +163,7 @@ def load_pixels(
 def clean_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
     """An image, encoded before, that holds nothing but the pixels of `load_image`, for files that leave the machine.
 
-    JPEG and PNG stay as they were encoded, but for their metadata; all else becomes PNG, which changes no pixel.
+    JPEG and PNG lose their metadata and stay as they were encoded; all else becomes PNG, which changes no pixel.
 
     Raises:
         FileNotFoundError: there is no file at the path.
@@ -192,7 +186,7 @@ def read_image_size(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS
 
     Raises:
         FileNotFoundError: there is no file at the path.
-        ValueError: as `load_image`, but for pixels that cannot be decoded.
+        ValueError: as `load_image`, except for pixels that cannot be decoded.
     """
     with _naming(source):
         image, orientation = _open(source, limits=limits)
@@ -202,7 +196,7 @@ def read_image_size(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS
 
 @contextmanager
 def _naming(source: ImageSource) -> Iterator[None]:
-    """Errors that name the file, where there is one: not its folders, which errors may show to strangers."""
+    """Errors name the file, where there is one, without its folders: a stranger may read them."""
     path = source
     if isinstance(source, dict):
         path = source.get("path")
@@ -221,7 +215,8 @@ def _naming(source: ImageSource) -> Iterator[None]:
 def _open(source: ImageSource, *, limits: ImageLimits, urls: UrlReader | None = None) -> tuple[Image.Image, int]:
     """The image with its header read and its size checked, and its EXIF orientation."""
     source = unwrap_picture(source)
-    if isinstance(source, ImageFile.ImageFile) and source.format not in (*FORMATS, _PHONE_FORMAT):
+    # MPO is a JPEG with another one behind it, as phones write (Pillow 12.3, MpoImagePlugin.py).
+    if isinstance(source, ImageFile.ImageFile) and source.format not in (*FORMATS, "MPO"):
         raise ValueError(
             f"got an image that is read from a {source.format} file; expected one of {', '.join(FORMATS)}; if it is "
             "your own, pass image.copy()"
@@ -268,31 +263,25 @@ def _fetch(url: str, *, limits: ImageLimits, urls: UrlReader | None) -> bytes:
 
 
 def _read_file(path: str, *, limits: ImageLimits) -> bytes:
+    place = _shorten_path(path)
     try:
         descriptor = os.open(path, _OPEN_FLAGS)
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"got the path {_shorten_path(path)}; expected an image file there; correct it"
-        ) from None
+        raise FileNotFoundError(f"got the path {place}; expected an image file there; correct it") from None
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(
-            f"got the path {_shorten_path(path)} ({_shorten(reason)}); expected an image file; correct the path"
-        ) from None
+        reason = _shorten(error.strerror if isinstance(error, OSError) else error)
+        raise ValueError(f"got the path {place} ({reason}); expected an image file; correct the path") from None
     try:
-        # Of what is open, since a path may lead elsewhere a moment later.
+        # The status of what is open, since a path may lead elsewhere a moment later.
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError(
-                f"got {_shorten_path(path)}, which is no regular file; expected an image file; correct the path"
-            )
+            raise ValueError(f"got {place}, which is no regular file; expected an image file; correct the path")
         check_num_bytes(status.st_size, limits=limits)
         with open(descriptor, "rb", closefd=False) as file:
             return file.read(limits.max_bytes + 1)
     except OSError as error:
         raise ValueError(
-            f"got the path {_shorten_path(path)}, which cannot be read ({_shorten(error)}); expected an image file; "
-            "check the path"
+            f"got the path {place}, which cannot be read ({_shorten(error)}); expected an image file; check the path"
         ) from None
     finally:
         os.close(descriptor)
@@ -315,7 +304,7 @@ def _decode_data_uri(uri: str, *, limits: ImageLimits) -> bytes:
     header, comma, payload = uri.partition(",")
     if not comma or not header.lower().endswith(";base64"):
         raise ValueError(f"got the data URI {_shorten(uri)}; expected 'data:image/png;base64,...'; encode it so")
-    # four characters carry three bytes; half leaves room for line breaks, and the exact check follows
+    # Four characters carry three bytes; half leaves room for line breaks, and the exact check follows.
     check_num_bytes(len(payload) // 2, limits=limits)
     try:
         return base64.b64decode(payload.encode("ascii").translate(None, b" \t\r\n"), validate=True)
@@ -345,7 +334,8 @@ def _open_file(data: bytes, *, limits: ImageLimits) -> tuple[Image.Image, int]:
             f"of {', '.join(FORMATS)}; convert the image"
         ) from None
     if any(tile.codec_name == "bmp_rle" for tile in image.tile):
-        # Pillow decodes it in Python: seconds, and tens of bytes for each pixel that a short file skips.
+        # Decoded in Python (Pillow 12.3, BmpImagePlugin.py): seconds, and tens of bytes for each pixel that a short
+        # file skips.
         raise ValueError(
             "got a BMP that is compressed by run lengths; expected one without compression; save the image again"
         )
@@ -366,7 +356,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = _scale_levels(image)
     if image.mode == "La":
-        # Pillow has no way from there to RGBA.
+        # Pillow 12.3 does not convert it to RGBA.
         image = image.convert("LA")
     if image.has_transparency_data:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
@@ -377,7 +367,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _has_16_bits(image: Image.Image) -> bool:
-    """Of each channel; of more than one, Pillow keeps the upper 8."""
+    """Whether each channel has 16 bits; of several channels, the upper 8 are kept (Pillow 12.3, PngImagePlugin.py)."""
     if image.mode.startswith("I;16"):
         return True
     tiles = image.tile if isinstance(image, ImageFile.ImageFile) else []
@@ -404,7 +394,7 @@ def _scale_levels(image: Image.Image) -> Image.Image:
     """16-bit grey as 8-bit grey, with the level that stands for transparent on white."""
     wide = image.convert("I")
     transparent = wide.info.pop("transparency", None)
-    # rounds 0..65535 to 0..255; point() of a 32-bit image only takes a scale and an offset
+    # Rounds 0..65535 to 0..255. A 32-bit image takes only a scale and an offset (Pillow 12.3, Image.py: point).
     grey = wide.point(lambda level: level * (1 / 257) + 0.5).convert("L")
     if isinstance(transparent, int):
         grey.paste(255, mask=Image.fromarray(np.asarray(wide) == transparent))

@@ -1,11 +1,9 @@
-"""AnyLlavaImageProcessor: what AnyLlavaImageProcessorPil does, several times faster, and within a level or two of it.
+"""AnyLlavaImageProcessor: what AnyLlavaImageProcessorPil does, faster, and within a level or two of it.
 
-Images stay 8-bit tensors until they are normalised, and torch resizes those with the vector instructions of the
-processor, where Pillow takes one pixel after another. No torchvision is needed. What may surprise: the filter weights
-of torch have fewer digits than Pillow's, so that some levels out of a thousand differ by one. The original's results
-bit for bit are those of the Pillow backend, which therefore stays the default; `backend="torch"` asks for this one.
-
-The file is copied into Hub repositories with its siblings.
+Images stay 8-bit tensors until they are normalised, and torch resizes those with vector instructions (BENCHMARKS.md:
+Preprocessing). No torchvision is needed. What may surprise: the filter weights of torch have fewer digits than
+Pillow's, so that some levels out of a thousand differ by one. The original's results bit for bit are those of the
+Pillow backend, which therefore stays the default; `backend="torch"` asks for this one.
 """
 
 from collections.abc import Sequence
@@ -23,14 +21,15 @@ from .image_layouts import fit_inside, select_grid
 from .image_processing_llava import AnyLlavaImageProcessorKwargs, AnyLlavaImageProcessorPil, CutImage
 from .image_tiles import TileShape, fit_shorter_side, pad_to_tile, read_tile_shape, shrinks_columns_first
 
-# C 3 channels, or 4 of which the last means nothing · H height · W width · S side of a tile
+# C 3 channels, or 4 of which the last is padding · H height · W width · S side of a tile
 
 FILTERS = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}
 
 MAX_SQUARE_PIXELS = 8_000_000
 """A larger square is not built to pad an image: it could take twenty times the memory of a thin image."""
 MAX_RATIO = 8
-"""Of the sides of an image. torch would hold several copies of what a thinner one becomes between its two steps."""
+"""Longer side over shorter side. torch would hold several copies of what a thinner image becomes between its two
+steps."""
 
 
 class AnyLlavaImageProcessor(AnyLlavaImageProcessorPil):
@@ -42,7 +41,7 @@ class AnyLlavaImageProcessor(AnyLlavaImageProcessorPil):
         ValueError: as its twin; and for another filter than bilinear or bicubic.
     """
 
-    # transformers' tests look for it beside each class.
+    # Tests of transformers look for it in each class.
     valid_kwargs = AnyLlavaImageProcessorKwargs
 
     @property
@@ -57,12 +56,12 @@ class AnyLlavaImageProcessor(AnyLlavaImageProcessorPil):
         rescale_factor: float | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor | Image.Image, float]:
-        """An image of Pillow, or of an array its levels [C, H, W] in uint8; see the twin for the rest."""
+        """A PIL image, or the levels of an array, uint8 [C, H, W]; see the twin for the rest."""
         scale = rescale_factor if do_rescale else 1.0
         if not isinstance(image, Image.Image):
             levels, scale = self._read_levels(image, input_data_format, scale)
             if levels.shape[-1] == 3:
-                # torch warns of arrays that cannot be written to.
+                # torch 2.13 warns of arrays that cannot be written to.
                 return torch.from_numpy(np.require(levels, requirements="W")).permute(2, 0, 1), scale
         return super().process_image(
             image,
@@ -86,7 +85,7 @@ class AnyLlavaImageProcessor(AnyLlavaImageProcessorPil):
         image_mean: Sequence[float],
         **kwargs: Any,
     ) -> CutImage:
-        """As the twin's, which cuts what torch would take much memory for."""
+        """As in the twin, which cuts those that would take much memory here."""
         if isinstance(image, Image.Image):
             side, short_side = max(image.size), min(image.size)
             is_costly = image_aspect_ratio == "pad" and side * side > MAX_SQUARE_PIXELS
@@ -138,16 +137,16 @@ class AnyLlavaImageProcessor(AnyLlavaImageProcessorPil):
         if not images:
             raise ValueError("got no images; expected at least one; pass images=None for text alone")
         mean, std = (image_mean, image_std) if do_normalize else ((0.0,) * 3, (1.0,) * 3)
-        mean, std = (torch.tensor(numbers, dtype=torch.float64)[:, None, None] for numbers in (mean, std))
+        mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
         side = images[0].tiles[0].shape[-1]
         batch = (len(images), max(len(image.tiles) for image in images), 3, side, side)
-        # numpy asks the system for large pages and torch does not; small ones take longer to get than to fill.
+        # numpy 2.4 asks the system for large pages and torch 2.13 does not; small ones take longer to get.
         values = torch.from_numpy(np.empty(batch, np.float32)) if device is None else torch.empty(batch, device=device)
 
         def fill(index: int) -> None:
             image = images[index]
-            factor, offset = (numbers.float().to(device) for numbers in (image.scale / std, -mean / std))
-            # One tile after the other, so that each stays in the cache of the processor.
+            factor, offset = (tensor.float().to(device) for tensor in (image.scale / std, -mean / std))
+            # One tile after the other, so that each stays in the cache of the CPU.
             for tile_CSS, values_3SS in zip(image.tiles, values[index]):
                 values_3SS.copy_(tile_CSS[:3].to(device)).mul_(factor).add_(offset)
             values[index, len(image.tiles) :] = 0
@@ -175,7 +174,7 @@ def _pad_to_tile(image_CHW: torch.Tensor, shape: TileShape, fill: tuple[int, ...
         image = Image.fromarray(image_CHW[:3].permute(1, 2, 0).contiguous().numpy())
         return torch.from_numpy(pad_to_tile(image, shape, fill).copy()).permute(2, 0, 1)
     top, left = (side - height) // 2, (side - width) // 2
-    # Whole rows are copied at once: three bytes at a time would take longer than resizing.
+    # Whole rows are copied at once, not three bytes at a time.
     row = torch.tensor(fill + (0,) * (num_channels - 3), dtype=torch.uint8).repeat(side)
     square_HWC = row.expand(side, -1).contiguous().view(side, side, num_channels)
     square_HWC[top : top + height, left : left + width] = image_CHW.permute(1, 2, 0)

@@ -4,10 +4,8 @@ What may surprise:
 
 - "pad" fills with the mean colour truncated to integers, (122, 116, 104) for CLIP, not rounded.
 - "anyres" stretches the whole image into its first tile; see `image_tiles.py`.
-- Images stay 8-bit PIL images until their last step, a table of 256 float32 levels per channel. The table gives the
-  floats of "rescale in float64, normalise in float32" exactly, in a fifth of the time.
-
-The file is copied into Hub repositories with its siblings.
+- Images stay 8-bit PIL images until their last step, a table of 256 float32 levels per channel. The table gives
+  exactly the values of "rescale in float64, normalise in float32".
 """
 
 from collections.abc import Callable, Sequence
@@ -40,7 +38,7 @@ from .image_tiles import cut_anyres, pad_to_tile, read_tile_shape, resize_to_til
 IMAGE_ASPECT_RATIOS = ("pad", "square", "anyres")
 
 MACHINE_FIELDS = ("limits", "urls", "num_threads")
-"""What is never saved."""
+"""Fields that are never saved."""
 
 
 class AnyLlavaImageProcessorKwargs(ImagesKwargs, total=False):
@@ -52,12 +50,12 @@ class AnyLlavaImageProcessorKwargs(ImagesKwargs, total=False):
 
 @dataclass(frozen=True)
 class CutImage:
-    """An image as the vision tower sees it, but for its normalisation."""
+    """An image as the vision tower sees it, before its normalisation."""
 
     tiles: list[np.ndarray] | list[torch.Tensor]
     """Bytes [tile_size, tile_size, 3], or [3 or 4, tile_size, tile_size] in the fast twin."""
     scale: float
-    """What levels are multiplied with."""
+    """Factor of the levels."""
     size: tuple[int, int]
     """(height, width) of the image in pixels."""
 
@@ -186,15 +184,15 @@ class AnyLlavaImageProcessorPil(PilBackend):
 
         Args:
             image: PIL image of any mode; or array or tensor with 1, 3 or 4 channels first or last, as levels of
-                0..255 or as floats of 0..1.
+                0..255 or as floats in 0..1.
             do_convert_rgb: False refuses an image that is not RGB.
-            input_data_format: where the channels of an array are, if its shape leaves a doubt.
-            do_rescale: whether levels are to be scaled.
-            rescale_factor: by how much.
-            kwargs: the other settings of the call, not needed here.
+            input_data_format: Where the channels of an array are, if its shape leaves a doubt.
+            do_rescale: Whether levels are scaled.
+            rescale_factor: Their factor.
+            **kwargs: The other settings of the call, not needed here.
 
         Returns:
-            The image, and what its levels have to be multiplied with. Floats of 0..1 count as rescaled already.
+            The image, and the factor of its levels. Floats in 0..1 count as rescaled already.
 
         Raises:
             ValueError: an image above the limits, or without a known range of values.
@@ -225,9 +223,9 @@ class AnyLlavaImageProcessorPil(PilBackend):
 
         Args:
             image: At full size.
-            scale: Of its levels.
-            image_aspect_ratio: As in the class; the others, too.
-            kwargs: The other settings of the call, not needed here.
+            scale: Factor of its levels.
+            image_aspect_ratio: As in the class, like the settings after it.
+            **kwargs: The other settings of the call, not needed here.
         """
         shape = read_tile_shape(size, crop_size, do_center_crop, resample)
         if image_aspect_ratio == "anyres":
@@ -293,7 +291,7 @@ class AnyLlavaImageProcessorPil(PilBackend):
             table = _tabulate_levels(image.scale, *norms)
             for tile, tile_values in zip(image.tiles, values):
                 for channel in range(3):
-                    # "clip" because the default mode copies through a buffer; a byte is always inside the table
+                    # "clip" because the default mode copies through a buffer; a byte is always inside the table.
                     np.take(table[channel], tile[..., channel], out=tile_values[channel], mode="clip")
 
         data = {"pixel_values": pixel_values[:, 0]}

@@ -2,8 +2,6 @@
 
 "anyres" stretches the whole image into its first tile, without regard to its aspect ratio, and pads the detail tiles
 with black: slips of the original that every released checkpoint was trained on.
-
-The file is copied into Hub repositories with its siblings.
 """
 
 from dataclasses import dataclass
@@ -14,8 +12,8 @@ from transformers.image_utils import SizeDict
 
 from .image_layouts import fit_inside, select_grid
 
-# Rows are padded and resized in bands of about this many pixels, 16 MB in Pillow's four bytes each
 BAND_PIXELS = 4_000_000
+"""Rows are padded and resized in bands of about this many pixels, 16 MB in Pillow's four bytes each."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class TileShape:
     keeps_ratio: bool
     """CLIP keeps the aspect ratio and crops the centre; SigLIP stretches."""
     resample: int
-    """Pillow's filter."""
+    """Pillow's number of the filter."""
 
 
 def read_tile_shape(size: SizeDict, crop_size: SizeDict | None, do_center_crop: bool, resample: int) -> TileShape:
@@ -62,7 +60,7 @@ def read_tile_shape(size: SizeDict, crop_size: SizeDict | None, do_center_crop: 
 
 
 def resize_to_tile(image: Image.Image, shape: TileShape) -> np.ndarray:
-    """What the tower's own processor does, as (tile_size, tile_size, 3) bytes."""
+    """What the tower's own image processor does, as (tile_size, tile_size, 3) bytes."""
     if not shape.keeps_ratio:
         return np.asarray(_resize(image, shape.edge, shape.edge, resample=shape.resample))
     height, width = fit_shorter_side(image.height, image.width, shape.edge)

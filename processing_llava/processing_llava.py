@@ -33,13 +33,13 @@ IMAGE_BACKENDS = {
     "torch": AnyLlavaImageProcessor,
     "torchvision": AnyLlavaImageProcessor,
 }
-"""Image processors by the name that `from_pretrained(backend=...)` takes; "torchvision" is what transformers calls the
-fast ones."""
+"""Image processors by the name that `from_pretrained(backend=...)` takes; transformers calls its fast ones
+"torchvision"."""
 
 PLACEHOLDERS = ("<image>", "<|image|>", "<|image_pad|>", "[IMG]", "<start_of_image>", "<image_soft_token>")
-"""Of models of many families, which people write into prompts for another one."""
+"""Placeholders of many families of models, which people write into prompts for another one."""
 
-# Old callers (TRL, pipelines) pass these beside template variables instead of inside `processor_kwargs`.
+# Callers that know transformers before 5.4 pass these beside template variables (huggingface/transformers#44881).
 _PROCESSOR_KWARGS = set(TextKwargs.__annotations__) | set(ImagesKwargs.__annotations__)
 
 
@@ -50,7 +50,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         image_processor: Turns pictures into `pixel_values`.
         tokenizer: `image_token` is added to it as a special token if it has none.
         chat_template: Jinja template with `{% generation %}` around what the assistant writes.
-        patch_size: Of the vision tower, in pixels.
+        patch_size: Side of a patch of the vision tower, in pixels.
         num_prefix_tokens: Features of a tile that are not patches and are kept (class token, registers).
         patch_merge_type: As in AnyLlavaConfig.
         image_token: The placeholder of one image in a prompt.
@@ -100,8 +100,8 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id.
-            backend: "pil" prepares images bit for bit as the original LLaVA; "torch" several times faster and within
-                a level or two of it, for training and servers.
+            backend: "pil" prepares images bit for bit as the original LLaVA; "torch" within a level or two of it and
+                faster (BENCHMARKS.md: Preprocessing), for training and servers.
             **kwargs: Also `visual_tokens`, instead of what is stored; and `template` and `base_model`, for folders of
                 the original LLaVA.
 
@@ -110,7 +110,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         """
         if backend not in IMAGE_BACKENDS:
             raise ValueError(f"got backend={backend!r}; expected one of {', '.join(IMAGE_BACKENDS)}")
-        # Taken out: transformers would hand it to the tokenizer, too.
+        # Taken out, or the tokenizer would get it, too (transformers 5.23, processing_utils.py).
         has_visual_tokens = "visual_tokens" in kwargs
         visual_tokens = kwargs.pop("visual_tokens", None)
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -134,8 +134,8 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         Args:
             images: One picture, one list for each prompt, or a flat list in reading order for prompts with as many
                 pictures each. In a list for each prompt, None, and any other spelling of nothing, is a prompt without
-                pictures. A picture is a PIL image, array, `pathlib.Path`, bytes or data URI; other texts are
-                refused, but for URLs that `image_processor.urls` fetches.
+                pictures. A picture is a PIL image, array, `pathlib.Path`, bytes, data URI, or a URL that
+                `image_processor.urls` fetches; other texts are refused.
             text: Prompts, as `render` or `apply_chat_template` return them. In a plain `str` every special token
                 counts: render user text with a template instead of formatting it yourself.
             return_assistant_tokens_mask: Add `assistant_masks`: 1 on tokens that the assistant writes.
@@ -219,7 +219,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
             chat_template: Instead of the processor's own.
             add_generation_prompt: End where the assistant begins to write.
             continue_final_message: End inside the last message, for the model to go on with.
-            **variables: Of the template.
+            **variables: Variables of the template.
 
         Raises:
             ValueError: if there is no template, it cannot write these messages, they are malformed, or a user typed a
@@ -273,7 +273,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         for name in _PROCESSOR_KWARGS & set(kwargs):
             processor_kwargs[name] = kwargs.pop(name)
         for name, value in kwargs.items():
-            # Whoever serves many models hands None to those that do not know a thing.
+            # A server of many models passes None for what some of them do not know.
             if value is not None and not re.search(
                 rf"\b{re.escape(name)}\b", chat_template or self.chat_template or ""
             ):
@@ -315,7 +315,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         return self.image_token * self.count_image_tokens(image_inputs)[image_idx]
 
     def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None) -> MultiModalData:
-        """Tokens and rows of `pixel_values` of images of these (height, width), for the same engines."""
+        """Tokens and rows of `pixel_values` for images of these (height, width), for the same engines."""
         if image_sizes is None:
             return MultiModalData()
         is_tiled = self.image_processor.image_aspect_ratio == "anyres"

@@ -7,8 +7,6 @@ What is surprising: there can be two copies. A SentencePiece tokenizer of the ne
 before a text but not after a special token inside it; the prefix rule "first" looks at the position in the whole
 string, which a piece of a prompt no longer knows. And text after an image is tokenised like the start of a text, since
 the original LLaVA tokenises the pieces around its images one by one.
-
-Only the standard library, tokenizers and transformers are used; the file is copied into Hub repositories as it is.
 """
 
 import json
@@ -37,199 +35,9 @@ _MODEL_SETTINGS = {
     models.WordPiece: ("unk_token", "continuing_subword_prefix", "max_input_chars_per_word"),
 }  # fmt: skip
 _NUM_PROBES = 32
-"""Words of a vocabulary that are looked at to see whether it is still the same."""
+"""Words of a vocabulary that are compared to see whether it is still the same."""
 _MANY_TOKENS = 256
-"""Added tokens, of which the flags are looked at for the same reason."""
-
-
-@dataclass(frozen=True)
-class ControlToken:
-    """A literal that becomes one id when a template writes it.
-
-    Args:
-        strips_left: The white space before it belongs to it and is not tokenised.
-        strips_right: The same for the white space after it.
-    """
-
-    content: str
-    token_id: int
-    strips_left: bool
-    strips_right: bool
-
-
-@dataclass(frozen=True, eq=False)
-class TextEncoder:
-    """Tokenises text without control tokens. Made by `load_text_encoder`."""
-
-    control_tokens: dict[str, ControlToken]
-    forbidden_ids: frozenset[int]
-    start: Tokenizer
-    inside: Tokenizer
-
-    def encode_text(self, text: str, *, is_start: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of a text, and for each the range of characters that it stands for.
-
-        Args:
-            text: Without control tokens; what looks like one is tokenised like any other text.
-            is_start: Whether the tokenizer should treat it as the start of a string.
-
-        Raises:
-            ValueError: the tokenizer makes a control token out of plain text, whatever its settings.
-        """
-        encoding = (self.start if is_start else self.inside).encode(text, add_special_tokens=False)
-        if not self.forbidden_ids.isdisjoint(encoding.ids):
-            tokens = [token for token, id in zip(encoding.tokens, encoding.ids) if id in self.forbidden_ids]
-            raise ValueError(
-                f"got text that this tokenizer turns into the control tokens {tokens}; expected plain text only; "
-                "remove them from the text"
-            )
-        return encoding.ids, encoding.offsets
-
-
-def read_tokenizer_state(tokenizer: PreTrainedTokenizerFast) -> tuple[Hashable, ...]:
-    """What ids of text depend on, for keys of caches: a tokenizer may change at any time.
-
-    Read for every prompt, so a vocabulary, which would take as long as to tokenise a page, is read in samples; an
-    exchanged one that differs elsewhere alone, in equal numbers, is not seen. Nor are flags of a token that was added
-    before, where there are more than `_MANY_TOKENS` of them.
-
-    Raises:
-        ValueError: the tokenizer is not a fast one.
-    """
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(
-            f"got a {type(tokenizer).__name__}; expected a fast tokenizer; load it with AutoTokenizer, or with "
-            "load_sentencepiece_tokenizer from a folder with tokenizer.model"
-        )
-    backend = tokenizer.backend_tokenizer
-    pieces = (backend.normalizer, backend.pre_tokenizer)
-    num_tokens = backend.get_vocab_size(with_added_tokens=True)
-    num_added = num_tokens - backend.get_vocab_size(with_added_tokens=False)
-    return (
-        num_tokens,
-        # With all flags; twice as fast as to read them one by one. Gemma 3 has 6,200, which take 10 ms.
-        repr(backend.get_added_tokens_decoder()) if num_added <= _MANY_TOKENS else backend.id_to_token(num_tokens - 1),
-        *(None if piece is None else piece.__getstate__() for piece in pieces),
-        _sample_model(backend.model, backend.get_vocab_size(with_added_tokens=False)),
-        tuple(tokenizer.special_tokens_map.items()),
-    )
-
-
-def _sample_model(model: models.Model, size: int) -> tuple[Hashable, ...]:
-    settings = tuple(getattr(model, name) for name in _MODEL_SETTINGS[type(model)])
-    probes = [model.id_to_token(token_id) for token_id in range(0, size, max(1, size // _NUM_PROBES))]
-    ids = ()
-    if isinstance(model, models.BPE) and not model.dropout:
-        # Merges show in the ids of a text.
-        ids = tuple(token.id for token in model.tokenize("".join(filter(None, probes))))
-    return (type(model), size, settings, tuple(probes), ids)
-
-
-def list_control_tokens(tokenizer: PreTrainedTokenizerFast, *, image_token: str) -> tuple[str, ...]:
-    """The literals that act as control tokens when a template writes them: added tokens and the image token."""
-    acting = _list_acting_tokens(tokenizer, image_token, read_tokenizer_state(tokenizer))
-    return tuple(dict.fromkeys([*(token.content for token, _ in acting), image_token]))
-
-
-@lru_cache(maxsize=16)
-def _list_acting_tokens(
-    tokenizer: PreTrainedTokenizerFast, image_token: str, state: tuple[Hashable, ...]
-) -> tuple[tuple[ControlToken, bool], ...]:
-    """Added tokens that can be control tokens, and whether they are, whatever a template writes."""
-    return tuple(
-        (
-            ControlToken(token.content, token_id, token.lstrip, token.rstrip),
-            token.special or token.content == image_token,
-        )
-        for token_id, token in tokenizer.added_tokens_decoder.items()
-        if token.special or token.content == image_token or not _SIGNS.isdisjoint(token.content)
-    )
-
-
-def check_learn_tokens(learn_tokens: Sequence[str], tokenizer: PreTrainedTokenizerFast, *, image_token: str) -> None:
-    """Refuses what an answer cannot hold.
-
-    Raises:
-        ValueError: no list, no token of this tokenizer, or one that begins, ends or pads texts or stands for an image.
-    """
-    if isinstance(learn_tokens, str):
-        raise ValueError(f"got learn_tokens={learn_tokens!r}; expected a list of tokens; put it into one")
-    reserved = {image_token, tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
-    for token in learn_tokens:
-        if not isinstance(token, str) or tokenizer.backend_tokenizer.token_to_id(token) is None:
-            raise ValueError(
-                f"got {token!r} in learn_tokens, which is no token of the tokenizer; expected tokens that were added: "
-                "call processor.tokenizer.add_tokens, and model.resize_token_embeddings"
-            )
-        if token in reserved:
-            raise ValueError(
-                f"got {token!r} in learn_tokens; expected tokens that answers are made of; take it out: the template "
-                "and the collator write it where it belongs"
-            )
-
-
-def list_special_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
-    """What is spelled in characters where people write it, unless it is learned."""
-    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-
-
-def load_text_encoder(tokenizer: PreTrainedTokenizerFast, *, image_token: str, template_text: str = "") -> TextEncoder:
-    """The encoder that belongs to a tokenizer in its present state. Cached: a large vocabulary takes a second.
-
-    Args:
-        tokenizer: Fast; it is not changed.
-        image_token: Counts as a control token, whether or not the tokenizer knows it as one.
-        template_text: What a template wrote. Added tokens with brackets or bars that it holds count, too; others, such
-            as Gemma's "<table>", are words like any other.
-
-    Raises:
-        ValueError: the tokenizer is not a fast one.
-    """
-    state = read_tokenizer_state(tokenizer)
-    control_tokens = tuple(
-        token
-        for token, is_control in _list_acting_tokens(tokenizer, image_token, state)
-        if is_control or token.content in template_text
-    )
-    return _build(tokenizer, control_tokens, state)
-
-
-@lru_cache(maxsize=4)
-def _build(
-    tokenizer: PreTrainedTokenizerFast, added_tokens: tuple[ControlToken, ...], state: tuple[Hashable, ...]
-) -> TextEncoder:
-    control_tokens = {token.content: token for token in added_tokens}
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    spec |= {"truncation": None, "padding": None, "post_processor": None}
-    for token in spec["added_tokens"]:
-        token["special"] = token["content"] in control_tokens
-    if spec["model"]["type"] == "BPE":
-        merges = spec["model"]["merges"]
-        spec["model"]["merges"] = [merge for merge in merges if "".join(merge) not in control_tokens]
-    start = _load_backend(spec)
-    # Characters that are not in the vocabulary become the unknown token: a user may type them.
-    forbidden_ids = frozenset(token.token_id for token in added_tokens) - {tokenizer.unk_token_id}
-    has_first_rule = _forbid_prefix(spec["pre_tokenizer"])
-    return TextEncoder(control_tokens, forbidden_ids, start, _load_backend(spec) if has_first_rule else start)
-
-
-def _load_backend(spec: dict[str, Any]) -> Tokenizer:
-    backend = Tokenizer.from_str(json.dumps(spec))
-    backend.encode_special_tokens = True
-    return backend
-
-
-def _forbid_prefix(pre_tokenizer: dict[str, Any] | None) -> bool:
-    """Changes the rule "first" to "never" in place; tells whether there was one."""
-    if pre_tokenizer is None:
-        return False
-    if pre_tokenizer["type"] == "Sequence":
-        found = [_forbid_prefix(part) for part in pre_tokenizer["pretokenizers"]]
-        return any(found)
-    if pre_tokenizer["type"] == "Metaspace" and pre_tokenizer["prepend_scheme"] == "first":
-        pre_tokenizer["prepend_scheme"] = "never"
-        return True
-    return False
+"""Most added tokens whose flags are compared for the same reason."""
 
 
 def encode_prompt(
@@ -269,7 +77,7 @@ def encode_prompt(
     for start, end in prompt.assistant_spans if isinstance(prompt, Prompt) else ():
         supervised[start:end] = b"\1" * (end - start)
     template_text = "".join(prompt[start:end] for start, end in list_template_spans(prompt))
-    encoder = load_text_encoder(tokenizer, image_token=image_token, template_text=template_text)
+    encoder = _load_encoder(tokenizer, image_token=image_token, template_text=template_text)
     image = ControlToken(image_token, image_token_id, strips_left=False, strips_right=False)
     remaining_counts = iter(counts)
     ids, mask = [], []
@@ -292,6 +100,196 @@ def encode_prompt(
     if ids[: len(bos)] != bos:
         ids, mask = bos + ids, [0] * len(bos) + mask
     return ids, mask
+
+
+def list_control_tokens(tokenizer: PreTrainedTokenizerFast, *, image_token: str) -> tuple[str, ...]:
+    """The literals that act as control tokens when a template writes them: added tokens and the image token."""
+    acting = _list_acting_tokens(tokenizer, image_token, read_tokenizer_state(tokenizer))
+    return tuple(dict.fromkeys([*(token.content for token, _ in acting), image_token]))
+
+
+def list_special_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
+    """What is spelled in characters where people write it, unless it is learned."""
+    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+
+def check_learn_tokens(learn_tokens: Sequence[str], tokenizer: PreTrainedTokenizerFast, *, image_token: str) -> None:
+    """Refuses what an answer cannot hold.
+
+    Raises:
+        ValueError: no list, no token of this tokenizer, or one that begins, ends or pads texts or stands for an image.
+    """
+    if isinstance(learn_tokens, str):
+        raise ValueError(f"got learn_tokens={learn_tokens!r}; expected a list of tokens; put it into one")
+    reserved = {image_token, tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+    for token in learn_tokens:
+        if not isinstance(token, str) or tokenizer.backend_tokenizer.token_to_id(token) is None:
+            raise ValueError(
+                f"got {token!r} in learn_tokens, which is no token of the tokenizer; expected tokens that were added: "
+                "call processor.tokenizer.add_tokens, and model.resize_token_embeddings"
+            )
+        if token in reserved:
+            raise ValueError(
+                f"got {token!r} in learn_tokens; expected tokens that answers are made of; take it out: the template "
+                "and the collator write it where it belongs"
+            )
+
+
+def read_tokenizer_state(tokenizer: PreTrainedTokenizerFast) -> tuple[Hashable, ...]:
+    """What ids of text depend on, for keys of caches: a tokenizer may change at any time.
+
+    It is read for every prompt, so a vocabulary, which would take as long as to tokenise a page, is read in samples.
+    Two changes are not seen: another vocabulary of the same size that differs between the samples, and other flags of
+    a token that was added before, where there are more than `_MANY_TOKENS` of them.
+
+    Raises:
+        ValueError: the tokenizer is not a fast one.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(
+            f"got a {type(tokenizer).__name__}; expected a fast tokenizer; load it with AutoTokenizer, or with "
+            "load_sentencepiece_tokenizer from a folder with tokenizer.model"
+        )
+    backend = tokenizer.backend_tokenizer
+    pieces = (backend.normalizer, backend.pre_tokenizer)
+    num_tokens = backend.get_vocab_size(with_added_tokens=True)
+    num_added = num_tokens - backend.get_vocab_size(with_added_tokens=False)
+    return (
+        num_tokens,
+        # All flags in one text. Gemma 3 has 6,200 added tokens, too many to read for every prompt.
+        repr(backend.get_added_tokens_decoder()) if num_added <= _MANY_TOKENS else backend.id_to_token(num_tokens - 1),
+        *(None if piece is None else piece.__getstate__() for piece in pieces),
+        _sample_model(backend.model, backend.get_vocab_size(with_added_tokens=False)),
+        tuple(tokenizer.special_tokens_map.items()),
+    )
+
+
+def _sample_model(model: models.Model, size: int) -> tuple[Hashable, ...]:
+    settings = tuple(getattr(model, name) for name in _MODEL_SETTINGS[type(model)])
+    probes = [model.id_to_token(token_id) for token_id in range(0, size, max(1, size // _NUM_PROBES))]
+    ids = ()
+    if isinstance(model, models.BPE) and not model.dropout:
+        # Merges show in the ids of a text.
+        ids = tuple(token.id for token in model.tokenize("".join(filter(None, probes))))
+    return (type(model), size, settings, tuple(probes), ids)
+
+
+@dataclass(frozen=True)
+class ControlToken:
+    """A literal that becomes one id when a template writes it.
+
+    Args:
+        strips_left: The white space before it belongs to it and is not tokenised.
+        strips_right: The same for the white space after it.
+    """
+
+    content: str
+    token_id: int
+    strips_left: bool
+    strips_right: bool
+
+
+@lru_cache(maxsize=16)
+def _list_acting_tokens(
+    tokenizer: PreTrainedTokenizerFast, image_token: str, state: tuple[Hashable, ...]
+) -> tuple[tuple[ControlToken, bool], ...]:
+    """Added tokens that can be control tokens, and whether each is one whatever a template writes."""
+    return tuple(
+        (
+            ControlToken(token.content, token_id, token.lstrip, token.rstrip),
+            token.special or token.content == image_token,
+        )
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.special or token.content == image_token or not _SIGNS.isdisjoint(token.content)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class TextEncoder:
+    """Tokenises text without control tokens. Made by `_load_encoder`."""
+
+    control_tokens: dict[str, ControlToken]
+    forbidden_ids: frozenset[int]
+    start: Tokenizer
+    inside: Tokenizer
+
+    def encode_text(self, text: str, *, is_start: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text, and for each the range of characters that it stands for.
+
+        Args:
+            text: Without control tokens; what looks like one is tokenised like any other text.
+            is_start: Whether the tokenizer should treat it as the start of a string.
+
+        Raises:
+            ValueError: the tokenizer makes a control token out of plain text, whatever its settings.
+        """
+        encoding = (self.start if is_start else self.inside).encode(text, add_special_tokens=False)
+        if not self.forbidden_ids.isdisjoint(encoding.ids):
+            tokens = [token for token, id in zip(encoding.tokens, encoding.ids) if id in self.forbidden_ids]
+            raise ValueError(
+                f"got text that this tokenizer turns into the control tokens {tokens}; expected plain text only; "
+                "remove them from the text"
+            )
+        return encoding.ids, encoding.offsets
+
+
+def _load_encoder(tokenizer: PreTrainedTokenizerFast, *, image_token: str, template_text: str = "") -> TextEncoder:
+    """The encoder that belongs to a tokenizer in its present state. Cached: a large vocabulary takes a second.
+
+    Args:
+        tokenizer: Fast; it is not changed.
+        image_token: Counts as a control token, whether or not the tokenizer knows it as one.
+        template_text: What a template wrote. Added tokens with brackets or bars that it holds count, too; others, such
+            as Gemma's "<table>", are words like any other.
+
+    Raises:
+        ValueError: the tokenizer is not a fast one.
+    """
+    state = read_tokenizer_state(tokenizer)
+    control_tokens = tuple(
+        token
+        for token, is_control in _list_acting_tokens(tokenizer, image_token, state)
+        if is_control or token.content in template_text
+    )
+    return _build_encoder(tokenizer, control_tokens, state)
+
+
+@lru_cache(maxsize=4)
+def _build_encoder(
+    tokenizer: PreTrainedTokenizerFast, added_tokens: tuple[ControlToken, ...], state: tuple[Hashable, ...]
+) -> TextEncoder:
+    control_tokens = {token.content: token for token in added_tokens}
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    spec |= {"truncation": None, "padding": None, "post_processor": None}
+    for token in spec["added_tokens"]:
+        token["special"] = token["content"] in control_tokens
+    if spec["model"]["type"] == "BPE":
+        merges = spec["model"]["merges"]
+        spec["model"]["merges"] = [merge for merge in merges if "".join(merge) not in control_tokens]
+    start = _load_backend(spec)
+    # Characters that are not in the vocabulary become the unknown token: a user may type them.
+    forbidden_ids = frozenset(token.token_id for token in added_tokens) - {tokenizer.unk_token_id}
+    has_first_rule = _forbid_prefix(spec["pre_tokenizer"])
+    return TextEncoder(control_tokens, forbidden_ids, start, _load_backend(spec) if has_first_rule else start)
+
+
+def _load_backend(spec: dict[str, Any]) -> Tokenizer:
+    backend = Tokenizer.from_str(json.dumps(spec))
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _forbid_prefix(pre_tokenizer: dict[str, Any] | None) -> bool:
+    """Changes the rule "first" to "never" in place; tells whether there was one."""
+    if pre_tokenizer is None:
+        return False
+    if pre_tokenizer["type"] == "Sequence":
+        found = [_forbid_prefix(part) for part in pre_tokenizer["pretokenizers"]]
+        return any(found)
+    if pre_tokenizer["type"] == "Metaspace" and pre_tokenizer["prepend_scheme"] == "first":
+        pre_tokenizer["prepend_scheme"] = "never"
+        return True
+    return False
 
 
 @dataclass(frozen=True)

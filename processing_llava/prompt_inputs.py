@@ -1,7 +1,4 @@
-"""Prompts -> the rows of a batch: cut, padded, and with labels that hold no images.
-
-Only torch and transformers are used; the file is copied into Hub repositories as it is.
-"""
+"""Prompts -> the rows of a batch: cut, padded, and with labels that hold no images."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -31,7 +28,8 @@ class PromptInputs(BatchFeature):
     """
 
     def __init__(self, data: dict[str, Any], *, image_token_id: int | None = None, **kwargs) -> None:
-        # Before the values, which are set one by one. What moves a finished batch makes one of its values alone.
+        # Set before the values, which come one by one. Moving a batch to a device makes another one of its values
+        # alone (accelerate 1.15, utils/operations.py).
         self.image_token_id = image_token_id
         super().__init__(data, **kwargs)
 
@@ -73,7 +71,7 @@ def encode_prompts(
         num_image_tokens: How many tokens each image of all prompts has, in reading order.
         return_assistant_tokens_mask: Add `assistant_masks`: 1 on tokens that the assistant writes.
         return_mm_token_type_ids: Add `mm_token_type_ids`: 1 on tokens of images.
-        The others: those of transformers' tokenizers.
+        **others: As in transformers' tokenizers, like the parameters above.
 
     Raises:
         ValueError: if truncation would cut an image, or something is asked for that is not made here.
@@ -96,7 +94,7 @@ def encode_prompts(
         )
         rows.append(ids)
         masks.append(mask)
-    # As transformers' tokenizers do.
+    # As in transformers 5.23, tokenization_utils_base.py.
     if max_length is None and not truncation and max(map(len, rows), default=0) > tokenizer.model_max_length:
         logger.warning_once(
             f"got a prompt of more than {tokenizer.model_max_length} tokens, the model_max_length of the tokenizer; "

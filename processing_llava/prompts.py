@@ -3,8 +3,6 @@
 A prompt is a `str` that knows which characters people wrote. Control tokens and image placeholders are read only where
 the template wrote every character; all other text, template and user alike, is tokenised in one go between them, so
 that harmless text gets the ids it always had (`prompt_ids.py`).
-
-Only the standard library and transformers are used; the file is copied into Hub repositories as it is.
 """
 
 import re
@@ -79,7 +77,7 @@ def render_prompt(
         continue_final_message: End inside the last message, for the model to go on with.
         control_tokens: Needed for templates that cut messages into pieces: these literals are marked one by one.
         learn_tokens: Tokens that count as such where the assistant wrote them, inside `{% generation %}`.
-        **template_variables: Of the template; trusted, like the template.
+        **template_variables: Variables of the template; trusted, like the template.
 
     Raises:
         ValueError: if the template cuts messages into pieces and `control_tokens` is empty.

@@ -5,8 +5,7 @@ can write those too: a line "ASSISTANT: Sure" then looks like a turn that the mo
 begins so, an invisible character is put into the marker, which then reads the same and is made of other tokens. This
 is a heuristic: a model may understand a fake turn however it is written.
 
-The markers are found by rendering the template, so that templates of any origin are covered. The file is copied into
-Hub repositories as it is.
+The markers are found by rendering the template, so that templates of any origin are covered.
 """
 
 import re
@@ -24,19 +23,19 @@ TREATMENTS = ("keep", "neutralize", "refuse")
 INVISIBLE = "\u200b"
 """Zero-width space."""
 
-# A word and the signs around it: "USER:", "### Human:", "[INST]", "<<SYS>>", "<|im_start|>". A word alone is none.
+# A word and the signs around it: "USER:", "### Human:", "[INST]", "<<SYS>>", "<|im_start|>"; not a word alone.
 _MARKER = re.compile(r"(?:([#\[<|/]+)[ \t]*)?([A-Za-z]\w*)(?:[ \t]+(?=:))?([:\]>|]+)")
 _LINE_BREAKS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"
 _WHITE_SPACE = r" \t\x1f\xa0\u1680\u2000-\u200a\u202f\u205f\u3000"
-# Control and formatting characters, variation selectors, fillers of Hangul and others
+# Control and formatting characters, variation selectors, fillers of Hangul and others.
 _UNSEEN = (
     r"\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u034f\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u115f\u1160"
     r"\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb"
     r"\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
 BLANK = f"[{_WHITE_SPACE}{_UNSEEN}]*"
-"""What does not hide a marker, in front of it and between its word and signs. It ends with the line: otherwise a text
-of line breaks alone would be read once for each of them."""
+"""Characters that do not hide a marker, in front of it and between its word and signs. Line breaks are none of them:
+a text of line breaks alone would be read once for each."""
 _SYSTEM, _USER, _ASSISTANT = ({"role": role, "content": "."} for role in ("system", "user", "assistant"))
 # Not every format knows system messages, or several turns.
 _PROBES = ([_SYSTEM, _USER, _ASSISTANT, _USER], [_USER, _ASSISTANT, _USER], [_USER])

@@ -2,8 +2,6 @@
 
 Private names of transformers that are used elsewhere stand in `tests/upstream_names.py`, with the signatures that they
 have in each version.
-
-The file is copied into Hub repositories as it is.
 """
 
 from typing import Any
@@ -35,7 +33,7 @@ CAN_CAPTURE_LAYERS = VERSION >= (5, 23)
 
 
 def warn_of_other_versions() -> None:
-    """Say once that this version of transformers was not tested."""
+    """Say once that this version of transformers is not tested."""
     if not FIRST <= VERSION <= LAST:
         first, last = (".".join(map(str, version)) for version in (FIRST, LAST))
         logger.warning_once(

@@ -69,7 +69,7 @@ def build_page(menu: ModelMenu, *, feedback: FeedbackFile | None = None) -> Priv
             with gr.Column(scale=7, elem_id="talk"):
                 with gr.Row(elem_id="chats"):
                     left = _build_chat(first, examples=examples, editable="user")
-                    # Or Gradio would delete them after an hour, like any other file.
+                    # Or they would be deleted after an hour, like any other file (Gradio 6.31, route_utils.py).
                     left.keep_in_cache |= {file["path"] for card in left.examples for file in card["files"]}
                     right = _build_chat("", visible=False)
                 textbox = gr.MultimodalTextbox(
@@ -148,7 +148,7 @@ def build_page(menu: ModelMenu, *, feedback: FeedbackFile | None = None) -> Priv
 AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 """For handlers that must run even when the queue is full."""
 QUEUED = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-"""For handlers that have something to tell: Gradio shows messages of queued events only."""
+"""For handlers that have something to tell: only queued events show messages (Gradio 6.31, helpers.py)."""
 ON_MODEL = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal", "api_visibility": "private"}
 """For handlers that need a model: one at a time, the others wait."""
 PUBLIC = {"api_visibility": "public"}
@@ -182,7 +182,7 @@ def _build_settings() -> list[gr.components.Component]:
         gr.Dropdown([AS_TRAINED, *TEMPLATE_FILES], value=AS_TRAINED, label="Conversation format"),
         gr.Dropdown([AS_TRAINED, *IMAGE_ASPECT_RATIOS], value=AS_TRAINED, label="Tile mode"),
         gr.Textbox("", label="System text", placeholder="as trained", max_length=4000),
-        gr.Slider(0, 2, value=0, step=0.1, label="Temperature", info="0 gives the likeliest answer"),
+        gr.Slider(0, 2, value=0, step=0.1, label="Temperature", info="0 answers greedily"),
         gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p"),
         gr.Slider(1, 1024, value=256, step=1, label="Longest answer in tokens"),
         gr.Number(0, precision=0, minimum=0, maximum=2**31, label="Seed"),
@@ -209,7 +209,7 @@ def launch(
     # ZeroGPU takes what is loaded before the launch; elsewhere only the first model is certain to be wanted.
     for label in menu.labels if os.environ.get("SPACES_ZERO_GPU") else menu.labels[:1]:
         menu.load(label)
-    # Gradio cleans up when it is interrupted, so that is what terminating it does.
+    # Gradio cleans up when it is interrupted (Gradio 6.31, blocks.py), so that is what terminating it does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Uploads lie where no other user of the machine can read them, and go when the process goes.
     with TemporaryDirectory(prefix="llava_demo_", dir=os.environ.get("GRADIO_TEMP_DIR")) as folder:

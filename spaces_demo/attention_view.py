@@ -1,4 +1,4 @@
-"""Looked: where a model's attention was while it wrote an answer, as the page draws it."""
+"""Looked: where a model's attention was while it wrote an answer, as the page shows it."""
 
 import base64
 import html
@@ -17,12 +17,12 @@ from .conversation import open_picture
 LAYERS = {"all": (0, 1), "first third": (0, 1 / 3), "middle third": (1 / 3, 2 / 3), "last third": (2 / 3, 1)}
 """Name to the range of layers, as shares of their number."""
 LONGEST_SIDE = 768
-"""Of a drawn picture, in pixels."""
+"""Longer side, in pixels, of a picture that is shown."""
 
 
 @dataclass(frozen=True)
 class Looked:
-    """Everything that drawing takes, whatever becomes of the model."""
+    """Everything that it takes to show the attention, whatever becomes of the model."""
 
     attention: AnswerAttention
     config: AnyLlavaConfig

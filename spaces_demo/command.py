@@ -17,7 +17,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     parser.add_argument("--queue", type=int, default=32, help="questions that may wait (default: 32)")
     parser.add_argument("--open", action="store_true", help="show the page in the browser")
-    parser.add_argument("--share", action="store_true", help="a public address, through a tunnel of Gradio's")
+    parser.add_argument("--share", action="store_true", help="a public address, through a tunnel of Gradio")
     parser.add_argument(
         "--auth", action="append", default=[], metavar="NAME:PASSWORD", help="who may come in; may be repeated"
     )

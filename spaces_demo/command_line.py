@@ -1,8 +1,8 @@
 """`llava ...`: ask, chat, demo, doctor, assemble, check-data, train, merge, export, push, and what each of them takes.
 
 What they do is in modeling_llava/commands, which is imported when it runs. The command starts here because importing
-anything of modeling_llava imports torch and transformers and registers with them, for seconds: help and mistakes cost
-none of that. Whatever a user can get wrong ends in one line on standard error and exit code 2.
+anything of modeling_llava imports torch and transformers and registers with them: help and mistakes cost none of that.
+Whatever a user can get wrong ends in one line on standard error and exit code 2.
 """
 
 import argparse
@@ -83,13 +83,13 @@ def _add_answer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision-tower", help="folder or Hub id, instead of the tower that an original folder names")
     parser.add_argument("--template", help="conversation format to use instead of the model's")
     parser.add_argument("--system", help="system text to use instead of the template's")
-    parser.add_argument("--quantization", help="fewer bits: int8 on a processor; int4, fp8 or nf4 on a GPU")
+    parser.add_argument("--quantization", help="fewer bits: int8 on a CPU; int4, fp8 or nf4 on a GPU")
     parser.add_argument("--visual-tokens", type=int, help="most tokens of a picture: faster, and worse answers")
     _add_image_limit(parser)
     parser.add_argument("--compile", action="store_true", help="on a GPU: some minutes at first, then faster")
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 gives the likeliest answer")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 answers greedily")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampler")
 
 
 def _add_models(commands) -> None:
@@ -109,8 +109,8 @@ def _add_models(commands) -> None:
         metavar="HEIGHTxWIDTH",
         help="with anyres: sizes in pixels that a picture may be cut into tiles at",
     )
-    assemble.add_argument("--patch-merge-type", default="flat", help="of tiles: flat, spatial or spatial_unpad")
-    assemble.add_argument("--seed", type=int, default=0, help="of the projector's initial weights")
+    assemble.add_argument("--patch-merge-type", default="flat", help="flat, spatial or spatial_unpad, for tiles")
+    assemble.add_argument("--seed", type=int, default=0, help="seed of the projector's initial weights")
     assemble.add_argument("--out", required=True, help="folder to write")
     assemble.set_defaults(run="modeling_llava.commands.training:run_assemble")
 
@@ -124,10 +124,10 @@ def _add_models(commands) -> None:
     doctor = commands.add_parser("doctor", help="versions, device, cached models, and the memory that a model needs")
     doctor.add_argument("--parameters", type=float, default=7e9, help="size of a model in parameters, e.g. 7e9")
     doctor.add_argument("--model", help="folder or Hub id; nothing but its config.json is read")
-    doctor.add_argument("--images", type=int, default=1, help="in each prompt to the model")
-    doctor.add_argument("--new-tokens", type=int, default=256, help="of each answer of the model")
-    doctor.add_argument("--rows", type=int, default=1, help="answers of the model at a time")
-    doctor.add_argument("--quantization", help="of the model: int8 on a processor; int4, fp8 or nf4 on a GPU")
+    doctor.add_argument("--images", type=int, default=1, help="images in each prompt")
+    doctor.add_argument("--new-tokens", type=int, default=256, help="tokens of each answer")
+    doctor.add_argument("--rows", type=int, default=1, help="answers at a time")
+    doctor.add_argument("--quantization", help="fewer bits: int8 on a CPU; int4, fp8 or nf4 on a GPU")
     doctor.add_argument("--visual-tokens", type=int, help="most tokens of a picture that the model sees")
     doctor.set_defaults(run="modeling_llava.commands.doctor:run_doctor")
 
@@ -147,7 +147,7 @@ def _add_training(commands) -> None:
         "--follow-links", action="store_true", help="symbolic links in the image folder may lead out of it"
     )
     check_data.add_argument("--name", help="configuration of a Hub dataset")
-    check_data.add_argument("--split", default="train", help="of a dataset that has several")
+    check_data.add_argument("--split", default="train", help="split of a dataset that has several")
     check_data.add_argument("--streaming", action="store_true", help="do not copy the dataset to the disk first")
     check_data.add_argument("--model", help="folder or Hub id of the model to train (default: the embedded model)")
     check_data.add_argument("--template", help="conversation format to use instead of the model's")
@@ -164,7 +164,7 @@ def _add_training(commands) -> None:
     check_data.add_argument("--color", action="store_true", help="colours, even if this is no terminal")
     check_data.add_argument("--html", metavar="FILE", help="write these rows (default: 20) and their images as a page")
     check_data.add_argument("--json", metavar="FILE", help="write the result with every refused record")
-    check_data.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all processors)")
+    check_data.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a CPU)")
     check_data.set_defaults(run="modeling_llava.commands.training:run_check_data")
 
     train = commands.add_parser("train", help="run a training recipe")
@@ -195,7 +195,7 @@ def _add_hub(commands) -> None:
     push.add_argument("--repo-id", required=True, help="OWNER/NAME on the Hub")
     push.add_argument("--dry-run", action="store_true", help="only show what would go up")
     push.add_argument(
-        "--private", action=argparse.BooleanOptionalAction, default=True, help="of a new repository (default: private)"
+        "--private", action=argparse.BooleanOptionalAction, default=True, help="a new repository is private (default)"
     )
     push.add_argument("--public", action="store_false", dest="private", help="the same as --no-private")
     push.add_argument("--pull-request", action="store_true", help="propose it to an existing repository")

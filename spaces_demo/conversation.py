@@ -63,7 +63,7 @@ class Turn:
 class Conversation:
     turns: list[Turn] = field(default_factory=list)
     scope: bytes = b""
-    """Of `ChatSession`, so that nobody learns from what is reused what others asked. It is drawn with the first
+    """Scope of a `ChatSession`, so that nobody learns from what is reused what others asked. It is made with the first
     question: every visitor begins with a copy of the same empty conversation."""
 
     def go_on(self, turns: list[Turn]) -> "Conversation":

@@ -24,7 +24,7 @@ class FeedbackFile:
         self._lock = Lock()
 
     def write(self, conversation: Conversation, *, turn: int, column: int, opinion: str) -> None:
-        """Add one line, if it is not the opinion that was stored last: Gradio 6.31 tells some of them twice.
+        """Add one line, unless the same opinion was stored last: Gradio 6.31 tells some of them twice.
 
         Raises:
             ValueError: if there is no such answer, or the file is full.

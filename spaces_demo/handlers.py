@@ -25,15 +25,17 @@ from .safety import log_error
 MAX_PICTURES = 8
 MAX_CHARACTERS = 20_000
 SECONDS_PER_UPDATE = 0.05
-"""Of the page, while an answer is written."""
+"""Time between two updates of the page, while an answer is written."""
 
 
 class Handlers:
-    """Args:
-    menu: The models.
-    examples: Questions about example pictures: "image" (a path) and "question".
-    feedback: Where opinions go, if anywhere.
-    on_gpu: Wraps what needs the models (ZeroGPU lends its GPU to such functions only).
+    """One method for each event of the page.
+
+    Args:
+        menu: The models.
+        examples: Questions about example pictures: "image" (a path) and "question".
+        feedback: Where opinions go, if anywhere.
+        on_gpu: Wraps what needs the models (ZeroGPU lends its GPU to such functions only).
     """
 
     def __init__(
@@ -157,7 +159,7 @@ class Handlers:
         left: str,
         right: str,
         current: tuple[str, str],
-        # Gradio looks for this default, and shows the progress bars of what runs below.
+        # Gradio looks for this default, and shows the progress bars of what runs below (Gradio 6.31, helpers.py).
         progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008
     ) -> tuple:
         """-> both menus, the models that are chosen now, what they are, both chats."""
@@ -237,7 +239,7 @@ class Handlers:
 
     def _wait(self, conversation: Conversation, turns: list[Turn]) -> tuple:
         textbox = gr.update(value=None, interactive=False, submit_btn=False, stop_btn=True)
-        # Gradio lets questions be edited until the first piece of the answer comes, and such an edit would be lost.
+        # Gradio 6.31 lets questions be edited until the first piece of the answer comes; such an edit would be lost.
         return self._show(conversation.go_on(turns), textbox, editable="nothing")
 
     def _give_back(self, conversation: Conversation) -> tuple:
@@ -247,7 +249,7 @@ class Handlers:
 
     def _show(self, conversation: Conversation, textbox: dict[str, Any], *, editable: str = "user") -> tuple:
         """-> conversation, both chats, text box."""
-        # Gradio's page ignores None, and takes any other word for it.
+        # The page of Gradio 6.31 ignores None, and takes any other word for it.
         left = gr.update(value=conversation.show(0), editable=editable)
         return conversation, left, conversation.show(1), textbox
 

@@ -4,7 +4,8 @@ nothing of what they send in the log.
 What is surprising: Gradio shows an uploaded picture before any handler sees it. Pictures are therefore cleaned between
 Gradio's own upload route and its answer, so that no address of a picture with metadata ever exists. And Gradio fetches
 pictures that programs name by a URL, after a look at whether its host is public, for which it may ask a name server of
-Google's; and it decodes data URIs without any limit. Both are refused before that.
+Google (Gradio 6.31, processing_utils.py, through safehttpx); and it decodes data URIs without any limit. Both are
+refused before that.
 """
 
 import html
@@ -33,7 +34,7 @@ CONTENT_SECURITY_POLICY = "; ".join(
         "img-src 'self' data: blob:",
         "media-src 'self' data: blob:",
         "connect-src 'self' data: blob:",
-        # Gradio starts itself with an inline script and sets styles on elements.
+        # The page of Gradio 6.31 starts with an inline script and sets styles on elements.
         "script-src 'self' 'unsafe-inline' 'unsafe-eval'",
         "style-src 'self' 'unsafe-inline'",
         "font-src 'self' data:",
@@ -48,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 REFUSED_ADDRESS = "got a picture as URL or data URI; expected one that was uploaded, as nothing is fetched; upload it"
 FETCHED = re.compile(r"/file[=/]https?://")
-"""Gradio's routes for files, with a URL."""
+"""Routes for files (Gradio 6.31, routes.py), with a URL."""
 
 JPEG_START = b"\xff\xd8"
 ESCAPED = re.compile(r"([!-/:-@\[-`{-~])")
@@ -94,7 +95,7 @@ class PrivatePage(gr.Blocks):
     """A page that fetches nothing, and keeps what programs send to it out of the log.
 
     Around its handlers, Gradio refuses arguments of the wrong kind or number with errors that quote them, and prints
-    these.
+    these (Gradio 6.31, queueing.py and routes.py).
     """
 
     async def process_api(self, block_fn: Any, inputs: list[Any], *arguments: Any, **settings: Any) -> dict[str, Any]:
@@ -155,7 +156,7 @@ class PrivateRoutes:
             try:
                 await _clean_upload(json.loads(b"".join(message.get("body", b"") for message in held)))
             except ValueError as error:
-                # Gradio's toast reads it as markup.
+                # The toast of Gradio 6.31 reads it as markup.
                 message = html.escape(str(error), quote=False)
                 await PlainTextResponse(message, status_code=400)(scope, receive, send_with_policy)
                 return

@@ -1,12 +1,12 @@
 """Linear layers for answering on a CPU: weights in the order in which oneDNN's kernels read them, and in int8.
 
-PyTorch hands products in float32 to MKL, which leaves half of the vector units of AMD's CPUs unused, and reads the
-weights for a single token at half of the rate that memory has. In bfloat16 oneDNN computes anyway, and orders the
-weights anew for every product. The results are those of linear layers, except for the order of additions.
+torch computes products in float32 with MKL, and in bfloat16 with oneDNN, which orders the weights anew for every
+product. `PackedLinear` orders them once, for both dtypes (BENCHMARKS.md: "decode, batch 1"). Its results are those of
+linear layers, except for the order of additions.
 
-Dynamic int8 has weights of 8 bits for each output channel and inputs of 8 bits for each row, in PyTorch's kernels
-(fbgemm). They find one scale for a whole input, which a single token with large activations would spoil for all
-others; so rows are brought to one scale before, and back after.
+`Int8Linear` has a scale for each output channel of the weights and for each row of the inputs, in torch's dynamic
+kernels (fbgemm). These find one scale for a whole input, which a single token with large activations would spoil for
+all others; so rows are brought to one scale before, and back after.
 """
 
 import warnings
@@ -19,14 +19,37 @@ from .devices import is_slow_on_processor
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 SMALLEST_WEIGHT = 2**18
-"""In numbers. Smaller ones stay in the caches of a processor, where calling a kernel costs more than it gains."""
+"""Elements. Smaller weights stay in the caches of a CPU, where calling a kernel costs more than it gains."""
+MAX_ROWS = 256
+"""Rows of int8 that are computed in one call, whose sums take as much memory again as its outputs."""
+
+
+def pack_linear_layers(model: PreTrainedModel) -> None:
+    """Pack in place a model on a CPU that is fast with the dtype of the model.
+
+    Small layers and an output layer that is tied to the embeddings stay as they are, and so do models with adapters. A
+    packed model is for answering: it cannot be trained, saved, or moved to another device.
+    """
+    is_fast = model.dtype in PACKED_DTYPES and not is_slow_on_processor(model.dtype)
+    if not (torch.backends.mkldnn.is_available() and is_fast) or model._hf_peft_config_loaded:
+        return
+    embeddings = model.get_input_embeddings().weight
+    for name, module in list(model.named_modules()):
+        is_large = type(module) is nn.Linear and module.weight.numel() >= SMALLEST_WEIGHT
+        if is_large and module.weight is not embeddings:
+            model.set_submodule(name, PackedLinear(module))
+    model.requires_grad_(False)
+    # What is left may be a view of a mapped file, all of which has been read by now, and would stay in memory.
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.layout == torch.strided:
+            tensor.data = tensor.data.clone()
 
 
 class PackedLinear(nn.Module):
     """Computes what a linear layer does; it has no gradient.
 
     Args:
-        linear: On a processor, in one of `PACKED_DTYPES`; not kept.
+        linear: On a CPU, in one of `PACKED_DTYPES`; not kept.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -45,40 +68,14 @@ class PackedLinear(nn.Module):
             )
         return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-
-def pack_linear_layers(model: PreTrainedModel) -> None:
-    """Pack in place a model on a processor, where that one is fast with the floats of the model.
-
-    Small layers and an output layer that is tied to the embeddings stay as they are, and so do models with adapters. A
-    packed model can answer, and neither train, nor be saved, nor move to another device.
-    """
-    has_floats = model.dtype in PACKED_DTYPES and not is_slow_on_processor(model.dtype)
-    if not (torch.backends.mkldnn.is_available() and has_floats) or model._hf_peft_config_loaded:
-        return
-    embeddings = model.get_input_embeddings().weight
-    for name, module in list(model.named_modules()):
-        is_large = type(module) is nn.Linear and module.weight.numel() >= SMALLEST_WEIGHT
-        if is_large and module.weight is not embeddings:
-            model.set_submodule(name, PackedLinear(module))
-    model.requires_grad_(False)
-    # What is left may be a view of a mapped file, all of which has been read by now, and would stay in memory.
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.layout == torch.strided:
-            tensor.data = tensor.data.clone()
-
-
-MAX_ROWS = 256
-"""Computed in one call, which takes as much memory as its outputs for their sums; more rows are no faster."""
+    extra_repr = nn.Linear.extra_repr
 
 
 class Int8Linear(nn.Module):
     """Computes what a linear layer does, within the rounding of 8 bits, on float32 inputs; it has no gradient.
 
     Args:
-        linear: In floats of any size; not kept.
+        linear: In any floating dtype; not kept.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -89,7 +86,7 @@ class Int8Linear(nn.Module):
         scales = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
         zero_points = torch.zeros_like(scales, dtype=torch.long)
         with warnings.catch_warnings():
-            # PyTorch deprecates tensors of this kind; its faster kernels take no others (pytorch/pytorch#184982).
+            # torch deprecates tensors of this kind, and its dynamic kernels take no others (pytorch/pytorch#184982).
             warnings.filterwarnings("ignore", message=".*quantized tensor creation functions", category=UserWarning)
             quantized = torch.quantize_per_channel(weight, scales, zero_points, axis=0, dtype=torch.qint8)
         self.packed_weight = torch.ops.quantized.linear_prepack(quantized, None)
@@ -110,11 +107,10 @@ class Int8Linear(nn.Module):
         if inputs.shape[:-1].numel() > 1:
             scales = inputs.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12)
             inputs = inputs / scales
-        # Without the reduced range, sums of two products overflow on processors without VNNI.
+        # Without the reduced range, sums of two products overflow on CPUs without VNNI.
         outputs = torch.ops.quantized.linear_dynamic(inputs, self.packed_weight, reduce_range=True)
         if scales is not None:
             outputs *= scales
         return outputs if self.bias is None else outputs.add_(self.bias)
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+    extra_repr = nn.Linear.extra_repr

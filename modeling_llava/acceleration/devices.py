@@ -1,7 +1,7 @@
-"""What a device is: whether it is slow with 16-bit floats, and how much memory it has left.
+"""What a device can do: compute in 16 bits or only in 32, and hold so many more bytes.
 
-transformers gives a model the dtype that its checkpoint was stored in. A CPU without units for 16-bit floats takes
-several times longer with them than with 32-bit ones (a prefill on AVX2: six times), for the same answers.
+transformers loads a model in the dtype of its checkpoint, since `dtype="auto"` is its default (transformers 5.23,
+modeling_utils.py). A CPU without units for that dtype is slower with it than with float32.
 """
 
 import os
@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 DTYPE_SETTINGS = ("dtype", "torch_dtype", "device_map", "quantization_config")
-"""Arguments of `from_pretrained` that settle floats or device; "auto" is a choice, too."""
+"""Arguments of `from_pretrained` that settle dtype or device; "auto" is a choice, too."""
 
 
 def is_slow_on_processor(dtype: torch.dtype | str | None) -> bool:
-    """Whether this machine's processor computes these floats more slowly than float32.
+    """Whether the CPU of this machine computes a dtype more slowly than float32.
 
-    bfloat16 has units in processors with AVX512_BF16 or AMX. float16 counts as slow on all: those units do not compute
-    it, and where others do, it is no faster than float32.
+    CPUs with AVX512_BF16 or AMX have units for bfloat16. float16 counts as slow on all of them.
 
     Args:
         dtype: Also as config.json writes it. None, where it does not say, is not slow.
@@ -29,7 +28,7 @@ def is_slow_on_processor(dtype: torch.dtype | str | None) -> bool:
 
 
 def with_default_dtype(settings: dict[str, Any], *, stored: torch.dtype | str | None) -> dict[str, Any]:
-    """Arguments of `from_pretrained`, with float32 where nobody chose and the model will run on a slow processor."""
+    """Arguments of `from_pretrained`, with float32 where nobody chose and the CPU is slow in the stored dtype."""
     is_chosen = any(settings.get(name) is not None for name in DTYPE_SETTINGS)
     if is_chosen or torch.accelerator.is_available() or not is_slow_on_processor(stored):
         return settings
@@ -37,7 +36,7 @@ def with_default_dtype(settings: dict[str, Any], *, stored: torch.dtype | str | 
 
 
 def count_free_bytes(device: torch.device) -> int:
-    """Memory that a new model can use. sysconf knows no better than free pages outside Linux."""
+    """Memory that a new model can use; outside Linux only the free pages of it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if os.path.exists("/proc/meminfo"):

@@ -1,12 +1,12 @@
 """Fewer and larger kernels on a GPU: fused RMS norms, one matrix for query, key and value, one for gate and up.
 
-The fused matrix runs before the attention or the MLP, in a hook, and the layers that it replaces take their columns
-of its output. The forward pass stays that of transformers. A fused model is for answering: its weights have other
-names, so that it cannot be saved, and it has no place for an adapter.
+torch's RMS norm is one kernel on a GPU instead of six, without copies in float32. Both compute in float32; in 16 bits
+torch's rounds once, at its end, where that of transformers rounds before it multiplies by the weights, too
+(transformers 5.23, models/llama/modeling_llama.py).
 
-PyTorch's RMS norm is one kernel instead of six, without copies in 32 bits. Both compute in 32 bits; in 16 bits
-PyTorch's rounds once, at its end, where transformers rounds before it multiplies by the weights, too. On a CPU PyTorch
-has no kernel of its own for it, so nothing is gained there.
+A fused matrix runs before the attention or the MLP, in a hook, and the layers that it replaces take their columns of
+its output. The forward pass stays that of transformers. A model with fused matrices is for answering: its weights have
+other names, so that it cannot be saved, and it has no place for an adapter.
 """
 
 import torch
@@ -20,11 +20,14 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Q
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm
 
 RMS_NORMS = (LlamaRMSNorm, MistralRMSNorm, MixtralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
-"""Those that multiply by their weights as they are; Gemma's adds one to them."""
+"""Norms that multiply by their weights as they are; Gemma's adds one to them."""
+ATTENTIONS = (LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention, GemmaAttention, PhiAttention)
+MLPS = (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP, GemmaMLP)
+"""Modules that do nothing with their input but project it, so that it may come projected."""
 
 
 def fuse_norms(model: nn.Module) -> None:
-    """Replace them in place; names and weights stay."""
+    """Replace the RMS norms in place; names and weights stay."""
     for name, module in list(model.named_modules()):
         if type(module) in RMS_NORMS:
             fused = nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, device="meta")
@@ -32,9 +35,16 @@ def fuse_norms(model: nn.Module) -> None:
             model.set_submodule(name, fused.train(module.training))
 
 
-ATTENTIONS = (LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention, GemmaAttention, PhiAttention)
-MLPS = (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP, GemmaMLP)
-"""Modules that do nothing with their input but project it, so that it may come projected."""
+def fuse_projections(model: nn.Module) -> None:
+    """Fuse the projections of each attention and MLP in place; modules of other classes stay as they are."""
+    # A list of these alone: in a list of all modules, the old weights of each would live until the end.
+    for module in [module for module in model.modules() if type(module) in ATTENTIONS + MLPS]:
+        if type(module) in ATTENTIONS:
+            module.fused_projection = _fuse(module, ("q_proj", "k_proj", "v_proj"))
+            module.register_forward_pre_hook(_project_hidden_states, with_kwargs=True)
+        else:
+            module.fused_projection = _fuse(module, ("gate_proj", "up_proj"))
+            module.register_forward_pre_hook(_project_input)
 
 
 class Columns(nn.Module):
@@ -47,18 +57,6 @@ class Columns(nn.Module):
 
     def forward(self, projected: torch.Tensor) -> torch.Tensor:
         return projected[..., self.start : self.stop]
-
-
-def fuse_projections(model: nn.Module) -> None:
-    """Fuse in place; modules of other classes stay as they are."""
-    # Only these, so that the weights of each go when it is fused.
-    for module in [module for module in model.modules() if type(module) in ATTENTIONS + MLPS]:
-        if type(module) in ATTENTIONS:
-            module.fused_projection = _fuse(module, ("q_proj", "k_proj", "v_proj"))
-            module.register_forward_pre_hook(_project_hidden_states, with_kwargs=True)
-        else:
-            module.fused_projection = _fuse(module, ("gate_proj", "up_proj"))
-            module.register_forward_pre_hook(_project_input)
 
 
 @torch.no_grad()

@@ -1,16 +1,18 @@
 """Causal attention inside the segments of a packed row: rows of a batch end to end, without padding between them.
 
-A packed batch has one row `[1, T]`, `position_ids` that restart with each segment, no attention mask, and the bounds
-of the segments as `cu_seq_lens_q` (`[S + 1]`, int32, from 0 to T) with `max_length_q`: the names under which
-transformers passes them through a language model to its attention function.
+A packed batch has one row `[1, L]`, `position_ids` that restart with each segment, no attention mask, and the bounds
+of the segments as `cu_seq_lens_q` (`[S + 1]`, int32, from 0 to L) with `max_length_q`: the names under which
+transformers passes them through a language model to its attention function (transformers 5.23,
+modeling_flash_attention_utils.py).
 
-What is surprising: transformers recognises packed rows by their positions too, and builds a block mask of T x T, with
-which packing is as slow as padding. Here no mask is made, and a token never meets one of another segment. Where the
-installed torch, before 2.10, has no kernel for segments, each is computed on its own, on GPUs too: flex attention
-would build its block mask from T x T for every batch, and be compiled anew for other lengths.
+What is surprising: transformers recognises packed rows by their positions too, and builds a mask of L x L
+(transformers 5.23, masking_utils.py: find_packed_sequence_indices). Here no mask is made, and a token never meets one
+of another segment. Without a kernel for segments, such as on a CPU, each segment is computed on its own; flex
+attention would be compiled anew for other lengths.
 """
 
-import importlib.util
+# B rows · H heads · L tokens · D width of a head · S segments
+
 import inspect
 from functools import cache
 from typing import Any
@@ -22,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "any_llava_packed"
-"""The `attn_implementation` of a language model that takes packed rows; others it computes as "sdpa" does."""
+"""The `attn_implementation` of a language model that takes packed rows. Other rows are computed as in "sdpa"."""
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -56,12 +58,12 @@ def packed_attention_forward(
     s_aux: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers' AttentionInterface; `[B, L, H, D]` comes back.
+    """An attention function for transformers' AttentionInterface; returns `[B, L, H, D]`.
 
     Args:
         cu_seq_lens_q: Bounds of the segments; None computes an ordinary batch.
         max_length_q: Length of the longest segment.
-        The others: those of transformers.
+        **kwargs: As in transformers, with `dropout`, `scaling` and the others above.
 
     Raises:
         ValueError: for packed rows on a layer with a sliding window that is shorter than a segment, or with a kind of
@@ -82,24 +84,34 @@ def packed_attention_forward(
             f"got a packed row for a {type(module).__name__} with {unknown}; expected plain attention: train "
             "without packing"
         )
-    states = query_BHLD, key_BHLD, value_BHLD
+    inputs = query_BHLD, key_BHLD, value_BHLD
     device_type = query_BHLD.device.type
     if torch.is_autocast_enabled(device_type):
         # Norms and positions leave queries and keys in the float32 of the weights, which the kernel does not take.
-        states = tuple(state.to(torch.get_autocast_dtype(device_type)) for state in states)
-    attend = _attend_with_kernel if _kernel_takes(states[0]) and not dropout else _attend_one_by_one
-    return attend(*states, cu_seq_lens_q, max_length_q, dropout, scaling), None
+        inputs = tuple(tensor.to(torch.get_autocast_dtype(device_type)) for tensor in inputs)
+    attend = _attend_with_kernel if _kernel_takes(inputs[0]) and not dropout else _attend_one_by_one
+    return attend(*inputs, cu_seq_lens_q, max_length_q, dropout, scaling), None
+
+
+def packed_mask(*args, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+    """The mask of transformers where rows are padded or continue a cache, and none for packed rows."""
+    if attention_mask is None and kwargs["q_length"] == kwargs["kv_length"]:
+        return None
+    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register(NAME, packed_attention_forward)
+AttentionMaskInterface.register(NAME, packed_mask)
 
 
 def _kernel_takes(query_BHLD: torch.Tensor) -> bool:
-    """Whether the flash attention of torch, since 2.10, computes these."""
+    """Whether torch's flash attention for segments (torch 2.13, nn/attention/varlen.py) computes these."""
     head_size = query_BHLD.shape[-1]
     return (
         query_BHLD.is_cuda
         and query_BHLD.dtype in (torch.float16, torch.bfloat16)
         and head_size % 8 == 0
         and head_size <= 256
-        and importlib.util.find_spec("torch.nn.attention.varlen") is not None
     )
 
 
@@ -119,44 +131,21 @@ def _attend_one_by_one(query, key, value, cu_seq_lens, max_length, dropout, scal
 def _attend_with_kernel(query, key, value, cu_seq_lens, max_length, dropout, scaling) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    settings: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}
     groups = query.shape[1] // key.shape[1]
-    settings = _kernel_settings()
-    if groups > 1 and "enable_gqa" not in settings:
+    if _kernel_shares_heads():
+        settings["enable_gqa"] = True
+    elif groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     # Not [0], whose backward fills and copies a tensor.
     query, key, value = (tensor.squeeze(0).transpose(0, 1).contiguous() for tensor in (query, key, value))
     bounds = cu_seq_lens.to(query.device, torch.int32)
-    if scaling is not None and "scale" in settings:
-        settings["scale"] = scaling
-    elif scaling is not None:
-        query = query * (scaling * query.shape[-1] ** 0.5)
     return varlen_attn(query, key, value, bounds, bounds, max_length, max_length, **settings)[None]
 
 
 @cache
-def _kernel_parameters() -> frozenset[str]:
+def _kernel_shares_heads() -> bool:
+    """Whether the installed torch lets heads share keys and values: 2.11 does not, 2.13 does."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return frozenset(inspect.signature(varlen_attn).parameters)
-
-
-def _kernel_settings() -> dict[str, Any]:
-    """How the installed torch is told "causal" and "heads are shared": torch 2.10, 2.11 and 2.13 differ."""
-    known = _kernel_parameters()
-    settings: dict[str, Any] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
-    if "enable_gqa" in known:
-        settings["enable_gqa"] = True
-    if "scale" in known:
-        settings["scale"] = None
-    return settings
-
-
-def packed_mask(*args, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
-    """The mask of transformers where rows are padded or continue a cache, and none for packed rows."""
-    if attention_mask is None and kwargs["q_length"] == kwargs["kv_length"]:
-        return None
-    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
-
-
-AttentionInterface.register(NAME, packed_attention_forward)
-AttentionMaskInterface.register(NAME, packed_mask)
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters

@@ -1,8 +1,8 @@
 """`from_pretrained(..., quantization="int8")`: fewer bits for the language model, chosen by one name.
 
 Vision tower, projector and output layer stay as they are: they take a small part of the time, and their errors reach
-every answer. On a GPU the work is done by torchao and bitsandbytes, through transformers. On a processor torchao is
-slower than float32, so int8 is our own (`int8_linear`, `fused_projections`).
+every answer. On a GPU the work is done by torchao and bitsandbytes, through transformers. On a CPU int8 is our own
+(`cpu_linear.py`, `fused_layers.py`).
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ KEPT_MODULES = ["model.vision_tower", "model.mm_projector", "lm_head"]
 def _build_int4() -> QuantizationConfigMixin:
     from torchao.quantization import Int4WeightOnlyConfig
 
-    # This layout is that of PyTorch's own kernel; torchao's default needs a further package.
+    # The layout of torch's own kernel: torchao's default needs a further package.
     weights = Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d")
     return TorchAoConfig(weights, modules_to_not_convert=KEPT_MODULES)
 
@@ -47,21 +47,21 @@ def four_bit_config() -> BitsAndBytesConfig:
 
 
 ON_PROCESSOR = "int8"
-"""Weights of 8 bits for each output channel, inputs of 8 bits for each row."""
+"""The name for CPUs: 8 bits, with a scale for each output channel of the weights and each row of the inputs."""
 ON_GPU: dict[str, tuple[str, Callable[[], QuantizationConfigMixin]]] = {
     "int4": ("torchao", _build_int4),
     "fp8": ("torchao", _build_fp8),
     "nf4": ("bitsandbytes", four_bit_config),
 }
-"""Name to package and settings: weights of 4 bits; weights and inputs of 8-bit floats, for which a GPU needs units
-(Ada, Hopper and later); QLoRA's weights of 4 bits."""
+"""Name to package and settings: weights of 4 bits; weights and inputs in float8, for which a GPU needs units (Ada,
+Hopper and later); QLoRA's weights of 4 bits."""
 
 
 def check_quantization(quantization: str, device: torch.device) -> None:
     """Refuse a name that a device cannot run.
 
     Raises:
-        ValueError: with the names that it can.
+        ValueError: with the names that it can run.
     """
     expected = (ON_PROCESSOR,) if device.type == "cpu" else tuple(ON_GPU)
     if quantization not in expected:
@@ -84,15 +84,15 @@ def with_quantization(settings: dict[str, Any], quantization: str) -> dict[str, 
     if quantization == ON_PROCESSOR:
         if settings.get("device_map") is not None:
             raise ValueError(
-                "got quantization='int8' and a device_map; expected no device_map, as int8 runs on the processor: on "
-                f"a GPU choose one of {', '.join(ON_GPU)}"
+                "got quantization='int8' and a device_map; expected no device_map, as int8 runs on the CPU: on a GPU "
+                f"choose one of {', '.join(ON_GPU)}"
             )
-        # The weights are rounded from their own floats, so that there is never a copy in float32.
+        # The weights are rounded from the dtype that they have, so that there is never a whole copy in float32.
         return settings | {"dtype": "auto"}
     package, build_config = ON_GPU[quantization]
     if not torch.cuda.is_available():
         raise ValueError(
-            f"got quantization={quantization!r} on a machine without CUDA; expected a GPU: on a processor choose int8"
+            f"got quantization={quantization!r} on a machine without CUDA; expected a GPU: on a CPU choose int8"
         )
     for needed in (package, "accelerate"):
         if importlib.util.find_spec(needed) is None:
@@ -101,7 +101,7 @@ def with_quantization(settings: dict[str, Any], quantization: str) -> dict[str, 
 
 
 def refuse_unchanged(model: PreTrainedModel, quantization: str) -> None:
-    """Refuse a model of which no layer was quantized, since its widths are not those that the kernels take.
+    """Refuse a model of which no layer was quantized, because the kernels take none of its widths.
 
     Raises:
         ValueError: naming it.

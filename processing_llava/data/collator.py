@@ -1,7 +1,7 @@
 """Rows of conversations -> one training batch, padded or packed.
 
 Labels are what the template marks as written by the assistant: they come from the same rendering as the ids, so they
-cannot drift from them. A row without anything to learn is an error that names it, never a row of -100.
+cannot drift from them. A row without anything to learn is an error that names it, not a row of -100.
 
 A packed batch is one row with all rows end to end: `position_ids` restart with each of them, and `cu_seq_lens_q` holds
 their bounds, for an attention function that keeps them apart (`modeling_llava/acceleration/packed_attention.py`).
@@ -43,9 +43,9 @@ class LlavaDataCollator:
         packed: Put the rows end to end instead of padding them.
         read_features: Gives the tower features `[I, P, V]` of images. The batch then holds them as
             `mm_encoder_outputs`, and neither reads nor prepares pictures.
-        learn_tokens: Special tokens of the tokenizer that count as such in answers, instead of those of the processor,
-            which keeps them. All other special tokens that a row holds as text are spelled in characters, as they
-            are for whoever asks.
+        learn_tokens: Special tokens of the tokenizer that count as such in answers; they replace those of the
+            processor. All other special tokens that a row holds as text are spelled in characters, as they are for
+            whoever asks.
         on_bad_row: "raise", or "skip" rows that cannot be trained on: a batch then has fewer rows, each skipped one is
             logged with its reason, and `skipped` holds the ids. For a batch without any other row, the first row of
             the last batch stands in. Workers of a data loader have a collator each.
@@ -91,7 +91,7 @@ class LlavaDataCollator:
                 raise
         if self.on_bad_row == "raise":
             fault = next(filter(None, faults))
-            # Workers of a data loader can send only errors that are made of one text.
+            # The worker of a data loader passes on errors that are made of one text (torch 2.13, _utils.py).
             raise ValueError(str(fault)) from fault
         bad = [(row["id"], fault) for row, fault in zip(rows, faults) if fault is not None]
         self.skipped += [row_id for row_id, _ in bad]

@@ -194,7 +194,7 @@ def _join_completion(record: dict[str, Any]) -> list[Any] | None:
 
 def _list_turns(turns: Any) -> list[Any]:
     if isinstance(turns, dict) and all(isinstance(column, list) for column in turns.values()):
-        # datasets gives a sequence of structs as a struct of sequences
+        # A `Sequence` of dicts becomes a dict of lists (datasets 5.2, features/features.py).
         turns = [dict(zip(turns, values)) for values in zip(*turns.values())]
     if not isinstance(turns, list):
         raise _Fault("malformed turn", shorten(turns), "expected a list of turns; correct the record")
@@ -278,7 +278,7 @@ def _check_unicode(items: list[dict[str, Any]]) -> None:
         try:
             item.get("text", "").encode()
         except UnicodeEncodeError as error:
-            # JSON can spell half of a surrogate pair, which no tokenizer takes
+            # JSON can spell half of a surrogate pair, which no tokenizer takes.
             raise _Fault(
                 "text that is not Unicode", str(error), "expected whole characters; correct the record"
             ) from error

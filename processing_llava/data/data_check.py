@@ -1,8 +1,8 @@
-"""Every record of training data checked as training would take it: which can be used, and why the others cannot.
+"""Training data checked as training would take it: which records can be used, and why the others cannot.
 
-Records are checked in several processes, in chunks, so that only a few chunks are in memory at a time; what is kept
-of a usable record is two numbers. What is surprising: processes are started afresh, not forked, and therefore only
-once there is more to check than one process does while another starts.
+Records are checked in several processes, in chunks, so that only a few chunks are in memory at a time; a usable record
+leaves its counts alone. What is surprising: processes are started afresh, not forked, and therefore only once there is
+more to check than one process does while another starts.
 """
 
 import signal
@@ -27,10 +27,59 @@ from .conversations import convert_record, drops_first_turn
 from .data_sources import DataSource, ImageFolder, RefusedRecord, open_records
 from .row_lengths import FITS, MeasuredRow, check_length_options, find_spelled_tokens, fit_row, read_image_sizes
 
+CHUNK_SIZE = 100
+NUM_CHUNKS_FOR_ONE = 30
+"""Smaller data is checked in this process alone: starting others takes seconds."""
 PERCENTILES = (50, 90, 99, 100)
-
 ANY = "any"
-_NUM_IDS = 5
+_NUM_SHOWN = 5
+"""Ids and tokens that a line of the table names."""
+
+Chunk = list[tuple[DataSource, int, Any]]
+"""Records, their position and source."""
+
+
+class RecordCheck:
+    """Turns a record into the rows that training would take, or says why not.
+
+    Args:
+        processor: The model's; its template writes the rows, its tokenizer and image settings count them.
+        max_length: Longest row in tokens; None for no limit.
+        too_long: "keep", "drop" or "split"; see `row_lengths`.
+        decode: Read every pixel of the images, not only their headers.
+    """
+
+    def __init__(
+        self,
+        processor: AnyLlavaProcessor,
+        *,
+        max_length: int | None = None,
+        too_long: str = "drop",
+        decode: bool = True,
+    ) -> None:
+        check_length_options(max_length, too_long)
+        self.processor = processor
+        self.max_length = max_length
+        self.too_long = too_long
+        self.decode = decode
+        self._special_tokens = list_special_tokens(processor.tokenizer)
+
+    def __call__(
+        self, record: Any, index: int, *, image_folder: ImageFolder | None = None
+    ) -> tuple[list[MeasuredRow], list[RefusedRecord]]:
+        """The rows of a record, and what cannot be used of it; never raises for what a record holds."""
+        try:
+            row = convert_record(record, index, image_folder=image_folder)
+            limits = self.processor.image_processor.limits
+            sizes = read_image_sizes(row, decode=self.decode, limits=limits)
+            return fit_row(row, self.processor, sizes, max_length=self.max_length, too_long=self.too_long)
+        except RefusedRecord as refused:
+            return [], [refused]
+
+    def find_spelled_tokens(self, rows: Sequence[MeasuredRow]) -> list[str]:
+        """The special tokens that the rows of a record hold as text."""
+        messages = [message for measured in rows for message in measured.row["messages"]]
+        return find_spelled_tokens(messages, self._special_tokens, self.processor.learn_tokens)
 
 
 @dataclass(frozen=True)
@@ -45,13 +94,13 @@ class Refusal:
 
 @dataclass
 class CheckReport:
-    """What is known of records so far; of usable ones only numbers."""
+    """What is known of records so far: counts of the usable ones, and the others by name."""
 
     num_records: int = 0
     num_cut: int = 0
     """Usable records whose first turn is one of the assistant, which is left out."""
     spelled: Counter = field(default_factory=Counter)
-    """For each special token how many usable records spell it in characters; "any" counts records."""
+    """For each special token how many usable records spell it in characters; "any" counts the records that do."""
     num_supervised: int = 0
     """Tokens that are learned."""
     lengths: array = field(default_factory=lambda: array("L"))
@@ -78,13 +127,6 @@ class CheckReport:
         self.lengths += other.lengths
         self.fates += other.fates
         self.refusals += other.refusals
-
-    def _format_spelled(self) -> str:
-        names = [name for name, _ in self.spelled.most_common() if name != ANY]
-        tokens = ", ".join(f"{name} {self.spelled[name]:,}" for name in names[:_NUM_IDS])
-        return (
-            f"{self.spelled[ANY]:,}: {tokens}{', ...' if len(names) > _NUM_IDS else ''} (--learn-token, for answers)"
-        )
 
     def percentiles(self) -> dict[int, int]:
         """For each of `PERCENTILES` the length in tokens that so many rows do not exceed."""
@@ -126,60 +168,16 @@ class CheckReport:
         lines = [f"{name:22}{value}" for name, value in cells.items()]
         for reason, count in Counter(refusal.reason for refusal in self.refusals).most_common():
             same = [refusal for refusal in self.refusals if refusal.reason == reason]
-            ids = ", ".join(refusal.id for refusal in same[:_NUM_IDS]) + (", ..." if count > _NUM_IDS else "")
+            ids = ", ".join(refusal.id for refusal in same[:_NUM_SHOWN]) + (", ..." if count > _NUM_SHOWN else "")
             lines += [f"  {reason:19} {count:,}: {ids}", f"    {same[0].message}"]
         return "\n".join(lines)
 
-
-CHUNK_SIZE = 100
-NUM_CHUNKS_FOR_ONE = 30
-"""Smaller data is checked in this process alone: starting others takes seconds."""
-
-Chunk = list[tuple[DataSource, int, Any]]
-"""Records, their position and source."""
-
-
-class RecordCheck:
-    """Turns a record into the rows that training would take, or says why not.
-
-    Args:
-        processor: That of the model; its template writes the rows, its tokenizer and image settings count them.
-        max_length: Longest row in tokens; None for no limit.
-        too_long: "keep", "drop" or "split"; see `row_lengths`.
-        decode: Read every pixel of the images, not only their headers.
-    """
-
-    def __init__(
-        self,
-        processor: AnyLlavaProcessor,
-        *,
-        max_length: int | None = None,
-        too_long: str = "drop",
-        decode: bool = True,
-    ) -> None:
-        check_length_options(max_length, too_long)
-        self.processor = processor
-        self.max_length = max_length
-        self.too_long = too_long
-        self.decode = decode
-        self._special_tokens = list_special_tokens(processor.tokenizer)
-
-    def __call__(
-        self, record: Any, index: int, *, image_folder: ImageFolder | None = None
-    ) -> tuple[list[MeasuredRow], list[RefusedRecord]]:
-        """The rows of a record, and what cannot be used of it; never raises for what a record holds."""
-        try:
-            row = convert_record(record, index, image_folder=image_folder)
-            limits = self.processor.image_processor.limits
-            sizes = read_image_sizes(row, decode=self.decode, limits=limits)
-            return fit_row(row, self.processor, sizes, max_length=self.max_length, too_long=self.too_long)
-        except RefusedRecord as refused:
-            return [], [refused]
-
-    def find_spelled_tokens(self, rows: Sequence[MeasuredRow]) -> list[str]:
-        """The special tokens that the rows of a record hold as text."""
-        messages = [message for measured in rows for message in measured.row["messages"]]
-        return find_spelled_tokens(messages, self._special_tokens, self.processor.learn_tokens)
+    def _format_spelled(self) -> str:
+        names = [name for name, _ in self.spelled.most_common() if name != ANY]
+        tokens = ", ".join(f"{name} {self.spelled[name]:,}" for name in names[:_NUM_SHOWN])
+        return (
+            f"{self.spelled[ANY]:,}: {tokens}{', ...' if len(names) > _NUM_SHOWN else ''} (--learn-token, for answers)"
+        )
 
 
 def check_sources(
@@ -189,9 +187,9 @@ def check_sources(
 
     Args:
         sources: Where the records are.
-        check: What is checked.
+        check: Decides about each record.
         workers: Processes; several can only be started from the main thread.
-        show_progress: Draw a bar on standard error.
+        show_progress: Show a bar on standard error.
 
     Raises:
         FileNotFoundError: there is no such file.

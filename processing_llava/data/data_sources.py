@@ -1,12 +1,13 @@
 """Where records come from: JSON files, read one record at a time, and what `datasets` reads.
 
-Pictures stay encoded until somebody loads them with the limits of `image_loading`; `datasets` itself would decode
-them without. JSON files are read here and not by `datasets`, which wants one type for each key: LLaVA's own files mix
-numbers and texts in `id`, and one and many in `image`. LLaVA's instruction data is one list of a gigabyte, which
-`json.load` turns into several times as much; so a part of the file is in memory at a time.
+Pictures stay encoded until they are loaded with the limits of `image_loading`; `datasets` decodes them without
+(datasets 5.2, features/image.py). Names of pictures lead to files of their folder alone: a record of somebody else's
+data can name any file of the machine that trains on it, and a model that learned a file can tell what was in it.
 
-Names of pictures lead to files of their folder and to no others: a record of somebody else's data set can name any
-file of the machine that trains on it, and a model that learned a file can tell what was in it.
+JSON is read here and not by `datasets`, which wants one type for each key: LLaVA's own files mix numbers and texts in
+`id`, and one and many in `image`. LLaVA's instruction data is one list of a gigabyte, which `json.load` turns into
+several times as much, so a part of the file is in memory at a time. ijson 3.6 would read lists so, too; but it turns
+half a surrogate pair into "?", has no NaN and no large integer, and takes all memory for brackets in brackets.
 """
 
 import json
@@ -18,6 +19,20 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict, IterableDataset
+
+_JSON = (".json", ".jsonl")
+_BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
+ROW_FILES = (*_JSON, *_BUILDERS)
+"""Endings of files that hold rows; pictures lie beside them."""
+
+RECORD_KEYS = frozenset({"conversations", "messages", "prompt"})
+"""One of them is in every record; see `conversations.py`."""
+
+BLOCK_CHARACTERS = 2**20
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 @dataclass(frozen=True)
@@ -51,164 +66,13 @@ class ImageFolder:
         return Path(found)
 
 
-BLOCK_CHARACTERS = 2**20
-
-RECORD_KEYS = frozenset({"conversations", "messages", "prompt"})
-"""One of them is in every record; see `conversations.py`."""
-
-_SPACE = re.compile(r"[ \t\r\n]*")
-
-
-class RefusedRecord(ValueError):
-    """A record that cannot be trained on.
-
-    Args:
-        record_id: What names it in the data.
-        reason: The kind of fault, in words that are the same for every such record.
-        got: What is wrong with this one.
-        remedy: What was expected, and what to do.
-    """
-
-    def __init__(self, record_id: str, reason: str, got: str, remedy: str) -> None:
-        super().__init__(record_id, reason, got, remedy)
-        self.record_id = record_id
-        self.reason = reason
-
-    def __str__(self) -> str:
-        record_id, _, got, remedy = self.args
-        return f"got {got} in record {record_id!r}; {remedy}"
-
-
-def stream_records(path: str | Path) -> Iterator[Any]:
-    """The records of a file, as they are.
-
-    Args:
-        path: `.json` (a list of records, or one alone) or JSON Lines, in UTF-8.
-
-    Yields:
-        Whatever JSON holds; for a line that is not JSON, the `RefusedRecord` that says so.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not text in UTF-8, a list that breaks off, or one object that holds no conversation.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"got the path {str(path)!r}; expected a file with a JSON list or JSON Lines; correct it"
-        )
-    with path.open(encoding="utf-8-sig") as file:
-        try:
-            is_list = file.read(BLOCK_CHARACTERS).lstrip().startswith("[")
-            file.seek(0)
-            if is_list:
-                yield from _parse_list(file, path)
-                return
-            alone = _read_single_object(file)
-            if alone is not None:
-                _check_record_keys(alone, path)
-                yield alone
-                return
-            file.seek(0)
-            yield from _parse_lines(file, path)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"got {path}, which is not UTF-8 ({error}); expected text; save it as UTF-8") from error
-
-
-def _read_single_object(file: TextIO) -> dict[str, Any] | None:
-    """The object that a whole file is, in one line or in many; None of another file."""
-    first = next((line for line in file if line.strip()), "")
-    if not first.lstrip().startswith("{"):
-        return None
-    try:
-        single = json.loads(first)
-        return single if not any(line.strip() for line in file) else None
-    except json.JSONDecodeError as error:
-        # Only an object that goes on in the next line is worth to be read as a whole.
-        if error.pos < len(first.rstrip()):
-            return None
-    except (ValueError, RecursionError):
-        return None
-    try:
-        return json.loads(first + file.read())
-    except (ValueError, RecursionError):
-        return None
-
-
-def _check_record_keys(single: dict[str, Any], path: Path) -> None:
-    if not RECORD_KEYS & single.keys():
-        keys = ", ".join(repr(key[:40]) for key in sorted(single)[:10])
-        raise ValueError(
-            f"got {path}, which is one JSON object with the keys {keys}; expected a list of records, or a record in "
-            f"each line, with {', '.join(sorted(RECORD_KEYS))}: write its rows as such, as README.md does with those "
-            "of a CSV file"
-        )
-
-
-def _parse_lines(file: TextIO, path: Path) -> Iterator[Any]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        # ValueError also for an integer of too many digits, RecursionError for brackets in brackets
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            record = RefusedRecord(
-                f"{path.name}, line {number}",
-                "not JSON",
-                f"{line.strip()[:40]!r} ({error})",
-                "expected a JSON list, or one record in each line; correct the line",
-            )
-        yield record
-
-
-def _parse_list(file: TextIO, path: Path) -> Iterator[Any]:
-    decoder = json.JSONDecoder()
-    text = file.read(BLOCK_CHARACTERS)
-    position = text.index("[") + 1
-    num_records, is_closed = 0, False
-    while not is_closed:
-        position = _SPACE.match(text, position).end()
-        if num_records == 0 and text.startswith("]", position):
-            return
-        try:
-            record, end = decoder.raw_decode(text, position)
-            end = _SPACE.match(text, end).end()
-        except (ValueError, RecursionError):
-            end = len(text)
-        # what comes next tells a whole number from the first half of one
-        if text.startswith((",", "]"), end):
-            yield record
-            num_records += 1
-            position, is_closed = end + 1, text[end] == "]"
-            continue
-        text, position = text[position:], 0
-        # as much again as there is: a list that breaks early is not copied a thousand times
-        block = file.read(max(BLOCK_CHARACTERS, len(text)))
-        if not block:
-            raise ValueError(
-                f"got {path}, whose list is no JSON after {num_records} records, at {text[:60]!r}; expected records "
-                "between commas and a closing bracket; correct the file"
-            )
-        text += block
-
-
-if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict, IterableDataset
-
-_JSON = (".json", ".jsonl")
-_BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
-ROW_FILES = (*_JSON, *_BUILDERS)
-"""Endings of files that hold rows; pictures lie beside them."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
     """Rows from one place.
 
     Raises:
-        ValueError: a weight that is not positive, a `shuffle_buffer` that is, or has, nothing to draw from, a split
-            that is none, or `follow_links` without a folder.
+        ValueError: a weight or `shuffle_buffer` that is not positive, a buffer for rows that are not streaming, a
+            split that is none, or `follow_links` without a folder.
     """
 
     path: str
@@ -225,7 +89,7 @@ class DataSource:
     streaming: bool = False
     """Read while training, without a copy on disk, in the order of the files."""
     shuffle_buffer: int | None = None
-    """Of a source that is streaming: each row is drawn from the next so many, by the seed."""
+    """Rows of a streaming source among which the next one is sampled, by the seed."""
     weight: float | None = None
     """Share of a mixture, as a ratio to the other weights; for all sources or none."""
 
@@ -246,6 +110,26 @@ class DataSource:
     def images(self) -> ImageFolder | None:
         """Where records may have their images."""
         return None if self.image_folder is None else ImageFolder(self.image_folder, follow_links=self.follow_links)
+
+
+class RefusedRecord(ValueError):
+    """A record that cannot be trained on.
+
+    Args:
+        record_id: What names it in the data.
+        reason: The kind of fault, in words that are the same for every such record.
+        got: What is wrong with this one.
+        remedy: What was expected, and what to do.
+    """
+
+    def __init__(self, record_id: str, reason: str, got: str, remedy: str) -> None:
+        super().__init__(record_id, reason, got, remedy)
+        self.record_id = record_id
+        self.reason = reason
+
+    def __str__(self) -> str:
+        record_id, _, got, remedy = self.args
+        return f"got {got} in record {record_id!r}; {remedy}"
 
 
 def open_records(source: DataSource) -> tuple[int | None, Iterator[Any]]:
@@ -294,58 +178,6 @@ def stream_parts(parts: JsonParts) -> Iterator[Any]:
     return chain.from_iterable(islice(_stream_files(files), start, stop) for files, start, stop in parts)
 
 
-def _stream_files(files: tuple[str, ...]) -> Iterator[Any]:
-    return chain.from_iterable(map(stream_records, files))
-
-
-def _check_places(source: DataSource) -> None:
-    path = Path(source.path)
-    if source.image_folder is not None and not Path(source.image_folder).is_dir():
-        raise FileNotFoundError(
-            f"got the image_folder {source.image_folder!r} for {source.path}; expected a folder; correct it"
-        )
-    is_alone = path.suffix in ROW_FILES or _is_saved_dataset(path)
-    if source.name is not None and is_alone:
-        raise ValueError(
-            f"got name={source.name!r} for {source.path!r}, which has no configurations; expected none; take it out"
-        )
-
-
-def _find_split_files(source: DataSource) -> dict[str, tuple[str, ...]]:
-    """The files of each split of a folder. `datasets` tells by their names which they are."""
-    from datasets import load_dataset_builder
-    from datasets.exceptions import DatasetsError
-
-    try:
-        splits = load_dataset_builder(source.path, source.name).config.data_files or {}
-    except (OSError, ValueError, KeyError, DatasetsError) as error:
-        raise _unreadable(source, error) from error
-    return {str(name): tuple(files) for name, files in splits.items()}
-
-
-def _read_split(source: DataSource, lengths: dict[str, int]) -> list[tuple[str, int, int]]:
-    """Name, first row, and row behind the last, of each part of a split.
-
-    Args:
-        lengths: How many rows each split has.
-
-    Raises:
-        ValueError: there is no such split, or no row in this part of it.
-    """
-    from datasets import ReadInstruction
-
-    try:
-        parts = ReadInstruction.from_spec(source.split).to_absolute(lengths)
-    except (ValueError, AssertionError) as error:
-        raise _unreadable(source, error) from error
-    ranges = [(part.splitname, part.from_, part.to) for part in parts]
-    if all(start >= stop for _, start, stop in ranges):
-        raise ValueError(
-            f"got no row in split {source.split!r} of {source.path!r}, which has {lengths}; expected at least one"
-        )
-    return [(name, start, stop) for name, start, stop in ranges if start < stop]
-
-
 def open_dataset(source: DataSource) -> "Dataset | IterableDataset":
     """What `datasets` knows of a source, with undecoded pictures.
 
@@ -386,6 +218,58 @@ def open_dataset(source: DataSource) -> "Dataset | IterableDataset":
     return dataset
 
 
+def _stream_files(files: tuple[str, ...]) -> Iterator[Any]:
+    return chain.from_iterable(map(stream_records, files))
+
+
+def _check_places(source: DataSource) -> None:
+    path = Path(source.path)
+    if source.image_folder is not None and not Path(source.image_folder).is_dir():
+        raise FileNotFoundError(
+            f"got the image_folder {source.image_folder!r} for {source.path}; expected a folder; correct it"
+        )
+    is_alone = path.suffix in ROW_FILES or _is_saved_dataset(path)
+    if source.name is not None and is_alone:
+        raise ValueError(
+            f"got name={source.name!r} for {source.path!r}, which has no configurations; expected none; take it out"
+        )
+
+
+def _find_split_files(source: DataSource) -> dict[str, tuple[str, ...]]:
+    """The files of each split of a folder, told by their names (datasets 5.2, data_files.py)."""
+    from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetsError
+
+    try:
+        splits = load_dataset_builder(source.path, source.name).config.data_files or {}
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
+        raise _unreadable(source, error) from error
+    return {str(name): tuple(files) for name, files in splits.items()}
+
+
+def _read_split(source: DataSource, lengths: dict[str, int]) -> list[tuple[str, int, int]]:
+    """Name, first row, and row behind the last, of each part of a split.
+
+    Args:
+        lengths: How many rows each split has.
+
+    Raises:
+        ValueError: there is no such split, or no row in this part of it.
+    """
+    from datasets import ReadInstruction
+
+    try:
+        parts = ReadInstruction.from_spec(source.split).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        raise _unreadable(source, error) from error
+    ranges = [(part.splitname, part.from_, part.to) for part in parts]
+    if all(start >= stop for _, start, stop in ranges):
+        raise ValueError(
+            f"got no row in split {source.split!r} of {source.path!r}, which has {lengths}; expected at least one"
+        )
+    return [(name, start, stop) for name, start, stop in ranges if start < stop]
+
+
 def _select(dataset: "Dataset | DatasetDict", source: DataSource) -> "Dataset":
     """The split of a saved dataset; one that was saved alone may know its own name too."""
     from datasets import DatasetDict, concatenate_datasets
@@ -424,10 +308,124 @@ def _iterate(dataset: "Dataset | IterableDataset", source: DataSource) -> Iterat
 def _unreadable(source: DataSource, error: Exception) -> ValueError:
     from datasets.exceptions import DatasetGenerationError
 
-    # It says only that there was an error; classes of it say which.
+    # This class says only that there was an error, and its subclasses which (datasets 5.2, builder.py).
     if type(error) is DatasetGenerationError:
         error = error.__cause__ or error
     return ValueError(
         f"got the data {source.path!r}, split {source.split!r} ({type(error).__name__}: {error}); expected a JSON "
         "file, a folder or file of datasets, or a Hub dataset; correct path, name and split"
     )
+
+
+def stream_records(path: str | Path) -> Iterator[Any]:
+    """The records of a file, as they are.
+
+    Args:
+        path: `.json` (a list of records, or one alone) or JSON Lines, in UTF-8.
+
+    Yields:
+        Whatever JSON holds; for a line that is not JSON, the `RefusedRecord` that says so.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not text in UTF-8, a list that breaks off, or one object that holds no conversation.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"got the path {str(path)!r}; expected a file with a JSON list or JSON Lines; correct it"
+        )
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            is_list = file.read(BLOCK_CHARACTERS).lstrip().startswith("[")
+            file.seek(0)
+            if is_list:
+                yield from _parse_list(file, path)
+                return
+            alone = _read_single_object(file)
+            if alone is not None:
+                _check_record_keys(alone, path)
+                yield alone
+                return
+            file.seek(0)
+            yield from _parse_lines(file, path)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"got {path}, which is not UTF-8 ({error}); expected text; save it as UTF-8") from error
+
+
+def _read_single_object(file: TextIO) -> dict[str, Any] | None:
+    """The object that a whole file is, in one line or in many; None for another file."""
+    first = next((line for line in file if line.strip()), "")
+    if not first.lstrip().startswith("{"):
+        return None
+    try:
+        single = json.loads(first)
+        return single if not any(line.strip() for line in file) else None
+    except json.JSONDecodeError as error:
+        # Only an object that goes on in the next line is worth to be read as a whole.
+        if error.pos < len(first.rstrip()):
+            return None
+    except (ValueError, RecursionError):
+        return None
+    try:
+        return json.loads(first + file.read())
+    except (ValueError, RecursionError):
+        return None
+
+
+def _check_record_keys(single: dict[str, Any], path: Path) -> None:
+    if not RECORD_KEYS & single.keys():
+        keys = ", ".join(repr(key[:40]) for key in sorted(single)[:10])
+        raise ValueError(
+            f"got {path}, which is one JSON object with the keys {keys}; expected a list of records, or a record in "
+            f"each line, with {', '.join(sorted(RECORD_KEYS))}: write its rows as such, as README.md does with those "
+            "of a CSV file"
+        )
+
+
+def _parse_lines(file: TextIO, path: Path) -> Iterator[Any]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        # ValueError also for an integer of too many digits, RecursionError for brackets in brackets.
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            record = RefusedRecord(
+                f"{path.name}, line {number}",
+                "not JSON",
+                f"{line.strip()[:40]!r} ({error})",
+                "expected a JSON list, or one record in each line; correct the line",
+            )
+        yield record
+
+
+def _parse_list(file: TextIO, path: Path) -> Iterator[Any]:
+    decoder = json.JSONDecoder()
+    text = file.read(BLOCK_CHARACTERS)
+    position = text.index("[") + 1
+    num_records, is_closed = 0, False
+    while not is_closed:
+        position = _SPACE.match(text, position).end()
+        if num_records == 0 and text.startswith("]", position):
+            return
+        try:
+            record, end = decoder.raw_decode(text, position)
+            end = _SPACE.match(text, end).end()
+        except (ValueError, RecursionError):
+            end = len(text)
+        # What comes next tells a whole number from the first half of one.
+        if text.startswith((",", "]"), end):
+            yield record
+            num_records += 1
+            position, is_closed = end + 1, text[end] == "]"
+            continue
+        text, position = text[position:], 0
+        # As much again as there is, so that a list that breaks early is not copied a thousand times.
+        block = file.read(max(BLOCK_CHARACTERS, len(text)))
+        if not block:
+            raise ValueError(
+                f"got {path}, whose list is no JSON after {num_records} records, at {text[:60]!r}; expected records "
+                "between commas and a closing bracket; correct the file"
+            )
+        text += block

@@ -24,11 +24,11 @@ _PORTS = {"https": 443, "http": 80}
 _REDIRECTIONS = (301, 302, 303, 307, 308)
 _HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close", "User-Agent": "anyllava"}
 _BLOCK = 2**16
-# Here the last 32 bits of an address are one of IPv4, to which a translator passes everything on.
+# The last 32 bits of such an address are one of IPv4, to which a translator passes everything on.
 _TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
-# Of IPv6, what is given to hosts of the public internet; elsewhere lie translators, tunnels and older private ranges
+# What is given to hosts of the public internet in IPv6; elsewhere lie translators, tunnels and older private ranges.
 _PUBLIC = ipaddress.ip_network("2000::/3")
-# Tunnels to any address of IPv4, which not every Python counts as private
+# Tunnels to any address of IPv4, which not every Python counts as private.
 _TUNNELS = ipaddress.ip_network("2002::/16")
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -49,7 +49,7 @@ class UrlPolicy:
     networks: Collection[str] = ()
     """Networks such as "10.1.0.0/16" whose addresses are allowed although they are not public."""
     max_seconds: float = 10.0
-    """For everything together."""
+    """Longest time for everything together."""
     max_redirections: int = 3
     tls: ssl.SSLContext | None = None
     """Which certificates are trusted; those of the system by default."""
@@ -71,7 +71,7 @@ class UrlPolicy:
         """The image that a URL leads to, still encoded.
 
         Args:
-            url: Of a listed host.
+            url: One with a listed host.
             max_bytes: Larger answers are refused; their rest is not read.
 
         Raises:

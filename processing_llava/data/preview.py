@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from processing_llava.image_limits import ImageLimits
 from processing_llava.image_loading import load_image
 from processing_llava.processing_llava import AnyLlavaProcessor
-from processing_llava.prompts import Prompt
+from processing_llava.prompts import Prompt, list_template_spans
 
 from .row_lengths import MeasuredRow, read_image_sizes
 
@@ -117,9 +117,9 @@ def _make_thumbnail(source: str | bytes, limits: ImageLimits) -> str:
 
 def _find_images(prompt: Prompt, image_token: str) -> Iterator[int]:
     """Where the template wrote placeholders; what a user typed is text."""
-    for match in re.finditer(re.escape(image_token), prompt):
-        if all(end <= match.start() or match.end() <= start for start, end in prompt.user_spans):
-            yield match.start()
+    pattern = re.compile(re.escape(image_token))
+    for span in list_template_spans(prompt):
+        yield from (match.start() for match in pattern.finditer(prompt, *span))
 
 
 def _split_text(prompt: Prompt, start: int, stop: int) -> Iterator[Segment]:

@@ -1,8 +1,8 @@
 """The rows of all sources as one dataset to train on, their lengths, and what becomes of those that are too long.
 
 Inside a dataset pictures are the `{"bytes", "path"}` of `datasets`, so that all sources have the same columns and can
-be mixed; what is read from it holds paths or bytes. Of a dataset that is not streaming, the rows are written once to
-the cache of `datasets`; the rows of JSON files are kept in memory, as Arrow tables.
+be mixed; what is read from it holds paths or bytes. Rows that are not streaming are written once to the cache of
+`datasets`; the rows of JSON files are kept in memory, as Arrow tables.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,40 +56,6 @@ from .row_lengths import (
 
 logger = logging.get_logger(__name__)
 
-_COLUMNS = {fate: column for column, fate in enumerate((FITS, KEPT, PART, DROPPED, SKIPPED, CUT, SPELLED))}
-_MOST_WORKERS = 1024
-
-
-class FateCounts(Mapping[str, int]):
-    """Counts of a process and of the workers of its data loaders; a fate that no row had is not in them.
-
-    Streaming rows are read by workers, which would count for themselves alone. Each adds to a row of its own in memory
-    that they share, so that no lock is needed.
-    """
-
-    def __init__(self) -> None:
-        self._numbers = torch.zeros(1 + _MOST_WORKERS, len(_COLUMNS), dtype=torch.int64).share_memory_()
-
-    def add(self, fate: str) -> None:
-        worker = get_worker_info()
-        self._numbers[0 if worker is None else 1 + worker.id, _COLUMNS[fate]] += 1
-
-    def clear(self) -> None:
-        self._numbers.zero_()
-
-    def __getitem__(self, fate: str) -> int:
-        number = int(self._numbers[:, _COLUMNS[fate]].sum())
-        if number == 0:
-            raise KeyError(fate)
-        return number
-
-    def __iter__(self) -> Iterator[str]:
-        return (fate for fate, number in zip(_COLUMNS, self._numbers.sum(dim=0).tolist()) if number)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
 ROW_FEATURES = Features(
     {
         "id": Value("string"),
@@ -99,7 +65,7 @@ ROW_FEATURES = Features(
         ),
     }
 )
-"""Of every source, so that they can be mixed."""
+"""The columns of every source, so that sources can be mixed."""
 
 _JUDGEMENT = Features(
     {"fate": Value("string"), "problem": Value("string"), "is_cut": Value("bool"), "is_spelled": Value("bool")}
@@ -110,6 +76,39 @@ _MEASURED = Features({**_JUDGED, "num_tokens": Value("int32"), "num_images": Val
 _CHUNK = 1000
 _ROWS_PER_PROCESS = 2000
 """Fewer are measured faster by one process than another one starts."""
+
+_COLUMNS = {fate: column for column, fate in enumerate((FITS, KEPT, PART, DROPPED, SKIPPED, CUT, SPELLED))}
+_MOST_WORKERS = 1024
+
+
+class FateCounts(Mapping[str, int]):
+    """How many rows have each fate, counted in a process and in the workers of its data loaders.
+
+    A fate that no row had is missing. Streaming rows are read by workers: each adds to a row of its own in memory that
+    they share, so that no lock is needed.
+    """
+
+    def __init__(self) -> None:
+        self._counts = torch.zeros(1 + _MOST_WORKERS, len(_COLUMNS), dtype=torch.int64).share_memory_()
+
+    def add(self, fate: str) -> None:
+        worker = get_worker_info()
+        self._counts[0 if worker is None else 1 + worker.id, _COLUMNS[fate]] += 1
+
+    def clear(self) -> None:
+        self._counts.zero_()
+
+    def __getitem__(self, fate: str) -> int:
+        count = int(self._counts[:, _COLUMNS[fate]].sum())
+        if count == 0:
+            raise KeyError(fate)
+        return count
+
+    def __iter__(self) -> Iterator[str]:
+        return (fate for fate, count in zip(_COLUMNS, self._counts.sum(dim=0).tolist()) if count)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def load_rows(
@@ -126,12 +125,12 @@ def load_rows(
 ) -> tuple[Dataset | IterableDataset, FateCounts]:
     """The rows of all sources: `id`, `images` (paths or bytes), `messages`.
 
-    Without weights the sources follow each other. With weights each row is drawn from a source chosen by weight, until
-    every row of every source was drawn once; shorter ones begin again. Same sources and seed, same order.
+    Without weights the sources follow each other. With weights the source of each row is sampled, until every row of
+    every source was read once; shorter sources begin again. Same sources and seed, same order.
 
     Args:
         sources: At least one.
-        seed: Of the draws.
+        seed: Seed of the sampler and of shuffling.
         processor: Counts tokens, which a limit needs. The dataset then has two columns more: `num_tokens`, image
             features counted, and `num_images`. They are read with `with_format(None)`; rows do not show them.
         max_length: Longest row in tokens; None for no limit.
@@ -139,7 +138,7 @@ def load_rows(
         on_bad_row: "raise", or "skip" records that cannot be used; each is logged.
         num_proc: Processes that count, where there are enough rows for several.
         special_tokens: Rows that spell one of these are counted.
-        learn_tokens: But for these in answers.
+        learn_tokens: Special tokens that are not counted in answers.
 
     Returns:
         A `Dataset`, or an `IterableDataset` if any source is streaming; and how many rows of the sources are of each
@@ -194,12 +193,12 @@ def _load_source(source: DataSource, convert: Callable[..., dict[str, Any]]) -> 
             remove_columns=records.column_names,
             features=_JUDGED,
         )
-    # a tuple: of a list, `datasets` would number the records of each file anew
+    # A tuple: lists are split into shards, whose records are numbered anew (datasets 5.2, utils/sharding.py).
     settings = {"parts": parts, "convert": partial(convert, image_folder=source.images)}
     if source.streaming:
         return IterableDataset.from_generator(_generate, features=_JUDGED, gen_kwargs=settings)
     rows = _generate(**settings)
-    # as Python objects, all rows would take several times the memory of their table
+    # As Python objects, all rows would take several times the memory of their table.
     chunks = iter(lambda: list(islice(rows, _CHUNK)), [])
     tables = [Dataset.from_list(chunk, features=_JUDGED) for chunk in chunks]
     if not tables:
@@ -221,7 +220,7 @@ def _convert(
     special_tokens: tuple[str, ...],
     learn_tokens: tuple[str, ...],
 ) -> dict[str, Any]:
-    # rows of `datasets` are mappings that read their columns late
+    # A row of `datasets` is a mapping that reads its columns late (datasets 5.2, formatting/formatting.py).
     record = dict(record) if isinstance(record, Mapping) else record
     try:
         row = convert_record(record, index, image_folder=image_folder)
@@ -252,19 +251,17 @@ def _unpack(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
 
 
 def _unpack_batch(batch: dict[str, list]) -> dict[str, list]:
-    if "images" not in batch:  # another column was asked for by its name
+    if "images" not in batch:
+        # Another column was asked for by its name.
         return batch
     rows = {name: batch[name] for name in ROW_FEATURES}
     return {**rows, "images": [_unpack_images(images) for images in batch["images"]]}
 
 
 def _unpack_images(images: list[dict[str, Any]]) -> list[str | bytes | Path]:
-    return [image["bytes"] or _unpack_path(image["path"]) for image in images]
-
-
-def _unpack_path(path: str) -> str | Path:
-    """A URI stays a text."""
-    return path if ADDRESS.match(path) else Path(path)
+    """Bytes and paths; a URI stays a text."""
+    sources = (image["bytes"] or image["path"] for image in images)
+    return [source if isinstance(source, bytes) or ADDRESS.match(source) else Path(source) for source in sources]
 
 
 def _fit(
@@ -305,7 +302,7 @@ def _fit_batch(
             continue
         for number, measured in enumerate(kept):
             counts = {"num_tokens": measured.num_tokens, "num_images": len(measured.row["images"])}
-            # Once for each record.
+            # Counted once for each record.
             counted = {name: packed[name] and number == 0 for name in ("is_cut", "is_spelled")}
             judgement = {"fate": measured.fate, "problem": None, **counted}
             fitted.append({**_pack_row(measured.row), **counts, **judgement})
@@ -318,7 +315,7 @@ def _leave_out(rows: Dataset | IterableDataset, fates: FateCounts) -> Dataset | 
     judge = _Judge(fates)
     if isinstance(rows, IterableDataset):
         return rows.filter(judge, input_columns=list(_JUDGEMENT))
-    # Not in the filter, whose result `datasets` takes from its cache the next time.
+    # Not in the filter, whose result comes from the cache the next time (datasets 5.2, arrow_dataset.py).
     remain = [judge(*judgement) for judgement in zip(*(rows[name][:] for name in _JUDGEMENT))]
     return rows if all(remain) else rows.filter(_remains, input_columns="fate")
 
@@ -341,7 +338,7 @@ class _Judge:
         return _remains(fate)
 
     def __deepcopy__(self, memo: dict) -> "_Judge":
-        # `datasets` copies the sources of a mixture; they are counted together.
+        # The sources of a mixture are copied (datasets 5.2, iterable_dataset.py), and counted together.
         return self
 
 

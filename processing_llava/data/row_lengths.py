@@ -29,7 +29,7 @@ ON_BAD_ROW = ("raise", "skip")
 
 FITS, KEPT, PART, DROPPED = "fits", "too long, kept", "part of one too long", "too long, dropped"
 SKIPPED = "cannot be used, skipped"
-"""What did become of a row."""
+"""What became of a row."""
 
 CUT = "first turn of the assistant left out"
 SPELLED = "special tokens spelled in characters, since people wrote them; learn_tokens names those of answers"
@@ -42,7 +42,7 @@ class MeasuredRow:
 
     row: dict[str, Any]
     num_tokens: int
-    """Image features counted."""
+    """Its length, image features counted."""
     num_supervised: int
     """Tokens that are learned."""
     fate: str = FITS
@@ -84,7 +84,7 @@ def read_image_sizes(row: dict[str, Any], *, decode: bool, limits: ImageLimits) 
 
     Args:
         row: From `convert_record`.
-        decode: Read all pixels, to be sure that they can be read; otherwise only headers.
+        decode: Read all pixels, to be sure that they can be read, instead of headers alone.
         limits: What is refused; those of the image processor that will load the images.
 
     Raises:
@@ -120,7 +120,7 @@ def measure_row(
 
     Args:
         row: From `convert_record`.
-        processor: That of the model.
+        processor: The model's.
         image_sizes: (height, width) in pixels of each image.
 
     Raises:
@@ -163,7 +163,7 @@ def fit_row(
 
     Args:
         row: From `convert_record`.
-        processor: That of the model.
+        processor: The model's.
         image_sizes: (height, width) in pixels of each image.
         max_length: Longest row in tokens.
         too_long: One of `TOO_LONG`. Parts have the id of the row with `#1`, `#2`, ... behind it.

@@ -47,8 +47,9 @@ def load_template(name: str, *, image: str = "<image>") -> str:
     """The chat template of a conversation format.
 
     Args:
-        name: a key of `TEMPLATE_FILES`.
-        image: what is written for an image; `<im_start><image><im_end>` for checkpoints with start and end tokens.
+        name: A key of `TEMPLATE_FILES`.
+        image: Text that is written for an image; `<im_start><image><im_end>` for checkpoints with start and end
+            tokens.
 
     Returns:
         Jinja text that needs nothing beside transformers' own renderer.

@@ -37,7 +37,7 @@ MARKERS = {
     "phi_3": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
     "plain": [],
 }
-"""Of a tokenizer whose only control tokens are <s>, </s> and <unk>."""
+"""Markers found with a tokenizer whose only control tokens are <s>, </s> and <unk>."""
 
 
 def user(text):

@@ -68,7 +68,7 @@ def test_an_answer_without_words_says_so():
     assert shown[1]["content"][0] == "(no words)"
 
 
-def test_the_scope_is_drawn_with_the_first_question_and_stays():
+def test_the_scope_is_made_with_the_first_question_and_stays():
     """Every visitor begins with a copy of one empty conversation."""
     empty = Conversation()
     first, second = empty.go_on([Turn("What?")]), empty.go_on([Turn("What?")])

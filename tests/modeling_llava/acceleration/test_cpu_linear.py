@@ -1,4 +1,4 @@
-"""Packed weights: the results of linear layers, for answering on a processor."""
+"""Packed weights: the results of linear layers, for answering on a CPU."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from modeling_llava import AnyLlavaForConditionalGeneration
-from modeling_llava.acceleration import cpu_linear as packed_linear
+from modeling_llava.acceleration import cpu_linear
 from modeling_llava.acceleration.cpu_linear import PackedLinear, pack_linear_layers
 from modeling_llava.acceleration.devices import is_slow_on_processor
 from modeling_llava.inference.chat_session import ChatSession
@@ -20,7 +20,7 @@ if not torch.backends.mkldnn.is_available():
 
 @pytest.fixture(autouse=True)
 def pack_small_layers(monkeypatch):
-    monkeypatch.setattr(packed_linear, "SMALLEST_WEIGHT", 1)
+    monkeypatch.setattr(cpu_linear, "SMALLEST_WEIGHT", 1)
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -38,14 +38,14 @@ def logits_of(model) -> torch.Tensor:
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_every_language_model_computes_the_same(text, dtype, tolerance):
     if is_slow_on_processor(dtype):
-        pytest.skip("needs a processor with units for bfloat16")
+        pytest.skip("needs a CPU with units for bfloat16")
     model = tiny_model(text)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter)
     model.to(dtype)
     expected = logits_of(model)
-    size, number = sum(tensor.nbytes for tensor in model.state_dict().values()), model.num_parameters()
+    size, num_parameters = sum(tensor.nbytes for tensor in model.state_dict().values()), model.num_parameters()
     pack_linear_layers(model)
     assert [name for name, module in model.named_modules() if type(module) is nn.Linear] == (
         ["lm_head"] if model.config.tie_word_embeddings else []
@@ -53,7 +53,7 @@ def test_every_language_model_computes_the_same(text, dtype, tolerance):
     error = (logits_of(model) - expected).abs().max() / expected.abs().max()
     assert error < tolerance
     assert sum(tensor.nbytes for tensor in model.state_dict().values()) == size
-    assert model.num_parameters() == number
+    assert model.num_parameters() == num_parameters
 
 
 def test_an_output_layer_that_is_tied_stays_tied():

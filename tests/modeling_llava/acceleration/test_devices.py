@@ -1,4 +1,4 @@
-"""Which floats a checkpoint is loaded in where nobody says so."""
+"""The dtype that a checkpoint is loaded in where nobody says so."""
 
 import json
 
@@ -13,7 +13,7 @@ from tests.tiny import save_tiny_checkpoint, tiny_model
 
 
 def pretend(monkeypatch, *, units: bool, gpu: bool = False) -> None:
-    """Run as on a processor with or without units for bfloat16, and beside a GPU or not."""
+    """Run as on a CPU with or without units for bfloat16, and beside a GPU or not."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: units)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
@@ -21,7 +21,7 @@ def pretend(monkeypatch, *, units: bool, gpu: bool = False) -> None:
 
 @pytest.fixture(scope="module", params=["any_llava", "transformers"])
 def checkpoints(request, tmp_path_factory):
-    """One model stored in every kind of floats."""
+    """One model stored in every dtype."""
     folder = tmp_path_factory.mktemp("checkpoints")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         tiny_model(image_token_id=299).to(dtype).save_pretrained(
@@ -41,7 +41,7 @@ def checkpoints(request, tmp_path_factory):
         ("float32", False, False, torch.float32),
     ],
 )
-def test_a_slow_processor_gets_float32(monkeypatch, checkpoints, stored, units, gpu, expected):
+def test_a_slow_cpu_gets_float32(monkeypatch, checkpoints, stored, units, gpu, expected):
     pretend(monkeypatch, units=units, gpu=gpu)
     loaded = AnyLlavaForConditionalGeneration.from_pretrained(checkpoints / stored)
     assert loaded.dtype == loaded.config.dtype == expected
@@ -66,7 +66,7 @@ def test_original_checkpoints_and_auto_classes(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("units", [False, True])
-def test_answering_on_the_processor_beside_a_gpu(monkeypatch, tmp_path, units):
+def test_answering_on_the_cpu_beside_a_gpu(monkeypatch, tmp_path, units):
     save_tiny_checkpoint(tmp_path)
     model = AnyLlavaForConditionalGeneration.from_pretrained(tmp_path)
     model.to(torch.bfloat16).save_pretrained(tmp_path)

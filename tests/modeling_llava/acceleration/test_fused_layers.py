@@ -1,4 +1,4 @@
-"""Fused norms: the numbers, names and gradients of transformers' norms, in one kernel."""
+"""Fused norms: the outputs, names and gradients of transformers' norms, in one kernel."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_norms_of_another_kind_stay():
 
 
 @pytest.mark.parametrize("device, is_fused", [("meta", True), ("cpu", False)])
-def test_models_that_do_not_answer_on_a_processor_are_fused(tmp_path, device, is_fused):
+def test_models_that_do_not_answer_on_a_cpu_are_fused(tmp_path, device, is_fused):
     save_tiny_checkpoint(tmp_path)
     model, _ = load_for_inference(str(tmp_path), device=device)
     assert model.device == torch.device(device)

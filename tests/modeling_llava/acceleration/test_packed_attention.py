@@ -130,21 +130,21 @@ def test_language_models_with_an_attention_of_their_own_are_refused():
 
 @pytest.mark.parametrize("special", [{"softcap": 50.0}, {"s_aux": torch.zeros(2)}])
 def test_attention_that_torch_does_not_compute_is_refused(special):
-    states = torch.randn(3, 1, 2, 6, 8)
+    inputs = torch.randn(3, 1, 2, 6, 8)
     with pytest.raises(ValueError, match="got a packed row for a Identity with"):
         bounds = torch.tensor([0, 6], dtype=torch.int32)
-        packed_attention_forward(nn.Identity(), *states, None, cu_seq_lens_q=bounds, max_length_q=6, **special)
+        packed_attention_forward(nn.Identity(), *inputs, None, cu_seq_lens_q=bounds, max_length_q=6, **special)
 
 
-def test_under_autocast_all_states_have_its_type(monkeypatch):
-    """A kernel for 16-bit floats takes no queries that float32 norms and positions have made float32 again."""
+def test_under_autocast_all_inputs_have_its_dtype(monkeypatch):
+    """A kernel for 16 bits takes no queries that float32 norms and positions have made float32 again."""
     model, seen = tiny_model(text="qwen3"), set()
     use_packed_attention(model)
     attend = packed_attention._attend_one_by_one
     monkeypatch.setattr(
         packed_attention,
         "_attend_one_by_one",
-        lambda *args: seen.add(tuple(state.dtype for state in args[:3])) or attend(*args),
+        lambda *args: seen.add(tuple(tensor.dtype for tensor in args[:3])) or attend(*args),
     )
     with torch.autocast("cpu", torch.bfloat16):
         model(**pack(make_rows()), pixel_values=random_images(3))
@@ -153,17 +153,12 @@ def test_under_autocast_all_states_have_its_type(monkeypatch):
 
 def attend_slowly(query, key, value, bounds, *, scale):
     """Causal attention by its definition, `[T, H, D]`."""
-    key, value = (state.repeat_interleave(query.shape[1] // state.shape[1], dim=1) for state in (key, value))
+    key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1) for tensor in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
     places = torch.arange(len(query))
     segments = torch.bucketize(places, bounds[1:], right=True)
     is_seen = (segments[:, None] == segments) & (places[:, None] >= places)
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~is_seen, -torch.inf).softmax(-1), value)
-
-
-def varlen_attn_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-    assert is_causal and query.shape[1] == key.shape[1]
-    return attend_slowly(query, key, value, cu_seq_q, scale=None)
 
 
 def varlen_attn_2_11(
@@ -180,22 +175,22 @@ def varlen_attn_2_13(
     return attend_slowly(query, key, value, cu_seq_q, scale=scale)
 
 
-@pytest.mark.parametrize("varlen_attn", [varlen_attn_2_10, varlen_attn_2_11, varlen_attn_2_13])
+@pytest.mark.parametrize("varlen_attn", [varlen_attn_2_11, varlen_attn_2_13])
 @pytest.mark.parametrize("scaling", [None, 0.1])
 def test_each_torch_is_told_what_to_compute(monkeypatch, varlen_attn, scaling):
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
-    packed_attention._kernel_parameters.cache_clear()
+    packed_attention._kernel_shares_heads.cache_clear()
     query, key, value = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
     rest = torch.tensor([0, 4, 9], dtype=torch.int32), 5, 0.0, scaling
     expected = packed_attention._attend_one_by_one(query, key, value, *rest)
     torch.testing.assert_close(packed_attention._attend_with_kernel(query, key, value, *rest), expected)
-    packed_attention._kernel_parameters.cache_clear()
+    packed_attention._kernel_shares_heads.cache_clear()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("text", ["llama", "mistral"])
 def test_kernel_on_gpu(text):
-    """The kernel for 16-bit floats is as close to float32 as 16-bit floats are."""
+    """The kernel is as close to float32 as its dtype of 16 bits is."""
     rows, images = make_rows(), random_images(3)
     model = tiny_model(text=text).cuda()
     use_packed_attention(model)

@@ -1,4 +1,4 @@
-"""`quantization=`: int8 on a processor gives the answers of float32; what cannot run is refused in one line."""
+"""`quantization=`: int8 on a CPU gives the answers of float32; what cannot run is refused in one line."""
 
 import importlib.util
 
@@ -55,7 +55,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
     torch.manual_seed(0)
     linear = Int8Linear(nn.Linear(64, 32))
     rows = torch.randn(4, 64)
-    # A row whose largest number sets the scale of the kernel, whatever the others are.
+    # A row whose largest element sets the scale of the kernel, whatever the others are.
     rows[:, 0], rows[:, 1] = 5, -5
     expected = linear(rows)
     rows[3] *= 1000
@@ -129,7 +129,7 @@ def test_contradictions_are_refused(settings, message):
 @pytest.mark.parametrize("quantization", ON_GPU)
 def test_gpu_names_need_a_gpu_and_a_package(monkeypatch, quantization):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="on a processor choose int8"):
+    with pytest.raises(ValueError, match="on a CPU choose int8"):
         AnyLlavaForConditionalGeneration.from_pretrained(EMBEDDED_MODEL, quantization=quantization)
     with pytest.raises(ValueError, match="on cpu; expected int8"):
         load_for_inference(EMBEDDED_MODEL, device="cpu", quantization=quantization)

@@ -333,7 +333,7 @@ def test_what_a_url_asks_for_is_not_in_the_error():
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory):
-    """Of a host called localhost, signed by itself."""
+    """A certificate of the host localhost, signed by itself."""
     if shutil.which("openssl") is None:
         pytest.skip("needs the command openssl to make a certificate")
     folder = tmp_path_factory.mktemp("certificate")

@@ -258,15 +258,15 @@ def test_sources_without_weights_follow_each_other(folder):
     assert [row["id"] for row in load_rows(sources)[0]] == ["0", "a1", "0", "b1"]
 
 
-def test_streaming_rows_are_drawn_from_a_buffer(folder):
+def test_streaming_rows_are_sampled_from_a_buffer(folder):
     source = {"path": write_json(folder / "a.json", 90), "image_folder": str(folder), "streaming": True}
-    in_order, drawn, again, other = (
+    in_order, sampled, again, other = (
         [row["id"] for row in load_rows([DataSource(**source, shuffle_buffer=buffer)], seed=seed)[0]]
         for buffer, seed in ((None, 0), (30, 0), (30, 0), (30, 1))
     )
-    assert sorted(drawn) == sorted(in_order) and len(set(drawn)) == 90
-    assert drawn == again and len({tuple(order) for order in (in_order, drawn, other)}) == 3
-    assert max(in_order.index(row) - place for place, row in enumerate(drawn)) <= 30
+    assert sorted(sampled) == sorted(in_order) and len(set(sampled)) == 90
+    assert sampled == again and len({tuple(order) for order in (in_order, sampled, other)}) == 3
+    assert max(in_order.index(row) - place for place, row in enumerate(sampled)) <= 30
     with pytest.raises(ValueError, match="streaming: true"):
         DataSource(path="a.json", shuffle_buffer=30)
 
@@ -282,10 +282,10 @@ def test_a_mixture_follows_weights_and_seed(folder, streaming):
     def ids(seed: int) -> list[str]:
         return [row["id"] for row in load_rows(sources, seed=seed)[0]]
 
-    drawn = ids(1)
-    assert drawn == ids(1) != ids(2)
-    assert len({*drawn}) == 93
-    share = sum(row_id.startswith("d") for row_id in drawn) / len(drawn)
+    sampled = ids(1)
+    assert sampled == ids(1) != ids(2)
+    assert len({*sampled}) == 93
+    share = sum(row_id.startswith("d") for row_id in sampled) / len(sampled)
     assert 0.15 < share < 0.35
 
 
