@@ -33,7 +33,7 @@ def evaluate(model: PreTrainedModel, processor: AnyLlavaProcessor, questions: Pa
     Returns:
         `{task: {"correct": ..., "total": ..., "accuracy": ...}}` and the records with `prediction` added.
     """
-    records = _sample(json.loads(questions.read_text()), limit)
+    records = _pick(json.loads(questions.read_text()), limit)
     for start in range(0, len(records), BATCH_SIZE):
         batch = records[start : start + BATCH_SIZE]
         for record, prediction in zip(batch, _answer(model, processor, batch, questions.parent)):
@@ -51,7 +51,7 @@ def normalise(answer: str) -> str:
     return answer.strip().rstrip(".").lower()
 
 
-def _sample(records: list[dict], limit: int | None) -> list[dict]:
+def _pick(records: list[dict], limit: int | None) -> list[dict]:
     if limit is None:
         return records
     random.Random(0).shuffle(records)
