@@ -29,7 +29,7 @@ from modeling_llava.inference.batched_generation import AnswerRequest, generate_
 from modeling_llava.inference.loading import prepare_for_answering
 from processing_llava import AnyLlavaProcessor
 
-from .models import IMAGE_TOKEN_ID, WORDS, build_config, build_model, build_peer, build_processor, draw_noise
+from .models import IMAGE_TOKEN_ID, WORDS, build_config, build_model, build_peer, build_processor, make_noise
 from .report import render_table
 from .roofline import count_operations, count_weights
 from .timing import Row, build_parser, clock, compare, default_dtype, interleave, prepare
@@ -64,7 +64,7 @@ def build_inputs(size: str, *, device: str) -> tuple[PreTrainedModel, PreTrained
     return ours, peer, processor
 
 
-def draw_requests(num_requests: int) -> list[AnswerRequest]:
+def build_requests(num_requests: int) -> list[AnswerRequest]:
     """Requests of mixed lengths, each with pictures of its own."""
     rng = random.Random(0)
     generator = torch.Generator().manual_seed(0)
@@ -72,7 +72,7 @@ def draw_requests(num_requests: int) -> list[AnswerRequest]:
     for _ in range(num_requests):
         content: list[dict[str, Any]] = []
         for _ in range(rng.choice((0, 1, 1, 1, 2))):
-            content.append({"type": "image", "image": draw_noise(generator)})
+            content.append({"type": "image", "image": make_noise(generator)})
         question = " ".join(rng.choices(WORDS, k=1 + min(200, int(rng.lognormvariate(3.0, 0.8)))))
         ((_, shortest, longest),) = rng.choices(kinds, weights=[share for share, _, _ in kinds])
         num_new_tokens = rng.randint(shortest, longest)
@@ -133,7 +133,7 @@ def measure(
     prepare(device)
     num_requests = num_requests or NUM_REQUESTS[device]
     ours, peer, processor = build_inputs(size, device=device)
-    requests = draw_requests(num_requests)
+    requests = build_requests(num_requests)
     seconds = {}
     for batch_size in peer_batch_sizes or PEER_BATCH_SIZES[device]:
         start = clock(device)

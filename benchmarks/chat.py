@@ -22,7 +22,7 @@ from modeling_llava.inference.chat_session import ChatSession
 from modeling_llava.inference.token_stream import encode_messages
 from processing_llava import AnyLlavaProcessor
 
-from .models import TILE_SIZE, build_pair, build_processor, draw_noise
+from .models import TILE_SIZE, build_pair, build_processor, make_noise
 from .report import render_table
 from .roofline import count_operations, count_weights
 from .timing import Row, build_parser, clock, compare, default_dtype, prepare
@@ -108,7 +108,7 @@ def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> lis
     prepare(device)
     ours, peer = build_pair(size, device=device, dtype=default_dtype(device))
     processor = build_processor()
-    image = draw_noise(torch.Generator().manual_seed(0))
+    image = make_noise(torch.Generator().manual_seed(0))
     times: dict[str, list[list[float]]] = {"peer": [], "ours": []}
     answers = {"peer": record_answers(peer), "ours": record_answers(ours)}
     for _ in range(rounds + 1):

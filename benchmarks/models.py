@@ -109,7 +109,7 @@ def build_processor(
     )
 
 
-def draw_noise(generator: torch.Generator) -> Image.Image:
+def make_noise(generator: torch.Generator) -> Image.Image:
     """A picture of 64 x 48 random pixels, enlarged to 640 x 480."""
     noise = torch.randint(0, 256, (48, 64, 3), dtype=torch.uint8, generator=generator)
     return Image.fromarray(noise.numpy()).resize((640, 480))

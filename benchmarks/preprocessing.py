@@ -73,7 +73,7 @@ def encode_jpeg(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def processor_seconds(device: str) -> float:
+def cpu_seconds(device: str) -> float:
     """Pictures are prepared by the processor, on this thread, wherever the model is."""
     return time.thread_time()
 
@@ -102,7 +102,7 @@ def compare_images(pictures: list[Image.Image], *, rounds: int) -> list[Row]:
         jobs = {
             name: lambda backend=backend: backend(pictures, return_tensors="pt") for name, backend in backends.items()
         }
-        seconds = interleave(jobs, rounds=rounds, device="cpu", clock=processor_seconds)
+        seconds = interleave(jobs, rounds=rounds, device="cpu", clock=cpu_seconds)
         prepared = backends[EXACT](pictures, return_tensors="pt")["pixel_values"]
         num_bytes = sum(3 * picture.width * picture.height for picture in pictures) + prepared.nbytes
         notes = {name: describe_difference(backend, backends[EXACT], pictures) for name, backend in backends.items()}
@@ -134,7 +134,7 @@ def compare_files(pictures: list[Image.Image], *, rounds: int, threads: int) -> 
 
     jobs = {"ours": lambda: backends[FAST](files, return_tensors="pt"), "peer": open_and_prepare}
     names = {"unit": "images/s", "amount": len(files), "peer_name": PILLOW}
-    seconds = interleave(jobs, rounds=rounds, device="cpu", clock=processor_seconds)
+    seconds = interleave(jobs, rounds=rounds, device="cpu", clock=cpu_seconds)
     rows = [compare(f"pad, from JPEG files, {FAST}", seconds["ours"], seconds["peer"], **names)]
     if threads > 1:
         jobs["ours"] = lambda: threaded(files, return_tensors="pt")
@@ -159,7 +159,7 @@ def compare_prompts(*, rounds: int) -> list[Row]:
             "ours": lambda image=image: [encode_prompt(prompt, tokenizer, **image) for _ in range(20)],
             "peer": lambda expanded=expanded: [tokenizer(expanded) for _ in range(20)],
         }
-        seconds = interleave(jobs, rounds=rounds, device="cpu", clock=processor_seconds)
+        seconds = interleave(jobs, rounds=rounds, device="cpu", clock=cpu_seconds)
         title = f"prompts with an image of {num_tokens} tokens"
         rows.append(compare(title, seconds["ours"], seconds["peer"], unit="prompts/s", amount=20))
     return rows

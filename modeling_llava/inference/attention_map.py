@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_llava.checkpoints.shared_values import check_pair
 from modeling_llava.configuration_llava import AnyLlavaConfig
-from modeling_llava.visual_tokens import choose_features
+from modeling_llava.visual_tokens import check_image_tokens, choose_features
 from processing_llava.image_layouts import ImageLayout, fit_inside, plan_image, select_grid
 from processing_llava.processing_llava import AnyLlavaProcessor
 
@@ -78,7 +78,7 @@ def read_attention(
     if "pixel_values" in inputs:
         pictures = model.model.encode_images(inputs["pixel_values"], inputs.get("image_sizes")).pooler_output
     kept = choose_features(pictures, model.config.visual_tokens)
-    model.model.check_image_tokens(is_image[None], [len(kept_K) for kept_K in kept])
+    check_image_tokens(is_image[None], [len(kept_K) for kept_K in kept], visual_tokens=model.config.visual_tokens)
     seen = [features_ND[kept_K] for features_ND, kept_K in zip(pictures, kept)]
     images = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=seen)}} if seen else {}
 

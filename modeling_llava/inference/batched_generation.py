@@ -29,16 +29,16 @@ from processing_llava.messages import check_question
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .cached_generation import (
+    build_cache,
     build_compile_config,
-    build_states,
     check_compiles,
     limit_new_tokens,
 )
 from .chat_cache import ChatCache, PromptImage, load_features, read_images
-from .row_states import RowStates, check_row_attention, use_row_attention
+from .row_cache import RowCache, check_row_attention, use_row_attention
 from .token_stream import (
     build_sampler,
-    check_numbers,
+    check_sampling,
     cut_at_end,
     decode_answer,
     encode_messages,
@@ -113,7 +113,7 @@ def prepare_request(
     messages = request.messages
     check_question(messages)
     drawing = {"temperature": request.temperature, "top_p": request.top_p, "seed": request.seed}
-    check_numbers(max_new_tokens=request.max_new_tokens, **drawing)
+    check_sampling(max_new_tokens=request.max_new_tokens, **drawing)
     sampler = build_sampler(**drawing, device=model.device)
     inputs = encode_messages(messages, processor)
     prompt_ids = inputs["input_ids"][0].tolist()
@@ -231,7 +231,7 @@ class BatchedGeneration:
                 f"got max_rows={max_rows} and max_cache_tokens={max_cache_tokens}; expected at least 1 of each"
             )
         check_pair(model, processor)
-        if build_states(model) is None:
+        if build_cache(model) is None:
             language_model = type(model.base_model.language_model).__name__
             raise ValueError(
                 f"got a {language_model}; expected a language model whose KV cache does not depend on the rows beside "
@@ -252,7 +252,7 @@ class BatchedGeneration:
             check_row_attention(model.base_model.language_model)
         # On a CPU padding costs more than calls, on a GPU it is the other way round.
         row_by_row = model.device.type == "cpu" and not compile
-        self._states = RowStates(
+        self._states = RowCache(
             max_rows=max_rows,
             max_tokens=max_cache_tokens,
             row_by_row=row_by_row,
@@ -361,7 +361,7 @@ class BatchedGeneration:
             position_ids=positions,
             logits_to_keep=torch.tensor(newest, device=device),
             use_cache=False,
-            row_states=self._states,
+            row_cache=self._states,
             **encoded,
         )
         # As `generate` does, before anything is compared or drawn.
@@ -374,7 +374,7 @@ class BatchedGeneration:
         positions = self._states.begin_step()
         ids = torch.zeros_like(positions)
         ids[0, : len(self._rows)] = torch.tensor([row.ids[-1] for row in self._rows])
-        outputs = compiled(input_ids=ids, position_ids=positions, use_cache=False, row_states=self._states)
+        outputs = compiled(input_ids=ids, position_ids=positions, use_cache=False, row_cache=self._states)
         # A copy: the next step writes to the same memory.
         return outputs.logits[0, : len(self._rows)].to(torch.float32, copy=True)
 

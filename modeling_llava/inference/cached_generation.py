@@ -34,22 +34,22 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_llava.acceleration.cpu_linear import Int8Linear, PackedLinear
-from modeling_llava.generation import leave_room, read_max_length
+from modeling_llava.generation import preallocate, read_max_length
 from processing_llava.transformers_versions import KV_CACHE
 
 from .chat_cache import ChatCache, PromptImage, TokenKey, load_features, read_images
 
-SMALLEST_LENGTH = 1024
+MIN_CACHE_LENGTH = 1024
 """Of the states, in tokens: an image of 576 and a few turns. Longer ones double it, and are compiled anew."""
 
 
-def build_static_states(model: PreTrainedModel, num_tokens: int, *, made: dict[int, StaticCache]) -> StaticCache:
+def build_static_cache(model: PreTrainedModel, num_tokens: int, *, made: dict[int, StaticCache]) -> StaticCache:
     """Empty states for at least so many tokens, of one of few sizes.
 
     Args:
         made: By their size. They are used again, since CUDA graphs know the addresses of their tensors.
     """
-    length = SMALLEST_LENGTH
+    length = MIN_CACHE_LENGTH
     while length < num_tokens:
         length *= 2
     if length not in made:
@@ -194,7 +194,7 @@ class CachedGeneration:
             # The cache copies them, and nothing else may hold them meanwhile.
             del past, settings
             # The last token of an answer has never been an input.
-            self.cache.store_states(keys[:length], states)
+            self.cache.store_prefix(keys[:length], states)
 
     def _recall_states(self, keys: list[TokenKey], *, max_new_tokens: int) -> Cache | None:
         """States that begin with what is known of a prompt; None where they cannot be reused.
@@ -202,12 +202,12 @@ class CachedGeneration:
         In a call of its own, so that nothing holds on to the copy that the cache gave while an answer is made.
         """
         if not self.compile:
-            past = build_states(self.model)
+            past = build_cache(self.model)
         else:
-            past = build_static_states(self.model, len(keys) + max_new_tokens, made=self.cache.static_states)
+            past = build_static_cache(self.model, len(keys) + max_new_tokens, made=self.cache.static_caches)
         if past is not None:
             # The last token is always computed: the answer begins with its logits.
-            self.num_reused_tokens, states = self.cache.find_states(keys[:-1])
+            self.num_reused_tokens, states = self.cache.find_prefix(keys[:-1])
             for layer, (key_states, value_states) in enumerate(zip(states, states)):
                 past.update(key_states, value_states, layer)
         return past
@@ -237,7 +237,7 @@ def limit_new_tokens(config: PreTrainedConfig, *, num_prompt_tokens: int, max_ne
     return min(max_new_tokens, max_length - num_prompt_tokens)
 
 
-def build_states(model: PreTrainedModel) -> DynamicCache | None:
+def build_cache(model: PreTrainedModel) -> DynamicCache | None:
     """Empty states for `generate`, or None where they cannot be reused."""
     config = model.config.get_text_config(decoder=True)
     rope = config.to_dict().get("rope_parameters") or {}
@@ -247,7 +247,7 @@ def build_states(model: PreTrainedModel) -> DynamicCache | None:
     states = DynamicCache(config=config)
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in states.layers):
         return None
-    leave_room(states)
+    preallocate(states)
     return states
 
 
@@ -258,7 +258,7 @@ def check_compiles(model: PreTrainedModel) -> None:
         ValueError: saying why.
     """
     language_model = model.base_model.language_model
-    states = build_states(model)
+    states = build_cache(model)
     if states is None:
         raise ValueError(
             f"got compile=True for a {type(language_model).__name__}; expected a language model whose KV cache can be "

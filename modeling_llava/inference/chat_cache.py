@@ -21,6 +21,8 @@ from torch import nn
 from torch.nn.functional import pad
 from transformers import BatchFeature, PreTrainedModel, StaticCache
 
+from modeling_llava.visual_tokens import check_image_tokens
+
 TokenKey = int | bytes
 DEFAULT_MAX_BYTES = 2 * 2**30
 
@@ -48,7 +50,7 @@ class ChatCache:
         self.num_bytes = 0
         self.lock = Lock()
         """Whoever calls `find_*` and `store_*` holds it, and so does every running answer."""
-        self.static_states: dict[int, StaticCache] = {}
+        self.static_caches: dict[int, StaticCache] = {}
         """Of compiled answers, by their length in tokens; beside `max_bytes`."""
         self.compiled_worker = ThreadPoolExecutor(1)
         """Where compiled answers are made: PyTorch keeps CUDA graphs for the thread that recorded them."""
@@ -82,11 +84,11 @@ class ChatCache:
         """Drop everything, for example after the weights were changed; waits for the running answer."""
         with self.lock:
             self.num_bytes = 0
-            self.static_states.clear()
+            self.static_caches.clear()
             self._root = _Segment([])
             self._kept = {}
 
-    def find_states(self, keys: Sequence[TokenKey]) -> tuple[int, Iterator[torch.Tensor]]:
+    def find_prefix(self, keys: Sequence[TokenKey]) -> tuple[int, Iterator[torch.Tensor]]:
         """The states of the longest known beginning.
 
         Returns:
@@ -98,7 +100,7 @@ class ChatCache:
         parts = [[states[..., :count, :] for states in self._kept[segment]] for segment, count in path]
         return sum(count for _, count in path), (torch.cat(pieces, dim=-2) for pieces in zip(*parts))
 
-    def store_states(self, keys: Sequence[TokenKey], states: list[torch.Tensor]) -> None:
+    def store_prefix(self, keys: Sequence[TokenKey], states: list[torch.Tensor]) -> None:
         """Keep what is new in `states`, tensors `[1, heads, L, width]` for `keys` of length L.
 
         The list is emptied: if nothing else holds a tensor, its memory is free before the next one is copied. What
@@ -207,7 +209,7 @@ def read_images(model: PreTrainedModel, inputs: BatchFeature, *, scope: bytes = 
     tiles = list(pixel_values)
     layouts = model.model.plan_images(pixel_values, image_sizes)
     counts = [layout.num_tokens for layout in layouts]
-    model.model.check_image_tokens(image_mask_BL, counts)
+    check_image_tokens(image_mask_BL, counts, visual_tokens=model.config.visual_tokens)
     if pixel_values.ndim == 5:
         # The padding to the largest number of tiles depends on the other images.
         tiles = [image[: layout.num_tiles] for image, layout in zip(tiles, layouts)]

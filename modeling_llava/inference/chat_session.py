@@ -20,7 +20,7 @@ from .chat_cache import ChatCache
 from .token_stream import (
     StreamedText,
     build_sampler,
-    check_numbers,
+    check_sampling,
     encode_messages,
     find_answer_end,
     read_greedy_config,
@@ -153,7 +153,7 @@ class ChatSession:
         read_greedy_config(self.model)
         check_question(messages)
         drawing = {"temperature": temperature, "top_p": top_p, "seed": seed}
-        check_numbers(max_new_tokens=max_new_tokens, **drawing)
+        check_sampling(max_new_tokens=max_new_tokens, **drawing)
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         inputs = encode_messages(messages, self.processor)

@@ -130,7 +130,7 @@ def predict_generation(
             images = _encode(model, num_images=num_rows * num_images, size=size, num_tiles=layout.num_tiles)
             peaks, live.peak = [live.peak], live.current
             cache = _read(model, num_rows=num_rows, num_tokens=num_prompt_tokens)
-            cached_token = _count_states(cache) // num_prompt_tokens
+            cached_token = _count_cache_bytes(cache) // num_prompt_tokens
             num_spare_tokens = count_spare_tokens(num_rows)
             peaks.append(live.peak + cached_token * num_spare_tokens)
 
@@ -142,7 +142,7 @@ def predict_generation(
                 _read(model, num_rows=num_rows, num_tokens=1, cache=cache)
                 room = num_spare_tokens - (num_new_tokens - 1) % (num_spare_tokens + 1)
                 peaks.append(live.peak + cached_token * room)
-            num_cached = _count_states(cache)
+            num_cached = _count_cache_bytes(cache)
             del images
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         model_type = config.text_config.model_type
@@ -179,7 +179,7 @@ def _plan_largest_image(model: AnyLlavaForConditionalGeneration) -> tuple[list[i
     return max(zip(sizes, layouts), key=lambda pair: (pair[1].num_tokens, pair[1].num_tiles))
 
 
-def _count_states(cache: DynamicCache) -> int:
+def _count_cache_bytes(cache: DynamicCache) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 

@@ -154,7 +154,7 @@ class _StopOnEvent(StoppingCriteria):
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
-def check_numbers(*, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+def check_sampling(*, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
     """Refuse what cannot say how an answer is chosen and how long it may be.
 
     Raises:
@@ -188,10 +188,10 @@ def build_sampler(*, temperature: float, top_p: float, seed: int, device: torch.
     sampler = [TemperatureLogitsWarper(float(temperature))]
     if top_p < 1:
         sampler.append(TopPLogitsWarper(float(top_p)))
-    return LogitsProcessorList([*sampler, _DrawWithSeed(seed, device)])
+    return LogitsProcessorList([*sampler, _SampleWithSeed(seed, device)])
 
 
-class _DrawWithSeed(LogitsProcessor):
+class _SampleWithSeed(LogitsProcessor):
     def __init__(self, seed: int, device: torch.device) -> None:
         self.generator = torch.Generator(device).manual_seed(seed)
 

@@ -17,7 +17,7 @@ from modeling_llava.inference.batched_generation import AnswerRequest, BatchedGe
 from modeling_llava.inference.chat_cache import ChatCache
 from modeling_llava.inference.chat_session import ChatSession
 from modeling_llava.inference.loading import load_for_inference
-from modeling_llava.inference.row_states import RowStates
+from modeling_llava.inference.row_cache import RowCache
 from processing_llava.templates import load_template
 from tests.conftest import GOLDENS
 from tests.modeling_llava.inference.session_models import (
@@ -121,7 +121,7 @@ def test_mixed_requests_get_the_tokens_of_generate(name, monkeypatch):
     assert answer_together(model, processor, MIXED, max_rows=2) == expected
     # What a GPU does: one call with a mask for all rows.
     monkeypatch.setattr(
-        batched_generation, "RowStates", lambda **settings: RowStates(**settings | {"row_by_row": False})
+        batched_generation, "RowCache", lambda **settings: RowCache(**settings | {"row_by_row": False})
     )
     assert answer_together(model, processor, MIXED, max_rows=3) == expected
 
@@ -300,8 +300,8 @@ def test_closing_frees_the_states(monkeypatch):
     states = []
     monkeypatch.setattr(
         batched_generation,
-        "RowStates",
-        lambda **settings: states.append(weakref.ref(made := RowStates(**settings))) or made,
+        "RowCache",
+        lambda **settings: states.append(weakref.ref(made := RowCache(**settings))) or made,
     )
     answers = generate_answers(*load("llama"), MIXED)
     next(answers)
@@ -357,7 +357,7 @@ def test_models_that_cannot_be_batched_are_refused(monkeypatch):
 @pytest.mark.parametrize("window", [None, 9])
 def test_states_stay_those_of_their_row_and_within_the_bound(row_by_row, window):
     rng, heads, kv_heads, width = random.Random(0), 4, 2, 8
-    states = RowStates(max_rows=5, max_tokens=600, row_by_row=row_by_row, device=torch.device("cpu"))
+    states = RowCache(max_rows=5, max_tokens=600, row_by_row=row_by_row, device=torch.device("cpu"))
     rows: list[list[torch.Tensor]] = []
     rooms = set()
     for _ in range(120):

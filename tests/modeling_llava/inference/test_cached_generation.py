@@ -10,7 +10,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from modeling_llava.inference.cached_generation import build_states
+from modeling_llava.inference.cached_generation import build_cache
 from modeling_llava.inference.chat_cache import ChatCache
 from modeling_llava.inference.chat_session import ChatSession
 from tests.modeling_llava.inference.session_models import (
@@ -213,7 +213,7 @@ def test_other_caches_are_left_to_generate(watched, monkeypatch):
 
 
 def test_recurrent_states_are_not_reused():
-    assert build_states(SimpleNamespace(config=Qwen3NextConfig(), generation_config=GenerationConfig())) is None
+    assert build_cache(SimpleNamespace(config=Qwen3NextConfig(), generation_config=GenerationConfig())) is None
 
 
 @pytest.mark.parametrize(
@@ -227,6 +227,6 @@ def test_positions_that_depend_on_the_length_are_computed_again(rope):
     config = LlamaConfig()
     config.rope_parameters = rope
     model = SimpleNamespace(config=config, generation_config=GenerationConfig())
-    assert build_states(model) is None
+    assert build_cache(model) is None
     config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    assert build_states(model) is not None
+    assert build_cache(model) is not None

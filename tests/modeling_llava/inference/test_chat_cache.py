@@ -38,10 +38,10 @@ def test_the_longest_beginning_of_many_branches_is_found():
     cache, stored = ChatCache(), []
     for _ in range(300):
         keys = [rng.choice((1, 2, b"cat")) for _ in range(rng.randrange(1, 12))]
-        length, states = cache.find_states(keys)
+        length, states = cache.find_prefix(keys)
         assert length == max((count_common(keys, other) for other in stored), default=0)
         torch.testing.assert_close(list(states), make_states(keys[:length]) if length else [])
-        cache.store_states(keys, make_states(keys))
+        cache.store_prefix(keys, make_states(keys))
         stored.append(keys)
         assert cache.num_bytes == count_storages(cache)
     # What branches share is kept once.
@@ -54,9 +54,9 @@ def test_the_bound_is_kept_whatever_is_stored():
     cache = ChatCache(max_bytes=40 * BYTES_PER_TOKEN)
     for number in range(500):
         keys = [rng.choice((1, 2, 3)) for _ in range(rng.randrange(1, 30))]
-        length, states = cache.find_states(keys)
+        length, states = cache.find_prefix(keys)
         torch.testing.assert_close(list(states), make_states(keys[:length]) if length else [])
-        cache.store_states(keys, make_states(keys))
+        cache.store_prefix(keys, make_states(keys))
         if number % 7 == 0:
             cache.store_features(str(number).encode(), torch.zeros(5, 4))
         assert cache.num_bytes == count_storages(cache) <= cache.max_bytes
@@ -65,28 +65,28 @@ def test_the_bound_is_kept_whatever_is_stored():
 def test_what_was_used_least_recently_goes_first():
     cache = ChatCache(max_bytes=6 * BYTES_PER_TOKEN)
     for keys in ([1, 1, 1], [2, 2, 2]):
-        cache.store_states(keys, make_states(keys))
-    cache.find_states([1, 1])
-    cache.store_states([3], make_states([3]))
-    assert [cache.find_states([key] * 3)[0] for key in (1, 2, 3)] == [3, 0, 1]
+        cache.store_prefix(keys, make_states(keys))
+    cache.find_prefix([1, 1])
+    cache.store_prefix([3], make_states([3]))
+    assert [cache.find_prefix([key] * 3)[0] for key in (1, 2, 3)] == [3, 0, 1]
 
 
 def test_the_shared_beginning_outlives_its_branches():
     cache = ChatCache(max_bytes=5 * BYTES_PER_TOKEN)
     for keys in ([7, 7, 1, 1], [7, 7, 2], [7, 7, 3]):
-        cache.store_states(keys, make_states(keys))
-    assert [cache.find_states([7, 7, key, key])[0] for key in (1, 2, 3)] == [2, 3, 3]
-    cache.find_states([7, 7, 2])
-    cache.store_states([9, 9, 9], make_states([9, 9, 9]))
-    assert cache.find_states([7, 7, 2])[0] == 2
+        cache.store_prefix(keys, make_states(keys))
+    assert [cache.find_prefix([7, 7, key, key])[0] for key in (1, 2, 3)] == [2, 3, 3]
+    cache.find_prefix([7, 7, 2])
+    cache.store_prefix([9, 9, 9], make_states([9, 9, 9]))
+    assert cache.find_prefix([7, 7, 2])[0] == 2
 
 
 def test_a_conversation_that_does_not_fit_drops_nothing_else():
     cache = ChatCache(max_bytes=4 * BYTES_PER_TOKEN)
-    cache.store_states([1, 2], make_states([1, 2]))
-    cache.store_states([3] * 9, make_states([3] * 9))
-    assert cache.find_states([1, 2])[0] == 2
-    assert cache.find_states([3] * 9)[0] == 0
+    cache.store_prefix([1, 2], make_states([1, 2]))
+    cache.store_prefix([3] * 9, make_states([3] * 9))
+    assert cache.find_prefix([1, 2])[0] == 2
+    assert cache.find_prefix([3] * 9)[0] == 0
 
 
 def test_what_is_kept_is_copied_one_tensor_after_the_other():
@@ -101,11 +101,11 @@ def test_what_is_kept_is_copied_one_tensor_after_the_other():
         return clone(tensor, **settings)
 
     with mock.patch.object(torch.Tensor, "clone", note):
-        cache.store_states([1] * 8, states)
+        cache.store_prefix([1] * 8, states)
     assert alive == [4, 3, 2, 1]
     states = [torch.zeros(1, 1, 8, 4)]
     with mock.patch.object(torch.Tensor, "clone", note):
-        ChatCache(max_bytes=10).store_states([1] * 8, states)
+        ChatCache(max_bytes=10).store_prefix([1] * 8, states)
     assert len(alive) == 4, "copied what is not kept"
 
 
@@ -123,22 +123,22 @@ def test_features_are_kept_used_and_dropped_like_states():
 def test_a_smaller_bound_drops_what_was_used_least_recently():
     cache = ChatCache()
     for keys in ([1, 1, 1], [2, 2, 2]):
-        cache.store_states(keys, make_states(keys))
+        cache.store_prefix(keys, make_states(keys))
     cache.resize(4 * BYTES_PER_TOKEN)
-    assert [cache.find_states([key] * 3)[0] for key in (1, 2)] == [0, 3]
+    assert [cache.find_prefix([key] * 3)[0] for key in (1, 2)] == [0, 3]
     with cache.lock:
         cache.resize(0)
-        cache.store_states([3], make_states([3]))
+        cache.store_prefix([3], make_states([3]))
     assert cache.num_bytes == count_storages(cache) == 0
 
 
 def test_clearing_leaves_nothing():
     cache = ChatCache()
-    cache.store_states([1, 2], make_states([1, 2]))
+    cache.store_prefix([1, 2], make_states([1, 2]))
     cache.store_features(b"a", torch.zeros(2, 2))
     cache.clear()
     assert (cache.num_bytes, count_storages(cache)) == (0, 0)
-    length, states = cache.find_states([1, 2])
+    length, states = cache.find_prefix([1, 2])
     assert (length, list(states), cache.find_features(b"a")) == (0, [], None)
 
 

@@ -17,7 +17,7 @@ from modeling_llava.inference.batched_generation import AnswerRequest, generate_
 from modeling_llava.inference.cached_generation import (
     CachedGeneration,
     build_compile_config,
-    build_static_states,
+    build_static_cache,
     decode_ahead,
 )
 from modeling_llava.inference.chat_cache import ChatCache
@@ -166,7 +166,7 @@ def test_torch_knows_the_settings_for_a_gpu():
 def test_states_have_few_sizes_and_are_used_again():
     model, _ = build()
     made = {}
-    states = [build_static_states(model, num_tokens, made=made) for num_tokens in (1, 1024, 1025, 2049)]
+    states = [build_static_cache(model, num_tokens, made=made) for num_tokens in (1, 1024, 1025, 2049)]
     assert [one.get_max_length() for one in states] == [1024, 1024, 2048, 4096]
     assert states[0] is states[1]
 
@@ -181,7 +181,7 @@ def test_all_answers_are_made_in_one_thread(graphs, monkeypatch):
     for _ in range(2):
         talk(ChatSession(model, processor, cache=cache, compile=True))
     assert len(threads) == 1 and threading.get_ident() not in threads
-    assert list(cache.static_states) == [1024]
+    assert list(cache.static_caches) == [1024]
 
 
 def test_what_cannot_be_compiled_is_refused():

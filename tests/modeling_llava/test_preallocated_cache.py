@@ -4,14 +4,14 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from modeling_llava.generation import RoomyLayer, count_spare_tokens, leave_room
+from modeling_llava.generation import PreallocatedLayer, count_spare_tokens, preallocate
 from tests.tiny import IMAGE_TOKEN_ID, batch, random_images, text_ids, tiny_model
 
 
 def states_pair() -> tuple[DynamicCache, DynamicCache]:
     config = tiny_model().config.text_config
     roomy = DynamicCache(config=config)
-    leave_room(roomy)
+    preallocate(roomy)
     return roomy, DynamicCache(config=config)
 
 
@@ -81,7 +81,7 @@ def test_generate_uses_them(settings):
         return_dict_in_generate=True,
         **settings,
     )
-    assert {type(layer) for layer in output.past_key_values.layers} == {RoomyLayer}
+    assert {type(layer) for layer in output.past_key_values.layers} == {PreallocatedLayer}
 
 
 def test_states_of_inference_mode_can_grow_outside_it():
@@ -99,14 +99,14 @@ def test_a_cache_without_a_config_leaves_room():
     states = model.generate(
         **inputs, past_key_values=DynamicCache(), return_dict_in_generate=True, max_new_tokens=2
     ).past_key_values
-    assert {type(layer) for layer in states.layers} == {RoomyLayer}
+    assert {type(layer) for layer in states.layers} == {PreallocatedLayer}
 
 
 @torch.no_grad()
 def test_a_graph_holds_the_states():
     model = tiny_model()
     states = DynamicCache(config=model.config.text_config)
-    leave_room(states)
+    preallocate(states)
     inputs = batch([[1, *text_ids(5)]])
     expected = model(**inputs, past_key_values=DynamicCache(config=model.config.text_config)).logits
     compiled = torch.compile(model, fullgraph=True, backend="eager")

@@ -1,4 +1,4 @@
-"""RowStates: the KV cache of rows that are generated together, and the attention function that reads it.
+"""RowCache: the KV cache of rows that are generated together, and the attention function that reads it.
 
 One pass of the language model takes one packed row `[1, T]`: the newest token of every running row, then the whole
 prompts of new rows, end to end. So no layer computes padding. Each row attends to its own keys and values only, which
@@ -25,7 +25,7 @@ SLOT_STEP = 64
 """Slots have room for a multiple of this, so that they seldom have to be made anew."""
 
 
-class RowStates:
+class RowCache:
     """The states of a batch, and what the running pass does with them.
 
     Args:
@@ -256,7 +256,7 @@ def row_attention_forward(
     value_1KTD: torch.Tensor,
     attention_mask: None,
     *,
-    row_states: RowStates,
+    row_cache: RowCache,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -267,7 +267,7 @@ def row_attention_forward(
     """An attention function of transformers' AttentionInterface; `[1, T, H, D]` comes back.
 
     Args:
-        row_states: Of the batch, with a pass begun.
+        row_cache: Of the batch, with a pass begun.
         The others: those of transformers.
 
     Raises:
@@ -279,7 +279,7 @@ def row_attention_forward(
             raise ValueError(
                 f"got a {type(module).__name__} with {kind}; expected plain attention: answer one request at a time"
             )
-    attended = row_states.attend(
+    attended = row_cache.attend(
         module.layer_idx, query_1HTD[0], key_1KTD[0], value_1KTD[0], scaling=scaling, window=sliding_window
     )
     return attended, None
@@ -304,7 +304,7 @@ def check_row_attention(language_model: PreTrainedModel) -> None:
 
 @contextmanager
 def use_row_attention(language_model: PreTrainedModel) -> Iterator[None]:
-    """Let a language model attend with `row_states`; not while another thread uses it."""
+    """Let a language model attend with `row_cache`; not while another thread uses it."""
     before = language_model.config._attn_implementation
     language_model.config._attn_implementation = NAME
     try:
