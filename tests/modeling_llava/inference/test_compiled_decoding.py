@@ -194,12 +194,12 @@ def test_what_cannot_be_compiled_is_refused():
         ChatSession(model, processor, compile=True)
     model, processor = build()
     quantize_to_int8(model)
-    with pytest.raises(ValueError, match="for answering on a processor"):
+    with pytest.raises(ValueError, match="for answering on a CPU"):
         ChatSession(model, processor, compile=True)
     # Layers may be too small to be packed, where the output layer is not.
     model, processor = build()
     model.lm_head = PackedLinear(model.lm_head)
-    with pytest.raises(ValueError, match="for answering on a processor"):
+    with pytest.raises(ValueError, match="for answering on a CPU"):
         ChatSession(model, processor, compile=True)
 
 
