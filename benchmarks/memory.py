@@ -87,7 +87,7 @@ def measure_peak(kind: str, folder: Path, *, device: str, num_new_tokens: int) -
 
 
 def measure(device: str, size: str, rounds: int) -> list[Row]:
-    """Rows as `benchmarks.timing` describes them, with `weights_and_cache` and `predicted` in MB; one round will do."""
+    """Rows as `benchmarks.timing` describes them, with `weights_and_cache` and `predicted` in MB, of one round."""
     num_new_tokens = NUM_NEW_TOKENS[size]
     with tempfile.TemporaryDirectory() as folder:
         model = build_model(build_config(size), device=device, dtype=default_dtype(device))

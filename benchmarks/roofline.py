@@ -47,7 +47,7 @@ def measure_limits(device: str) -> Limits:
         matrix = torch.randn(size, size, dtype=dtype, device=device)
         multiply = partial(torch.mm, matrix)
         if device == "cpu":
-            # On some CPUs twice as fast as torch.mm.
+            # The product that ours runs on a CPU; torch.mm alone may be below the limit.
             multiply = PackedLinear(nn.Linear(size, size, bias=False, dtype=dtype))
         jobs = {"copy": partial(target.copy_, source), "multiply": partial(multiply, matrix)}
         seconds = {name: min(times) for name, times in interleave(jobs, rounds=3, device=device).items()}

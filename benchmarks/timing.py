@@ -60,7 +60,7 @@ def prepare(device: str) -> None:
 
 
 def default_dtype(device: str) -> torch.dtype:
-    """The dtype of both sides: float32 on a CPU, most of which take many times longer in 16 bits."""
+    """The dtype of both sides: float32 on a CPU, since most have no units for 16 bits."""
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 

@@ -14,7 +14,6 @@ same way.
 
 from collections import deque
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from transformers import (
@@ -75,8 +74,8 @@ class CachedGeneration:
 
     @torch.no_grad()
     def run(self, *, max_new_tokens: int, **settings) -> None:
-        """As `model.generate(**inputs, **settings)`; the lock of the cache must be held."""
-        settings["max_new_tokens"] = max_new_tokens
+        """As greedy `model.generate(**inputs, **settings)`; the lock of the cache must be held."""
+        settings |= {"max_new_tokens": max_new_tokens, "use_cache": True, "do_sample": False}
         device = self.model.device
         images = read_images(self.model, self.inputs, scope=self.scope)
         keys: list[TokenKey] = self.inputs["input_ids"][0].tolist()
@@ -235,7 +234,7 @@ def decode_ahead(
             tokens_B = torch.where(is_unfinished_B, tokens_B, pad_token)
         input_ids = torch.cat([input_ids, tokens_B[:, None]], dim=-1)
         is_unfinished_B = is_unfinished_B & ~stopping_criteria(input_ids, None)
-        pending.append(_start_transfer(tokens_B, is_unfinished_B))
+        pending.append(_Transfer(tokens_B, is_unfinished_B))
         is_longest = input_ids.shape[1] >= stopping_criteria.max_length
         while len(pending) > (0 if is_longest else 1):
             tokens, is_unfinished = pending.popleft().wait()
@@ -248,23 +247,18 @@ def decode_ahead(
         outputs = step(input_ids=tokens_B[:, None], **{KV_CACHE: cache}, use_cache=True, return_dict=True)
 
 
-class _Transfer(NamedTuple):
+class _Transfer:
     """Tensors on their way to the host."""
 
-    tensors: list[torch.Tensor]
-    done: torch.Event | None
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        self.tensors = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        self.done: torch.Event | None = None
+        device = tensors[0].device
+        if device.type != "cpu":
+            self.done = torch.Event(device)
+            self.done.record()
 
     def wait(self) -> list[torch.Tensor]:
         if self.done is not None:
             self.done.synchronize()
         return self.tensors
-
-
-def _start_transfer(*tensors: torch.Tensor) -> _Transfer:
-    copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
-    device = tensors[0].device
-    if device.type == "cpu":
-        return _Transfer(copies, None)
-    done = torch.Event(device)
-    done.record()
-    return _Transfer(copies, done)

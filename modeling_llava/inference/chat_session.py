@@ -164,9 +164,7 @@ class ChatSession:
         )
         sampler = build_sampler(**sampling, device=self.model.device)
         generation = CachedGeneration(self.model, inputs, self.cache, scope=self.scope, compile=self.compile)
-        generate = partial(
-            generation.run, max_new_tokens=max_new_tokens, use_cache=True, do_sample=False, logits_processor=sampler
-        )
+        generate = partial(generation.run, max_new_tokens=max_new_tokens, logits_processor=sampler)
         text = StreamedText(self.processor.tokenizer, end=self._end, learn_tokens=self.processor.learn_tokens)
         times: list[float] = []
         worker = self.cache.compiled_worker if self.compile else None
