@@ -81,9 +81,8 @@ def load_for_inference(
 def prepare_for_answering(model: PreTrainedModel, device: torch.device | None = None) -> None:
     """Make a LLaVA answer faster, in place (BENCHMARKS.md, Decoding); afterwards it can only answer.
 
-    Its results change by rounding alone.
-    On a CPU, its weights are packed, and it has attention functions of its own. On a GPU, its norms are fused, and so
-    are its projections, unless they are quantized or have an adapter.
+    Its results change by rounding alone. On a CPU, its weights are packed, and it has attention functions of its own.
+    On a GPU, its norms are fused, and so are its projections, unless they are quantized or have an adapter.
 
     Args:
         model: The model.
