@@ -85,7 +85,6 @@ UPSTREAM_NAMES = (
     UpstreamName(
         "transformers.PreTrainedConfig._attn_implementation", VALUE,
         ("modeling_llava/inference/attention_map.py", "modeling_llava/inference/row_cache.py",
-         "modeling_llava/inference/loading.py",
          "modeling_llava/acceleration/packed_attention.py", "modeling_llava/acceleration/cpu_attention.py"),
         "which attention runs", "a public reader beside set_attn_implementation",
     ),
