@@ -34,7 +34,7 @@ PACKAGES = ("anyllava", "torch", "torchvision", "transformers", "trl", "pillow",
 
 
 def describe_run(device: str, *, size: str, rounds: int) -> dict[str, Any]:
-    """When, where and with what; nothing measured yet."""
+    """Date, machine and versions; nothing is measured yet."""
     installed = {}
     for package in PACKAGES:
         try:

@@ -12,8 +12,8 @@ each token of the longest answer.
 The peer's batches are filled in the order of the requests. It is given the batch size with which it is fastest, found
 on the first quarter of the requests. Preparing text and pictures counts on both sides.
 
-"mid" is a ViT-B/32 at 384 pixels, 144 tokens, with 24 layers of width 512; the other sizes are those of
-`benchmarks.models`.
+"mid" is a ViT-B/32 at 384 pixels, 144 tokens, and a language model of 24 layers of width 512; the other sizes are
+those of `benchmarks.models`.
 """
 
 import random
@@ -29,7 +29,7 @@ from modeling_llava.inference.batched_generation import AnswerRequest, generate_
 from modeling_llava.inference.loading import prepare_for_answering
 from processing_llava import AnyLlavaProcessor
 
-from .models import IMAGE_TOKEN_ID, WORDS, build_config, build_model, build_peer, build_processor, draw_noise
+from .models import IMAGE_TOKEN_ID, WORDS, build_config, build_model, build_peer, build_processor, make_noise
 from .report import render_table
 from .roofline import count_operations, count_weights
 from .timing import Row, build_parser, clock, compare, default_dtype, interleave, prepare
@@ -38,7 +38,7 @@ NUM_REQUESTS = {"cpu": 32, "cuda": 128}
 MAX_ROWS = {"cpu": 16, "cuda": 32}
 PEER_BATCH_SIZES = {"cpu": (1, 2, 4, 8), "cuda": (1, 4, 8, 16, 32)}
 KINDS_OF_ANSWERS = {"words": (0.47, 1, 5), "phrases": (0.23, 8, 24), "paragraphs": (0.30, 60, 200)}
-"""Their share of the 665 thousand rows of LLaVA-1.5, and how many tokens they have at least and at most (assumed)."""
+"""Share of the 665 thousand rows of LLaVA-1.5, and the least and the most tokens (assumed)."""
 
 
 def build_inputs(size: str, *, device: str) -> tuple[PreTrainedModel, PreTrainedModel, AnyLlavaProcessor]:
@@ -54,7 +54,7 @@ def build_inputs(size: str, *, device: str) -> tuple[PreTrainedModel, PreTrained
         processor, config = build_processor(), build_config(size)
     processor.tokenizer.pad_token = processor.tokenizer.unk_token
     ours = build_model(config, device=device, dtype=default_dtype(device))
-    # What ends an answer in the format of the processor: the likeliest token has a score above 0.
+    # The token that ends an answer in the format of the processor is never the greedy one, whose logit is above 0.
     ours.lm_head.weight.data[processor.tokenizer.eos_token_id].zero_()
     peer = build_peer(ours)
     prepare_for_answering(ours)
@@ -64,7 +64,7 @@ def build_inputs(size: str, *, device: str) -> tuple[PreTrainedModel, PreTrained
     return ours, peer, processor
 
 
-def draw_requests(num_requests: int) -> list[AnswerRequest]:
+def build_requests(num_requests: int) -> list[AnswerRequest]:
     """Requests of mixed lengths, each with pictures of its own."""
     rng = random.Random(0)
     generator = torch.Generator().manual_seed(0)
@@ -72,7 +72,7 @@ def draw_requests(num_requests: int) -> list[AnswerRequest]:
     for _ in range(num_requests):
         content: list[dict[str, Any]] = []
         for _ in range(rng.choice((0, 1, 1, 1, 2))):
-            content.append({"type": "image", "image": draw_noise(generator)})
+            content.append({"type": "image", "image": make_noise(generator)})
         question = " ".join(rng.choices(WORDS, k=1 + min(200, int(rng.lognormvariate(3.0, 0.8)))))
         ((_, shortest, longest),) = rng.choices(kinds, weights=[share for share, _, _ in kinds])
         num_new_tokens = rng.randint(shortest, longest)
@@ -97,7 +97,7 @@ def answer_batched(
 def answer_padded(
     model: PreTrainedModel, processor: AnyLlavaProcessor, requests: list[AnswerRequest], batch_size: int
 ) -> list[list[int]]:
-    """With `generate`, which stops when the last row of a batch stops."""
+    """Answers of `generate`, which stops when the last row of a batch stops."""
     answers = []
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
@@ -125,7 +125,7 @@ def measure(
     num_requests: int | None = None,
     peer_batch_sizes: Sequence[int] | None = None,
 ) -> list[Row]:
-    """The row of `benchmarks.timing` for this work.
+    """The row of this work, as `benchmarks.timing` describes it.
 
     Raises:
         RuntimeError: if the answers differ.
@@ -133,7 +133,7 @@ def measure(
     prepare(device)
     num_requests = num_requests or NUM_REQUESTS[device]
     ours, peer, processor = build_inputs(size, device=device)
-    requests = draw_requests(num_requests)
+    requests = build_requests(num_requests)
     seconds = {}
     for batch_size in peer_batch_sizes or PEER_BATCH_SIZES[device]:
         start = clock(device)

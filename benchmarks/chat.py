@@ -5,9 +5,9 @@
 Same weights, processor and conversation; the picture has 576 tokens and comes with the first question. A time runs
 from the messages to the first token, preparing the picture included. The two take turns, and every round starts with
 nothing. In 32 bits the tokens of the answers must be equal, or the benchmark fails; in 16 bits rounding decides
-between tokens that are nearly equal. Random weights speak no language: their answers are split into other tokens when
-they are read again, so that ChatSession has to compute them once more. Those of a trained model are not. The limit
-counts the tokens that are new in a turn, and the picture in the first one; not attention.
+between logits that are nearly equal. Random weights speak no language: their answers are split into other tokens when
+they are tokenized again, so that ChatSession has to compute them once more. Those of a trained model are not. The
+limit counts the tokens that are new in a turn, and the picture in the first one; attention is left out.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from modeling_llava.inference.chat_session import ChatSession
 from modeling_llava.inference.token_stream import encode_messages
 from processing_llava import AnyLlavaProcessor
 
-from .models import TILE_SIZE, build_pair, build_processor, draw_noise
+from .models import TILE_SIZE, build_pair, build_processor, make_noise
 from .report import render_table
 from .roofline import count_operations, count_weights
 from .timing import Row, build_parser, clock, compare, default_dtype, prepare
@@ -42,7 +42,7 @@ class Answer(NamedTuple):
 
 
 def record_answers(model: PreTrainedModel) -> list[Answer]:
-    """Every answer that `model.generate` gives from now on."""
+    """A list that gets every answer of `model.generate` from now on."""
     answers: list[Answer] = []
     generate = model.generate
 
@@ -100,7 +100,7 @@ def count_work(model: PreTrainedModel, answers: list[Answer], *, device: str) ->
 
 
 def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> list[Row]:
-    """A row of `benchmarks.timing` for each turn; a first round does not count.
+    """A row for each turn, as `benchmarks.timing` describes it; a first round does not count.
 
     Raises:
         RuntimeError: if the answers differ.
@@ -108,7 +108,7 @@ def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> lis
     prepare(device)
     ours, peer = build_pair(size, device=device, dtype=default_dtype(device))
     processor = build_processor()
-    image = draw_noise(torch.Generator().manual_seed(0))
+    image = make_noise(torch.Generator().manual_seed(0))
     times: dict[str, list[list[float]]] = {"peer": [], "ours": []}
     answers = {"peer": record_answers(peer), "ours": record_answers(ours)}
     for _ in range(rounds + 1):

@@ -4,7 +4,7 @@
 
 Same weights and prompt for both: an image of 576 tokens (or 2928, those of a large one in tiles) and 64 tokens of
 text. Prefill is timed with the features given, decoding from the first new token to the last; `generate` runs for
-both. The limit of decoding counts the weights once for a step, and the states of every row; that of int8 is not
+both. The limit of decoding counts the weights once for a step, and the KV cache of every row; that of int8 is not
 computed. A compiled peer is compared with ours compiled, or on a CPU, where ours does not need it, with ours as it is;
 there only batch 1 is compiled, since compiling takes a minute for each batch.
 """
@@ -37,7 +37,7 @@ from .timing import PEER, Row, build_parser, compare, default_dtype, prepare, re
 
 BATCHES = (1, 8, 32)
 PREFILLED_TOKENS = (576, 2928)
-"""Of an image: one tile, and what LLaVA-NeXT keeps at most of five, newlines included."""
+"""Tokens of an image: of one tile, and the most that LLaVA-NeXT keeps of five, newlines included."""
 COMPILED = "peer, compiled"
 
 
@@ -50,14 +50,14 @@ def complete_tower(peer: PreTrainedModel) -> None:
 
 
 def choose_dtypes(device: str) -> tuple[torch.dtype, ...]:
-    """What is measured: on a CPU with units for it, bfloat16 too, in which checkpoints are loaded there."""
+    """The dtypes that are measured: on a CPU with units for bfloat16 that too, since checkpoints are loaded in it."""
     if device == "cpu" and not is_slow_on_processor(torch.bfloat16):
         return (torch.float32, torch.bfloat16)
     return (default_dtype(device),)
 
 
 def build_models(size: str, device: str, dtype: torch.dtype) -> dict[str, PreTrainedModel]:
-    """By their names in the results; "peer" and "ours" hold the same weights."""
+    """Models by their names in the results; "peer" and "ours" hold the same weights."""
     ours, peer = build_pair(size, device=device, dtype=dtype)
     complete_tower(peer)
     models = {"peer": peer, "ours": ours}
@@ -72,7 +72,7 @@ def build_models(size: str, device: str, dtype: torch.dtype) -> dict[str, PreTra
 def measure(
     device: str, size: str, rounds: int, *, num_tokens: int = 32, batches: Sequence[int] = BATCHES
 ) -> Iterator[Row]:
-    """Rows of encoding, prefill and decoding, each when it is known.
+    """Rows of encoding, prefill and decoding, one after the other.
 
     Raises:
         ValueError: if the two classes do not give the same tokens.
@@ -96,7 +96,7 @@ def measure(
 
 
 def check_tokens(models: dict[str, PreTrainedModel], prompt: dict, num_tokens: int, *, device: str) -> None:
-    # In 16 bits, which of two almost equal tokens is larger depends on the kernel.
+    # In 16 bits, which of two almost equal logits is larger depends on the kernel.
     num_compared = num_tokens if models["ours"].dtype == torch.float32 else 1
     ours, peer = (generate(models[name], prompt, num_compared, device)[1] for name in ("ours", "peer"))
     if ours != peer:
@@ -106,7 +106,7 @@ def check_tokens(models: dict[str, PreTrainedModel], prompt: dict, num_tokens: i
 
 
 def measure_encoding(models: dict[str, PreTrainedModel], pixels: torch.Tensor, rounds: int, *, device: str) -> Row:
-    """From pixels to features for the language model; towers are never in int8."""
+    """Time from pixels to features for the language model; towers are never in int8."""
     jobs = {name: partial(time_encoding, models[name], pixels, device) for name in ("peer", "ours")}
     parts = models["ours"].model
     work = {
@@ -120,7 +120,7 @@ def measure_encoding(models: dict[str, PreTrainedModel], pixels: torch.Tensor, r
 def measure_prefill(
     models: dict[str, PreTrainedModel], features: list[torch.Tensor], rounds: int, *, device: str
 ) -> list[Row]:
-    """From features and text to the first token."""
+    """Time from features and text to the first token."""
     prompt = build_prompt(1, features, device)
     jobs = {name: partial(time_prefill, model, prompt, device) for name, model in models.items()}
     ours = models["ours"]
@@ -141,7 +141,7 @@ def measure_decoding(
     num_tokens: int,
     device: str,
 ) -> list[Row]:
-    """From the first token to the last one, for a batch of equal rows."""
+    """Time from the first token to the last one, for a batch of equal rows."""
     prompt = build_prompt(batch, features, device)
     decode = partial(time_decoding, prompt=prompt, num_tokens=num_tokens, device=device)
     jobs = {name: partial(decode, model) for name, model in models.items()}
@@ -151,13 +151,13 @@ def measure_decoding(
         jobs["ours, compiled"] = partial(decode, models["ours"], **compile_ours(models["ours"]))
     amount = batch * (num_tokens - 1)
     ours = models["ours"]
-    # Of one token: its part of the weights, the states of its row, and what is computed after the prefill.
+    # Work of one token: its part of the weights, the KV cache of its row, and the operations after the prefill.
     first, all_tokens = (count_operations(partial(generate, ours, prompt, count, device)) for count in (1, num_tokens))
     text = ours.config.text_config
-    state_bytes = 2 * text.num_hidden_layers * text.hidden_size * ours.dtype.itemsize
+    cache_bytes = 2 * text.num_hidden_layers * text.hidden_size * ours.dtype.itemsize
     weight_bytes = count_weights(ours.model.language_model.layers, ours.lm_head)
     work = {
-        "bytes": weight_bytes / batch + state_bytes * (prompt["input_ids"].shape[1] + num_tokens / 2),
+        "bytes": weight_bytes / batch + cache_bytes * (prompt["input_ids"].shape[1] + num_tokens / 2),
         "operations": (all_tokens - first) / amount,
     }
     settings = {"unit": "tokens/s", "amount": amount}
@@ -172,9 +172,10 @@ def _rows(
     work: dict[str, float],
     **settings: Any,
 ) -> list[Row]:
-    """Everything of ours beside the eager peer, and our fastest with the same results beside the compiled one.
+    """All of ours beside the eager peer, and our fastest with the same results beside the compiled one.
 
-    `work` is that of weights in floats; the limits say nothing of int8.
+    Args:
+        work: Bytes and operations without quantization; the limits say nothing of int8.
     """
     rows = []
     dtype = str(models["ours"].dtype).removeprefix("torch.")

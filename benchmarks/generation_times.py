@@ -8,9 +8,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_llava.acceleration.cpu_attention import use_cpu_attention
 from modeling_llava.inference.cached_generation import (
-    SMALLEST_LENGTH,
+    MIN_CACHE_LENGTH,
     build_compile_config,
-    build_static_states,
+    build_static_cache,
     decode_ahead,
 )
 from processing_llava.transformers_versions import KV_CACHE
@@ -20,7 +20,7 @@ from .timing import clock
 
 
 class FirstTokenClock(StoppingCriteria):
-    """Remembers when the first token came; reading the clock at others would hold up a loop that does not wait."""
+    """Records when the first token came; the clock waits for the device, which would slow down later steps."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -43,23 +43,24 @@ def build_prompt(batch: int, features: list[torch.Tensor], device: str) -> dict[
 
 
 def compile_ours(model: PreTrainedModel) -> dict[str, Any]:
-    """Arguments of `generate` for what `ChatSession(compile=True)` does to the same model."""
+    """Arguments of `generate` with which it does as `ChatSession(compile=True)`."""
     use_cpu_attention(model.base_model.language_model)
     compiled = {"compile_config": build_compile_config(model.device), "custom_generate": decode_ahead}
-    return build_states(model) | compiled
+    return build_cache(model) | compiled
 
 
 def compile_peer(model: PreTrainedModel) -> dict[str, Any]:
-    """Arguments of `generate` for what transformers compiles by default, and in one graph."""
+    """Arguments of `generate` with which it compiles as by default, and in one graph."""
     config = CompileConfig(fullgraph=True, dynamic=False)
-    # Otherwise generate compiles on GPUs only.
+    # `generate` compiles on accelerators only without it (transformers 5.23, generation/utils.py,
+    # _valid_auto_compile_criteria).
     config._compile_all_devices = True
-    return build_states(model) | {"compile_config": config}
+    return build_cache(model) | {"compile_config": config}
 
 
-def build_states(model: PreTrainedModel) -> dict[str, Any]:
-    """Static states for all rounds: CUDA graphs know their addresses, and would be captured anew for others."""
-    return {KV_CACHE: build_static_states(model, SMALLEST_LENGTH, made={})}
+def build_cache(model: PreTrainedModel) -> dict[str, Any]:
+    """A static cache for all rounds: CUDA graphs hold its addresses, and would be captured anew for another one."""
+    return {KV_CACHE: build_static_cache(model, MIN_CACHE_LENGTH, made={})}
 
 
 def generate(model: PreTrainedModel, prompt: dict, num_tokens: int, device: str, **settings) -> tuple[float, list]:

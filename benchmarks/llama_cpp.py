@@ -4,9 +4,9 @@
 
 It needs llama-cpp-python and gguf, and measures nothing without them; on a GPU, a llama-cpp-python that was built for
 it. llama.cpp's own LLaVA wants a tower in a file of its own kind, so both read 640 tokens of text, as many as an image
-of 576 and a question. Logits must agree to a thousandth, or the benchmark fails. Floats are compared with floats (32
-bits on a CPU, 16 on a GPU), and our int8 with llama.cpp's Q8_0, which has 8 bits and a scale for every 32 weights.
-llama.cpp attends to keys and values in the same floats as ours.
+of 576 and a question. Logits must agree to a thousandth, or the benchmark fails. Weights of equal dtype are compared
+(float32 on a CPU, bfloat16 on a GPU), and our int8 with llama.cpp's Q8_0, which has 8 bits and a scale for every 32
+weights. The KV cache of both has the same dtype.
 """
 
 import copy
@@ -30,7 +30,7 @@ from .timing import Row, build_parser, clock, compare, default_dtype, prepare, t
 
 NUM_PROMPT_TOKENS = 640
 CONTEXT_LENGTH = 1024
-# Of a Llama, here and in a GGUF file; "{}" is the number of a layer.
+# Modules of a Llama, and their names in a GGUF file; "{}" is the number of a layer.
 NAMES = {
     "embed_tokens": "token_embd",
     "norm": "output_norm",
@@ -105,15 +105,15 @@ class LlamaCpp:
     """A model in a GGUF file, on as many threads as PyTorch has.
 
     Args:
-        states: A name of `gguf.GGMLQuantizationType`, for keys and values.
+        cache_type: A name of `gguf.GGMLQuantizationType`, for keys and values.
     """
 
-    def __init__(self, path: Path, *, device: str, states: str) -> None:
+    def __init__(self, path: Path, *, device: str, cache_type: str) -> None:
         import gguf
         from llama_cpp import Llama
 
         self.device = device
-        kind = int(gguf.GGMLQuantizationType[states])
+        kind = int(gguf.GGMLQuantizationType[cache_type])
         num_threads = torch.get_num_threads()
         self.llama = Llama(
             str(path),
@@ -143,7 +143,7 @@ class LlamaCpp:
         return clock(self.device) - start
 
     def time_decoding(self, ids: list[int], num_tokens: int) -> float:
-        """Seconds from the first new token to the last, as `decoding.time_decoding`."""
+        """Seconds from the first new token to the last, as in `generation_times.time_decoding`."""
         self.llama.reset()
         token = int(self.read(ids).argmax())
         start = clock(self.device)
@@ -153,7 +153,7 @@ class LlamaCpp:
 
 
 def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> list[Row]:
-    """Rows of `benchmarks.timing`; none where llama.cpp is not installed.
+    """Rows as `benchmarks.timing` describes them; none where llama.cpp is not installed.
 
     Raises:
         RuntimeError: if the two do not compute the same.
@@ -166,23 +166,23 @@ def measure(device: str, size: str, rounds: int, *, num_tokens: int = 32) -> lis
     ids = torch.randint(3, 32000, (1, NUM_PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
     prompt = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids, device=device)}
     models: dict[str, tuple[PreTrainedModel, dict[str, Any]]] = {"": (ours, {})}
-    floats = {"cpu": "F32", "cuda": "BF16"}[device]
-    peers = {"": floats}
+    dtype_name = {"cpu": "F32", "cuda": "BF16"}[device]
+    peers = {"": dtype_name}
     if device == "cpu":
         int8 = copy.deepcopy(ours)
         quantize_to_int8(int8)
         prepare_for_answering(int8)
         models[", int8"], peers[", int8"] = (int8, {}), "Q8_0"
     else:
-        models[", compiled"], peers[", compiled"] = (ours, compile_ours(ours)), floats
+        models[", compiled"], peers[", compiled"] = (ours, compile_ours(ours)), dtype_name
     with tempfile.TemporaryDirectory() as folder:
         others = {}
         for weights in dict.fromkeys(peers.values()):
             path = Path(folder) / f"{weights}.gguf"
             write_gguf(ours, path, weights=weights)
-            others[weights] = LlamaCpp(path, device=device, states=floats)
+            others[weights] = LlamaCpp(path, device=device, cache_type=dtype_name)
         prepare_for_answering(ours)
-        check_logits(ours, others[floats], prompt)
+        check_logits(ours, others[dtype_name], prompt)
         rows = []
         for label, (model, settings) in models.items():
             other, peer_name = others[peers[label]], f"llama.cpp, {peers[label]}"

@@ -34,7 +34,7 @@ LOADERS = {
 SMALL_FILES = (PEER, "transformers-ours")
 """The loaders that need one folder of weights only."""
 LOADED_MODELS = {
-    # Of the language model: layers and width; and the loaders.
+    # Layers and width of the language model, and the loaders.
     "tiny": (2, 256, SMALL_FILES),
     "mid": (12, 2048, tuple(LOADERS)),
     "7b": (32, 4096, SMALL_FILES),
@@ -98,7 +98,7 @@ def load_once(loader: str, folder: Path, *, dtype: torch.dtype, device: str) -> 
     is_peer = loader == PEER
     model_class = LlavaForConditionalGeneration if is_peer else modeling_llava.AnyLlavaForConditionalGeneration
     placement = {} if device == "cpu" else {"device_map": device}
-    # Makes a GPU ready, which takes longer than loading.
+    # The CUDA context takes longer than loading.
     torch.zeros(1, device=device)
     before = peak = read_status("RssAnon")
     is_done = threading.Event()
@@ -120,13 +120,13 @@ def load_once(loader: str, folder: Path, *, dtype: torch.dtype, device: str) -> 
     is_done.set()
     watcher.join()
     assert model.dtype == dtype
-    # Weights of 16 bits are read, and others written.
+    # Weights are read in 16 bits and written in the dtype of the model.
     num_bytes = sum(2 * parameter.numel() + parameter.nbytes for parameter in model.parameters())
     return {"seconds": seconds, "peak": max(peak, read_status("RssAnon")) - before, "bytes": num_bytes}
 
 
 def measure(device: str, size: str, rounds: int, *, dtype: torch.dtype | None = None) -> list[Row]:
-    """Rows of `benchmarks.timing`: seconds and peak memory of each of our loaders."""
+    """Rows as `benchmarks.timing` describes them: seconds and peak memory of each of our loaders."""
     dtype = dtype or default_dtype(device)
     layers, hidden_size, loaders = LOADED_MODELS[size]
     results: dict[str, list[dict[str, float]]] = {loader: [] for loader in loaders}

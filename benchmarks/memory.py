@@ -1,4 +1,4 @@
-"""Peak memory while generating, beside weights and cache, and what `llava doctor` predicts.
+"""Peak memory while generating, beside weights and KV cache, and what `llava doctor` predicts.
 
     python -m benchmarks.memory [--device cpu] [--size mid]
 
@@ -57,7 +57,7 @@ def answer(model: PreTrainedModel, *, num_new_tokens: int) -> None:
 
 
 def load(kind: str, folder: Path, *, device: str) -> PreTrainedModel:
-    """Of `KINDS`, in evaluation mode."""
+    """A model of this name in `KINDS`, in evaluation mode."""
     if kind == "int8":
         model = AnyLlavaForConditionalGeneration.from_pretrained(folder, quantization="int8")
     else:
@@ -87,7 +87,7 @@ def measure_peak(kind: str, folder: Path, *, device: str, num_new_tokens: int) -
 
 
 def measure(device: str, size: str, rounds: int) -> list[Row]:
-    """Rows of `benchmarks.timing`, with `weights_and_cache` and `predicted` in MB. One round tells all."""
+    """Rows as `benchmarks.timing` describes them, with `weights_and_cache` and `predicted` in MB, of one round."""
     num_new_tokens = NUM_NEW_TOKENS[size]
     with tempfile.TemporaryDirectory() as folder:
         model = build_model(build_config(size), device=device, dtype=default_dtype(device))

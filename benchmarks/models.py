@@ -1,10 +1,10 @@
-"""The models that the benchmarks run on: random weights in real shapes, ours and transformers' with the same tensors.
+"""The models of the benchmarks: random weights in real shapes, ours and transformers' with the same tensors.
 
-And what they are asked about: a picture of noise, and words.
+Beside them are the inputs: a processor, pictures of noise, and words.
 
-What is surprising: weights are made where they are used, so that the host never holds a copy of a model on a GPU; and
-the model of transformers' own class holds the very tensors of ours. What it has beyond ours is added: a final norm of
-the tower and rows of the vocabulary for the image token.
+What is surprising: weights are made on their device, so that the host never holds a copy of a model on a GPU; and the
+model of transformers' own class holds the very tensors of ours. Weights that only transformers has are added: a final
+norm of the tower, and rows of the vocabulary for the image token.
 """
 
 from pathlib import Path
@@ -27,13 +27,13 @@ PATCH_SIZE = 14
 NUM_IMAGE_TOKENS = (TILE_SIZE // PATCH_SIZE) ** 2
 NUM_TEXT_TOKENS = 64
 IMAGE_TOKEN_ID = 32000
-"""Outside the vocabulary, as the tokenizer of the tests gives it."""
+"""Id of the image token outside the vocabulary, as the tokenizer of the tests gives it."""
 # fmt: off
 WORDS = (
     "the", "a", "red", "green", "blue", "circle", "on", "left", "right", "picture", "shows", "two", "cat", "house",
 )
 # fmt: on
-"""Each of them is one token behind a space."""
+"""Words that are one token each, behind a space."""
 
 
 def _shape(hidden_size: int, layers: int, heads: int, intermediate_size: int) -> dict[str, int]:
@@ -66,14 +66,14 @@ def build_config(size: str) -> AnyLlavaConfig:
 
 
 def build_model(config: AnyLlavaConfig, *, device: str, dtype: torch.dtype) -> AnyLlavaForConditionalGeneration:
-    """Our class with random weights, made on the device."""
+    """A model of our class with random weights, which are made on the device."""
     torch.manual_seed(0)
     with torch.device(device):
         return AnyLlavaForConditionalGeneration._from_config(config, dtype=dtype).eval()
 
 
 def build_peer(ours: AnyLlavaForConditionalGeneration) -> PreTrainedModel:
-    """Transformers' own class on the tensors of ours."""
+    """A model of transformers' own class with the tensors of ours."""
     config = write_transformers_config(ours.config)
     weights = dict(ours.state_dict())
     add_transformers_only_weights(
@@ -99,7 +99,7 @@ def build_pair(size: str, *, device: str, dtype: torch.dtype) -> tuple[PreTraine
 def build_processor(
     side: int = TILE_SIZE, patch_size: int = PATCH_SIZE, *, image_aspect_ratio: str = "pad"
 ) -> AnyLlavaProcessor:
-    """One that fits all of `SHAPES`, or towers of another side and patch size."""
+    """A processor for all of `SHAPES`, or for towers of another side and patch size."""
     sides = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     return AnyLlavaProcessor(
         AnyLlavaImageProcessorPil(image_aspect_ratio=image_aspect_ratio, **sides),
@@ -109,7 +109,7 @@ def build_processor(
     )
 
 
-def draw_noise(generator: torch.Generator) -> Image.Image:
+def make_noise(generator: torch.Generator) -> Image.Image:
     """A picture of 64 x 48 random pixels, enlarged to 640 x 480."""
     noise = torch.randint(0, 256, (48, 64, 3), dtype=torch.uint8, generator=generator)
     return Image.fromarray(noise.numpy()).resize((640, 480))

@@ -1,4 +1,4 @@
-"""What memory this process, or PyTorch on a GPU, holds, and the most since a moment."""
+"""Memory that this process, or PyTorch on a GPU, holds, and its peak since a moment."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import torch
 
 
 def start_peak(device: str) -> int:
-    """Begin; returns the bytes that are held now."""
+    """Begin to measure a peak; returns the bytes that are held now."""
     if device == "cpu":
         # Resets VmHWM; see proc_pid_clear_refs(5).
         Path("/proc/self/clear_refs").write_text("5")
@@ -21,6 +21,6 @@ def read_peak(device: str) -> int:
 
 
 def read_status(field: str) -> int:
-    """Bytes by their name in proc_pid_status(5)."""
+    """Bytes of a field of proc_pid_status(5)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

@@ -2,12 +2,12 @@
 
     python -m benchmarks.preprocessing [--images 8] [--rounds 5] [--threads 2]
 
-The pictures are the photographs of the tests, enlarged to common sizes, as tiles of 336 pixels. Seconds are those of
-the processor on one thread, whatever the device; the backends take turns, and each round prepares the same batch.
+The pictures are the photographs of the tests, enlarged to common sizes, as tiles of 336 pixels. Seconds are CPU time
+on one thread, whatever the device; the backends take turns, and each round prepares the same batch.
 Differences are those of 8-bit levels against our Pillow backend, which the tests compare with the original LLaVA bit
 for bit. Transformers picks other tiles for some sizes; those pictures are left out of its differences. The torchvision
 backend is measured where torchvision is installed. From JPEG files, most of the time goes into decoding, which is
-Pillow's for all. Of a prompt with one image, transformers tokenises a text of placeholders; AnyLLaVA writes ids.
+Pillow's for all. For a prompt with one image, transformers tokenizes a text of placeholders; AnyLLaVA writes ids.
 """
 
 import argparse
@@ -73,8 +73,8 @@ def encode_jpeg(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def processor_seconds(device: str) -> float:
-    """Pictures are prepared by the processor, on this thread, wherever the model is."""
+def cpu_seconds(device: str) -> float:
+    """CPU time of this thread, on which pictures are prepared wherever the model is."""
     return time.thread_time()
 
 
@@ -95,14 +95,14 @@ def describe_difference(backend: Any, exact: Any, pictures: list[Image.Image]) -
 
 
 def compare_images(pictures: list[Image.Image], *, rounds: int) -> list[Row]:
-    """Each of our backends beside each of transformers', from pictures in memory."""
+    """Rows of each of our backends beside each of transformers', from pictures in memory."""
     rows = []
     for mode in MODES:
         backends = build_backends(mode)
         jobs = {
             name: lambda backend=backend: backend(pictures, return_tensors="pt") for name, backend in backends.items()
         }
-        seconds = interleave(jobs, rounds=rounds, device="cpu", clock=processor_seconds)
+        seconds = interleave(jobs, rounds=rounds, device="cpu", clock=cpu_seconds)
         prepared = backends[EXACT](pictures, return_tensors="pt")["pixel_values"]
         num_bytes = sum(3 * picture.width * picture.height for picture in pictures) + prepared.nbytes
         notes = {name: describe_difference(backend, backends[EXACT], pictures) for name, backend in backends.items()}
@@ -124,7 +124,7 @@ def compare_images(pictures: list[Image.Image], *, rounds: int) -> list[Row]:
 
 
 def compare_files(pictures: list[Image.Image], *, rounds: int, threads: int) -> list[Row]:
-    """From JPEG files; several threads are timed by the clock on the wall."""
+    """Rows from JPEG files; several threads are timed by the wall clock."""
     files = [encode_jpeg(picture) for picture in pictures]
     backends, threaded = build_backends("pad"), build_backends("pad")[FAST]
     threaded.num_threads = threads
@@ -134,7 +134,7 @@ def compare_files(pictures: list[Image.Image], *, rounds: int, threads: int) -> 
 
     jobs = {"ours": lambda: backends[FAST](files, return_tensors="pt"), "peer": open_and_prepare}
     names = {"unit": "images/s", "amount": len(files), "peer_name": PILLOW}
-    seconds = interleave(jobs, rounds=rounds, device="cpu", clock=processor_seconds)
+    seconds = interleave(jobs, rounds=rounds, device="cpu", clock=cpu_seconds)
     rows = [compare(f"pad, from JPEG files, {FAST}", seconds["ours"], seconds["peer"], **names)]
     if threads > 1:
         jobs["ours"] = lambda: threaded(files, return_tensors="pt")
@@ -145,7 +145,7 @@ def compare_files(pictures: list[Image.Image], *, rounds: int, threads: int) -> 
 
 
 def compare_prompts(*, rounds: int) -> list[Row]:
-    """Ids of a prompt with one image: the expanded text tokenised, as transformers does, and image ids written."""
+    """Rows of prompts with one image: transformers tokenizes the expanded text, and ours writes image ids."""
     tokenizer = load_sentencepiece_tokenizer(GOLDENS)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     image_id = tokenizer.convert_tokens_to_ids("<image>")
@@ -159,14 +159,14 @@ def compare_prompts(*, rounds: int) -> list[Row]:
             "ours": lambda image=image: [encode_prompt(prompt, tokenizer, **image) for _ in range(20)],
             "peer": lambda expanded=expanded: [tokenizer(expanded) for _ in range(20)],
         }
-        seconds = interleave(jobs, rounds=rounds, device="cpu", clock=processor_seconds)
+        seconds = interleave(jobs, rounds=rounds, device="cpu", clock=cpu_seconds)
         title = f"prompts with an image of {num_tokens} tokens"
         rows.append(compare(title, seconds["ours"], seconds["peer"], unit="prompts/s", amount=20))
     return rows
 
 
 def measure(device: str, size: str, rounds: int, *, num_images: int | None = None, threads: int = 1) -> list[Row]:
-    """Rows of `benchmarks.timing` for images and prompts."""
+    """Rows of images and prompts, as `benchmarks.timing` describes them."""
     prepare("cpu")
     pictures = make_pictures(num_images or NUM_IMAGES[size])
     return [
@@ -180,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=len(PICTURE_SIZES))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="also measure so many, by the clock on the wall")
+    parser.add_argument("--threads", type=int, default=1, help="also measure so many, by the wall clock")
     arguments = parser.parse_args()
     rows = measure("cpu", "mid", arguments.rounds, num_images=arguments.images, threads=arguments.threads)
     print(render_table(rows))

@@ -1,8 +1,8 @@
-"""What the device can do at most, measured in the same run, and the share of it that a row of results reaches.
+"""The limits of the device, measured in the same run, and the share of them that a row of results reaches.
 
 The least time for some work is that of moving its bytes at the bandwidth of a large copy, or that of its operations
 at the rate of a large product of matrices, whichever is longer. What is surprising: a share can be above 1. A copy
-reads and writes, which is slower than only reading; and what fits into a processor's cache is not read from memory.
+reads and writes, which is slower than only reading; and what fits into the cache of a CPU is not read from memory.
 """
 
 import math
@@ -30,10 +30,10 @@ addition after it are two operations."""
 
 def describe_hardware(device: str) -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    processor = f"{os.cpu_count()} cores ({torch.backends.cpu.get_cpu_capability()}), {memory:.0f} GiB"
+    cpu = f"{os.cpu_count()} cores ({torch.backends.cpu.get_cpu_capability()}), {memory:.0f} GiB"
     if device == "cpu":
-        return processor
-    return f"{torch.cuda.get_device_name()}, {torch.cuda.mem_get_info()[1] / 2**30:.0f} GiB, beside {processor}"
+        return cpu
+    return f"{torch.cuda.get_device_name()}, {torch.cuda.mem_get_info()[1] / 2**30:.0f} GiB, beside {cpu}"
 
 
 def measure_limits(device: str) -> Limits:
@@ -43,11 +43,11 @@ def measure_limits(device: str) -> Limits:
         source = torch.ones(COPIED_BYTES[device] // dtype.itemsize, dtype=dtype, device=device)
         target = torch.empty_like(source)
         size = MATRIX_SIZE[device]
-        # Equal numbers take less power, with which a GPU runs faster than it ever does at work.
+        # Random elements: equal ones take less power, with which a GPU runs faster than at work.
         matrix = torch.randn(size, size, dtype=dtype, device=device)
         multiply = partial(torch.mm, matrix)
         if device == "cpu":
-            # On some processors twice as fast as the product that torch.mm computes.
+            # The product that ours runs on a CPU; torch.mm alone may be below the limit.
             multiply = PackedLinear(nn.Linear(size, size, bias=False, dtype=dtype))
         jobs = {"copy": partial(target.copy_, source), "multiply": partial(multiply, matrix)}
         seconds = {name: min(times) for name, times in interleave(jobs, rounds=3, device=device).items()}
@@ -85,7 +85,10 @@ def _count_attention(
     is_causal: bool = False,
     **kwargs: Any,
 ) -> int:
-    """Of the kernel of a CPU, which PyTorch does not count; shapes instead of tensors."""
+    """Operations of the kernel of a CPU, which PyTorch does not count (torch 2.13, utils/flop_counter.py).
+
+    The arguments are shapes instead of tensors.
+    """
     *rows, num_queries, width = query_BHLD
     products = 2 * math.prod(rows) * num_queries * key_BHLD[-2] * (width + value_BHLD[-1])
     return products // 2 if is_causal else products
@@ -102,7 +105,10 @@ def _count_attention_backward(
     is_causal: bool,
     **kwargs: Any,
 ) -> int:
-    """Five products where forward has two: the scores again, and the gradients of values, scores, queries and keys."""
+    """Operations of the backward pass: five products where forward has two.
+
+    They are the scores again, and the gradients of values, scores, queries and keys.
+    """
     return _count_attention(query_BHLD, key_BHLD, value_BHLD, dropout_p, is_causal) * 5 // 2
 
 

@@ -1,4 +1,4 @@
-"""Processor time from a command or an import to what it gives, each in a process of its own.
+"""CPU time of commands and imports, each in a process of its own.
 
     python -m benchmarks.start [--rounds 5]
 
@@ -28,7 +28,7 @@ IMPORTS = {
 
 
 def run(code: str, *arguments: str) -> float:
-    """Seconds of processor time of Python code in a process of its own.
+    """Seconds of CPU time of Python code in a process of its own.
 
     Raises:
         subprocess.CalledProcessError: if it fails.
@@ -40,7 +40,7 @@ def run(code: str, *arguments: str) -> float:
 
 
 def measure(device: str, size: str, rounds: int) -> list[Row]:
-    """Rows of `benchmarks.timing`, in seconds; device and size change nothing."""
+    """Rows as `benchmarks.timing` describes them, in seconds; device and size change nothing."""
     jobs = {name: lambda code=code: run(code) for name, code in IMPORTS.items()}
     jobs["transformers --help"] = lambda: run(TRANSFORMERS, "--help")
     for arguments in (["--help"], ["--version"], ["train", "--help"]):

@@ -1,7 +1,7 @@
 """How every benchmark measures: its options, jobs that take turns, their seconds, and the rows of results.
 
-On a CPU, seconds are those of the processor on one thread, so that other work on the machine does not count. On a GPU
-they are those on the wall, from an idle device to an idle device: what the host takes to start kernels counts too.
+On a CPU, seconds are CPU time on one thread, so that other work on the machine does not count. On a GPU they are wall
+clock time, from an idle device to an idle device: the time in which the host starts kernels counts too.
 """
 
 import argparse
@@ -20,9 +20,9 @@ import torch
 
 PEER = "transformers"
 SIZES = ("tiny", "mid", "7b", "13b")
-"""What each of them is, a benchmark says itself."""
+"""Sizes of models; each benchmark says which they are."""
 TIME_UNITS = {"s": 1.0, "ms": 1e-3}
-"""Seconds of one; any other unit is one of so much a second, and larger is better."""
+"""Units of time, in seconds; any other unit is an amount a second, where larger is better."""
 
 Row = dict[str, Any]
 """One figure of ours beside one of a peer.
@@ -34,15 +34,15 @@ Row = dict[str, Any]
     spread      smallest and largest ratio of the rounds
     peer_name   who the peer is
     bytes, operations
-                optional: what the work must move and compute at least. Of the whole work where `unit` is a time, of
-                one token, image or row where it is an amount a second.
+                optional: what the work must move and compute at least: the whole work where `unit` is a time, one
+                token, image or row where it is an amount a second.
     dtype       optional: of the arithmetic, e.g. "float32"
     note        optional: what else there is to say
 """
 
 
 def build_parser(description: str, *, rounds: int | None = 3) -> argparse.ArgumentParser:
-    """The options that benchmarks share; None is for one that runs no rounds."""
+    """The options that benchmarks share; `rounds` is None for a benchmark without rounds."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--size", default="mid", choices=SIZES)
@@ -52,7 +52,7 @@ def build_parser(description: str, *, rounds: int | None = 3) -> argparse.Argume
 
 
 def prepare(device: str) -> None:
-    """Once before anything is measured."""
+    """Set the number of threads, or find the GPU; called once before anything is measured."""
     if device == "cpu":
         torch.set_num_threads(1)
     elif not torch.cuda.is_available():
@@ -60,12 +60,12 @@ def prepare(device: str) -> None:
 
 
 def default_dtype(device: str) -> torch.dtype:
-    """What both sides compute in: most processors take many times longer in 16 bits."""
+    """The dtype of both sides: float32 on a CPU, since most have no units for 16 bits."""
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
 def clock(device: str) -> float:
-    """Seconds at this moment, when the device has done all its work."""
+    """The time in seconds, when the device has done all its work."""
     if device == "cpu":
         return time.process_time()
     torch.cuda.synchronize()
@@ -73,7 +73,7 @@ def clock(device: str) -> float:
 
 
 def take_turns(jobs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each job returns in each round. All jobs run in every round; a first round does not count."""
+    """Results of each job in each round. All jobs run in every round; a first round does not count."""
     values: dict[str, list[float]] = {name: [] for name in jobs}
     for number in range(rounds + 1):
         for name, job in jobs.items():
@@ -109,12 +109,12 @@ def compare(
     """The row of two lists of seconds, or of bytes, one of each round.
 
     Args:
-        name: Of the work.
-        ours: Of our side.
-        peer: Of the other one.
-        unit: Of the figures that are printed.
-        amount: What one job does, where the unit is an amount a second: tokens, images, rows.
-        peer_name: Of the other side.
+        name: Name of the work.
+        ours: Values of our side.
+        peer: Values of the other side.
+        unit: Unit of the figures that are printed.
+        amount: Tokens, images or rows of one job, where the unit is an amount a second.
+        peer_name: Name of the other side.
         **extras: Further fields of the row: bytes, operations, dtype, note.
     """
     ratios = sorted(theirs / own for own, theirs in zip(ours, peer, strict=True))

@@ -64,7 +64,7 @@ def write_rows(folder: Path, *, num_rows: int) -> None:
         images = []
         if rng.random() < 0.62:
             path = folder / f"{index}.jpg"
-            models.draw_noise(torch.Generator().manual_seed(index)).save(path)
+            models.make_noise(torch.Generator().manual_seed(index)).save(path)
             images.append(str(path))
         messages: list[dict[str, Any]] = []
         for turn in range(rng.choice((1, 1, 2, 3))):

@@ -1,15 +1,15 @@
-"""What fewer image tokens cost in accuracy and save in time.
+"""Fewer image tokens: the accuracy that they cost, and the time that they save.
 
     python -m benchmarks.visual_tokens [--samples N] [--out DIR] [--questions FILE] [--model DIR] [--size mid]
 
 Accuracy is that of the embedded model (or `--model`) on held-out questions, at 100, 50, 25 and 12 % of the tokens of
 an image. They are chosen by DivPrune, as `visual_tokens` does, and by three baselines that a method has to beat:
-features drawn at random (seed 0), one of each block of neighbours (strided), and the mean of each block (pooled).
+random features (seed 0), one of each block of neighbours (strided), and the mean of each block (pooled).
 `--questions` is `tests/heldout/questions.json` or the `heldout.json` of build_data; `--samples` takes at most so many
 of each task.
 
 Time is that of random weights of `--size`: choosing features, and prefill of an image of 576 tokens and 64 tokens of
-text. On a CPU, seconds are those of the processor on one thread. Beside both stands what is published for
+text. On a CPU, seconds are CPU time on one thread. Beside both stands what is published for
 LLaVA-1.5-7B. Writes results.json and visual_tokens.png to `--out`; what it prints is a section of BENCHMARKS.md:
 
     python -m benchmarks.visual_tokens > benchmarks/results/visual-tokens.md
@@ -40,7 +40,7 @@ from .timing import build_parser, default_dtype, interleave, prepare
 
 QUESTIONS = Path(__file__).parents[1] / "tests" / "heldout" / "questions.json"
 BLOCKS = {"100 %": (1, 1), "50 %": (1, 2), "25 %": (2, 2), "12 %": (2, 4)}
-"""Rows and columns of features that one is left of."""
+"""Rows and columns of the block of features of which one is left."""
 TOTALS = MEAN, ALL = "mean of tasks", "all questions"
 
 PUBLISHED_SCORES = {
@@ -56,7 +56,7 @@ PUBLISHED_TASKS = {
 }  # fmt: skip
 """LLaVA-1.5-7B with all 576 tokens, and with 64 chosen by DivPrune; same table."""
 GROUNDING = "RefCOCO at 128 tokens: FastV keeps 18.6 %, SparseVLM 12.8 %, VisionZip 8.1 % (arXiv:2602.02951)"
-"""DivPrune's is not reported there."""
+"""Figures of other methods; DivPrune is not reported there."""
 
 # N features of one image · D text width
 Choice = Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]
@@ -163,14 +163,14 @@ def print_section(results: dict[str, Any]) -> None:
     accuracy, times, settings = results["accuracy"], results["times"], results["settings"]
     methods = accuracy["100 %"]
     print("## Fewer image tokens\n")
-    drawn = "all" if settings["samples"] is None else f"at most {settings['samples']} of each task"
+    chosen = "all" if settings["samples"] is None else f"at most {settings['samples']} of each task"
     print(f"{results['date']}, {settings['device']}, {results['hardware']}, {results['versions']}.")
-    print(f"Questions: {settings['questions']}, {drawn}, put to {settings['model']}.")
+    print(f"Questions: {settings['questions']}, {chosen}, put to {settings['model']}.")
     print(f"Times: random weights of size {settings['size']}, median of {settings['rounds']} rounds.")
     print(f"\n| accuracy | {' | '.join(BLOCKS)} |")
     print("|---|" + "---|" * len(BLOCKS))
     for name, scores in methods.items():
-        # Of the baselines, single tasks stand in results.json.
+        # Single tasks of the baselines stand in results.json.
         for task in scores if name == "DivPrune" else TOTALS:
             cells = [f"{accuracy[share][name][task]:.1%}" for share in BLOCKS]
             print(f"| {name}, {task} | {' | '.join(cells)} |")
@@ -187,7 +187,7 @@ def print_section(results: dict[str, Any]) -> None:
     print(GROUNDING)
 
 
-def draw(accuracy: dict[str, Any], times: dict[str, Any], path: Path) -> None:
+def plot(accuracy: dict[str, Any], times: dict[str, Any], path: Path) -> None:
     """Accuracy as a share of that with all tokens, and prefill, over the share of tokens."""
     from matplotlib.figure import Figure
 
@@ -234,7 +234,7 @@ def main() -> None:
         "times": times,
     }
     (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    draw(accuracy, times, arguments.out / "visual_tokens.png")
+    plot(accuracy, times, arguments.out / "visual_tokens.png")
     print_section(results)
 
 

@@ -38,11 +38,11 @@ def assemble(
         template: Name of the conversation format.
         image_aspect_ratio: "pad", "square" or "anyres".
         image_grid_pinpoints: (height, width) pairs in pixels, for "anyres".
-        seed: Of the projector's initial weights.
+        seed: Seed of the projector's initial weights.
         The others: see AnyLlavaConfig.
 
     Raises:
-        ValueError: if there is no such part, or it cannot be used in a LLaVA.
+        ValueError: if a part is missing, or cannot be used in a LLaVA.
     """
     chat_template = load_template(template)
     with explain_missing(vision_tower, part="vision_tower", kind=""):
@@ -95,7 +95,7 @@ def _copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
 
 
 def _check_text_logits(text_model: PreTrainedModel, model: AnyLlavaForConditionalGeneration) -> None:
-    """Some language models do more than a linear layer after the last hidden state (soft caps, logit scales)."""
+    """Refuse a language model that has more than a linear layer after its last hidden state (soft caps, scales)."""
     ids = torch.arange(min(8, text_model.config.vocab_size))[None]
     ids = ids[ids != model.config.image_token_id][None]
     with torch.no_grad():

@@ -16,8 +16,6 @@ from .projectors import check_projector_type
 from .vision_towers import vision_tower_family
 
 FEATURE_SELECT_STRATEGIES = ("patch", "cls_patch")
-
-
 LOGIT_TRANSFORMS = (
     "final_logit_softcapping",
     "logit_scale",
@@ -25,7 +23,7 @@ LOGIT_TRANSFORMS = (
     "lm_head_multiplier",
     "output_multiplier",
 )
-"""Fields of language models of transformers whose logits are not just what the output layer gives."""
+"""Fields of language models that change the logits after the output layer (transformers 5.23, models/)."""
 
 
 class AnyLlavaConfig(PreTrainedConfig):
@@ -46,8 +44,8 @@ class AnyLlavaConfig(PreTrainedConfig):
         visual_tokens: Most tokens of an image, over all its tiles, that the language model sees; None for all. An
             image with fewer keeps them. DivPrune (arXiv:2503.02175, see `visual_tokens.py`) chooses them without
             training and without the question, at the cost of one product of all pairs of the image's features; prompt
-            and key/value cache are shorter by what is left out. Answers are worse: LLaVA-1.5-7B is reported to keep
-            98.0, 96.9 and 94.8 % of its mean score with 192, 128 and 64 of 576 tokens (arXiv:2508.18264, table 1).
+            and KV cache are shorter by the tokens left out. Answers are worse: LLaVA-1.5-7B is reported to keep 98.0,
+            96.9 and 94.8 % of its mean score with 192, 128 and 64 of 576 tokens (arXiv:2508.18264, table 1).
             Grounding, which asks where things are (RefCOCO), suffers most (arXiv:2602.02951), then reading; and
             counting, since things that look alike are left out first. The processor needs the same number.
         scale_image_features: Multiply projected features by sqrt(hidden_size). LLaVAs on Gemma that were trained
@@ -104,14 +102,14 @@ class AnyLlavaConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
         for part in (fields["vision_config"], fields["text_config"]):
-            # A path of this machine stays here.
+            # A path of this machine is not written to a file.
             if os.path.isabs(part.get("_name_or_path") or ""):
                 del part["_name_or_path"]
         return fields
 
     @property
     def vision_feature_layers(self) -> list[int]:
-        """The used hidden states as non-negative indices."""
+        """The hidden states that are projected, as non-negative indices."""
         num_hidden_states = self.vision_config.num_hidden_layers + 1
         return [layer % num_hidden_states for layer in self._list_layers()]
 
@@ -126,7 +124,7 @@ class AnyLlavaConfig(PreTrainedConfig):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Features of a tile that are not patches and are kept."""
+        """Number of features of a tile that are kept and are not patches."""
         if self.vision_feature_select_strategy == "patch":
             return 0
         return vision_tower_family(self.vision_config).num_prefix_tokens(self.vision_config)
@@ -136,7 +134,7 @@ class AnyLlavaConfig(PreTrainedConfig):
         return self.vision_config.image_size // self.vision_config.patch_size
 
     def check(self) -> None:
-        """Refuse fields that make no model, also where they were set after this was made.
+        """Refuse fields that make no model; the model calls it too, for fields that were set after `__init__`.
 
         Raises:
             ValueError: naming the field.

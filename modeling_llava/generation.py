@@ -4,8 +4,8 @@ Image tokens may lie outside the vocabulary. Whatever indexes scores or embeddin
 a text model that drafts) is therefore shown text ids only. A LLaVA that drafts looks at the images itself:
 transformers would hand it the features of the larger model, which are of another width or another meaning.
 
-The KV cache lies in memory with room to spare. transformers copies all of it for every token (5.23, cache_utils.py),
-which takes a tenth of the time of one row on a CPU, and a third of that of eight.
+The KV cache lies in preallocated buffers, to which tokens are added in place. transformers copies the whole cache for
+every token (transformers 5.23, cache_utils.py, DynamicLayer.update).
 """
 
 from contextvars import ContextVar
@@ -40,83 +40,31 @@ from processing_llava.transformers_versions import (
     is_checkpointing,
 )
 
+from .visual_tokens import check_image_tokens
+
 logger = logging.get_logger(__name__)
 
 
-def leave_room(states: DynamicCache) -> None:
-    """Let states that are still empty grow without being copied, in place; sliding windows stay as they are."""
-    states.layers = [
-        RoomyLayer() if type(layer) is DynamicLayer and not layer.is_initialized else layer for layer in states.layers
-    ]
-    # Layers of a cache that was made without a config come with the first states.
-    if states.layer_class_to_replicate is DynamicLayer:
-        states.layer_class_to_replicate = RoomyLayer
-
-
-def count_spare_tokens(num_rows: int) -> int:
-    """Room behind the states of each row. What more of it would save in copies it would take in memory."""
-    return max(16, 128 // num_rows)
-
-
-class RoomyLayer(DynamicLayer):
-    """States of one layer at the beginning of a buffer, whose rest takes the next tokens; the same values.
-
-    States that were read before are overwritten where the cache was cut since and has grown again.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._buffers: dict[str, torch.Tensor] = {}
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        # A backward pass needs the states as they were, and a compiled graph knows no addresses.
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return super().update(key_states, value_states, *args, **kwargs)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys = self._append("keys", self.keys, key_states)
-        self.values = self._append("values", self.values, value_states)
-        return self.keys, self.values
-
-    def _append(self, name: str, states: torch.Tensor, new_states: torch.Tensor) -> torch.Tensor:
-        """States `[B, heads, L, width]` with new ones behind them."""
-        start = states.shape[-2] if states.numel() else 0
-        stop = start + new_states.shape[-2]
-        buffer = self._buffers.get(name)
-        # Beams and selected rows are other tensors than the one that was returned here.
-        is_here = buffer is not None and (states.data_ptr(), len(states)) == (buffer.data_ptr(), len(buffer))
-        is_locked = is_here and buffer.is_inference() and not torch.is_inference_mode_enabled()
-        if not is_here or is_locked or stop > buffer.shape[-2]:
-            rows, heads, _, width = new_states.shape
-            buffer = new_states.new_empty(rows, heads, stop + count_spare_tokens(rows), width)
-            if start:
-                buffer[:, :, :start] = states
-            self._buffers[name] = buffer
-        buffer[:, :, start:stop] = new_states
-        return buffer[:, :, :stop]
-
-
 _IMAGES: ContextVar[dict[str, torch.Tensor]] = ContextVar("_IMAGES")
-"""The images of the innermost running `generate`, which has dropped them when it makes its assistant ready."""
+"""Images of the innermost running `generate`, which has encoded and dropped them when it prepares its assistant."""
 
 
 class AnyLlavaGenerationMixin(GenerationMixin):
     def generate(self, inputs: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         """As in transformers; rows whose image tokens do not match their images are refused before any work.
 
-        With a KV cache (`past_key_values`, or `cache` as transformers calls it from 5.24 on) the images are those
-        behind the tokens that it holds.
+        With a KV cache (`past_key_values`, or `cache` from transformers 5.24 on) the images are those behind the
+        cached tokens.
 
         Raises:
-            ValueError: with the numbers of the first row that disagrees.
+            ValueError: if image tokens and images disagree, with the counts of the first such row.
         """
         if OTHER_KV_CACHE in kwargs:
             kwargs[KV_CACHE] = kwargs.pop(OTHER_KV_CACHE)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if isinstance(kwargs.get("tokenizer"), ProcessorMixin):
-            # transformers' server has one object for both, and stop strings need a tokenizer.
+            # Stop strings need a tokenizer; `transformers serve` passes a processor (transformers 5.23,
+            # cli/serving/utils.py).
             kwargs["tokenizer"] = kwargs["tokenizer"].tokenizer
         if input_ids is not None:
             self._warn_of_length(input_ids.shape[1])
@@ -125,12 +73,13 @@ class AnyLlavaGenerationMixin(GenerationMixin):
             kwargs = {name: value for name, value in kwargs.items() if name not in ("pixel_values", "image_sizes")}
         elif input_ids is not None:
             layouts = self.model.plan_images(pixel_values, kwargs.get("image_sizes"))
-            states = kwargs.get(KV_CACHE)
-            num_known = 0 if states is None else states.get_seq_length()
-            image_mask_BL = self.model.get_image_mask(input_ids[:, num_known:], None)
-            self.model.check_image_tokens(image_mask_BL, [layout.num_tokens for layout in layouts])
+            cache = kwargs.get(KV_CACHE)
+            num_cached = 0 if cache is None else cache.get_seq_length()
+            image_mask_BL = self.model.get_image_mask(input_ids[:, num_cached:], None)
+            counts = [layout.num_tokens for layout in layouts]
+            check_image_tokens(image_mask_BL, counts, visual_tokens=self.config.visual_tokens)
         if self.training and is_checkpointing(self):
-            # Layers that are computed again keep no states.
+            # Layers that are computed again in the backward pass write no KV cache.
             kwargs["use_cache"] = False
         images = {name: kwargs[name] for name in ("pixel_values", "image_sizes") if kwargs.get(name) is not None}
         settings = kwargs.get("generation_config") or self.generation_config
@@ -154,7 +103,8 @@ class AnyLlavaGenerationMixin(GenerationMixin):
                 "answers to it may make no sense"
             )
 
-    # transformers looks for `inputs_embeds` among these names.
+    # `generate` takes embeddings only where this signature names `inputs_embeds` (transformers 5.23,
+    # generation/utils.py, _prepare_model_inputs).
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
@@ -163,11 +113,12 @@ class AnyLlavaGenerationMixin(GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs,
     ) -> dict[str, Any]:
-        # transformers never calls a step of an assistant the first one, and drops the images from all others. No
-        # assistant has a static cache, whose length would have to be fetched from the GPU at every token.
-        states: Cache | None = kwargs.get(KV_CACHE)
-        is_static = isinstance(states, StaticCache)
-        is_first_iteration = is_first_iteration or states is None or (not is_static and states.get_seq_length() == 0)
+        # No prefill of an assistant counts as a first iteration, and images are dropped from all others (transformers
+        # 5.23, generation/utils.py, _sample). No assistant has a static cache, whose length would have to be fetched
+        # from the GPU at every token.
+        cache: Cache | None = kwargs.get(KV_CACHE)
+        is_static = isinstance(cache, StaticCache)
+        is_first_iteration = is_first_iteration or cache is None or (not is_static and cache.get_seq_length() == 0)
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs.pop("mm_encoder_outputs", None)
         return super().prepare_inputs_for_generation(
@@ -192,8 +143,9 @@ class AnyLlavaGenerationMixin(GenerationMixin):
             images = self.model.complete_features(encoded).pooler_output
             embeds = kwargs.get("inputs_embeds")
             image_mask_BL = self.model.get_image_mask(input_ids if embeds is None else None, embeds)
-            counts = self.model.check_image_tokens(image_mask_BL, [len(features_ND) for features_ND in images])
-            rows = torch.arange(len(images)).split(counts)
+            counts = [len(features_ND) for features_ND in images]
+            images_per_row = check_image_tokens(image_mask_BL, counts, visual_tokens=self.config.visual_tokens)
+            rows = torch.arange(len(images)).split(images_per_row)
             copies = [images[image] for row in rows for image in row.tolist() * expand_size]
             encoded = BaseModelOutputWithPooling(pooler_output=copies)
         input_ids, kwargs = super()._expand_inputs_for_generation(
@@ -203,9 +155,9 @@ class AnyLlavaGenerationMixin(GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict[str, Any], *args, **kwargs) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        states = model_kwargs.get(KV_CACHE)
-        if type(states) is DynamicCache and not states.offloading:
-            leave_room(states)
+        cache = model_kwargs.get(KV_CACHE)
+        if type(cache) is DynamicCache and not cache.offloading:
+            preallocate(cache)
 
     def _get_logits_processor(
         self, *args, encoder_input_ids: torch.LongTensor | None = None, **kwargs
@@ -216,7 +168,7 @@ class AnyLlavaGenerationMixin(GenerationMixin):
             encoder_input_ids = replace_image_tokens(encoder_input_ids, vocab_size=vocab_size)
         processors = super()._get_logits_processor(*args, encoder_input_ids=encoder_input_ids, **kwargs)
         if 0 <= image_token_id < vocab_size:
-            # An answer can hold no image. First, since what draws leaves one token over.
+            # It comes first, since a sampler among the processors leaves one token over.
             return LogitsProcessorList([ForbidImageToken(image_token_id), *processors])
         return TextOnlyLogitsProcessorList(processors, vocab_size=vocab_size) if processors else processors
 
@@ -234,10 +186,10 @@ class AnyLlavaGenerationMixin(GenerationMixin):
         return generator
 
     def _show_images(self, generator: AssistedCandidateGenerator) -> None:
-        """Let a LLaVA that drafts see the images by itself.
+        """Let an assistant that is a LLaVA encode the images itself.
 
         Raises:
-            ValueError: if it reads other image tokens than this model.
+            ValueError: if its images have other numbers of tokens than those of this model.
         """
         images = _IMAGES.get()
         if not images:
@@ -263,15 +215,22 @@ class AnyLlavaGenerationMixin(GenerationMixin):
 
 
 class ForbidImageToken(LogitsProcessor):
-    """For image tokens that have a logit, as in transformers' own checkpoints."""
+    """Gives the image token no chance, where it has a logit at all, as in transformers' own checkpoints."""
 
     def __init__(self, image_token_id: int) -> None:
         self.image_token_id = image_token_id
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        scores = scores.clone()
-        scores[:, self.image_token_id] = -torch.inf
-        return scores
+        return forbid_image_token(scores, self.image_token_id)
+
+
+def forbid_image_token(scores_BV: torch.Tensor, image_token_id: int) -> torch.Tensor:
+    """Scores of an answer, which can hold no image."""
+    if not 0 <= image_token_id < scores_BV.shape[1]:
+        return scores_BV
+    scores_BV = scores_BV.clone()
+    scores_BV[:, image_token_id] = -torch.inf
+    return scores_BV
 
 
 class TextOnlyLogitsProcessorList(LogitsProcessorList):
@@ -305,12 +264,13 @@ class TextDraftGenerator(CandidateGenerator):
 
 
 class TextLookupGenerator(CandidateGenerator):
-    """Continuations that are found in the text of a prompt: what follows there may be an image, which is none."""
+    """Candidates of prompt lookup, which continue as the text of the prompt does, and never with an image."""
 
     def __init__(self, generator: PromptLookupCandidateGenerator, *, image_token_id: int) -> None:
         self.generator = generator
         self.image_token_id = image_token_id
-        # Images are shown as a token that is forbidden, so that the generator looks for another place.
+        # Image tokens are replaced by a suppressed token, at which the generator ends a candidate or looks for another
+        # match (transformers 5.23, generation/candidate_generator.py, PromptLookupCandidateGenerator).
         self.placeholder = 0 if generator.eos_token_id is None else int(generator.eos_token_id[0])
         generator.logits_processor = LogitsProcessorList(
             [*(generator.logits_processor or ()), SuppressTokensLogitsProcessor([self.placeholder])]
@@ -324,11 +284,11 @@ class TextLookupGenerator(CandidateGenerator):
     def update_candidate_strategy(
         self, input_ids: torch.LongTensor, scores: torch.FloatTensor, num_matches: int
     ) -> None:
-        """Nothing: what is found does not depend on what was accepted."""
+        """Does nothing: what is found does not depend on what was accepted."""
 
 
 def read_max_length(config: PreTrainedConfig) -> int | None:
-    """The number of tokens that a language model was made for; None if it does not say."""
+    """The number of tokens that a language model was made for; None if its configuration does not say."""
     text_config = config.get_text_config(decoder=True).to_dict()
     # MPT's name is the second one.
     return text_config.get("max_position_embeddings", text_config.get("max_seq_len"))
@@ -344,3 +304,59 @@ def replace_image_tokens(input_ids: torch.LongTensor, *, vocab_size: int) -> tor
     has_embedding = (input_ids >= 0) & (input_ids < vocab_size)
     largest_ids = input_ids.where(has_embedding, 0).amax(dim=1, keepdim=True)
     return input_ids.where(has_embedding, largest_ids)
+
+
+def preallocate(cache: DynamicCache) -> None:
+    """Let layers of a KV cache that are still empty grow without copies; sliding windows stay as they are."""
+    cache.layers = [
+        PreallocatedLayer() if type(layer) is DynamicLayer and not layer.is_initialized else layer
+        for layer in cache.layers
+    ]
+    # A cache that was made without a config makes a layer at its first update.
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = PreallocatedLayer
+
+
+def count_spare_tokens(num_rows: int) -> int:
+    """Room for further tokens behind those of each row: more of it saves copies and takes memory."""
+    return max(16, 128 // num_rows)
+
+
+class PreallocatedLayer(DynamicLayer):
+    """KV cache of one layer at the beginning of a buffer, whose rest takes the next tokens.
+
+    Keys and values that were returned before are overwritten where the cache was cropped and has grown again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # A backward pass needs keys and values as they were, and a compiled graph knows no addresses.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._append("keys", self.keys, key_states)
+        self.values = self._append("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, name: str, cached: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Keys or values `[B, heads, L, width]` with new ones behind them."""
+        start = cached.shape[-2] if cached.numel() else 0
+        stop = start + new.shape[-2]
+        buffer = self._buffers.get(name)
+        # Beams and selected rows are other tensors than the one that was returned here.
+        is_here = buffer is not None and (cached.data_ptr(), len(cached)) == (buffer.data_ptr(), len(buffer))
+        is_locked = is_here and buffer.is_inference() and not torch.is_inference_mode_enabled()
+        if not is_here or is_locked or stop > buffer.shape[-2]:
+            rows, heads, _, width = new.shape
+            buffer = new.new_empty(rows, heads, stop + count_spare_tokens(rows), width)
+            if start:
+                buffer[:, :, :start] = cached
+            self._buffers[name] = buffer
+        buffer[:, :, start:stop] = new
+        return buffer[:, :, :stop]

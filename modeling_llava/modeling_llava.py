@@ -36,15 +36,12 @@ from .configuration_llava import AnyLlavaConfig
 from .generation import AnyLlavaGenerationMixin
 from .projectors import build_projector
 from .vision_towers import build_vision_tower
-from .visual_tokens import choose_features
-
-MISMATCH = "Image features and image tokens do not match"
-"""Transformers' words, by which trainers of TRL (1.16) know that their `max_length` has cut an image."""
+from .visual_tokens import check_image_tokens, choose_features, splice_features
 
 
 @dataclass
 class AnyLlavaModelOutputWithPast(BaseModelOutputWithPast):
-    """The language model's output, and what it saw."""
+    """Output of the language model, and the image features that it was given."""
 
     image_hidden_states: torch.FloatTensor | None = None
     """`[N, D]`: the features of all images in reading order."""
@@ -107,7 +104,7 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
             image_sizes: `[I, 2]` original (height, width) in pixels; needed for tiled images.
 
         Raises:
-            ValueError: if sizes are missing or do not match the images, or the tower was made for other pictures.
+            ValueError: if sizes are missing or do not match the images, or the tower takes images of another size.
         """
         config = self.config
         side = config.vision_config.image_size
@@ -178,7 +175,7 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
         return outputs
 
     def keep_features(self, images: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """Of all features of each image, `[N, D]`, those that the language model sees, in the same order."""
+        """Those features of each image, of all `[N, D]`, that the language model sees, in the same order."""
         if self.config.visual_tokens is None:
             return images
         kept = choose_features(images, self.config.visual_tokens)
@@ -191,8 +188,10 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
         return outputs
 
     def run_tower(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """The tower's output over tiles, with all hidden states that `select_features` takes; a frozen tower has no
-        gradient, which gradient checkpointing would give it."""
+        """The tower's output over tiles, with all hidden states that `select_features` takes.
+
+        A frozen tower runs without gradients, which gradient checkpointing would compute.
+        """
         if len(self.config.vision_feature_layers) > 1:
             layers = self.config.vision_feature_layers if CAN_CAPTURE_LAYERS else True
             kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or layers
@@ -201,7 +200,7 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
             return self.vision_tower(pixel_values, return_dict=True, **kwargs)
 
     def select_features(self, outputs: BaseModelOutputWithPooling) -> torch.Tensor:
-        """What the projector takes of the tower's output, `[T, P, V]`."""
+        """The part of the tower's output that the projector takes, `[T, P, V]`."""
         layers = self.config.vision_feature_layers
         if len(layers) > 1:
             features_TPV = torch.cat([outputs.hidden_states[layer] for layer in layers], dim=-1)
@@ -211,14 +210,14 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
         return features_TPV[:, -(num_patches + self.config.num_prefix_tokens) :]
 
     def project_features(self, features_TPV: torch.Tensor) -> torch.Tensor:
-        """Features of the tower as the language model takes them, `[T, P, D]`."""
+        """Projected features, as the language model takes them, `[T, P, D]`."""
         features_TPD = self.mm_projector(features_TPV)
         if self.config.scale_image_features:
             features_TPD = features_TPD * math.sqrt(features_TPD.shape[-1])
         return features_TPD
 
     def complete_features(self, encoded: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:
-        """Encoded images with `pooler_output`, from what `select_features` gives of one tile for each if need be."""
+        """Encoded images with `pooler_output`, which is projected from `last_hidden_state` where it is missing."""
         if encoded.pooler_output is not None:
             return encoded
         images = self.keep_features(self.project_features(encoded.last_hidden_state))
@@ -264,8 +263,8 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
             image_sizes: `[I, 2]` original (height, width); needed for tiled images.
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`. Without pooler_output
                 its last_hidden_state `[I, P, V]` is what `select_features` gives of one tile for each image, and is
-                projected here: so a frozen tower's features can be kept while the projector trains.
-            cache: The KV cache, as transformers calls `past_key_values` from 5.24 on; either name will do.
+                projected here: so features of a frozen tower can be stored while the projector trains.
+            cache: The KV cache, whose name in transformers is `past_key_values` before 5.24; either name will do.
 
         Raises:
             ValueError: if image tokens and features disagree in a row, or inputs contradict each other.
@@ -280,13 +279,13 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
         image_mask_BL = self.get_image_mask(input_ids, inputs_embeds if has_images else None)
         if encoded is not None:
             encoded = self.complete_features(encoded)
-        # Before the tower runs, which takes longest.
+        # Tokens are counted before the tower runs, which takes longest.
         if pixel_values is not None:
             features_per_image = [layout.num_tokens for layout in self.plan_images(pixel_values, image_sizes)]
         else:
             features_per_image = [] if encoded is None else [len(features_ND) for features_ND in encoded.pooler_output]
         if image_mask_BL is not None:
-            self.check_image_tokens(image_mask_BL, features_per_image)
+            check_image_tokens(image_mask_BL, features_per_image, visual_tokens=self.config.visual_tokens)
         if pixel_values is not None:
             encoded = self.get_image_features(pixel_values, image_sizes, return_dict=True)
 
@@ -322,7 +321,7 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
     def get_image_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
     ) -> torch.BoolTensor | None:
-        """Where image features belong, `[B, L]`; None if that cannot be asked (embeddings without images).
+        """Mask of the image tokens, `[B, L]`; None for embeddings without images, which cannot be asked.
 
         Raises:
             ValueError: if only embeddings are given and the image token has none.
@@ -340,59 +339,6 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
             )
         image_embed = embeddings(torch.tensor(image_token_id, device=inputs_embeds.device))
         return (inputs_embeds == image_embed).all(-1)
-
-    def check_image_tokens(self, image_mask_BL: torch.Tensor, features_per_image: list[int]) -> list[int]:
-        """Refuse rows whose image tokens are not those of whole images, so that no row gets another row's image.
-
-        Returns:
-            The number of images of each row; nothing while this is compiled.
-
-        Raises:
-            ValueError: with the numbers of the first row that disagrees.
-        """
-        num_features_of_all = sum(features_per_image)
-        if torch.compiler.is_compiling():
-            # A number for the host would be waited for at every step, which CUDA graphs cannot hold.
-            torch._assert_async(image_mask_BL.sum() == num_features_of_all, "image tokens and features disagree")
-            return []
-        remaining = list(reversed(features_per_image))
-        images_per_row = []
-        for row, num_tokens in enumerate(image_mask_BL.sum(dim=1).tolist()):
-            num_features, num_left = 0, len(remaining)
-            while num_features < num_tokens and remaining:
-                num_features += remaining.pop()
-            images_per_row.append(num_left - len(remaining))
-            if num_features != num_tokens:
-                if not features_per_image:
-                    raise ValueError(
-                        f"got {num_tokens} image tokens in row {row} and no image features; expected equal numbers: "
-                        f"pass pixel_values or mm_encoder_outputs ({MISMATCH})"
-                    )
-                raise ValueError(
-                    f"got {num_tokens} image tokens in row {row} and images with {num_features} features; expected "
-                    "equal numbers: let the processor expand the prompt, do not cut it, and load the processor with "
-                    f"visual_tokens={self.config.visual_tokens}, as this model ({MISMATCH})"
-                )
-        if remaining:
-            raise ValueError(
-                f"got {len(features_per_image)} images with {num_features_of_all} features and "
-                f"{num_features_of_all - sum(remaining)} image tokens; expected equal numbers: "
-                f"{len(remaining)} images have no place in the text ({MISMATCH})"
-            )
-        return images_per_row
-
-
-def splice_features(
-    embeds_BLD: torch.Tensor, image_mask_BL: torch.Tensor, features_ND: torch.Tensor, *, in_place: bool
-) -> torch.Tensor:
-    """Embeddings with the features of all images, in reading order, where the mask is set."""
-    if torch.compiler.is_compiling():
-        # How many positions there are depends on the data, which a whole graph cannot hold.
-        return embeds_BLD.masked_scatter(image_mask_BL[..., None], features_ND)
-    # Several times faster than scattering by the mask, which looks at every number.
-    flat_TD, positions_N = embeds_BLD.flatten(0, 1), image_mask_BL.flatten().nonzero()[:, 0]
-    copy = flat_TD.index_copy_ if in_place else flat_TD.index_copy
-    return copy(0, positions_N, features_ND).view_as(embeds_BLD)
 
 
 class AnyLlavaForConditionalGeneration(AnyLlavaPreTrainedModel, AnyLlavaGenerationMixin):
@@ -477,7 +423,7 @@ class AnyLlavaForConditionalGeneration(AnyLlavaPreTrainedModel, AnyLlavaGenerati
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
-            # Images are not to be written, and their token may lie outside the vocabulary.
+            # An answer holds no image, and the image token may lie outside the vocabulary.
             labels = labels.masked_fill(labels == self.config.image_token_id, -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return AnyLlavaCausalLMOutputWithPast(

@@ -20,13 +20,13 @@ class VisionTowerFamily:
     """What differs between the vision models of transformers. Names are paths of submodules."""
 
     num_prefix_tokens: Callable[[PreTrainedConfig], int]
-    """Tokens before the patches: class token and registers."""
+    """Number of tokens before the patches: class token and registers."""
     layers: str
-    """The ModuleList of transformer layers."""
+    """Name of the ModuleList of transformer layers."""
     final_norm: str
-    """Applied after the last layer; the hidden states used here are taken before it."""
+    """Name of the norm after the last layer; the hidden states used here are taken before it."""
     prune: Callable[[PreTrainedModel], None] = lambda tower: None
-    """Removes further parameters without use."""
+    """Removes further parameters that no LLaVA uses."""
 
 
 def _remove_pooling_head(tower: PreTrainedModel) -> None:
@@ -36,7 +36,8 @@ def _remove_pooling_head(tower: PreTrainedModel) -> None:
 
 
 def _remove_mask_token(tower: PreTrainedModel) -> None:
-    # Not None: transformers initialises the token of a tower with registers in any case.
+    # A buffer, not None: transformers initialises the token of a tower with registers in any case (transformers 5.23,
+    # models/dinov2_with_registers/modeling_dinov2_with_registers.py, _init_weights).
     mask_token = tower.embeddings.mask_token.data
     del tower.embeddings.mask_token
     tower.embeddings.register_buffer("mask_token", mask_token, persistent=False)
@@ -69,7 +70,7 @@ DINOV2_NAMES = {
     "v_proj": "attention.value",
     "o_proj": "output.dense",
 }
-"""Weights of an attention layer as transformers calls them from 5.18 on, and before. Newer versions read both."""
+"""Weights of an attention layer by their names in transformers from 5.18 on, and before. Newer versions read both."""
 if HAS_OLD_DINOV2_NAMES:
     _layer = r"vision_tower\.encoder\.layer\.(\d+)\.attention\."
     register_checkpoint_conversion_mapping(

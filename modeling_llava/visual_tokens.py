@@ -1,21 +1,87 @@
-"""Which features of an image the language model gets to see, where `visual_tokens` asks for fewer than there are.
+"""Image tokens and image features: that each token has its feature, and which features there are.
 
-The choice is DivPrune's (Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models",
+An image has all features that the projector gives, or fewer where the config sets `visual_tokens`. The choice is
+DivPrune's (Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models",
 CVPR 2025, arXiv:2503.02175): one after the other the feature that is least like those kept so far, in cosine distance.
 It needs no training, no attention weights and not the question, so it fits any tower and leaves prefixes cacheable.
 
 The rules, so that anyone gets the same features: the first one is that whose nearest other feature is farthest, as in
-the authors' code; of equals the first in reading order is taken; numbers are float32 whatever the model computes in.
+the authors' code; of equals the first in reading order is taken; distances are float32 whatever dtype the model has.
 What is surprising: newlines are features like the others. They are all one vector, so the rule keeps a single one
 until nothing else is left; between chosen features they could not mark the ends of rows anyway.
 """
 
-# I images · N features of one image · K features kept · D text width
+# B rows, L tokens, I images, N features of one image or of all, K features kept, D text width
 
 from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import normalize
+
+MISMATCH = "Image features and image tokens do not match"
+"""Words of transformers, by which TRL recognises that its `max_length` has cut an image (TRL 1.16,
+trainer/sft_trainer.py)."""
+
+
+def check_image_tokens(
+    image_mask_BL: torch.Tensor, features_per_image: list[int], *, visual_tokens: int | None
+) -> list[int]:
+    """Refuse rows whose image tokens are not those of whole images, so that no row gets another row's image.
+
+    Args:
+        image_mask_BL: Where the image tokens are.
+        features_per_image: Numbers of features of all images, in reading order.
+        visual_tokens: That of the model, for the error message.
+
+    Returns:
+        The number of images of each row; an empty list while this is compiled.
+
+    Raises:
+        ValueError: with the counts of the first row that disagrees.
+    """
+    num_features_of_all = sum(features_per_image)
+    if torch.compiler.is_compiling():
+        # Reading a number on the host waits for the GPU, which a CUDA graph cannot hold.
+        torch._assert_async(image_mask_BL.sum() == num_features_of_all, "image tokens and features disagree")
+        return []
+    remaining = list(reversed(features_per_image))
+    images_per_row = []
+    for row, num_tokens in enumerate(image_mask_BL.sum(dim=1).tolist()):
+        num_features, num_left = 0, len(remaining)
+        while num_features < num_tokens and remaining:
+            num_features += remaining.pop()
+        images_per_row.append(num_left - len(remaining))
+        if num_features != num_tokens:
+            if not features_per_image:
+                raise ValueError(
+                    f"got {num_tokens} image tokens in row {row} and no image features; expected equal numbers: "
+                    f"pass pixel_values or mm_encoder_outputs ({MISMATCH})"
+                )
+            raise ValueError(
+                f"got {num_tokens} image tokens in row {row} and images with {num_features} features; expected "
+                "equal numbers: let the processor expand the prompt, do not cut it, and load the processor with "
+                f"visual_tokens={visual_tokens}, as this model ({MISMATCH})"
+            )
+    if remaining:
+        raise ValueError(
+            f"got {len(features_per_image)} images with {num_features_of_all} features and "
+            f"{num_features_of_all - sum(remaining)} image tokens; expected equal numbers: "
+            f"{len(remaining)} images have no place in the text ({MISMATCH})"
+        )
+    return images_per_row
+
+
+def splice_features(
+    embeds_BLD: torch.Tensor, image_mask_BL: torch.Tensor, features_ND: torch.Tensor, *, in_place: bool
+) -> torch.Tensor:
+    """Embeddings with the features of all images, in reading order, where the mask is set."""
+    if torch.compiler.is_compiling():
+        # The number of positions depends on the data, which a whole graph cannot hold.
+        return embeds_BLD.masked_scatter(image_mask_BL[..., None], features_ND)
+    # A mask would be compared with every element of the embeddings.
+    flat_TD, positions_N = embeds_BLD.flatten(0, 1), image_mask_BL.flatten().nonzero()[:, 0]
+    copy = flat_TD.index_copy_ if in_place else flat_TD.index_copy
+    return copy(0, positions_N, features_ND).view_as(embeds_BLD)
 
 
 def choose_features(images: Sequence[torch.Tensor], visual_tokens: int | None) -> list[torch.Tensor]:

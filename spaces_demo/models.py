@@ -25,22 +25,22 @@ from processing_llava.templates import change_template
 
 GIB = 2**30
 HEADROOM = GIB // 2
-"""Beside the weights and what caches keep: the states and activations of an answer."""
+"""Memory beside the weights and the caches: KV cache and activations of an answer."""
 MAX_CACHE_BYTES = 2 * GIB
-"""Of one model, where there is so much memory."""
+"""Largest cache of one model, where there is so much memory."""
 AS_TRAINED = "as trained"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a visitor can choose."""
+    """Choices of a visitor."""
 
     template: str = AS_TRAINED
     """Name of a conversation format."""
     tile_mode: str = AS_TRAINED
     """An `image_aspect_ratio` of the image processor."""
     system: str = ""
-    """Replaces the system text of the template."""
+    """System text instead of that of the template."""
     temperature: float = 0.0
     top_p: float = 1.0
     max_new_tokens: int = 256
@@ -60,7 +60,7 @@ class Settings:
 
 
 class MemoryShort(ValueError):
-    """Too little memory, said without a folder of the machine."""
+    """Too little memory; the message names no folder of the machine."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class LoadedModel:
 
     @property
     def num_bytes(self) -> int:
-        """Of the weights and of what the cache keeps."""
+        """Size of the weights and of the cache."""
         return sum(tensor.nbytes for tensor in self.model.state_dict().values()) + self.cache.num_bytes
 
     def describe(self) -> str:
@@ -85,7 +85,7 @@ class ModelMenu:
 
     Args:
         names: Folders (full checkpoints or adapters) or Hub ids; the embedded model by default.
-        device: As `load_for_inference`.
+        device: As in `load_for_inference`.
         free_bytes: Tells how much memory a device has left.
 
     Raises:
@@ -143,7 +143,7 @@ class ModelMenu:
         """The answer so far, again and again; statistics come with the last one.
 
         Args:
-            scope: As `ChatSession`.
+            scope: As in `ChatSession`.
 
         Raises:
             ValueError: if the model, a picture or a setting is refused, or memory is short.
@@ -160,11 +160,11 @@ class ModelMenu:
         yield text, session.statistics
 
     def look(self, label: str, messages: list[dict[str, Any]], settings: Settings) -> AnswerAttention:
-        """What the model looks at while it writes the last answer of a conversation."""
+        """What the model looked at while it wrote the last answer of a conversation."""
         loaded = self.load(label)
         if settings.system:
             messages = [{"role": "system", "content": settings.system}, *messages]
-        # No answer of this model may run while its attention is switched.
+        # No answer of this model may run while its attention function is switched.
         with _sparing_cache(loaded), loaded.cache.lock:
             return read_attention(loaded.model, settings.adapt(loaded.processor), messages)
 
@@ -196,7 +196,7 @@ class ModelMenu:
 
 @contextmanager
 def _sparing_cache(loaded: LoadedModel) -> Iterator[None]:
-    """What runs out of memory finds more of it the next time."""
+    """Clear the cache if memory runs out, for the next try."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -208,7 +208,7 @@ def _sparing_cache(loaded: LoadedModel) -> Iterator[None]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: on a processor, that is a RuntimeError which only its text tells from others."""
+    """Whether an allocation failed: on a CPU, that is a RuntimeError with this text (torch 2.13, alloc_cpu.cpp)."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator: " in str(error)
 
 

@@ -84,7 +84,7 @@ UPSTREAM_NAMES = (
     ),
     UpstreamName(
         "transformers.PreTrainedConfig._attn_implementation", VALUE,
-        ("modeling_llava/inference/attention_map.py", "modeling_llava/inference/row_states.py",
+        ("modeling_llava/inference/attention_map.py", "modeling_llava/inference/row_cache.py",
          "modeling_llava/acceleration/packed_attention.py", "modeling_llava/acceleration/cpu_attention.py"),
         "which attention runs", "a public reader beside set_attn_implementation",
     ),
@@ -327,11 +327,11 @@ UPSTREAM_NAMES = (
         ("modeling_llava/inference/generation_memory.py",), *_FAKE,
     ),
     UpstreamName(
-        "torch._assert_async", {"5.17": "no signature"}, ("modeling_llava/modeling_llava.py",),
+        "torch._assert_async", {"5.17": "no signature"}, ("modeling_llava/visual_tokens.py",),
         "a check that CUDA graphs hold", "a public name for it",
     ),
     UpstreamName(
-        "torch._dynamo.mark_static_address", {"5.17": "t, guard"}, ("modeling_llava/inference/row_states.py",),
+        "torch._dynamo.mark_static_address", {"5.17": "t, guard"}, ("modeling_llava/inference/row_cache.py",),
         "KV caches that CUDA graphs know", "a public name for it",
     ),
     UpstreamName(

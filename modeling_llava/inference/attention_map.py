@@ -1,8 +1,8 @@
 """What a LLaVA looks at while it writes a word: attention of the language model, laid back onto the pictures.
 
-A word is written by the position before it, so that position's query is read, not the word's own. Fused attention
-never forms the weights; the answer alone is therefore run again with eager attention, over the cached keys of the
-prompt: a few rows of weights instead of a square as large as the prompt.
+The position before a word writes it, so the query of that position is read. Fused attention never forms the weights;
+the answer alone is therefore computed again with eager attention, over the KV cache of the prompt: a few rows of
+weights instead of a square as large as the prompt.
 
 What is surprising: the weights of a tile are divided by the area that its tokens cover, so that the overview and the
 detail tiles of one picture can be added; and padding gets attention too, which falls outside the picture and is lost.
@@ -24,12 +24,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_llava.checkpoints.shared_values import check_pair
 from modeling_llava.configuration_llava import AnyLlavaConfig
-from modeling_llava.visual_tokens import choose_features
+from modeling_llava.visual_tokens import check_image_tokens, choose_features
 from processing_llava.image_layouts import ImageLayout, fit_inside, plan_image, select_grid
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 QUERIES_PER_STEP = 32
-"""Of the answer: bounds the memory that the weights of all layers and heads take."""
+"""Tokens of the answer that are computed at once: it bounds the memory for the weights of all layers and heads."""
 GLOW = ((60, 0, 80), (232, 60, 30), (255, 160, 40), (255, 245, 190))
 """Colours from no density to the highest."""
 
@@ -40,8 +40,8 @@ class AnswerAttention:
 
     words: list[str]
     weights: list[torch.Tensor]
-    """For each picture `[S, W, N]`, 0 for features that `visual_tokens` left out; with all text before a word, the
-    weights of a layer and word add up to 1."""
+    """For each picture `[S, W, N]`, 0 for features that `visual_tokens` left out. Together with the text before a
+    word, the weights of a layer and word add up to 1."""
 
     def select(self, word: int, layers: slice = slice(None)) -> list[torch.Tensor]:
         """For each picture the weights `[N]` of one word, mean over the layers."""
@@ -54,9 +54,11 @@ def read_attention(
 ) -> AnswerAttention:
     """Attention of the last answer of a conversation.
 
-    Not for two threads at once with one model: its attention is switched for the time of the answer.
+    The attention function of the model is switched meanwhile, so no other thread may use it.
 
     Args:
+        model: A LLaVA of our class.
+        processor: The processor of the model.
         messages: A conversation with its pictures that ends with what the assistant said.
 
     Raises:
@@ -78,11 +80,11 @@ def read_attention(
     if "pixel_values" in inputs:
         pictures = model.model.encode_images(inputs["pixel_values"], inputs.get("image_sizes")).pooler_output
     kept = choose_features(pictures, model.config.visual_tokens)
-    model.model.check_image_tokens(is_image[None], [len(kept_K) for kept_K in kept])
+    check_image_tokens(is_image[None], [len(kept_K) for kept_K in kept], visual_tokens=model.config.visual_tokens)
     seen = [features_ND[kept_K] for features_ND, kept_K in zip(pictures, kept)]
     images = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=seen)}} if seen else {}
 
-    # One cache for whole sequences: a sliding window would move the columns of the pictures.
+    # A cache without a config keeps whole sequences: a sliding window would move the columns of the pictures.
     cache = DynamicCache()
     model(input_ids=input_ids[:, : start - 1], cache=cache, logits_to_keep=1, **images)
     steps = []
@@ -110,9 +112,10 @@ def lay_on_picture(
     The sum over the pixels is the weight of all tokens that show a part of the picture.
 
     Args:
-        weights_N: In the order of the text.
-        picture: Upright, as the processor was given it.
-        config: Of the model.
+        weights_N: Weights in the order of the text.
+        picture: The picture, upright, as the processor was given it.
+        config: Configuration of the model.
+        processor: The processor of the model.
 
     Raises:
         ValueError: if the picture does not have as many tokens as there are weights.
@@ -146,11 +149,12 @@ def overlay(picture: Image.Image, density: np.ndarray, *, highest: float | None 
     """The picture in dim grey, glowing where attention is.
 
     Args:
-        density: `[height, width]` of the picture.
+        picture: The picture.
+        density: Density over its pixels, `[height, width]`.
         highest: The density that glows most (default: the highest one); share it to compare pictures.
     """
     highest = highest or float(density.max()) or 1.0
-    # The root brings out what is weak beside one hot spot.
+    # The power below 1 makes weak attention visible beside one hot spot.
     strength = np.clip(density / highest, 0, 1) ** 0.7
     steps = np.linspace(0, 1, len(GLOW))
     glow = np.stack([np.interp(strength, steps, channel) for channel in zip(*GLOW)], axis=-1)
@@ -181,7 +185,7 @@ def _find_last_answer(mask: Sequence[int], messages: list[dict[str, Any]]) -> tu
 
 
 def _split_words(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[list[int]]]:
-    """Words of an answer, and the places in `ids` of each; white space begins a word, control tokens are none."""
+    """Words of an answer, and the places of each in `ids`; white space begins a word, control tokens are left out."""
     words, tokens_of_word, before = [], [], ""
     for place in range(len(ids)):
         text = tokenizer.decode(ids[: place + 1], skip_special_tokens=True)
@@ -199,7 +203,7 @@ def _split_words(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[li
 def _unmerge(
     weights_N: torch.Tensor, layout: ImageLayout, config: AnyLlavaConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `AnyLlavaModel.merge_tiles` joined: the overview `[P, P]`, and the kept part of the map of the details.
+    """The overview `[P, P]` and the kept part of the map of the details, which `AnyLlavaModel.merge_tiles` joined.
 
     Class tokens and newlines belong to no place and are dropped.
     """
@@ -235,7 +239,7 @@ def _single_tile_rectangle(picture: Image.Image, images: Any) -> Rectangle:
     elif keeps_ratio:
         short = min(width, height)
         resized_width, resized_height = int(edge * width / short), int(edge * height / short)
-    # Of what was resized, the centre is cut out.
+    # The centre of the resized picture is cut out.
     scale_x, scale_y = shown_width / resized_width, shown_height / resized_height
     left += (resized_width - tile_size) // 2 * scale_x
     top += (resized_height - tile_size) // 2 * scale_y
@@ -267,7 +271,7 @@ def _spread(grid: torch.Tensor, rectangle: Rectangle, picture: Image.Image) -> n
     x1, y1 = min(picture.width, round(right)), min(picture.height, round(bottom))
     if x0 >= x1 or y0 >= y1:
         return density
-    # The shown range of cells, in cells. Those beyond it are cut off, or smoothing would draw them into the picture.
+    # The range of cells in the picture, in cells. Others are cut off, or smoothing would blend them into the picture.
     first, last = max(0, (x0 - left) / cell_width), min(columns, (x1 - left) / cell_width)
     upper, lower = max(0, (y0 - top) / cell_height), min(rows, (y1 - top) / cell_height)
     cut_left, cut_top = int(first), int(upper)

@@ -1,13 +1,13 @@
 """generate_answers: many requests at once, with pictures or without, each answered as `generate` would alone.
 
-Requests share every pass of the language model. One joins as soon as there is room, its prompt in the same pass as
-the next tokens of the others, and leaves with its last token (continuous batching, Orca, OSDI 2022). Nothing is
-padded; pictures of requests that join together are encoded together, and each picture once. Whatever can be refused
-is refused before a request takes part in a pass with others.
+Requests share every pass of the language model (continuous batching, Orca, OSDI 2022). A request joins as soon as
+there is room, its prompt in the same pass as the next tokens of the others, and leaves with its last token. There is
+no padding. Pictures of requests that join together are encoded together, and each picture once. A request that must be
+refused is refused before it takes part in a pass with others.
 
 What is surprising: in 16 bits, and with quantization="int8", answers are equal within rounding: which of two almost
-equal tokens is larger can differ. And transformers' own continuous batching cannot be used (5.23,
-generation/continuous_batching): its passes have ids and no place for image features.
+equal logits is larger can differ. And transformers' own continuous batching is not used: its passes take ids and no
+image features (transformers 5.23, generation/continuous_batching/input_outputs.py).
 
     for answer in generate_answers(model, processor, [AnswerRequest(messages) for messages in conversations]):
         print(answer.index, answer.text)
@@ -16,36 +16,36 @@ generation/continuous_batching): its passes have ids and no place for image feat
 import copy
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import BatchFeature, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import BatchFeature, LogitsProcessorList, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_llava.checkpoints.shared_values import check_pair
-from modeling_llava.generation import ForbidImageToken
+from modeling_llava.generation import ForbidImageToken, forbid_image_token
 from processing_llava.messages import check_question
 from processing_llava.processing_llava import AnyLlavaProcessor
 
-from .cached_generation import (
-    build_compile_config,
-    build_states,
-    check_compiles,
-    limit_new_tokens,
-)
+from .cached_generation import build_cache, build_compile_config, check_compiles
 from .chat_cache import ChatCache, PromptImage, load_features, read_images
-from .row_states import RowStates, check_row_attention, use_row_attention
+from .row_cache import RowCache, check_row_attention, use_row_attention
 from .token_stream import (
     build_sampler,
-    check_numbers,
+    check_sampling,
     cut_at_end,
     decode_answer,
     encode_messages,
     find_answer_end,
     find_end_token,
+    limit_new_tokens,
     read_greedy_config,
 )
+
+MAX_PASS_TOKENS = 2048
+"""No request joins a pass that has this many tokens of prompts: it bounds activations, and the wait of the others."""
 
 
 @dataclass(frozen=True)
@@ -57,104 +57,19 @@ class AnswerRequest:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    """Of a generator of its own: what is drawn does not depend on the other requests."""
+    """Seed of the request's own sampler: its tokens do not depend on the other requests."""
 
 
 @dataclass(frozen=True)
 class BatchedAnswer:
     index: int
-    """Of the request."""
+    """The number that the request was added with."""
     text: str = ""
     ids: list[int] = field(default_factory=list)
-    """Of the answer, with the token that ends it."""
+    """Tokens of the answer, with the one that ends it."""
     error: Exception | None = None
-    """Why there is no answer: a ValueError says what is wrong with the request; anything else came from a pass, of
-    which all requests have no answer."""
-
-
-@dataclass(eq=False)
-class PreparedRequest:
-    """A request as the passes take it, and its answer so far."""
-
-    index: int
-    request: AnswerRequest
-    prompt_ids: list[int]
-    processors: LogitsProcessorList
-    inputs: BatchFeature | None
-    """What the processor returned; None once the prompt was computed."""
-    images: list[PromptImage]
-    ids: list[int] = field(default_factory=list)
-
-    @property
-    def largest_length(self) -> int:
-        return len(self.prompt_ids) + self.request.max_new_tokens
-
-
-def prepare_request(
-    index: int,
-    request: AnswerRequest,
-    model: PreTrainedModel,
-    processor: AnyLlavaProcessor,
-    *,
-    generation_config: GenerationConfig,
-) -> PreparedRequest:
-    """Encode a request, and settle how its tokens are chosen and how many there may be.
-
-    Args:
-        index: What its answer is known by.
-        generation_config: That of the model.
-
-    Raises:
-        ValueError: if a picture or a setting is refused, or the request is too long for the model.
-        FileNotFoundError: if there is no picture at a path.
-    """
-    if not isinstance(request, AnswerRequest):
-        raise ValueError(f"got a {type(request).__name__} as a request; expected an AnswerRequest")
-    messages = request.messages
-    check_question(messages)
-    drawing = {"temperature": request.temperature, "top_p": request.top_p, "seed": request.seed}
-    check_numbers(max_new_tokens=request.max_new_tokens, **drawing)
-    sampler = build_sampler(**drawing, device=model.device)
-    inputs = encode_messages(messages, processor)
-    prompt_ids = inputs["input_ids"][0].tolist()
-    max_new_tokens = limit_new_tokens(
-        model.config, num_prompt_tokens=len(prompt_ids), max_new_tokens=request.max_new_tokens
-    )
-    config = copy.deepcopy(generation_config)
-    config.max_new_tokens, config.max_length = max_new_tokens, len(prompt_ids) + max_new_tokens
-    return PreparedRequest(
-        index=index,
-        request=replace(request, max_new_tokens=max_new_tokens),
-        prompt_ids=prompt_ids,
-        processors=_build_processors(model, inputs["input_ids"], config, sampler),
-        inputs=inputs,
-        images=read_images(model, inputs),
-    )
-
-
-def _build_processors(
-    model: PreTrainedModel, input_ids: torch.Tensor, config: GenerationConfig, sampler: LogitsProcessorList
-) -> LogitsProcessorList:
-    """What `generate` does to the logits of a request: what its config says, then drawing.
-
-    Without what forbids image tokens, which `BatchedGeneration` does for all requests at once.
-    """
-    model._prepare_special_tokens(config, device=model.device)
-    processors = model._get_logits_processor(
-        generation_config=config,
-        input_ids_seq_length=input_ids.shape[1],
-        encoder_input_ids=input_ids,
-        logits_processor=sampler,
-        device=model.device,
-        model_kwargs={},
-    )
-    if processors and isinstance(processors[0], ForbidImageToken):
-        del processors[0]
-    return processors
-
-
-MAX_PASS_TOKENS = 2048
-"""Requests stop joining a pass that has this many tokens of prompts: bounds activations and the wait of the others."""
+    """Why there is no answer: a ValueError says what is wrong with the request; any other error came from a pass, and
+    all requests of that pass have it."""
 
 
 def generate_answers(
@@ -169,9 +84,10 @@ def generate_answers(
 ) -> Iterator[BatchedAnswer]:
     """Answer requests in the order in which they finish; one that fails is an answer with an error.
 
-    Requests are read as there is room for them. Closing the iterator frees the states.
+    Requests are read as there is room for them. Closing the iterator frees the KV cache.
 
     Args:
+        requests: Requests, whose answers are numbered in this order.
         The others: see `BatchedGeneration`.
 
     Raises:
@@ -197,21 +113,22 @@ class BatchedGeneration:
     """A batch that requests join and leave; for a server that calls `add` and `step` in turns.
 
     Args:
-        model: Ours, in evaluation mode.
-        processor: Its processor.
+        model: A LLaVA of our class, in evaluation mode.
+        processor: The processor of the model.
         max_rows: Requests that are answered at the same time.
-        max_cache_tokens: Bound of the memory for key/value states, in tokens: as many rows are answered at the same
-            time as this is a multiple of the longest one (prompt and `max_new_tokens`). One token of a 7B model takes
-            0.5 MB in 16 bits, so the default is 8 GB; it is taken as it is needed on a CPU and at once on a GPU. While
-            rows are made longer, those of one layer exist twice.
-        cache: For features of images, 256 MB by default. Its lock is held during a step, so that ChatSessions of the
-            same cache may run in other threads. Nothing else may use the model during a step.
-        compile: For a GPU: steps in which nobody joins run as CUDA graphs over places for `max_rows` requests, each of
-            at most `max_cache_tokens / max_rows` tokens. The first of them takes some minutes. All steps must then
-            be taken in one thread.
+        max_cache_tokens: Size of the KV cache in tokens. As many rows are answered at the same time as this is a
+            multiple of the longest one (prompt and `max_new_tokens`). One token of a 7B model takes 0.5 MB in 16 bits,
+            so the default is 8 GB; it is taken as it is needed on a CPU and at once on a GPU. While rows are made
+            longer, those of one layer exist twice.
+        cache: A cache for image features, of 256 MB by default. Its lock is held during a step, so that ChatSessions
+            of the same cache may run in other threads. Nothing else may use the model during a step.
+        compile: For a GPU: steps in which no request joins run as CUDA graphs over `max_rows` slots, each of at most
+            `max_cache_tokens / max_rows` tokens. The first of them takes some minutes. All steps must then be taken in
+            one thread.
 
     Raises:
-        ValueError: for a model whose states cannot be kept row by row, or cannot be compiled, or limits below 1.
+        ValueError: if the KV cache of the model cannot be kept row by row, it cannot be compiled, or limits are
+            below 1.
     """
 
     def __init__(
@@ -231,7 +148,7 @@ class BatchedGeneration:
                 f"got max_rows={max_rows} and max_cache_tokens={max_cache_tokens}; expected at least 1 of each"
             )
         check_pair(model, processor)
-        if build_states(model) is None:
+        if build_cache(model) is None:
             language_model = type(model.base_model.language_model).__name__
             raise ValueError(
                 f"got a {language_model}; expected a language model whose KV cache does not depend on the rows beside "
@@ -247,12 +164,12 @@ class BatchedGeneration:
         self.processor = processor
         self.cache = ChatCache(max_bytes=256 * 2**20) if cache is None else cache
         self.cache.bind(model)
-        # It sets the attention function for a moment.
+        # The check sets the attention function for a moment.
         with self.cache.lock:
             check_row_attention(model.base_model.language_model)
-        # On a CPU padding costs more than calls, on a GPU it is the other way round.
+        # On a CPU padding costs more than calls; on a GPU calls cost more than padding.
         row_by_row = model.device.type == "cpu" and not compile
-        self._states = RowStates(
+        self._row_cache = RowCache(
             max_rows=max_rows,
             max_tokens=max_cache_tokens,
             row_by_row=row_by_row,
@@ -267,7 +184,7 @@ class BatchedGeneration:
 
     @property
     def num_requests(self) -> int:
-        """Those that have no answer yet."""
+        """Requests that have no answer yet."""
         return len(self._rows) + len(self._waiting)
 
     @property
@@ -279,40 +196,44 @@ class BatchedGeneration:
         """Prepare a request for one of the next steps.
 
         Args:
-            index: What its answer is known by.
+            index: The number that its answer will have.
+            request: The request.
 
         Raises:
             ValueError: if a picture or a setting is refused, or the request is too long for the model or the limits.
             FileNotFoundError: if there is no picture at a path.
         """
-        row = prepare_request(index, request, self.model, self.processor, generation_config=self._generation_config)
-        if row.largest_length > self._states.largest_length:
+        row = self._prepare(index, request)
+        if row.largest_length > self._row_cache.largest_length:
             raise ValueError(
                 f"got a request of {row.largest_length} tokens, max_new_tokens included; expected at most "
-                f"{self._states.largest_length}: raise max_cache_tokens"
+                f"{self._row_cache.largest_length}: raise max_cache_tokens"
             )
         self._waiting.append(row)
 
     def step(self) -> list[BatchedAnswer]:
-        """Compute the next token of every request that there is room for; the answers that are complete by it.
+        """Compute the next token of every request that there is room for.
 
-        If a pass fails, for want of memory for example, its requests are answered with the error; others go on.
+        If a pass fails, for example because memory is short, its requests are answered with the error; others go on.
+
+        Returns:
+            The answers that this token completes.
         """
         if not self.num_requests:
             return []
         new_rows = self._choose()
         for _ in new_rows:
             self._waiting.popleft()
-        is_step = self._states.fixed and not new_rows
+        is_step = self._row_cache.fixed and not new_rows
         try:
             with self.cache.lock, use_row_attention(self.model.base_model.language_model):
                 logits = self._compute_step() if is_step else self._compute_pass(new_rows)
-            tokens = self._draw(logits, [*self._rows, *new_rows])
+            tokens = self._sample_tokens(logits, [*self._rows, *new_rows])
         except Exception as error:
             failed = [*self._rows, *new_rows]
             self._rows = []
-            self._states.clear()
-            # Its traceback would hold on to the tensors of the pass.
+            self._row_cache.clear()
+            # A traceback would keep the tensors of the pass alive.
             return [BatchedAnswer(row.index, error=error.with_traceback(None)) for row in failed]
         self._rows += new_rows
         for row, token in zip(self._rows, tokens):
@@ -320,33 +241,68 @@ class BatchedGeneration:
         answers = []
         for place in reversed(range(len(self._rows))):
             row = self._rows[place]
-            is_longest = len(row.ids) == row.request.max_new_tokens
+            is_longest = len(row.ids) == row.max_new_tokens
             if row.ids[-1] in self._end_ids or is_longest or self._has_ended(row.ids):
-                answers.append(BatchedAnswer(row.index, self._decode(row.ids), row.ids))
-                self._states.remove(place)
+                text = decode_answer(row.ids, self.processor.tokenizer, learn_tokens=self.processor.learn_tokens)
+                answers.append(BatchedAnswer(row.index, cut_at_end(text, self._end), row.ids))
+                self._row_cache.remove(place)
                 self._rows[place] = self._rows[-1]
                 self._rows.pop()
         return answers[::-1]
 
-    def _choose(self) -> list[PreparedRequest]:
+    def _prepare(self, index: int, request: AnswerRequest) -> "PreparedRequest":
+        """Encode a request, and settle how its tokens are chosen and how many there may be."""
+        if not isinstance(request, AnswerRequest):
+            raise ValueError(f"got a {type(request).__name__} as a request; expected an AnswerRequest")
+        check_question(request.messages)
+        sampling = {"temperature": request.temperature, "top_p": request.top_p, "seed": request.seed}
+        check_sampling(max_new_tokens=request.max_new_tokens, **sampling)
+        sampler = build_sampler(**sampling, device=self.model.device)
+        inputs = encode_messages(request.messages, self.processor)
+        prompt_ids = inputs["input_ids"][0].tolist()
+        max_new_tokens = limit_new_tokens(
+            self.model.config, num_prompt_tokens=len(prompt_ids), max_new_tokens=request.max_new_tokens
+        )
+        config = copy.deepcopy(self._generation_config)
+        config.max_new_tokens, config.max_length = max_new_tokens, len(prompt_ids) + max_new_tokens
+        self.model._prepare_special_tokens(config, device=self.model.device)
+        # As `generate` gets them: what the generation config asks for, then the sampler.
+        processors = self.model._get_logits_processor(
+            generation_config=config,
+            input_ids_seq_length=len(prompt_ids),
+            encoder_input_ids=inputs["input_ids"],
+            logits_processor=sampler,
+            device=self.model.device,
+            model_kwargs={},
+        )
+        return PreparedRequest(
+            index=index,
+            prompt_ids=prompt_ids,
+            max_new_tokens=max_new_tokens,
+            processors=processors,
+            inputs=inputs,
+            images=read_images(self.model, inputs),
+        )
+
+    def _choose(self) -> list["PreparedRequest"]:
         """The waiting rows that can join the next pass, in their order."""
         chosen, num_tokens = [], 0
         for row in self._waiting:
             lengths = [chosen_row.largest_length for chosen_row in (*chosen, row)]
-            if num_tokens >= MAX_PASS_TOKENS or not self._states.has_room(lengths):
+            if num_tokens >= MAX_PASS_TOKENS or not self._row_cache.has_room(lengths):
                 break
             chosen.append(row)
             num_tokens += len(row.prompt_ids)
         return chosen
 
     @torch.no_grad()
-    def _compute_pass(self, new_rows: list[PreparedRequest]) -> torch.Tensor:
+    def _compute_pass(self, new_rows: list["PreparedRequest"]) -> torch.Tensor:
         """Logits `[N, vocabulary]` after the newest token of every row, the new ones last."""
         device = self.model.device
         images = [(image, row.inputs) for row in new_rows for image in row.images]
         features = load_features(self.model, self.cache, images)
         prompt_lengths = [len(row.prompt_ids) for row in new_rows]
-        positions = self._states.begin_pass(prompt_lengths, [row.largest_length for row in new_rows])
+        positions = self._row_cache.begin_pass(prompt_lengths, [row.largest_length for row in new_rows])
         ids = [row.ids[-1] for row in self._rows]
         newest = list(range(len(ids)))
         for row in new_rows:
@@ -361,40 +317,55 @@ class BatchedGeneration:
             position_ids=positions,
             logits_to_keep=torch.tensor(newest, device=device),
             use_cache=False,
-            row_states=self._states,
+            row_cache=self._row_cache,
             **encoded,
         )
-        # As `generate` does, before anything is compared or drawn.
+        # As `generate` does, before logits are compared or sampled from.
         return outputs.logits[0].float()
 
     @torch.no_grad()
     def _compute_step(self) -> torch.Tensor:
-        """As `_compute_pass` without new rows, by compiled code."""
+        """As `_compute_pass` without new rows, in compiled code."""
         compiled = self.model.get_compiled_call(build_compile_config(self.model.device))
-        positions = self._states.begin_step()
+        positions = self._row_cache.begin_step()
         ids = torch.zeros_like(positions)
         ids[0, : len(self._rows)] = torch.tensor([row.ids[-1] for row in self._rows])
-        outputs = compiled(input_ids=ids, position_ids=positions, use_cache=False, row_states=self._states)
+        outputs = compiled(input_ids=ids, position_ids=positions, use_cache=False, row_cache=self._row_cache)
         # A copy: the next step writes to the same memory.
         return outputs.logits[0, : len(self._rows)].to(torch.float32, copy=True)
 
-    def _draw(self, logits_NV: torch.Tensor, rows: list[PreparedRequest]) -> list[int]:
-        image_token_id = self.model.config.image_token_id
-        if 0 <= image_token_id < logits_NV.shape[1]:
-            # An answer can hold no image.
-            logits_NV[:, image_token_id] = -torch.inf
-        tokens_N = logits_NV.argmax(dim=-1)
+    def _sample_tokens(self, logits_NV: torch.Tensor, rows: list["PreparedRequest"]) -> list[int]:
+        tokens_N = forbid_image_token(logits_NV, self.model.config.image_token_id).argmax(dim=-1)
         for place, row in enumerate(rows):
-            if row.processors:
+            if not row.is_greedy:
                 ids_1L = torch.tensor([row.prompt_ids + row.ids], device=logits_NV.device)
                 tokens_N[place] = row.processors(ids_1L, logits_NV[place : place + 1])[0].argmax()
         return tokens_N.tolist()
 
     def _has_ended(self, ids: list[int]) -> bool:
-        # A token is a byte at least, but for those that stand for nothing.
+        # A token is at least a byte; twice as many tokens leave room for some that decode to no text.
         num_tokens = 2 * len(self._end.encode())
         return num_tokens > 0 and self._end in self.processor.tokenizer.decode(ids[-num_tokens:])
 
-    def _decode(self, ids: list[int]) -> str:
-        text = decode_answer(ids, self.processor.tokenizer, learn_tokens=self.processor.learn_tokens)
-        return cut_at_end(text, self._end)
+
+@dataclass(eq=False)
+class PreparedRequest:
+    """A request as the passes take it, and its answer so far."""
+
+    index: int
+    prompt_ids: list[int]
+    max_new_tokens: int
+    processors: LogitsProcessorList
+    inputs: BatchFeature | None
+    """What the processor returned; None once the prompt was computed."""
+    images: list[PromptImage]
+    ids: list[int] = field(default_factory=list)
+
+    @property
+    def largest_length(self) -> int:
+        return len(self.prompt_ids) + self.max_new_tokens
+
+    @cached_property
+    def is_greedy(self) -> bool:
+        """Whether each token is that of the largest logit, image tokens left out."""
+        return all(isinstance(processor, ForbidImageToken) for processor in self.processors)

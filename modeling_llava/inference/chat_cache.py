@@ -1,12 +1,12 @@
-"""ChatCache: keys, values and image features that the next turn of a conversation can use, and the images of a prompt.
+"""ChatCache: the KV cache and image features that the next turn of a conversation can use, and the images of a prompt.
 
-The keys and values form a tree: a segment holds those of a stretch of tokens, and is split in two where conversations
-part (as in SGLang's RadixAttention, arXiv:2312.07104). So what conversations share is kept once, a branch never
-destroys what another one needs, and a bound in bytes drops the stretch that was used least recently. The tower sees
-an image once, however many prompts show it, as long as the cache keeps its features.
+Keys and values form a radix tree: a segment holds those of some consecutive tokens, and is split in two where
+conversations part (as in SGLang's RadixAttention, arXiv:2312.07104). So a shared beginning is kept once, and a branch
+never overwrites what another one needs. A bound in bytes drops the segment that was used least recently. The vision
+tower encodes an image once, however many prompts show it, as long as the cache keeps its features.
 
-What is surprising: a token is known again by its id, but a token of an image by the digest of its image. Equal ids of
-different pictures do not match.
+What is surprising: the tree's key of a text token is its id, but that of an image token is the digest of its image.
+Equal ids of different pictures do not match.
 """
 
 import hashlib
@@ -21,47 +21,52 @@ from torch import nn
 from torch.nn.functional import pad
 from transformers import BatchFeature, PreTrainedModel, StaticCache
 
+from modeling_llava.visual_tokens import check_image_tokens
+
 TokenKey = int | bytes
+"""The id of a text token, or the digest of the image of an image token."""
 DEFAULT_MAX_BYTES = 2 * 2**30
 
 
 @dataclass(eq=False)
 class _Segment:
-    """Tokens that follow those of `parent`."""
+    """Consecutive tokens, which follow those of `parent`."""
 
     keys: list[TokenKey]
     parent: "_Segment | None" = None
     children: dict[TokenKey, "_Segment"] = field(default_factory=dict)
-    """By their first key."""
+    """Segments that follow, by their first key."""
 
 
 class ChatCache:
-    """What one model has computed for all its conversations.
+    """KV cache and image features of one model, for all its conversations.
 
     Args:
-        max_bytes: Of all states and features kept between answers; those of the running answer come on top. One token
-            of a 7B model takes 0.5 MB in 16 bits.
+        max_bytes: Largest size of all that is kept between answers; the KV cache of the running answer comes on top.
+            One token of a 7B model takes 0.5 MB in 16 bits.
     """
 
     def __init__(self, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self.lock = Lock()
-        """Whoever calls `find_*` and `store_*` holds it, and so does every running answer."""
-        self.static_states: dict[int, StaticCache] = {}
-        """Of compiled answers, by their length in tokens; beside `max_bytes`."""
+        """Callers of `find_*` and `store_*` hold it, and so does every running answer."""
+        self.static_caches: dict[int, StaticCache] = {}
+        """KV caches of compiled answers, by their length in tokens; they do not count in `num_bytes`."""
         self.compiled_worker = ThreadPoolExecutor(1)
-        """Where compiled answers are made: PyTorch keeps CUDA graphs for the thread that recorded them."""
+        """The thread of compiled answers: PyTorch keeps CUDA graphs for the thread that recorded them (torch 2.13,
+        _inductor/cudagraph_trees.py)."""
         self._model: weakref.ref[nn.Module] | None = None
         self._root = _Segment([])
         self._kept: dict[_Segment | bytes, list[torch.Tensor]] = {}
-        """States of segments and features of images, least recently used first; a segment before its parents."""
+        """Keys and values of segments, and features of images, least recently used first; a segment before its
+        parents."""
 
     def bind(self, model: nn.Module) -> None:
-        """Belong to a model from now on.
+        """Make this the cache of a model.
 
         Raises:
-            ValueError: if the cache belongs to another one.
+            ValueError: if it is already that of another one.
         """
         if self._model is None:
             self._model = weakref.ref(model)
@@ -71,9 +76,9 @@ class ChatCache:
             )
 
     def resize(self, max_bytes: int) -> None:
-        """Keep at most so much from now on, or from the end of the running answer on."""
+        """Change `max_bytes`; it counts at the end of the running answer, if there is one."""
         self.max_bytes = max_bytes
-        # A running answer drops what is too much when it stores its own states.
+        # A running answer drops what is too much when it stores its own keys and values.
         if self.lock.acquire(blocking=False):
             self._evict()
             self.lock.release()
@@ -82,12 +87,12 @@ class ChatCache:
         """Drop everything, for example after the weights were changed; waits for the running answer."""
         with self.lock:
             self.num_bytes = 0
-            self.static_states.clear()
+            self.static_caches.clear()
             self._root = _Segment([])
             self._kept = {}
 
-    def find_states(self, keys: Sequence[TokenKey]) -> tuple[int, Iterator[torch.Tensor]]:
-        """The states of the longest known beginning.
+    def find_prefix(self, keys: Sequence[TokenKey]) -> tuple[int, Iterator[torch.Tensor]]:
+        """Keys and values of the longest known beginning.
 
         Returns:
             Its length L and the tensors that were stored, `[1, heads, L, width]`, each copied when its turn comes; no
@@ -95,28 +100,28 @@ class ChatCache:
         """
         path = self._find_path(keys)
         self._touch(path)
-        parts = [[states[..., :count, :] for states in self._kept[segment]] for segment, count in path]
+        parts = [[tensor[..., :count, :] for tensor in self._kept[segment]] for segment, count in path]
         return sum(count for _, count in path), (torch.cat(pieces, dim=-2) for pieces in zip(*parts))
 
-    def store_states(self, keys: Sequence[TokenKey], states: list[torch.Tensor]) -> None:
-        """Keep what is new in `states`, tensors `[1, heads, L, width]` for `keys` of length L.
+    def store_prefix(self, keys: Sequence[TokenKey], tensors: list[torch.Tensor]) -> None:
+        """Copy what is new: tensors `[1, heads, L, width]`, which are keys and values of L tokens.
 
-        The list is emptied: if nothing else holds a tensor, its memory is free before the next one is copied. What
-        alone is larger than `max_bytes` is not kept.
+        The list is emptied: if nothing else holds a tensor, its memory is free before the next one is copied. New
+        tokens that alone are larger than `max_bytes` are not kept.
         """
         path = self._find_path(keys)
         length = sum(count for _, count in path)
-        num_new_bytes = sum(tensor[..., length:, :].nbytes for tensor in states)
+        num_new_bytes = sum(tensor[..., length:, :].nbytes for tensor in tensors)
         if length < len(keys) and num_new_bytes <= self.max_bytes:
-            new_states = []
-            while states:
-                new_states.append(_own(states.pop(0)[..., length:, :]))
+            new_tensors = []
+            while tensors:
+                new_tensors.append(_own(tensors.pop(0)[..., length:, :]))
             if path:
                 path[-1] = (self._split(*path[-1]), path[-1][1])
             parent = path[-1][0] if path else self._root
             leaf = _Segment(list(keys[length:]), parent)
             parent.children[leaf.keys[0]] = leaf
-            self._keep(leaf, new_states)
+            self._keep(leaf, new_tensors)
         self._touch(path)
         self._evict()
 
@@ -147,16 +152,16 @@ class ChatCache:
         return path
 
     def _split(self, tail: _Segment, count: int) -> _Segment:
-        """Put the first tokens of a segment into one of their own, which is returned."""
+        """Move the first tokens of a segment to a new one, which is returned."""
         if count == len(tail.keys):
             return tail
         head = _Segment(tail.keys[:count], tail.parent)
         head.parent.children[head.keys[0]] = head
         tail.keys, tail.parent = tail.keys[count:], head
         head.children[tail.keys[0]] = tail
-        states = self._kept[tail]
-        self._kept[tail] = [_own(tensor[..., count:, :]) for tensor in states]
-        self._kept[head] = [_own(tensor[..., :count, :]) for tensor in states]
+        tensors = self._kept[tail]
+        self._kept[tail] = [_own(tensor[..., count:, :]) for tensor in tensors]
+        self._kept[head] = [_own(tensor[..., :count, :]) for tensor in tensors]
         return head
 
     def _touch(self, path: list[tuple[_Segment, int]]) -> None:
@@ -175,22 +180,13 @@ class ChatCache:
                 del item.parent.children[item.keys[0]]
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy with memory of its own: a view would keep the whole tensor that it was cut from."""
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _count_bytes(tensors: list[torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
-
-
 @dataclass(frozen=True)
 class PromptImage:
     row: int
-    """In `pixel_values`."""
+    """Row of `pixel_values`."""
     digest: bytes
     start: int
-    """Its first token in the prompt."""
+    """Position of its first token in the prompt."""
     num_tokens: int
 
 
@@ -207,7 +203,7 @@ def read_images(model: PreTrainedModel, inputs: BatchFeature, *, scope: bytes = 
     tiles = list(pixel_values)
     layouts = model.model.plan_images(pixel_values, image_sizes)
     counts = [layout.num_tokens for layout in layouts]
-    model.model.check_image_tokens(image_mask_BL, counts)
+    check_image_tokens(image_mask_BL, counts, visual_tokens=model.config.visual_tokens)
     if pixel_values.ndim == 5:
         # The padding to the largest number of tiles depends on the other images.
         tiles = [image[: layout.num_tiles] for image, layout in zip(tiles, layouts)]
@@ -225,7 +221,7 @@ def read_images(model: PreTrainedModel, inputs: BatchFeature, *, scope: bytes = 
 def load_features(
     model: PreTrainedModel, cache: ChatCache, images: list[tuple[PromptImage, BatchFeature]]
 ) -> list[torch.Tensor]:
-    """Features `[N, D]` of images, each given with the inputs that hold its pixels; unknown ones are cached."""
+    """Features `[N, D]` of images, which are given with the inputs that hold their pixels; new ones are cached."""
     features = {image.digest: cache.find_features(image.digest) for image, _ in images}
     unknown = {image.digest: (image.row, inputs) for image, inputs in images if features[image.digest] is None}
     if unknown:
@@ -241,3 +237,12 @@ def load_features(
             features[digest] = image_features
             cache.store_features(digest, image_features)
     return [features[image.digest] for image, _ in images]
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with memory of its own; a view would keep the whole tensor that it was cut from."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _count_bytes(tensors: list[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

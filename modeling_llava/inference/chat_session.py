@@ -15,14 +15,15 @@ from processing_llava.image_loading import load_images
 from processing_llava.messages import check_question
 from processing_llava.processing_llava import AnyLlavaProcessor
 
-from .cached_generation import CachedGeneration, check_compiles, limit_new_tokens
+from .cached_generation import CachedGeneration, check_compiles
 from .chat_cache import ChatCache
 from .token_stream import (
     StreamedText,
     build_sampler,
-    check_numbers,
+    check_sampling,
     encode_messages,
     find_answer_end,
+    limit_new_tokens,
     read_greedy_config,
     stream_tokens,
 )
@@ -30,19 +31,19 @@ from .token_stream import (
 
 @dataclass(frozen=True)
 class AnswerStatistics:
-    """What an answer took."""
+    """Tokens and times of an answer."""
 
     num_prompt_tokens: int
-    """Image tokens included."""
+    """Tokens of the prompt, image tokens included."""
     num_image_tokens: int
     num_reused_tokens: int
-    """Of the prompt, with states that were known before."""
+    """Tokens of the prompt whose keys and values were cached."""
     num_new_tokens: int
-    """The token that ends the answer included."""
+    """Tokens of the answer, with the one that ends it."""
     seconds_to_first_token: float
-    """From the question on; preparing the images and waiting for other answers included."""
+    """Time from the question on, with preparing the images and waiting for other answers."""
     tokens_per_second: float
-    """After the first token; 0 if there are no others."""
+    """Rate after the first token; 0 if there are no others."""
 
 
 class ChatSession:
@@ -51,14 +52,14 @@ class ChatSession:
     Sessions of one model that run in several threads must share a cache: the model then gives one answer at a time.
 
     Args:
-        model: Ours, in evaluation mode.
-        processor: Its processor.
-        system: Replaces the system text of the template.
-        cache: What answers can be continued from; the session's own by default.
+        model: A LLaVA of our class, in evaluation mode.
+        processor: The processor of the model.
+        system: System text instead of that of the template.
+        cache: KV cache and image features of earlier answers; the session's own by default.
         scope: Sessions that share a cache reuse each other's work only if they have the same scope. Time and
             statistics tell what was reused: users who must not learn what others ask take a random one each.
-        compile: Decode with compiled code and states of fixed size, on a GPU as CUDA graphs. The first answer takes
-            some minutes longer, and so does the first conversation beyond 1024 tokens, 2048, and so on.
+        compile: Decode with compiled code and a static KV cache, on a GPU as CUDA graphs. The first answer takes some
+            minutes longer, and so does the first conversation beyond 1024 tokens, 2048, and so on.
 
     Raises:
         ValueError: if the cache belongs to another model, or the model cannot be compiled.
@@ -88,7 +89,7 @@ class ChatSession:
         self._end = find_answer_end(processor)
         self.messages: list[dict[str, Any]] = []
         self.statistics: AnswerStatistics | None = None
-        """Of the last answer, also of one that was stopped."""
+        """Statistics of the last answer, also of one that was stopped."""
         self.reset()
 
     def reset(self) -> None:
@@ -99,9 +100,9 @@ class ChatSession:
         """Answer in pieces of text as they are generated; the turn is remembered when the last piece is out.
 
         Args:
-            question: What the user says; never read as control tokens.
+            question: Text of the user; it is never read as control tokens.
             images: Pictures that come with it: PIL images, `pathlib.Path`, bytes or data URIs.
-            **settings: Those of `answer`.
+            **settings: Settings of `answer`.
 
         Raises:
             ValueError: if a picture or a setting is refused.
@@ -115,7 +116,7 @@ class ChatSession:
         pictures = load_images(images, limits=image_processor.limits, urls=image_processor.urls)
         content = [{"type": "image", "image": picture} for picture in pictures]
         question_message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
-        # Who calls `reset` meanwhile begins another list.
+        # `reset` begins another list meanwhile.
         messages, pieces = self.messages, []
         with closing(self.answer([*messages, question_message], **settings)) as answer:
             for piece in answer:
@@ -133,17 +134,17 @@ class ChatSession:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> Iterator[str]:
-        """Answer a whole conversation, of which nothing but the cache remembers anything.
+        """Answer a whole conversation, which the session does not remember; the cache keeps what it computes.
 
         Closing the iterator stops the model within one token.
 
         Args:
             messages: `[{"role": ..., "content": text or [{"type": "image", "image": ...}, ...]}]`, the last one from
                 the user. The system text of the session is added if there is none.
-            max_new_tokens: Longest answer in tokens; ended before where the model can read no more.
-            temperature: 0 for the likeliest answer, higher for varied ones.
-            top_p: Draw from the likeliest tokens whose probabilities add up to this, at most 1.
-            seed: Of the drawing.
+            max_new_tokens: Longest answer in tokens; it ends earlier where the model can read no more.
+            temperature: 0 for greedy decoding, higher for varied answers.
+            top_p: Sample from the most probable tokens whose probabilities add up to this, at most 1.
+            seed: Seed of the sampler.
 
         Raises:
             ValueError: if a picture or a setting is refused, the conversation is longer than the model can read, or
@@ -152,8 +153,8 @@ class ChatSession:
         started = time.perf_counter()
         read_greedy_config(self.model)
         check_question(messages)
-        drawing = {"temperature": temperature, "top_p": top_p, "seed": seed}
-        check_numbers(max_new_tokens=max_new_tokens, **drawing)
+        sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        check_sampling(max_new_tokens=max_new_tokens, **sampling)
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         inputs = encode_messages(messages, self.processor)
@@ -161,15 +162,11 @@ class ChatSession:
         max_new_tokens = limit_new_tokens(
             self.model.config, num_prompt_tokens=num_prompt_tokens, max_new_tokens=max_new_tokens
         )
-        sampler = build_sampler(**drawing, device=self.model.device)
+        sampler = build_sampler(**sampling, device=self.model.device)
         generation = CachedGeneration(self.model, inputs, self.cache, scope=self.scope, compile=self.compile)
-        generate = partial(
-            generation.run, max_new_tokens=max_new_tokens, use_cache=True, do_sample=False, logits_processor=sampler
-        )
-        text, times = (
-            StreamedText(self.processor.tokenizer, end=self._end, learn_tokens=self.processor.learn_tokens),
-            [],
-        )
+        generate = partial(generation.run, max_new_tokens=max_new_tokens, logits_processor=sampler)
+        text = StreamedText(self.processor.tokenizer, end=self._end, learn_tokens=self.processor.learn_tokens)
+        times: list[float] = []
         worker = self.cache.compiled_worker if self.compile else None
         try:
             with closing(stream_tokens(generate, lock=self.cache.lock, worker=worker)) as tokens:

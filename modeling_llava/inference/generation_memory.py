@@ -1,13 +1,13 @@
 """How much memory generating takes, known before a weight is loaded.
 
     weights      parameters and buffers
-    cache        keys and values of all tokens, at the end of the answer
-    activations  what lives beside them at the largest moment: while images are encoded, the prompt is read, or the
-                 last token is made. The cache is shorter in the first two, and its missing part counts as free.
+    cache        the KV cache of all tokens, at the end of the answer
+    activations  what lives beside them at the largest moment: while images are encoded, in the prefill, or in the
+                 last decode step. The KV cache is shorter in the first two, and its missing part counts as free.
 
 The model computes on tensors without content (PyTorch's FakeTensorMode), and those that live at once are added up. So
-nothing here knows how a tower or a language model is built, and no memory is needed. Not counted: what CUDA itself
-takes (about 0.5 GiB), what allocators lose between blocks, and the work space inside single operations.
+nothing here knows how a tower or a language model is built, and no memory is needed. Three things are not counted: the
+CUDA context (about 0.5 GiB), what allocators lose between blocks, and the work space inside single operations.
 """
 
 import copy
@@ -45,7 +45,7 @@ class GenerationMemory:
     cache: int
     activations: int
     num_prompt_tokens: int
-    """Of one row, image tokens included."""
+    """Tokens of the prompt of one row, image tokens included."""
 
     @property
     def total(self) -> int:
@@ -56,7 +56,7 @@ def read_config(name: str) -> AnyLlavaConfig:
     """The configuration of a LLaVA in any layout.
 
     Args:
-        name: Folder or Hub id; of an adapter, it is that of its base.
+        name: Folder or Hub id. An adapter has the configuration of its base.
 
     Raises:
         ValueError: if there is none, or it is another model.
@@ -70,11 +70,11 @@ def read_config(name: str) -> AnyLlavaConfig:
 
 
 WEIGHT_BITS = {"int8": 8, "fp8": 8, "int4": 4.25, "nf4": 4.13}
-"""Of a number of a quantized language model, with what scales its group of 128 or 64 numbers."""
+"""Bits of a parameter of a quantized language model, with its share of the scale of 128 or 64 parameters."""
 
 
 def choose_dtype(config: AnyLlavaConfig, device: torch.device, *, quantization: str | None = None) -> torch.dtype:
-    """The floats in which `load_for_inference` loads a model, or what is not quantized of it."""
+    """The dtype in which `load_for_inference` loads a model, or the part of it that is not quantized."""
     if quantization is not None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if config.dtype is None or (device.type == "cpu" and is_slow_on_processor(config.dtype)):
@@ -95,17 +95,17 @@ def predict_generation(
     """The memory of `generate` with a cache that grows, for rows of equal length.
 
     Args:
-        config: Of the model.
-        dtype: Of its weights.
-        quantization: One of `WEIGHT_BITS`, for the linear layers of the language model.
-        num_images: In each row. Where images are tiled, each fills the largest grid.
-        num_text_tokens: Of the prompt of each row, beside those of its images.
-        num_new_tokens: Of each answer.
-        num_rows: Generated together.
+        config: Configuration of the model.
+        dtype: Dtype of its weights.
+        quantization: A name of `WEIGHT_BITS`, for the linear layers of the language model.
+        num_images: Images of each row. Where images are tiled, each fills the largest grid.
+        num_text_tokens: Tokens of the prompt of each row, beside those of its images.
+        num_new_tokens: Tokens of each answer.
+        num_rows: Rows that are generated together.
 
     Raises:
-        ValueError: if a number is too small, the quantization has no such name, or the language model decides by its
-            data what it computes.
+        ValueError: if a number is too small, the quantization is unknown, or the operations of the language model
+            depend on its data.
     """
     if quantization is not None and quantization not in WEIGHT_BITS:
         raise ValueError(f"got quantization={quantization!r}; expected one of {', '.join(WEIGHT_BITS)}")
@@ -119,7 +119,7 @@ def predict_generation(
             raise ValueError(f"got {name}={number}; expected at least {smallest}")
     try:
         with torch.device("meta"):
-            # A copy, since the dtype is written into it.
+            # `_from_config` writes the dtype into the configuration (transformers 5.23, modeling_utils.py).
             model = AnyLlavaForConditionalGeneration._from_config(copy.deepcopy(config), dtype=dtype).eval()
         with FakeTensorMode(allow_non_fake_inputs=True), _LiveBytes() as live, torch.no_grad():
             model.to_empty(device="cpu").tie_weights()
@@ -127,22 +127,22 @@ def predict_generation(
             num_prompt_tokens = num_text_tokens + num_images * layout.num_tokens
             live.peak = start = live.current
 
-            images = _encode(model, num_images=num_rows * num_images, size=size, num_tiles=layout.num_tiles)
+            images = _encode_images(model, num_images=num_rows * num_images, size=size, num_tiles=layout.num_tiles)
             peaks, live.peak = [live.peak], live.current
-            cache = _read(model, num_rows=num_rows, num_tokens=num_prompt_tokens)
-            cached_token = _count_states(cache) // num_prompt_tokens
+            cache = _run_language_model(model, num_rows=num_rows, num_tokens=num_prompt_tokens)
+            cached_token = _count_cache_bytes(cache) // num_prompt_tokens
             num_spare_tokens = count_spare_tokens(num_rows)
             peaks.append(live.peak + cached_token * num_spare_tokens)
 
-            # The last token of the answer is never read.
+            # The last token of the answer is never an input.
             num_cached_tokens = num_prompt_tokens + num_new_tokens - 1
             if num_new_tokens > 1:
-                cache = _read(model, num_rows=num_rows, num_tokens=num_cached_tokens - 1)
+                cache = _run_language_model(model, num_rows=num_rows, num_tokens=num_cached_tokens - 1)
                 live.peak = live.current
-                _read(model, num_rows=num_rows, num_tokens=1, cache=cache)
+                _run_language_model(model, num_rows=num_rows, num_tokens=1, cache=cache)
                 room = num_spare_tokens - (num_new_tokens - 1) % (num_spare_tokens + 1)
                 peaks.append(live.peak + cached_token * room)
-            num_cached = _count_states(cache)
+            num_cached = _count_cache_bytes(cache)
             del images
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         model_type = config.text_config.model_type
@@ -169,7 +169,7 @@ def _count_weights(model: AnyLlavaForConditionalGeneration, quantization: str | 
 
 
 def _plan_largest_image(model: AnyLlavaForConditionalGeneration) -> tuple[list[int] | None, ImageLayout]:
-    """The (height, width) that takes most memory, None where images are not tiled, and its layout."""
+    """The (height, width) that takes most memory, or None where images are not tiled, and its layout."""
     side = model.config.vision_config.image_size
     sizes = model.config.image_grid_pinpoints
     tile = (3, side, side)
@@ -179,14 +179,14 @@ def _plan_largest_image(model: AnyLlavaForConditionalGeneration) -> tuple[list[i
     return max(zip(sizes, layouts), key=lambda pair: (pair[1].num_tokens, pair[1].num_tiles))
 
 
-def _count_states(cache: DynamicCache) -> int:
+def _count_cache_bytes(cache: DynamicCache) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def _encode(
+def _encode_images(
     model: AnyLlavaForConditionalGeneration, *, num_images: int, size: list[int] | None, num_tiles: int
 ) -> Any:
-    """Pixels and what the model makes of them, both of which live until the answer ends."""
+    """Pixels and their features, both of which live until the answer ends."""
     if num_images == 0:
         return None
     side = model.config.vision_config.image_size
@@ -195,10 +195,10 @@ def _encode(
     return pixel_values, model.model.get_image_features(pixel_values, sizes)
 
 
-def _read(
+def _run_language_model(
     model: AnyLlavaForConditionalGeneration, *, num_rows: int, num_tokens: int, cache: DynamicCache | None = None
 ) -> DynamicCache:
-    """Compute so many tokens, and logits of the last one; returns the cache with their states."""
+    """Compute so many tokens, and logits of the last one; returns the KV cache that holds them."""
     cache = DynamicCache(config=model.config.text_config) if cache is None else cache
     embeds_BLD = torch.empty(num_rows, num_tokens, model.config.text_config.hidden_size, dtype=model.dtype)
     outputs = model.model.language_model(inputs_embeds=embeds_BLD, **{KV_CACHE: cache}, use_cache=True)

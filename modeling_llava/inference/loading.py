@@ -1,4 +1,4 @@
-"""Loading a model for answering, and making it fast where it is."""
+"""Loading a LLaVA for answering, and making it fast on its device."""
 
 import json
 from pathlib import Path
@@ -38,11 +38,11 @@ def load_for_inference(
     Args:
         name: Folder or Hub id.
         template: Name of a conversation format to use instead of the one stored with the model.
-        base_model: Folder or Hub id of the language model, for a LoRA, projector or delta that does not say its own.
+        base_model: Folder or Hub id of the language model, for a LoRA, projector or delta that does not name its own.
         vision_tower: Folder or Hub id of the tower, instead of the one that an original folder names.
-        device: Where to; the first GPU by default, or the processor where there is none.
-        quantization: "int4", "fp8" or "nf4" on a GPU, "int8" on a processor: bits of the language model.
-        visual_tokens: Most tokens of an image instead of what is stored with the model; see `AnyLlavaConfig`.
+        device: Name of the device; the first GPU by default, or the CPU where there is none.
+        quantization: "int4", "fp8" or "nf4" on a GPU, "int8" on a CPU, for the language model.
+        visual_tokens: Most tokens of an image, instead of the number stored with the model; see `AnyLlavaConfig`.
 
     Raises:
         ValueError: if there is no such model or template, or the model or device cannot run what was chosen.
@@ -71,7 +71,7 @@ def load_for_inference(
     # A machine with a GPU keeps 16 bits, also where its CPU is asked to answer.
     if quantization is None and device.type == "cpu" and is_slow_on_processor(model.dtype):
         model = model.float()
-    # Where the weights are: a Space of ZeroGPU cannot compute on its GPU while it loads.
+    # Before the model moves: a Space of ZeroGPU cannot compute on its GPU while it loads.
     prepare_for_answering(model, device)
     if quantization is None and device.type != "cpu":
         model = model.to(device)
@@ -79,13 +79,14 @@ def load_for_inference(
 
 
 def prepare_for_answering(model: PreTrainedModel, device: torch.device | None = None) -> None:
-    """Make a LLaVA answer faster, in place; its results change by rounding alone, and it can do nothing else.
+    """Make a LLaVA answer faster, in place (BENCHMARKS.md, Decoding); afterwards it can only answer.
 
-    On a processor, its weights are packed and it attends as fast as memory is read. On a GPU, its norms are fused, and
-    so are its projections, unless they are quantized or have an adapter.
+    Its results change by rounding alone. On a CPU, its weights are packed, and it has attention functions of its own.
+    On a GPU, its norms are fused, and so are its projections, unless they are quantized or have an adapter.
 
     Args:
-        device: Where it will answer; where it is by default.
+        model: The model.
+        device: Device on which it will answer; its own by default.
     """
     device = model.device if device is None else device
     if device.type == "cpu":
@@ -100,7 +101,7 @@ def prepare_for_answering(model: PreTrainedModel, device: torch.device | None = 
 
 
 def find_device(device: str | torch.device | None) -> torch.device:
-    """The device of this name; the first GPU by default, or the processor where there is none.
+    """The device of this name; the first GPU by default, or the CPU where there is none.
 
     Raises:
         ValueError: if this machine does not have it.

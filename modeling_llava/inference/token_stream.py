@@ -1,7 +1,7 @@
-"""What lies between `generate` and a stream of text: settings, a thread that can be stopped, drawing, decoding.
+"""What lies between `generate` and a stream of text: settings, sampling, a thread that can be stopped, decoding.
 
-What is surprising: the next token is drawn in a logits processor. `generate` itself would take its random numbers from
-torch's global generator, which all threads of a process share.
+What is surprising: the next token is sampled in a logits processor. `generate` itself takes its random numbers from
+torch's global generator (transformers 5.23, generation/utils.py, _sample), which all threads of a process share.
 """
 
 import math
@@ -19,6 +19,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -29,7 +30,106 @@ from transformers import (
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
+from modeling_llava.generation import read_max_length
 from processing_llava.processing_llava import AnyLlavaProcessor
+
+
+def read_greedy_config(model: PreTrainedModel) -> GenerationConfig:
+    """The model's generation config for greedy decoding.
+
+    Raises:
+        ValueError: if it asks for anything but one token at a time.
+    """
+    config, _ = model._prepare_generation_config(None, do_sample=False)
+    mode = config.get_generation_mode()
+    if mode != GenerationMode.GREEDY_SEARCH:
+        raise ValueError(
+            f"got a model whose generation_config asks for {mode.value}; expected one token at a time: take what asks "
+            "for it (such as num_beams) out of model.generation_config, or call model.generate"
+        )
+    for name in ("stop_strings", "return_dict_in_generate"):
+        if value := getattr(config, name):
+            raise ValueError(
+                f"got a model whose generation_config says {name}={value!r}; expected none here: take it out of "
+                "model.generation_config, or call model.generate"
+            )
+    return config
+
+
+def check_sampling(*, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+    """Refuse settings out of range.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for name, value in {"max_new_tokens": max_new_tokens, "seed": seed}.items():
+        if not isinstance(value, Integral):
+            raise ValueError(f"got {name}={value!r}; expected a whole number")
+    for name, value in {"temperature": temperature, "top_p": top_p}.items():
+        if not isinstance(value, Real):
+            raise ValueError(f"got {name}={value!r}; expected a number")
+    if max_new_tokens < 1:
+        raise ValueError(f"got max_new_tokens={max_new_tokens}; expected at least 1")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"got temperature={temperature}; expected 0 (greedy) or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"got top_p={top_p}; expected more than 0 and at most 1 (every token)")
+
+
+def limit_new_tokens(config: PreTrainedConfig, *, num_prompt_tokens: int, max_new_tokens: int) -> int:
+    """`max_new_tokens`, or what a prompt leaves of the length that a model was made for.
+
+    Raises:
+        ValueError: if it leaves nothing.
+    """
+    max_length = read_max_length(config)
+    if max_length is None:
+        return max_new_tokens
+    if num_prompt_tokens >= max_length:
+        raise ValueError(
+            f"got a conversation of {num_prompt_tokens} tokens; expected fewer than {max_length}, for which this "
+            "model was made: begin anew, or take pictures out"
+        )
+    return min(max_new_tokens, max_length - num_prompt_tokens)
+
+
+def encode_messages(messages: list[dict[str, Any]], processor: AnyLlavaProcessor) -> BatchFeature:
+    """Inputs of the model for the answer to a conversation.
+
+    Raises:
+        ValueError: if it is no conversation, or a picture is refused.
+    """
+    return processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
+def build_sampler(*, temperature: float, top_p: float, seed: int, device: torch.device) -> LogitsProcessorList:
+    """A sampler: logits processors that leave one token over, for `generate` with `do_sample=False`.
+
+    Args:
+        temperature: 0 gives no processors, with which `generate` is greedy.
+        top_p: Sample from the most probable tokens whose probabilities add up to this.
+        seed: Gives the tokens of `do_sample=True` after `torch.manual_seed(seed)`.
+        device: Device of the logits.
+    """
+    if temperature == 0:
+        return LogitsProcessorList()
+    sampler = [TemperatureLogitsWarper(float(temperature))]
+    if top_p < 1:
+        sampler.append(TopPLogitsWarper(float(top_p)))
+    return LogitsProcessorList([*sampler, _SampleWithSeed(seed, device)])
+
+
+class _SampleWithSeed(LogitsProcessor):
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        # A probability divided by exponential noise is the largest one that often: so torch.multinomial samples, too.
+        noise = torch.empty_like(scores).exponential_(generator=self.generator)
+        sampled = (scores.softmax(dim=-1) / noise).argmax(dim=-1, keepdim=True)
+        return torch.full_like(scores, float("-inf")).scatter(-1, sampled, 0.0)
 
 
 def stream_tokens(
@@ -37,13 +137,13 @@ def stream_tokens(
 ) -> Iterator[tuple[int, float]]:
     """The tokens that `generate` makes in another thread, with the `time.perf_counter()` of each.
 
-    Closing the iterator ends the thread within one token. The lock belongs to the thread, not to the iterator: one
-    that nobody closes or reads holds up nobody else.
+    Closing the iterator ends the thread within one token. The lock belongs to the thread, not to the iterator: an
+    iterator that nobody closes or reads holds up nobody else.
 
     Args:
         generate: Called with a `streamer` and `stopping_criteria` for `model.generate`. What it raises is raised here.
-        lock: Held while it runs.
-        worker: Whose thread it is; a new one by default.
+        lock: Held while `generate` runs.
+        worker: An executor of one thread to run in; a new thread by default.
     """
     queue, stop = SimpleQueue(), Event()
 
@@ -75,43 +175,32 @@ def stream_tokens(
         wait()
 
 
-def encode_messages(messages: list[dict[str, Any]], processor: AnyLlavaProcessor) -> BatchFeature:
-    """What a model takes to answer a conversation.
+class _QueueStreamer(BaseStreamer):
+    def __init__(self, queue: SimpleQueue) -> None:
+        self.queue = queue
+        self.is_prompt = True
 
-    Raises:
-        ValueError: if it is no conversation, or a picture is refused.
-    """
-    return processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    def put(self, value: torch.Tensor) -> None:
+        if not self.is_prompt:
+            self.queue.put((int(value), time.perf_counter()))
+        self.is_prompt = False
+
+    def end(self) -> None:
+        """Does nothing: the thread still has to cache its keys and values when the last token is out."""
 
 
-def read_greedy_config(model: PreTrainedModel) -> GenerationConfig:
-    """The settings with which a model answers, one token at a time.
+class _StopOnEvent(StoppingCriteria):
+    def __init__(self, event: Event) -> None:
+        self.event = event
 
-    Raises:
-        ValueError: if they ask for anything else.
-    """
-    config, _ = model._prepare_generation_config(None, do_sample=False)
-    mode = config.get_generation_mode()
-    if mode != GenerationMode.GREEDY_SEARCH:
-        raise ValueError(
-            f"got a model whose generation_config asks for {mode.value}; expected one token at a time: take what asks "
-            "for it (such as num_beams) out of model.generation_config, or call model.generate"
-        )
-    for name in ("stop_strings", "return_dict_in_generate"):
-        if value := getattr(config, name):
-            raise ValueError(
-                f"got a model whose generation_config says {name}={value!r}; expected none here: take it out of "
-                "model.generation_config, or call model.generate"
-            )
-    return config
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
 def find_answer_end(processor: AnyLlavaProcessor) -> str:
-    """What the chat template writes behind an answer: "###" in `llava_v0`, the name of a special token in most others.
+    """The text that the chat template writes behind an answer, empty if there is none.
 
-    Empty where there is no template, and for one that writes none.
+    It is "###" in `llava_v0`, and a special token in most other templates.
     """
     if processor.chat_template is None:
         return ""
@@ -128,84 +217,14 @@ def find_answer_end(processor: AnyLlavaProcessor) -> str:
 
 
 def find_end_token(tokenizer: PreTrainedTokenizerBase, end: str) -> int | None:
-    """The special token that this is the name of; a model ends with it what its generation_config may not end."""
+    """The id of the special token that ends an answer, if that is one; generation_config may not name it."""
     return tokenizer.convert_tokens_to_ids(end) if end in tokenizer.all_special_tokens else None
 
 
-class _QueueStreamer(BaseStreamer):
-    def __init__(self, queue: SimpleQueue) -> None:
-        self.queue = queue
-        self.is_prompt = True
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self.is_prompt:
-            self.queue.put((int(value), time.perf_counter()))
-        self.is_prompt = False
-
-    def end(self) -> None:
-        """Nothing: the thread still has to keep its states when the last token is out."""
-
-
-class _StopOnEvent(StoppingCriteria):
-    def __init__(self, event: Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
-
-
-def check_numbers(*, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
-    """Refuse what cannot say how an answer is chosen and how long it may be.
-
-    Raises:
-        ValueError: naming the number.
-    """
-    for name, value in {"max_new_tokens": max_new_tokens, "seed": seed}.items():
-        if not isinstance(value, Integral):
-            raise ValueError(f"got {name}={value!r}; expected a whole number")
-    for name, value in {"temperature": temperature, "top_p": top_p}.items():
-        if not isinstance(value, Real):
-            raise ValueError(f"got {name}={value!r}; expected a number")
-    if max_new_tokens < 1:
-        raise ValueError(f"got max_new_tokens={max_new_tokens}; expected at least 1")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"got temperature={temperature}; expected 0 (the likeliest answer) or more")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"got top_p={top_p}; expected more than 0 and at most 1 (every token)")
-
-
-def build_sampler(*, temperature: float, top_p: float, seed: int, device: torch.device) -> LogitsProcessorList:
-    """Logits processors that leave one token over, for `generate` with `do_sample=False`.
-
-    Args:
-        temperature: 0 leaves the choice of the likeliest token to `generate`.
-        top_p: Draw from the likeliest tokens whose probabilities add up to this.
-        seed: The same tokens as with `torch.manual_seed(seed)` and `do_sample=True`.
-        device: Of the logits.
-    """
-    if temperature == 0:
-        return LogitsProcessorList()
-    sampler = [TemperatureLogitsWarper(float(temperature))]
-    if top_p < 1:
-        sampler.append(TopPLogitsWarper(float(top_p)))
-    return LogitsProcessorList([*sampler, _DrawWithSeed(seed, device)])
-
-
-class _DrawWithSeed(LogitsProcessor):
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self.generator = torch.Generator(device).manual_seed(seed)
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        # Of exponential clocks that tick at these rates, each rings first with its probability (as in multinomial).
-        clocks = torch.empty_like(scores).exponential_(generator=self.generator)
-        drawn = (scores.softmax(dim=-1) / clocks).argmax(dim=-1, keepdim=True)
-        return torch.full_like(scores, float("-inf")).scatter(-1, drawn, 0.0)
-
-
 def decode_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase, *, learn_tokens: Sequence[str] = ()) -> str:
-    """The text of an answer, without special tokens but those that were learned.
+    """The text of an answer, without special tokens except those in `learn_tokens`.
 
-    White space before an answer belongs to the template.
+    White space before an answer belongs to the template, and is dropped.
     """
     if not learn_tokens:
         return tokenizer.decode(ids, skip_special_tokens=True).lstrip()
@@ -220,14 +239,14 @@ def cut_at_end(text: str, end: str) -> str:
 
 
 class StreamedText:
-    """Decodes tokens as they come, to the text that all of them together decode to.
+    """Decodes tokens as they come; the pieces add up to the text that all tokens together decode to.
 
-    What may be half a character or a part of the end is held back.
+    Text that may be half a character or a part of the end is held back.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: The tokenizer of the model.
+        end: The text or special token before which the answer ends; see `find_answer_end`.
         learn_tokens: As in `decode_answer`.
-        end: Where this text or special token comes, the answer has ended before; see `find_answer_end`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, end: str = "", learn_tokens: Sequence[str] = ()) -> None:
@@ -258,7 +277,7 @@ class StreamedText:
         return decode_answer(self.ids, self.tokenizer, learn_tokens=self.learn_tokens)
 
     def _give(self, text: str) -> str:
-        # SentencePiece gives up the whole characters before half a one, too, until it is whole.
+        # SentencePiece also drops whole characters before half a one, until that is whole.
         if not text.startswith(self.given):
             return ""
         piece, self.given = text[len(self.given) :], text

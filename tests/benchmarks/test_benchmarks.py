@@ -63,9 +63,9 @@ def test_the_share_of_the_limit(work, expected):
 
 @pytest.mark.parametrize("is_causal, expected", [(False, 2 * 2 * 2 * 3 * 8 * 8 * 16), (True, 2 * 2 * 3 * 8 * 8 * 16)])
 def test_attention_is_counted_on_a_cpu(is_causal, expected):
-    states = torch.randn(2, 3, 8, 16)
+    tensor = torch.randn(2, 3, 8, 16)
     with torch.no_grad():
-        job = partial(scaled_dot_product_attention, states, states, states, is_causal=is_causal)
+        job = partial(scaled_dot_product_attention, tensor, tensor, tensor, is_causal=is_causal)
         assert count_operations(job) == expected
 
 

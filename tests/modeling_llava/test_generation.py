@@ -208,7 +208,7 @@ def test_an_answer_holds_no_image_token():
     ids = torch.tensor([[1, *[299] * len(IMAGE), 5, 6, 7]])
     inputs = {"input_ids": ids, "pixel_values": random_images(1)}
     with torch.no_grad():
-        # The likeliest token from here on.
+        # The greedy token from here on.
         model.lm_head.weight.data[299] = 100 * model.model(**inputs).last_hidden_state[0, -1]
         assert model(**inputs).logits[0, -1].argmax() == 299
     assert 299 not in model.generate(**inputs, **GREEDY)[0, -NEW_TOKENS:]
@@ -270,11 +270,11 @@ def test_embeddings_will_do_for_ids(model):
 def test_a_further_turn_brings_its_own_images_only(model):
     first = prompt()
     answered = model.generate(**first, **GREEDY, return_dict_in_generate=True)
-    states = answered.past_key_values
+    cache = answered.past_key_values
     ids = torch.tensor([[*answered.sequences[0].tolist(), *IMAGE, *text_ids(4)]])
     new_images = random_images(2)[1:]
     expected = model.generate(ids, pixel_values=torch.cat([first["pixel_values"], new_images]), **GREEDY)
-    found = model.generate(ids, pixel_values=new_images, past_key_values=states, **GREEDY)
+    found = model.generate(ids, pixel_values=new_images, past_key_values=cache, **GREEDY)
     assert torch.equal(found, expected)
 
 

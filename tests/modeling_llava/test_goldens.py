@@ -140,11 +140,11 @@ def test_lora_over_a_base(adapter_case):
         assert has_dropout
         model.train()
         torch.manual_seed(index)
-        drawn = [last_logits(model, inputs, stored) for _ in range(12)]
+        sampled = [last_logits(model, inputs, stored) for _ in range(12)]
         model.eval()
-        spread = sorted(relative_error(sample_logits, ours) for sample_logits in drawn)
+        spread = sorted(relative_error(sample_logits, ours) for sample_logits in sampled)
         assert 0.7 * spread[0] < error < 1.2 * spread[-1]
-        assert all(relative_error(sample_logits, stored) > error for sample_logits in drawn)
+        assert all(relative_error(sample_logits, stored) > error for sample_logits in sampled)
 
 
 def test_training_step(shared_goldens):

@@ -180,7 +180,7 @@ def test_cached_decoding_equals_the_full_forward(text):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch and transformers, in flex attention
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
-@torch.no_grad()  # flex attention has no backward pass on processors
+@torch.no_grad()  # flex attention has no backward pass on CPUs
 def test_attention_implementations_agree(attention):
     model = tiny_model()
     inputs = batch([[1, *IMAGE, 5, 6], [1, *IMAGE, 7]])

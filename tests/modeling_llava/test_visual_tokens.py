@@ -203,7 +203,7 @@ def test_cached_decoding_equals_a_full_forward_and_the_cache_is_shorter(tiled):
 
 
 @pytest.mark.parametrize("tiled", [False, True])
-def test_a_chat_answers_as_generate_does_and_reuses_states(tiled):
+def test_a_chat_answers_as_generate_does_and_reuses_its_cache(tiled):
     model, processor = build_pair(tiled=tiled)
     session = ChatSession(model, processor)
     for turn, pictures in enumerate([[make_picture()], [], [make_picture(1)]]):
@@ -215,7 +215,7 @@ def test_a_chat_answers_as_generate_does_and_reuses_states(tiled):
         assert (session.statistics.num_reused_tokens > 0) == (turn > 0)
 
 
-def test_a_chat_whose_limit_changes_forgets_the_states_of_its_pictures():
+def test_a_chat_whose_limit_changes_forgets_the_cache_of_its_pictures():
     model, processor = build_pair(KEPT)
     session = ChatSession(model, processor)
     question = ask("What?", make_picture())

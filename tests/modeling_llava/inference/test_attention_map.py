@@ -1,4 +1,4 @@
-"""Attention of an answer: the numbers of a full eager forward, and where on the picture they are laid."""
+"""Attention of an answer: the weights of a full eager forward, and where on the picture they are laid."""
 
 import numpy as np
 import pytest

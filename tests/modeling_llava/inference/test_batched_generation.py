@@ -17,7 +17,7 @@ from modeling_llava.inference.batched_generation import AnswerRequest, BatchedGe
 from modeling_llava.inference.chat_cache import ChatCache
 from modeling_llava.inference.chat_session import ChatSession
 from modeling_llava.inference.loading import load_for_inference
-from modeling_llava.inference.row_states import RowStates
+from modeling_llava.inference.row_cache import RowCache
 from processing_llava.templates import load_template
 from tests.conftest import GOLDENS
 from tests.modeling_llava.inference.session_models import (
@@ -121,7 +121,7 @@ def test_mixed_requests_get_the_tokens_of_generate(name, monkeypatch):
     assert answer_together(model, processor, MIXED, max_rows=2) == expected
     # What a GPU does: one call with a mask for all rows.
     monkeypatch.setattr(
-        batched_generation, "RowStates", lambda **settings: RowStates(**settings | {"row_by_row": False})
+        batched_generation, "RowCache", lambda **settings: RowCache(**settings | {"row_by_row": False})
     )
     assert answer_together(model, processor, MIXED, max_rows=3) == expected
 
@@ -182,14 +182,14 @@ def test_pictures_that_join_together_are_encoded_together_and_each_once(passes):
     assert passes["pictures"] == [4]
 
 
-def test_drawing_depends_on_the_seed_and_not_on_the_company():
+def test_sampling_depends_on_the_seed_and_not_on_the_company():
     model, processor = load("llama")
-    drawn = {"temperature": 1.5, "top_p": 0.9}
-    requests = [ask("What?", CAT, seed=seed, **drawn) for seed in (3, 4, 3)]
+    sampling = {"temperature": 1.5, "top_p": 0.9}
+    requests = [ask("What?", CAT, seed=seed, **sampling) for seed in (3, 4, 3)]
     together = answer_together(model, processor, [*requests, *MIXED])
     assert together[0] == together[2] != together[1]
     torch.manual_seed(4)
-    assert answer_alone(model, processor, requests[1], do_sample=True, top_k=0, **drawn) == together[1]
+    assert answer_alone(model, processor, requests[1], do_sample=True, top_k=0, **sampling) == together[1]
     assert together[3:] == answer_together(model, processor, MIXED)
 
 
@@ -247,7 +247,7 @@ def test_no_answer_holds_an_image_token_that_has_a_logit(name):
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, ValueError])
 def test_a_pass_that_fails_takes_only_its_own_requests(layer, error):
-    """In the middle of the model, where one layer holds the new states and the other does not."""
+    """In the middle of the model, where one layer has cached the new tokens and the other has not."""
     model, processor = load("llama")
     expected = answer_alone(model, processor, MIXED[2])
     batch = BatchedGeneration(model, processor, max_rows=2)
@@ -296,19 +296,19 @@ def test_requests_join_while_others_are_answered():
     assert (batch.num_requests, batch.step()) == (0, [])
 
 
-def test_closing_frees_the_states(monkeypatch):
-    states = []
+def test_closing_frees_the_cache(monkeypatch):
+    caches = []
     monkeypatch.setattr(
         batched_generation,
-        "RowStates",
-        lambda **settings: states.append(weakref.ref(made := RowStates(**settings))) or made,
+        "RowCache",
+        lambda **settings: caches.append(weakref.ref(made := RowCache(**settings))) or made,
     )
     answers = generate_answers(*load("llama"), MIXED)
     next(answers)
-    assert states[0]() is not None
+    assert caches[0]() is not None
     answers.close()
     gc.collect()
-    assert states[0]() is None
+    assert caches[0]() is None
 
 
 def test_between_answers_the_model_is_as_before():
@@ -355,9 +355,9 @@ def test_models_that_cannot_be_batched_are_refused(monkeypatch):
 
 @pytest.mark.parametrize("row_by_row", [True, False])
 @pytest.mark.parametrize("window", [None, 9])
-def test_states_stay_those_of_their_row_and_within_the_bound(row_by_row, window):
+def test_keys_and_values_stay_those_of_their_row_and_within_the_bound(row_by_row, window):
     rng, heads, kv_heads, width = random.Random(0), 4, 2, 8
-    states = RowStates(max_rows=5, max_tokens=600, row_by_row=row_by_row, device=torch.device("cpu"))
+    row_cache = RowCache(max_rows=5, max_tokens=600, row_by_row=row_by_row, device=torch.device("cpu"))
     rows: list[list[torch.Tensor]] = []
     rooms = set()
     for _ in range(120):
@@ -366,17 +366,17 @@ def test_states_stay_those_of_their_row_and_within_the_bound(row_by_row, window)
             length = rng.randrange(1, 60)
             # Now and then one that needs larger slots.
             largest = length + rng.choice((5, 20, 40, 300))
-            if not states.has_room([*(item[1] for item in new), largest]):
+            if not row_cache.has_room([*(item[1] for item in new), largest]):
                 break
             new.append((length, largest))
         if not rows and not new:
             continue
         num_running = len(rows)
-        positions = states.begin_pass([length for length, _ in new], [largest for _, largest in new])
+        positions = row_cache.begin_pass([length for length, _ in new], [largest for _, largest in new])
         lengths = [1] * num_running + [length for length, _ in new]
         query = torch.randn(heads, sum(lengths), width)
         key, value = torch.randn(2, kv_heads, sum(lengths), width)
-        attended = states.attend(0, query, key, value, scaling=0.3, window=window)
+        attended = row_cache.attend(0, query, key, value, scaling=0.3, window=window)
         rows += [[torch.empty(kv_heads, 0, width)] * 2 for _ in new]
         parts = zip(*(tensor.split(lengths, dim=1) for tensor in (query, key, value)))
         outputs = attended[0].split(lengths)
@@ -390,13 +390,13 @@ def test_states_stay_those_of_their_row_and_within_the_bound(row_by_row, window)
             keys, values = (tensor.repeat_interleave(2, dim=0) for tensor in rows[row])
             expected = scaled_dot_product_attention(part[0], keys, values, attn_mask=seen, scale=0.3)
             torch.testing.assert_close(output.transpose(0, 1), expected)
-        slots, _, room, _ = states._layers[0][0].shape
+        slots, _, room, _ = row_cache._layers[0][0].shape
         assert slots * room <= 600 and slots <= 5 and len(rows) <= slots
         rooms.add(room)
         for row in reversed(range(len(rows))):
             # A row never outgrows what it said.
-            if rng.random() < 0.2 or states.lengths[row] == states._largest_lengths[row]:
-                states.remove(row)
+            if rng.random() < 0.2 or row_cache.lengths[row] == row_cache._largest_lengths[row]:
+                row_cache.remove(row)
                 rows[row] = rows[-1]
                 rows.pop()
     assert len(rooms) > 2

@@ -4,13 +4,9 @@ from types import SimpleNamespace
 
 import PIL.Image
 import pytest
-from transformers import (
-    GenerationConfig,
-    LlamaConfig,
-    Qwen3NextConfig,
-)
+from transformers import GenerationConfig, LlamaConfig, Qwen3NextConfig
 
-from modeling_llava.inference.cached_generation import build_states
+from modeling_llava.inference.cached_generation import build_cache
 from modeling_llava.inference.chat_cache import ChatCache
 from modeling_llava.inference.chat_session import ChatSession
 from tests.modeling_llava.inference.session_models import (
@@ -25,9 +21,7 @@ from tests.modeling_llava.inference.session_models import (
     read,
     user,
 )
-from tests.tiny import (
-    tiny_processor,
-)
+from tests.tiny import tiny_processor
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -93,11 +87,11 @@ def test_another_system_text_costs_no_run_of_the_tower(name, watched):
     assert session.statistics.num_reused_tokens < 10
 
 
-def test_the_tower_does_not_run_for_known_states_when_features_were_dropped(watched):
+def test_the_tower_does_not_run_for_cached_tokens_when_features_were_dropped(watched):
     seen = watched("llama")
-    roomy = ChatSession(seen.model, seen.processor)
-    read(roomy.ask("What?", images=[CAT], **SETTINGS))
-    session = ChatSession(seen.model, seen.processor, cache=ChatCache(max_bytes=roomy.cache.num_bytes - 1))
+    large = ChatSession(seen.model, seen.processor)
+    read(large.ask("What?", images=[CAT], **SETTINGS))
+    session = ChatSession(seen.model, seen.processor, cache=ChatCache(max_bytes=large.cache.num_bytes - 1))
     read(session.ask("What?", images=[CAT], **SETTINGS))
     expected = seen.expect([*session.messages, user("Sure?")])
     read(session.ask("Sure?", **SETTINGS))
@@ -151,7 +145,7 @@ def test_what_was_kept_under_another_scope_is_not_found(watched):
         reused.append(session.statistics.num_reused_tokens)
     known = session.statistics.num_prompt_tokens - 1
     assert reused == [0, 0, 0, known, known]
-    # Another system text makes the states useless, so that the features are looked for.
+    # Another system text makes the KV cache useless, so that the features are looked for.
     seen.tower_runs = 0
     for scope, num_runs in ((b"ada", 0), (b"eve", 1)):
         session = ChatSession(seen.model, seen.processor, cache=shared, scope=scope, system="Rhyme.")
@@ -173,7 +167,7 @@ def test_a_sliding_window_is_reused_only_until_it_is_full(window, watched, monke
     assert (session.statistics.num_reused_tokens > 0) == (window == 4096)
 
 
-def test_states_from_before_a_window_was_full_stay_useful(watched, monkeypatch):
+def test_a_cache_from_before_a_window_was_full_stays_useful(watched, monkeypatch):
     monkeypatch.setitem(MODELS, "sliding", lambda: build_text_model("mistral", sliding_window=200))
     load.cache_clear()
     seen = watched("sliding")
@@ -212,8 +206,8 @@ def test_other_caches_are_left_to_generate(watched, monkeypatch):
     assert seen.tower_runs == 0
 
 
-def test_recurrent_states_are_not_reused():
-    assert build_states(SimpleNamespace(config=Qwen3NextConfig(), generation_config=GenerationConfig())) is None
+def test_a_recurrent_cache_is_not_reused():
+    assert build_cache(SimpleNamespace(config=Qwen3NextConfig(), generation_config=GenerationConfig())) is None
 
 
 @pytest.mark.parametrize(
@@ -227,6 +221,6 @@ def test_positions_that_depend_on_the_length_are_computed_again(rope):
     config = LlamaConfig()
     config.rope_parameters = rope
     model = SimpleNamespace(config=config, generation_config=GenerationConfig())
-    assert build_states(model) is None
+    assert build_cache(model) is None
     config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    assert build_states(model) is not None
+    assert build_cache(model) is not None

@@ -43,7 +43,7 @@ def test_statistics_count_what_they_say(watched):
     assert (second.num_image_tokens, second.num_new_tokens, second.tokens_per_second) == (2 * 16, 1, 0)
 
 
-def test_drawing_repeats_with_its_seed_as_in_generate_and_leaves_the_global_generator_alone(watched):
+def test_sampling_repeats_with_its_seed_as_in_generate_and_leaves_the_global_generator_alone(watched):
     seen = watched("llama")
     session = ChatSession(seen.model, seen.processor)
     messages = [user("What?", CAT)]

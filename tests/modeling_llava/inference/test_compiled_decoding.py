@@ -17,7 +17,7 @@ from modeling_llava.inference.batched_generation import AnswerRequest, generate_
 from modeling_llava.inference.cached_generation import (
     CachedGeneration,
     build_compile_config,
-    build_static_states,
+    build_static_cache,
     decode_ahead,
 )
 from modeling_llava.inference.chat_cache import ChatCache
@@ -110,7 +110,7 @@ class Recorder(BaseStreamer):
 
 @pytest.mark.parametrize("end_of", [(0, 2), (1, 4), None], ids=str)
 def test_rows_end_where_generate_ends_them(graphs, end_of):
-    """Rows that end at different tokens, or at none; and states that have no room for one more."""
+    """Rows that end at different tokens, or at none; and a cache that has no room for one more."""
     model, _ = build()
     ids = torch.randint(3, 100, (3, 6), generator=torch.Generator().manual_seed(0))
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
@@ -163,12 +163,12 @@ def test_torch_knows_the_settings_for_a_gpu():
     assert build_compile_config(torch.device("cuda")).options.keys() <= set(list_options())
 
 
-def test_states_have_few_sizes_and_are_used_again():
+def test_static_caches_have_few_lengths_and_are_reused():
     model, _ = build()
     made = {}
-    states = [build_static_states(model, num_tokens, made=made) for num_tokens in (1, 1024, 1025, 2049)]
-    assert [one.get_max_length() for one in states] == [1024, 1024, 2048, 4096]
-    assert states[0] is states[1]
+    caches = [build_static_cache(model, num_tokens, made=made) for num_tokens in (1, 1024, 1025, 2049)]
+    assert [one.get_max_length() for one in caches] == [1024, 1024, 2048, 4096]
+    assert caches[0] is caches[1]
 
 
 def test_all_answers_are_made_in_one_thread(graphs, monkeypatch):
@@ -181,7 +181,7 @@ def test_all_answers_are_made_in_one_thread(graphs, monkeypatch):
     for _ in range(2):
         talk(ChatSession(model, processor, cache=cache, compile=True))
     assert len(threads) == 1 and threading.get_ident() not in threads
-    assert list(cache.static_states) == [1024]
+    assert list(cache.static_caches) == [1024]
 
 
 def test_what_cannot_be_compiled_is_refused():
@@ -194,17 +194,17 @@ def test_what_cannot_be_compiled_is_refused():
         ChatSession(model, processor, compile=True)
     model, processor = build()
     quantize_to_int8(model)
-    with pytest.raises(ValueError, match="for answering on a processor"):
+    with pytest.raises(ValueError, match="for answering on a CPU"):
         ChatSession(model, processor, compile=True)
     # Layers may be too small to be packed, where the output layer is not.
     model, processor = build()
     model.lm_head = PackedLinear(model.lm_head)
-    with pytest.raises(ValueError, match="for answering on a processor"):
+    with pytest.raises(ValueError, match="for answering on a CPU"):
         ChatSession(model, processor, compile=True)
 
 
 @pytest.mark.slow
-def test_compiled_for_this_processor():
+def test_compiled_for_this_cpu():
     torch._dynamo.reset()
     model, processor = build()
     assert talk(ChatSession(model, processor, compile=True)) == talk(ChatSession(model, processor))

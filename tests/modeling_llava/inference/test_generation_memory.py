@@ -111,7 +111,7 @@ def test_half_as_many_bits_take_half_the_memory():
     assert half.weights == pytest.approx(full.weights / 2, rel=0.01)
 
 
-def test_impossible_numbers_are_refused():
+def test_numbers_that_are_too_small_are_refused():
     with pytest.raises(ValueError, match="got num_rows=0; expected at least 1"):
         predict(tiny_config(), num_rows=0)
 
@@ -128,7 +128,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         read_config(str(tmp_path))
 
 
-def test_a_processor_computes_float16_as_float32():
+def test_a_cpu_computes_float16_as_float32():
     config = tiny_config()
     config.dtype = torch.float16
     assert choose_dtype(config, torch.device("cpu")) == torch.float32

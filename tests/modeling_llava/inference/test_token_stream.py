@@ -1,4 +1,4 @@
-"""Text from tokens as they come, threads that end when they should, and drawing with a seed."""
+"""Text from tokens as they come, threads that end when they should, and sampling with a seed."""
 
 import threading
 from functools import partial
@@ -111,26 +111,26 @@ def test_closing_asks_the_thread_to_stop_and_waits_for_it():
     assert ended.is_set() and not lock.locked()
 
 
-def draw(scores: torch.Tensor, **settings) -> torch.Tensor:
+def sample(scores: torch.Tensor, **settings) -> torch.Tensor:
     ids = torch.zeros(len(scores), 1, dtype=torch.long)
     return build_sampler(**settings, device="cpu")(ids, scores).argmax(dim=-1)
 
 
-def test_draws_have_the_probabilities_of_the_scores():
+def test_samples_have_the_probabilities_of_the_scores():
     scores = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(40_000, 4)
-    drawn = draw(scores, temperature=2.0, top_p=1.0, seed=0).bincount(minlength=4) / len(scores)
-    torch.testing.assert_close(drawn, (scores[0] / 2).softmax(dim=-1), atol=0.01, rtol=0)
-    drawn = draw(scores, temperature=1.0, top_p=0.6, seed=0)
-    assert drawn.unique().tolist() == [2]
+    sampled = sample(scores, temperature=2.0, top_p=1.0, seed=0).bincount(minlength=4) / len(scores)
+    torch.testing.assert_close(sampled, (scores[0] / 2).softmax(dim=-1), atol=0.01, rtol=0)
+    sampled = sample(scores, temperature=1.0, top_p=0.6, seed=0)
+    assert sampled.unique().tolist() == [2]
 
 
-def test_draws_of_a_seed_do_not_depend_on_other_threads():
+def test_samples_of_a_seed_do_not_depend_on_other_threads():
     scores = torch.zeros(1000, 5)
-    alone = [draw(scores, temperature=1.0, top_p=1.0, seed=seed) for seed in range(4)]
+    alone = [sample(scores, temperature=1.0, top_p=1.0, seed=seed) for seed in range(4)]
     together = {}
 
     def run(seed: int) -> None:
-        together[seed] = draw(scores, temperature=1.0, top_p=1.0, seed=seed)
+        together[seed] = sample(scores, temperature=1.0, top_p=1.0, seed=seed)
 
     threads = [threading.Thread(target=partial(run, seed)) for seed in range(4)]
     for thread in threads:

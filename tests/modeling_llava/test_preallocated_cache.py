@@ -1,30 +1,30 @@
-"""Key/value states with room to spare hold what transformers' own hold, and are not copied for every token."""
+"""A preallocated KV cache holds what transformers' own holds, and is not copied for every token."""
 
 import pytest
 import torch
 from transformers import DynamicCache
 
-from modeling_llava.generation import RoomyLayer, count_spare_tokens, leave_room
+from modeling_llava.generation import PreallocatedLayer, count_spare_tokens, preallocate
 from tests.tiny import IMAGE_TOKEN_ID, batch, random_images, text_ids, tiny_model
 
 
-def states_pair() -> tuple[DynamicCache, DynamicCache]:
+def build_caches() -> tuple[DynamicCache, DynamicCache]:
     config = tiny_model().config.text_config
-    roomy = DynamicCache(config=config)
-    leave_room(roomy)
-    return roomy, DynamicCache(config=config)
+    preallocated = DynamicCache(config=config)
+    preallocate(preallocated)
+    return preallocated, DynamicCache(config=config)
 
 
 def append(caches: tuple[DynamicCache, DynamicCache], num_tokens: int, *, rows: int = 2) -> None:
     for layer in range(2):
-        new_states = torch.randn(2, rows, 4, num_tokens, 8)
-        first, second = (cache.update(*new_states, layer) for cache in caches)
+        new = torch.randn(2, rows, 4, num_tokens, 8)
+        first, second = (cache.update(*new, layer) for cache in caches)
         assert all(torch.equal(*pair) for pair in zip(first, second))
 
 
 @torch.no_grad()
-def test_every_way_of_changing_states():
-    caches = states_pair()
+def test_every_way_of_changing_a_cache():
+    caches = build_caches()
     append(caches, 5)
     for change in (
         lambda cache: cache.crop(-2),
@@ -47,7 +47,7 @@ def test_every_way_of_changing_states():
 
 @torch.no_grad()
 def test_tokens_are_added_in_place():
-    caches = states_pair()
+    caches = build_caches()
     append(caches, 5)
     start = caches[0].layers[0].keys.data_ptr()
     for _ in range(count_spare_tokens(2)):
@@ -57,15 +57,15 @@ def test_tokens_are_added_in_place():
     assert caches[0].layers[0].keys.data_ptr() != start
 
 
-def test_gradients_pass_through_states():
-    roomy, plain = states_pair()
+def test_gradients_pass_through_a_cache():
+    preallocated, plain = build_caches()
     gradients = []
-    for cache in (roomy, plain):
+    for cache in (preallocated, plain):
         torch.manual_seed(0)
-        states = torch.randn(3, 1, 4, 2, 8, requires_grad=True)
-        total = sum((cache.update(new_states, new_states, 0)[0] ** 2).sum() for new_states in states)
+        tensors = torch.randn(3, 1, 4, 2, 8, requires_grad=True)
+        total = sum((cache.update(new, new, 0)[0] ** 2).sum() for new in tensors)
         total.backward()
-        gradients.append(states.grad)
+        gradients.append(tensors.grad)
     assert torch.equal(*gradients)
 
 
@@ -81,11 +81,11 @@ def test_generate_uses_them(settings):
         return_dict_in_generate=True,
         **settings,
     )
-    assert {type(layer) for layer in output.past_key_values.layers} == {RoomyLayer}
+    assert {type(layer) for layer in output.past_key_values.layers} == {PreallocatedLayer}
 
 
-def test_states_of_inference_mode_can_grow_outside_it():
-    caches = states_pair()
+def test_a_cache_of_inference_mode_can_grow_outside_it():
+    caches = build_caches()
     with torch.inference_mode():
         append(caches, 5)
     with torch.no_grad():
@@ -93,24 +93,24 @@ def test_states_of_inference_mode_can_grow_outside_it():
 
 
 @torch.no_grad()
-def test_a_cache_without_a_config_leaves_room():
+def test_a_cache_without_a_config_is_preallocated():
     model = tiny_model()
     inputs = batch([[1, *text_ids(5)]])
-    states = model.generate(
+    cache = model.generate(
         **inputs, past_key_values=DynamicCache(), return_dict_in_generate=True, max_new_tokens=2
     ).past_key_values
-    assert {type(layer) for layer in states.layers} == {RoomyLayer}
+    assert {type(layer) for layer in cache.layers} == {PreallocatedLayer}
 
 
 @torch.no_grad()
-def test_a_graph_holds_the_states():
+def test_a_graph_holds_the_cache():
     model = tiny_model()
-    states = DynamicCache(config=model.config.text_config)
-    leave_room(states)
+    cache = DynamicCache(config=model.config.text_config)
+    preallocate(cache)
     inputs = batch([[1, *text_ids(5)]])
     expected = model(**inputs, past_key_values=DynamicCache(config=model.config.text_config)).logits
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(**inputs, past_key_values=states).logits, expected)
+    torch.testing.assert_close(compiled(**inputs, past_key_values=cache).logits, expected)
     token = {"input_ids": torch.tensor([[7]])}
     expected = model(input_ids=torch.cat([inputs["input_ids"], token["input_ids"]], dim=1)).logits[:, -1:]
-    torch.testing.assert_close(compiled(**token, past_key_values=states).logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compiled(**token, past_key_values=cache).logits, expected, rtol=1e-4, atol=1e-5)

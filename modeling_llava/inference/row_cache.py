@@ -1,39 +1,42 @@
-"""RowStates: the KV cache of rows that are generated together, and the attention function that reads it.
+"""RowCache: the KV cache of rows that are generated together, and the attention function that reads it.
 
 One pass of the language model takes one packed row `[1, T]`: the newest token of every running row, then the whole
 prompts of new rows, end to end. So no layer computes padding. Each row attends to its own keys and values only, which
 lie in a slot of their own; a row that leaves gives its slot to the last one.
 
-What is surprising: the language model is given no cache. As in transformers' own continuous batching (5.23,
-integrations/sdpa_paged.py), which takes text only, the cache travels as a keyword argument to the attention function.
+What is surprising: the language model updates no cache. The cache travels as a keyword argument to the attention
+function, as that of transformers' own continuous batching does (transformers 5.23, integrations/sdpa_attention.py).
 """
+
+# Shape suffixes: S slots, N running rows, H heads, K key/value heads, G heads that share one, C tokens a slot has room
+#                 for, L tokens of a prompt, T tokens of the packed row, D width of a head
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
-
-# Shape suffixes: S slots, N running rows, R rows of one call, H heads, K key/value heads, G heads that share one,
-#                 C tokens a slot has room for, L tokens, T tokens of the packed row, D width of a head
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from modeling_llava.acceleration.cpu_attention import attend_to_cache
 
 SLOT_STEP = 64
-"""Slots have room for a multiple of this, so that they seldom have to be made anew."""
+"""Slots have room for a multiple of this, so that they are seldom allocated anew."""
+NAME = "any_llava_rows"
+"""The `attn_implementation` of a language model during a pass."""
 
 
-class RowStates:
-    """The states of a batch, and what the running pass does with them.
+class RowCache:
+    """The KV cache of a batch.
 
     Args:
-        max_rows: Slots at most.
-        max_tokens: Of all slots together, their unused ends included. One token of a 7B model takes 0.5 MB in 16 bits.
+        max_rows: Largest number of slots.
+        max_tokens: Tokens of all slots together, their unused ends included. One token of a 7B model takes 0.5 MB in
+            16 bits.
         row_by_row: Attend in one call for each row, which reads no padding, instead of one call with a mask.
+        device: Device of the first layer.
         fixed: All slots are there from the first pass on and share the tokens evenly, as `begin_step` needs them.
-        device: Of the first layer.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class RowStates:
         self.lengths: list[int] = []
         """Tokens of each row, those of the running pass included."""
         self.num_running = 0
-        """Rows before the new ones; all slots in a step."""
+        """Number of rows before the new ones; all slots in a step."""
         self._new_lengths: list[int] = []
         self._seen_length = 0
         self._largest_lengths: list[int] = []
@@ -58,7 +61,7 @@ class RowStates:
 
     @property
     def largest_length(self) -> int:
-        """To which a row can grow once all others have left."""
+        """The length to which a row can grow once all others have left."""
         return self.max_tokens // self.max_rows if self.fixed else self.max_tokens // SLOT_STEP * SLOT_STEP
 
     def has_room(self, largest_lengths: list[int]) -> bool:
@@ -95,7 +98,7 @@ class RowStates:
         self._seen_length = self._room
         newest = [length - 1 for length in self.lengths] + [0] * (self._num_slots - len(self.lengths))
         self._newest_N = torch.tensor(newest, device=self.device)
-        # Made here, since what a graph makes lies in memory of its own.
+        # Built here: a CUDA graph keeps what is built inside of it in memory of its own.
         self._masks = {None: self._build_mask(None)}
         return self._newest_N[None]
 
@@ -103,9 +106,9 @@ class RowStates:
         """Give the slot of a row to the last one."""
         last, length = len(self.lengths) - 1, self.lengths[-1]
         if row < last:
-            for states in self._layers.values():
-                for states_SKCD in states:
-                    states_SKCD[row, :, :length] = states_SKCD[last, :, :length]
+            for layer in self._layers.values():
+                for cached_SKCD in layer:
+                    cached_SKCD[row, :, :length] = cached_SKCD[last, :, :length]
         for lengths in (self.lengths, self._largest_lengths):
             lengths[row] = lengths[-1]
             lengths.pop()
@@ -127,16 +130,16 @@ class RowStates:
         scaling: float | None,
         window: int | None,
     ) -> torch.Tensor:
-        """Keep keys and values of the packed row, and attend; `[1, T, H, D]` comes back."""
+        """Cache keys and values of the packed row, and attend; returns `[1, T, H, D]`."""
         if layer not in self._layers:
-            # Zeros, since a masked position counts 0 times its value, which is not 0 for what memory may hold.
-            shapes = [
-                (self._num_slots, states.shape[0], self._room, states.shape[2]) for states in (key_KTD, value_KTD)
-            ]
-            self._layers[layer] = (key_KTD.new_zeros(shapes[0]), value_KTD.new_zeros(shapes[1]))
+            # Zeros: a masked position counts 0 times its value, which is NaN where that is NaN.
+            self._layers[layer] = tuple(
+                new_KTD.new_zeros(self._num_slots, new_KTD.shape[0], self._room, new_KTD.shape[2])
+                for new_KTD in (key_KTD, value_KTD)
+            )
             if self.fixed:
-                for states in self._layers[layer]:
-                    torch._dynamo.mark_static_address(states)
+                for cached_SKCD in self._layers[layer]:
+                    torch._dynamo.mark_static_address(cached_SKCD)
         keys_SKCD, values_SKCD = self._layers[layer]
         num_running = self.num_running
         attended = []
@@ -149,7 +152,7 @@ class RowStates:
             attended += self._attend_running(query_NKGD, keys_SKCD, values_SKCD, scaling, window)
         start = num_running
         for row, length in enumerate(self._new_lengths, start=num_running):
-            query, key, value = (states[None, :, start : start + length] for states in (query_HTD, key_KTD, value_KTD))
+            query, key, value = (packed[None, :, start : start + length] for packed in (query_HTD, key_KTD, value_KTD))
             keys_SKCD[row, :, :length], values_SKCD[row, :, :length] = key[0], value[0]
             attended.append(_attend_prompt(query, key, value, scaling, window)[0].transpose(0, 1))
             start += length
@@ -185,7 +188,7 @@ class RowStates:
         return [attended.flatten(1, 2)]
 
     def _build_mask(self, window: int | None) -> torch.BoolTensor:
-        """Which states the running rows see, `[N, 1, 1, C]`."""
+        """Mask of the cached tokens that the running rows see, `[N, 1, 1, C]`."""
         newest_N1 = self._newest_N[:, None]
         positions_C = torch.arange(self._seen_length, device=self.device)
         mask_NC = positions_C <= newest_N1
@@ -198,10 +201,10 @@ class RowStates:
         return min(self.max_rows, self.max_tokens // self._room)
 
     def _plan_room(self, largest_lengths: list[int]) -> int:
-        """What a slot must have room for; slots of less than twice that stay as they are."""
+        """The tokens that a slot must have room for; slots of less than twice that stay as they are."""
         if self.fixed:
             return self.largest_length
-        needed = _round_up(max(largest_lengths))
+        needed = -(-max(largest_lengths) // SLOT_STEP) * SLOT_STEP
         return self._room if needed <= self._room < 2 * needed else needed
 
     def _make_room(self, room: int) -> None:
@@ -209,18 +212,14 @@ class RowStates:
             return
         self._room = room
         length = max(self.lengths[: self.num_running], default=0)
-        for layer, states in self._layers.items():
+        for layer, tensors in self._layers.items():
             grown = []
-            for old_SKCD in states:
+            for old_SKCD in tensors:
                 new_SKCD = old_SKCD.new_zeros(self._num_slots, old_SKCD.shape[1], room, old_SKCD.shape[3])
                 kept = slice(0, self.num_running), slice(None), slice(0, length)
                 new_SKCD[kept] = old_SKCD[kept]
                 grown.append(new_SKCD)
             self._layers[layer] = tuple(grown)
-
-
-def _round_up(length: int) -> int:
-    return -(-length // SLOT_STEP) * SLOT_STEP
 
 
 def _attend_prompt(
@@ -245,10 +244,6 @@ def _attend_prompt(
     )
 
 
-NAME = "any_llava_rows"
-"""The `attn_implementation` of a language model during a pass."""
-
-
 def row_attention_forward(
     module: nn.Module,
     query_1HTD: torch.Tensor,
@@ -256,7 +251,7 @@ def row_attention_forward(
     value_1KTD: torch.Tensor,
     attention_mask: None,
     *,
-    row_states: RowStates,
+    row_cache: RowCache,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -264,14 +259,14 @@ def row_attention_forward(
     position_bias: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers' AttentionInterface; `[1, T, H, D]` comes back.
+    """An attention function of transformers' AttentionInterface; returns `[1, T, H, D]`.
 
     Args:
-        row_states: Of the batch, with a pass begun.
+        row_cache: The KV cache of the batch, after `begin_pass` or `begin_step`.
         The others: those of transformers.
 
     Raises:
-        ValueError: for a layer with a kind of attention that torch's function does not compute.
+        ValueError: for a layer with a kind of attention that `scaled_dot_product_attention` does not compute.
     """
     unknown = {"softcap": softcap, "attention sinks": s_aux, "a position bias": position_bias}
     for kind, value in unknown.items():
@@ -279,7 +274,7 @@ def row_attention_forward(
             raise ValueError(
                 f"got a {type(module).__name__} with {kind}; expected plain attention: answer one request at a time"
             )
-    attended = row_states.attend(
+    attended = row_cache.attend(
         module.layer_idx, query_1HTD[0], key_1KTD[0], value_1KTD[0], scaling=scaling, window=sliding_window
     )
     return attended, None
@@ -304,7 +299,7 @@ def check_row_attention(language_model: PreTrainedModel) -> None:
 
 @contextmanager
 def use_row_attention(language_model: PreTrainedModel) -> Iterator[None]:
-    """Let a language model attend with `row_states`; not while another thread uses it."""
+    """Let a language model attend with `row_cache`; not while another thread uses it."""
     before = language_model.config._attn_implementation
     language_model.config._attn_implementation = NAME
     try:
