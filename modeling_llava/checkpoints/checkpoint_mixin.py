@@ -5,14 +5,16 @@ one state dict whose tensors are not read yet, and a LoRA adapter is attached an
 floats, a slow processor gets float32 (`inference_dtype`); fewer bits have names (`quantization`).
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import peft as integration
 
 from modeling_llava.acceleration.cpu_linear import Int8Linear, PackedLinear
 from modeling_llava.acceleration.devices import with_default_dtype
@@ -40,13 +42,14 @@ from .layouts import (
     write_transformers_config,
 )
 from .original_adapters import (
-    add_trained_parts,
-    fill_saved_modules,
+    PEFT_PREFIX,
+    add_original_adapter,
+    attach_adapter,
     has_original_names,
+    import_peft,
     load_adapted,
     load_original_adapter,
     read_adapter,
-    refuse_unfit_adapter,
     refuse_unfit_state,
 )
 from .original_weights import TOWER, complete_tower, gather_original_weights, is_used, refuse_missing_source
@@ -237,7 +240,8 @@ class CheckpointMixin:
         if not self._hf_peft_config_loaded:
             self._refuse_unwritable(layout)
         if layout == "any_llava" or self._hf_peft_config_loaded:
-            return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+            with accept_any_peft():
+                return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
         if self.base_model is self:
             raise ValueError(
                 f"got a {type(self).__name__}, which has no output layer; expected a model with one to write the "
@@ -316,23 +320,27 @@ class CheckpointMixin:
 
         Raises:
             ValueError: naming the weight of the adapter that has no place in this model, the place that has no weight
-                in the adapter, or two shapes.
+                in the adapter, or two shapes; the model is as before.
         """
-        if peft_model_id is None:
-            weights = {}
+        peft = import_peft()
+        is_known = self._hf_peft_config_loaded and (adapter_name or "default") in self.peft_config
+        if is_known or (peft_model_id is None and (peft_config is None or adapter_state_dict is None)):
+            # Weights to exchange, or too little: transformers knows what to do.
+            return super().load_adapter(peft_model_id, adapter_name, peft_config, adapter_state_dict, **kwargs)
+        download = select_download(kwargs | (kwargs.get("adapter_kwargs") or {}))
+        folder = OriginalFolder(name=str(peft_model_id), config={}, download=download)
+        settings = {"adapter_name": adapter_name or "default"}
+        if adapter_state_dict is not None:
+            given = {key: Weight("adapter_state_dict", key, value) for key, value in adapter_state_dict.items()}
+            weights = {key.removeprefix(PEFT_PREFIX): weight for key, weight in given.items()}
         else:
-            download = select_download(kwargs | (kwargs.get("adapter_kwargs") or {}))
-            folder = OriginalFolder(name=str(peft_model_id), config={}, download=download)
             weights = read_adapter(folder.name, folder.download)
             if has_original_names(weights):
-                add_trained_parts(self, folder)
-                return load_original_adapter(self, folder, merge=False, adapter_name=adapter_name)
-        info = super().load_adapter(
-            peft_model_id, adapter_name, peft_config, adapter_state_dict, ignore_mismatched_sizes=True, **kwargs
-        )
-        fill_saved_modules(self, info, weights, adapter_name=adapter_name)
-        refuse_unfit_adapter(self, info, weights, str(peft_model_id), adapter_name=adapter_name)
-        return info
+                return add_original_adapter(self, folder, merge=False, **settings)
+        if peft_config is None:
+            peft_config = peft.PeftConfig.from_pretrained(folder.name, **folder.download)
+        settings["is_trainable"] = kwargs.get("is_trainable", False)
+        attach_adapter(self, peft_config, weights, folder.name, **settings)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args) -> None:
         # PEFT's own door: its PeftModel drops what has no place in silence (peft 0.21, utils/save_and_load.py).
@@ -351,6 +359,17 @@ class CheckpointMixin:
                 for key, value in state_dict.items()
             }
         return super().load_state_dict(state_dict, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def accept_any_peft() -> Iterator[None]:
+    """Let transformers read an adapter of a model whatever PEFT is installed: 5.24 asks for 0.22, which is not
+    published (integrations/peft.py)."""
+    wanted, integration.MIN_PEFT_VERSION = integration.MIN_PEFT_VERSION, "0"
+    try:
+        yield
+    finally:
+        integration.MIN_PEFT_VERSION = wanted
 
 
 def _take_checks(kwargs: dict[str, Any]) -> tuple[dict[str, bool], bool, bool]:
