@@ -37,6 +37,7 @@ from processing_llava.original.original_folder import (
 
 from .layouts import (
     merge_ids,
+    restore_written,
     translate_config,
     write_original_config,
     write_transformers_config,
@@ -53,7 +54,15 @@ from .original_adapters import (
     refuse_unfit_state,
 )
 from .original_weights import TOWER, complete_tower, gather_original_weights, is_used, refuse_missing_source
-from .weight_files import Weight, find_base_dtype, read_model, refuse_quantized, refuse_unfit_weights
+from .weight_files import (
+    Weight,
+    find_base_dtype,
+    has_model,
+    read_model,
+    refuse_integers,
+    refuse_quantized,
+    refuse_unfit_weights,
+)
 from .weight_names import add_transformers_only_weights, check_layout, rename_from_ours, rename_to_ours
 
 # Arguments of from_pretrained that are attributes of configurations too.
@@ -141,13 +150,17 @@ class CheckpointMixin:
             # The fields are settled; how the weights are named is still for the folder to say.
             raw = recognise(name, download, base_model=parts["base_model"]).raw
         elif isinstance(config, PreTrainedConfig):
-            raw = config.to_dict()
+            stored = recognise(name, download, base_model=parts["base_model"])
+            is_of_file = stored.layout == "transformers" and stored.raw["model_type"] == config.model_type
+            raw = restore_written(config, stored.raw) if is_of_file else config.to_dict()
         else:
             raw = None
         if not raw and not isinstance(config, cls.config_class):
             raw, _ = PreTrainedConfig.get_config_dict(name if config is None else config, **download)
         layout = check_model_type(raw)
         refuse_parts(parts, layout, name)
+        if layout != "original" and not raw.get("quantization_config") and has_model(name, download):
+            refuse_integers(name, read_model(name, download))
         adapter = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
         if adapter is None and layout != "original" and find_file(name, "adapter_config.json", download) is not None:
             adapter = name
