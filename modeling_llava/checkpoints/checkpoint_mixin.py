@@ -6,6 +6,7 @@ floats, a slow processor gets float32 (`inference_dtype`); fewer bits have names
 """
 
 import contextlib
+import copy
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -13,8 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import peft as integration
+from transformers.utils import logging
 
 from modeling_llava.acceleration.cpu_linear import Int8Linear, PackedLinear
 from modeling_llava.acceleration.devices import with_default_dtype
@@ -37,6 +40,7 @@ from processing_llava.original.original_folder import (
 
 from .layouts import (
     merge_ids,
+    refuse_changes,
     restore_written,
     translate_config,
     write_original_config,
@@ -65,6 +69,8 @@ from .weight_files import (
 )
 from .weight_names import add_transformers_only_weights, check_layout, rename_from_ours, rename_to_ours
 
+logger = logging.get_logger(__name__)
+
 # Arguments of from_pretrained that are attributes of configurations too.
 _NOT_FOR_CONFIG = ("dtype", "torch_dtype", "attn_implementation", "quantization_config")
 
@@ -76,6 +82,10 @@ class CheckpointMixin:
     """The layout that was loaded, which saving writes unless it is told another one."""
     source_folder: OriginalFolder | None = None
     """The original folder that a model was loaded from, which saving in that layout reads once more."""
+
+    def __init__(self, config: PreTrainedConfig, *args, **kwargs) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._built_config = copy.deepcopy(self.config)
 
     @classmethod
     def from_pretrained(
@@ -293,7 +303,7 @@ class CheckpointMixin:
         """Refuse weights that a layout would not give back.
 
         Raises:
-            ValueError: if they are quantized, or tied otherwise than the configuration says.
+            ValueError: if they are quantized, or the configuration was changed to say what is not computed.
         """
         if layout != "any_llava" and getattr(self, "is_quantized", False):
             raise ValueError(
@@ -305,6 +315,14 @@ class CheckpointMixin:
             raise ValueError(
                 "got a model in 4 bits that has computed on a processor, for which bitsandbytes has reordered its "
                 "weights; expected them as they were loaded: load it again, and save it before it computes"
+            )
+        refuse_changes(self.config, self._built_config)
+        self.config.check()
+        vocab_size, num_rows = self.config.text_config.vocab_size, self.get_input_embeddings().num_embeddings
+        if vocab_size != num_rows:
+            raise ValueError(
+                f"got text_config.vocab_size={vocab_size} in the configuration of a model with {num_rows} embeddings; "
+                f"expected {num_rows}: call resize_token_embeddings, which sets both"
             )
         output_layer = self.get_output_embeddings()
         is_tied = output_layer is not None and output_layer.weight is self.get_input_embeddings().weight
@@ -354,6 +372,17 @@ class CheckpointMixin:
             peft_config = peft.PeftConfig.from_pretrained(folder.name, **folder.download)
         settings["is_trainable"] = kwargs.get("is_trainable", False)
         attach_adapter(self, peft_config, weights, folder.name, **settings)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> torch.nn.Module:
+        """As in transformers, but that an image token beyond the vocabulary, which needs no embedding, gets none.
+
+        PEFT's AutoPeftModel gives every token of the processor one, without asking (peft 0.21, auto.py).
+        """
+        num_rows = self.get_input_embeddings().num_embeddings
+        if new_num_tokens == num_rows + 1 and self.config.image_token_id == num_rows:
+            logger.warning(f"the image token needs no embedding; the model keeps its {num_rows}")
+            return self.get_input_embeddings()
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args) -> None:
         # PEFT's own door: its PeftModel drops what has no place in silence (peft 0.21, utils/save_and_load.py).

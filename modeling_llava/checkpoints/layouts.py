@@ -357,6 +357,47 @@ _COMPARED = {
 _NOT_COMPARED = {"architectures", "dtype", "transformers_version", "_name_or_path", "tie_word_embeddings"}
 
 
+_BUILT = {
+    "projector_type": lambda config: config.projector_type,
+    "vision_feature_layer": lambda config: config.vision_feature_layers,
+    "patch_merge_type": lambda config: config.patch_merge_type == "spatial_unpad",
+    "lm_head_bias": lambda config: config.lm_head_bias,
+}
+"""The fields of AnyLlavaConfig that decide which modules a model has, and what they depend on."""
+_READ_LATER = {
+    "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "eos_token_id", "id2label", "is_encoder_decoder",
+    "label2id", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "problem_type",
+    "return_dict", "use_cache", "vocab_size",
+}  # fmt: skip
+"""Fields of language models and towers that decide training, output or generation alone, and the one that
+`resize_token_embeddings` sets."""
+
+
+def refuse_changes(config: PreTrainedConfig, built: PreTrainedConfig) -> None:
+    """Refuse to write a configuration that was changed where its model, once built, computes as before.
+
+    Args:
+        config: Of the model.
+        built: What it was when the model was built.
+
+    Raises:
+        ValueError: naming the first field.
+    """
+    changed = []
+    for part in ("text_config", "vision_config"):
+        present, past = getattr(config, part), getattr(built, part)
+        names = type(past)().to_dict().keys() - _NOT_COMPARED - _READ_LATER
+        found, expected = present.to_dict(), past.to_dict()
+        changed += [(present, past, name) for name in sorted(names) if found.get(name) != expected.get(name)]
+    changed += [(config, built, name) for name, read in _BUILT.items() if read(config) != read(built)]
+    if changed:
+        present, past, name = changed[0]
+        raise ValueError(
+            f"got {name}={getattr(present, name)!r} in the configuration of a model that was built with "
+            f"{getattr(past, name)!r}, and computes so; expected the latter: set it before the model is loaded"
+        )
+
+
 def refuse_differences(
     config: PreTrainedConfig, written: PreTrainedConfig, layout: str, *, may_differ: set[str] = frozenset()
 ) -> None:
