@@ -6,7 +6,7 @@ importing `transformers.processing_utils` executes the package a second time.
 """
 
 import functools
-import gc
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -231,7 +231,9 @@ def register() -> None:
 
 
 def _transformers_modules() -> list[ModuleType]:
-    """Every module object called "transformers": users may hold the one that is no longer in sys.modules."""
-    lazy_module = type(transformers)
-    modules = [candidate for candidate in gc.get_objects() if type(candidate) is lazy_module]
-    return [module for module in modules if module.__name__ == "transformers"]
+    """Every module object called "transformers" that some module holds: users may have imported the one that is no
+    longer in sys.modules."""
+    modules = [module for module in list(sys.modules.values()) if issubclass(type(module), ModuleType)]
+    held = [value for module in modules for value in list(vars(module).values()) if type(value) is type(transformers)]
+    by_id = {id(module): module for module in [transformers, *modules, *held]}
+    return [module for module in by_id.values() if module.__name__ == "transformers"]
