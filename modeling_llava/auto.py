@@ -87,6 +87,7 @@ class AutoModelForVision2Seq(_BaseAutoModelClass):
         if not found.raw.get("quantization_config"):
             refuse_integers(name, weights)
         if kwargs.get("quantization") is not None or needs_class_of_writer(name, found.raw, weights):
+            kwargs.pop("trust_remote_code", None)
             return ours.from_pretrained(name, *model_args, **kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key not in ("merge_adapter", "quantization")}
         wants_info = kwargs.pop("output_loading_info", False)
@@ -97,7 +98,7 @@ class AutoModelForVision2Seq(_BaseAutoModelClass):
             info["mismatched_keys"] = []
         num_layers = model.config.vision_config.num_hidden_layers
         names = {key: rename_to_ours(key, "transformers") for key in info["unexpected_keys"]}
-        unexpected = [key for key, ours in names.items() if not is_left_out(ours, num_layers=num_layers)]
+        unexpected = [key for key, our_name in names.items() if not is_left_out(our_name, num_layers=num_layers)]
         refuse_unfit_weights(info | {"unexpected_keys": unexpected}, weights, name)
         return (model, info) if wants_info else model
 

@@ -2,7 +2,7 @@
 
 Loading: config.json is translated, the weights of all parts are gathered under our names, transformers gets them as
 one state dict whose tensors are not read yet, and a LoRA adapter is attached and merged, or kept. Where nobody chose
-floats, a slow processor gets float32 (`inference_dtype`); fewer bits have names (`quantization`).
+a dtype, a slow CPU gets float32 (`inference_dtype`); fewer bits have names (`quantization`).
 """
 
 import contextlib
@@ -102,8 +102,8 @@ class CheckpointMixin:
     ) -> PreTrainedModel:
         """As in transformers, for checkpoints in any layout.
 
-        Without `dtype`, `device_map` and quantization, a checkpoint in 16-bit floats is loaded as float32 on a machine
-        without GPU whose processor is slow with them; `dtype="auto"` gives its own floats everywhere.
+        Without `dtype`, `device_map` and quantization, a checkpoint of 16 bits is loaded as float32 on a machine
+        without GPU whose CPU is slow with them; `dtype="auto"` gives its own dtype everywhere.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id: a model of ours, of transformers' `llava` or `llava_next`,
@@ -113,7 +113,7 @@ class CheckpointMixin:
             delta: Whether an original folder is to be added to `base_model`. Default: what its norm weights say.
             vision_tower: Folder or Hub id of the tower, instead of the one that an original folder names.
             merge_adapter: Add an original LoRA to the weights; False keeps it as an adapter of PEFT.
-            quantization: "int4", "fp8" or "nf4" on a GPU, "int8" on a processor: bits of the language model, for
+            quantization: "int4", "fp8" or "nf4" on a GPU, "int8" on a CPU: bits of the language model, for
                 answering only. The rest is bfloat16 or float32.
 
         Raises:
@@ -310,10 +310,10 @@ class CheckpointMixin:
                 f"got a model quantized by {self.quantization_method.value} for the layout {layout!r}; expected 16 or "
                 "32 bits, as that layout has no place for other weights: save with layout='any_llava'"
             )
-        # bitsandbytes 0.50 reorders the weights of 4 bits on a processor when they first compute, and saves them so.
+        # bitsandbytes 0.50 reorders the weights of 4 bits on a CPU when they first compute, and saves them so.
         if any(getattr(item, "packing_format_for_cpu", False) for item in self._quantization_states()):
             raise ValueError(
-                "got a model in 4 bits that has computed on a processor, for which bitsandbytes has reordered its "
+                "got a model in 4 bits that has computed on a CPU, for which bitsandbytes has reordered its "
                 "weights; expected them as they were loaded: load it again, and save it before it computes"
             )
         refuse_changes(self.config, self._built_config)
@@ -450,7 +450,7 @@ def refuse_bit_arguments(kwargs: dict[str, Any]) -> None:
         if kwargs.pop(argument, False):
             raise ValueError(
                 f"got {argument}=True; expected quantization_config=BitsAndBytesConfig({argument}=True), or "
-                "quantization= with a name, such as 'int8' on a processor or 'nf4' on a GPU"
+                "quantization= with a name, such as 'int8' on a CPU or 'nf4' on a GPU"
             )
 
 

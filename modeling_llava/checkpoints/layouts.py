@@ -51,7 +51,7 @@ def translate_config(
         name: Folder or Hub id that it comes from, where its other files are.
         base_model: Folder or Hub id of the language model, for checkpoints that hold none.
         vision_tower: Folder or Hub id of the tower, instead of the one that an original config.json names.
-        **kwargs: Of `from_pretrained`; those about downloads are used.
+        **kwargs: Arguments of `from_pretrained`; those about downloads are used.
 
     Raises:
         ValueError: if it is another model, or cannot be expressed.
@@ -135,7 +135,7 @@ def write_original_config(config: PreTrainedConfig, *, source: OriginalFolder | 
     """The config.json that the original LLaVA writes for this model.
 
     Args:
-        config: Of the model.
+        config: The model's.
         source: The original folder that it was loaded from: what that said stays, where it still says the same, and a
             default that it left out stays out.
 
@@ -377,7 +377,7 @@ def refuse_changes(config: PreTrainedConfig, built: PreTrainedConfig) -> None:
     """Refuse to write a configuration that was changed where its model, once built, computes as before.
 
     Args:
-        config: Of the model.
+        config: The model's.
         built: What it was when the model was built.
 
     Raises:
@@ -404,7 +404,7 @@ def refuse_differences(
     """Refuse a model that a layout would give back as another one.
 
     Args:
-        config: Of the model.
+        config: The model's.
         written: What is read of the config.json that was written for it.
         layout: That of the file.
         may_differ: Fields of the language model and the tower that need not be equal.

@@ -50,7 +50,7 @@ def load_adapted(
         name: Folder or Hub id of the adapter.
         download: Some of `DOWNLOAD_KWARGS`, for the adapter.
         merge: Add an adapter of the original LLaVA to the weights. One of PEFT is kept.
-        **kwargs: Of `from_pretrained`, for the base.
+        **kwargs: Arguments of `from_pretrained`, for the base.
 
     Raises:
         ValueError: if one does not fit the other.
@@ -211,8 +211,8 @@ def attach_adapter(
     """Add an adapter of PEFT to a model in place, if it fits.
 
     Args:
-        model: Of any class of transformers.
-        weights: Of the adapter, as `read_adapter` gives them.
+        model: Any class of transformers.
+        weights: The adapter's, as `read_adapter` gives them.
         name: Folder or Hub id of the adapter.
         adapter_name: What PEFT is to call it.
 
@@ -237,7 +237,7 @@ def check_adapter_file(model: PreTrainedModel, name: str) -> None:
     """Refuse an adapter of PEFT that does not fit a model, by names and shapes alone.
 
     Args:
-        model: Of the base, without weights (on "meta"); gets the layers of the adapter.
+        model: The base without weights (on "meta"); gets the layers of the adapter.
         name: Folder or Hub id of the adapter.
 
     Raises:
@@ -308,7 +308,7 @@ def refuse_unfit_state(model: PreTrainedModel, state_dict: dict[str, Any], prefi
 
     Args:
         state_dict: May hold other weights too.
-        prefix: Of the model's names in it.
+        prefix: How the model's names begin in it.
 
     Raises:
         ValueError: naming the weight.

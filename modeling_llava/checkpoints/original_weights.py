@@ -132,8 +132,8 @@ def check_delta(
     those of a complete model are near them.
 
     Args:
-        weights: Of the folder, under our names.
-        base: Of its base, if one was given.
+        weights: The folder's, under our names.
+        base: Its base's, if one was given.
         delta: What the caller says it is; None to look.
 
     Raises:

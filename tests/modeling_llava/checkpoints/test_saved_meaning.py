@@ -339,7 +339,7 @@ def test_quantized_models_are_read_back_or_refused(tmp_path, loaded, kind):
         found = compute(again, num_columns=expected.shape[-1])
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     if kind == "bitsandbytes-4":
-        with pytest.raises(ValueError, match="in 4 bits that has computed on a processor"):
+        with pytest.raises(ValueError, match="in 4 bits that has computed on a CPU"):
             quantized.save_pretrained(tmp_path / "late", layout="any_llava")
 
 
