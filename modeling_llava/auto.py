@@ -6,7 +6,7 @@ importing `transformers.processing_utils` executes the package a second time.
 """
 
 import functools
-import gc
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -42,9 +42,11 @@ from processing_llava.processing_llava import AnyLlavaProcessor
 from processing_llava.transformers_versions import AutoImageProcessor, warn_of_other_versions
 
 from .checkpoints.checkpoint_mixin import refuse_bit_arguments, refuse_parts
-from .checkpoints.layouts import find_changed_fields, translate_config
+from .checkpoints.layouts import find_changed_fields, read_transformers_config, translate_config
 from .checkpoints.original_adapters import load_adapted, needs_our_class
-from .checkpoints.weight_files import refuse_unfit_weights
+from .checkpoints.original_weights import is_left_out
+from .checkpoints.weight_files import Weight, has_model, read_model, refuse_integers, refuse_unfit_weights
+from .checkpoints.weight_names import rename_to_ours
 from .configuration_llava import AnyLlavaConfig
 from .modeling_llava import AnyLlavaForConditionalGeneration, AnyLlavaModel
 
@@ -81,30 +83,43 @@ class AutoModelForVision2Seq(_BaseAutoModelClass):
         refuse_parts(
             {part: kwargs.get(part) for part in ("base_model", "delta", "vision_tower")}, "transformers", name
         )
-        _tell_changed_meaning(name, found.raw)
+        weights = read_model(name, download) if has_model(name, download) else {}
+        if not found.raw.get("quantization_config"):
+            refuse_integers(name, weights)
+        if kwargs.get("quantization") is not None or needs_class_of_writer(name, found.raw, weights):
+            kwargs.pop("trust_remote_code", None)
+            return ours.from_pretrained(name, *model_args, **kwargs)
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("merge_adapter", "quantization")}
         wants_info = kwargs.pop("output_loading_info", False)
         takes_any_shape = kwargs.pop("ignore_mismatched_sizes", False)
         checks = {"ignore_mismatched_sizes": True, "output_loading_info": True}
         model, info = super().from_pretrained(name, *model_args, **checks, **kwargs)
         if takes_any_shape:
             info["mismatched_keys"] = []
-        # A whole tower that is used in part has weights without a place.
-        refuse_unfit_weights(info | {"unexpected_keys": []}, {}, name)
+        num_layers = model.config.vision_config.num_hidden_layers
+        names = {key: rename_to_ours(key, "transformers") for key in info["unexpected_keys"]}
+        unexpected = [key for key, our_name in names.items() if not is_left_out(our_name, num_layers=num_layers)]
+        refuse_unfit_weights(info | {"unexpected_keys": unexpected}, weights, name)
         return (model, info) if wants_info else model
 
 
-def _tell_changed_meaning(name: str, raw: dict[str, Any]) -> None:
-    """Log that transformers' own class, which is about to be loaded, computes something else than its writer did."""
+def needs_class_of_writer(name: str, raw: dict[str, Any], weights: dict[str, Weight]) -> bool:
+    """Whether our class computes what the writer of a checkpoint of transformers' layout did, and its present class
+    something else; logs either."""
+    has_output_layer = any(rename_to_ours(key, "transformers") == "lm_head.weight" for key in weights)
+    changed = find_changed_fields(raw, has_output_layer=has_output_layer)
+    if not changed:
+        return False
     try:
-        changed = find_changed_fields(raw)
-    except ValueError:  # what only transformers' class can express
-        return
-    if changed:
-        logger.warning(
-            f"{name} was written by transformers {raw['transformers_version']}, which read {' and '.join(changed)} "
-            "otherwise than its present class, which is loaded: AnyLlavaForConditionalGeneration.from_pretrained "
-            "computes what that version did"
-        )
+        read_transformers_config(raw)
+        loaded, fits = "AnyLlavaForConditionalGeneration is loaded, which computes what that version did", True
+    except ValueError as error:
+        loaded, fits = f"it is loaded for want of a class that computes what that version did ({error})", False
+    logger.warning(
+        f"{name} was written by transformers {raw['transformers_version']}, which read {' and '.join(changed)} "
+        f"otherwise than its present class: {loaded}"
+    )
+    return fits
 
 
 def build_dispatch_config(model_type: str) -> type[PreTrainedConfig]:
@@ -217,7 +232,9 @@ def register() -> None:
 
 
 def _transformers_modules() -> list[ModuleType]:
-    """Every module object called "transformers": users may hold the one that is no longer in sys.modules."""
-    # type() and not isinstance(): the latter would run the properties of every object of the process.
-    modules = [candidate for candidate in gc.get_objects() if issubclass(type(candidate), ModuleType)]
-    return [module for module in modules if module.__name__ == "transformers"]
+    """Every module object called "transformers" that some module holds: users may have imported the one that is no
+    longer in sys.modules."""
+    modules = [module for module in list(sys.modules.values()) if issubclass(type(module), ModuleType)]
+    held = [value for module in modules for value in list(vars(module).values()) if type(value) is type(transformers)]
+    by_id = {id(module): module for module in [transformers, *modules, *held]}
+    return [module for module in by_id.values() if module.__name__ == "transformers"]

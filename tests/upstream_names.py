@@ -47,8 +47,8 @@ UPSTREAM_NAMES = (
     UpstreamName(f"{_MODEL}_no_split_modules", VALUE, ("modeling_llava/training/trainer.py",), *_DECLARED),
     UpstreamName(
         f"{_MODEL}_hf_peft_config_loaded", VALUE,
-        ("modeling_llava/checkpoints/checkpoint_mixin.py", "modeling_llava/inference/loading.py",
-         "modeling_llava/acceleration/cpu_linear.py",
+        ("modeling_llava/checkpoints/checkpoint_mixin.py", "modeling_llava/checkpoints/original_adapters.py",
+         "modeling_llava/inference/loading.py", "modeling_llava/acceleration/cpu_linear.py",
          "modeling_llava/acceleration/quantization.py"),
         "whether a model holds an adapter", "a public question for it",
     ),

@@ -2,17 +2,22 @@
 
 Loading: config.json is translated, the weights of all parts are gathered under our names, transformers gets them as
 one state dict whose tensors are not read yet, and a LoRA adapter is attached and merged, or kept. Where nobody chose
-floats, a slow processor gets float32 (`inference_dtype`); fewer bits have names (`quantization`).
+a dtype, a slow CPU gets float32 (`inference_dtype`); fewer bits have names (`quantization`).
 """
 
+import contextlib
+import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import peft as integration
+from transformers.utils import logging
 
 from modeling_llava.acceleration.cpu_linear import Int8Linear, PackedLinear
 from modeling_llava.acceleration.devices import with_default_dtype
@@ -35,23 +40,36 @@ from processing_llava.original.original_folder import (
 
 from .layouts import (
     merge_ids,
+    refuse_changes,
+    restore_written,
     translate_config,
     write_original_config,
     write_transformers_config,
 )
 from .original_adapters import (
-    add_trained_parts,
-    fill_saved_modules,
+    PEFT_PREFIX,
+    add_original_adapter,
+    attach_adapter,
     has_original_names,
+    import_peft,
     load_adapted,
     load_original_adapter,
     read_adapter,
-    refuse_unfit_adapter,
     refuse_unfit_state,
 )
 from .original_weights import TOWER, complete_tower, gather_original_weights, is_used, refuse_missing_source
-from .weight_files import Weight, find_base_dtype, read_model, refuse_quantized, refuse_unfit_weights
+from .weight_files import (
+    Weight,
+    find_base_dtype,
+    has_model,
+    read_model,
+    refuse_integers,
+    refuse_quantized,
+    refuse_unfit_weights,
+)
 from .weight_names import add_transformers_only_weights, check_layout, rename_from_ours, rename_to_ours
+
+logger = logging.get_logger(__name__)
 
 # Arguments of from_pretrained that are attributes of configurations too.
 _NOT_FOR_CONFIG = ("dtype", "torch_dtype", "attn_implementation", "quantization_config")
@@ -64,6 +82,10 @@ class CheckpointMixin:
     """The layout that was loaded, which saving writes unless it is told another one."""
     source_folder: OriginalFolder | None = None
     """The original folder that a model was loaded from, which saving in that layout reads once more."""
+
+    def __init__(self, config: PreTrainedConfig, *args, **kwargs) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._built_config = copy.deepcopy(self.config)
 
     @classmethod
     def from_pretrained(
@@ -80,8 +102,8 @@ class CheckpointMixin:
     ) -> PreTrainedModel:
         """As in transformers, for checkpoints in any layout.
 
-        Without `dtype`, `device_map` and quantization, a checkpoint in 16-bit floats is loaded as float32 on a machine
-        without GPU whose processor is slow with them; `dtype="auto"` gives its own floats everywhere.
+        Without `dtype`, `device_map` and quantization, a checkpoint of 16 bits is loaded as float32 on a machine
+        without GPU whose CPU is slow with them; `dtype="auto"` gives its own dtype everywhere.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id: a model of ours, of transformers' `llava` or `llava_next`,
@@ -91,7 +113,7 @@ class CheckpointMixin:
             delta: Whether an original folder is to be added to `base_model`. Default: what its norm weights say.
             vision_tower: Folder or Hub id of the tower, instead of the one that an original folder names.
             merge_adapter: Add an original LoRA to the weights; False keeps it as an adapter of PEFT.
-            quantization: "int4", "fp8" or "nf4" on a GPU, "int8" on a processor: bits of the language model, for
+            quantization: "int4", "fp8" or "nf4" on a GPU, "int8" on a CPU: bits of the language model, for
                 answering only. The rest is bfloat16 or float32.
 
         Raises:
@@ -138,13 +160,17 @@ class CheckpointMixin:
             # The fields are settled; how the weights are named is still for the folder to say.
             raw = recognise(name, download, base_model=parts["base_model"]).raw
         elif isinstance(config, PreTrainedConfig):
-            raw = config.to_dict()
+            stored = recognise(name, download, base_model=parts["base_model"])
+            is_of_file = stored.layout == "transformers" and stored.raw["model_type"] == config.model_type
+            raw = restore_written(config, stored.raw) if is_of_file else config.to_dict()
         else:
             raw = None
         if not raw and not isinstance(config, cls.config_class):
             raw, _ = PreTrainedConfig.get_config_dict(name if config is None else config, **download)
         layout = check_model_type(raw)
         refuse_parts(parts, layout, name)
+        if layout != "original" and not raw.get("quantization_config") and has_model(name, download):
+            refuse_integers(name, read_model(name, download))
         adapter = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
         if adapter is None and layout != "original" and find_file(name, "adapter_config.json", download) is not None:
             adapter = name
@@ -237,7 +263,8 @@ class CheckpointMixin:
         if not self._hf_peft_config_loaded:
             self._refuse_unwritable(layout)
         if layout == "any_llava" or self._hf_peft_config_loaded:
-            return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+            with accept_any_peft():
+                return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
         if self.base_model is self:
             raise ValueError(
                 f"got a {type(self).__name__}, which has no output layer; expected a model with one to write the "
@@ -276,18 +303,26 @@ class CheckpointMixin:
         """Refuse weights that a layout would not give back.
 
         Raises:
-            ValueError: if they are quantized, or tied otherwise than the configuration says.
+            ValueError: if they are quantized, or the configuration was changed to say what is not computed.
         """
         if layout != "any_llava" and getattr(self, "is_quantized", False):
             raise ValueError(
                 f"got a model quantized by {self.quantization_method.value} for the layout {layout!r}; expected 16 or "
                 "32 bits, as that layout has no place for other weights: save with layout='any_llava'"
             )
-        # bitsandbytes 0.50 reorders the weights of 4 bits on a processor when they first compute, and saves them so.
+        # bitsandbytes 0.50 reorders the weights of 4 bits on a CPU when they first compute, and saves them so.
         if any(getattr(item, "packing_format_for_cpu", False) for item in self._quantization_states()):
             raise ValueError(
-                "got a model in 4 bits that has computed on a processor, for which bitsandbytes has reordered its "
+                "got a model in 4 bits that has computed on a CPU, for which bitsandbytes has reordered its "
                 "weights; expected them as they were loaded: load it again, and save it before it computes"
+            )
+        refuse_changes(self.config, self._built_config)
+        self.config.check()
+        vocab_size, num_rows = self.config.text_config.vocab_size, self.get_input_embeddings().num_embeddings
+        if vocab_size != num_rows:
+            raise ValueError(
+                f"got text_config.vocab_size={vocab_size} in the configuration of a model with {num_rows} embeddings; "
+                f"expected {num_rows}: call resize_token_embeddings, which sets both"
             )
         output_layer = self.get_output_embeddings()
         is_tied = output_layer is not None and output_layer.weight is self.get_input_embeddings().weight
@@ -316,23 +351,38 @@ class CheckpointMixin:
 
         Raises:
             ValueError: naming the weight of the adapter that has no place in this model, the place that has no weight
-                in the adapter, or two shapes.
+                in the adapter, or two shapes; the model is as before.
         """
-        if peft_model_id is None:
-            weights = {}
+        peft = import_peft()
+        is_known = self._hf_peft_config_loaded and (adapter_name or "default") in self.peft_config
+        if is_known or (peft_model_id is None and (peft_config is None or adapter_state_dict is None)):
+            # Weights to exchange, or too little: transformers knows what to do.
+            return super().load_adapter(peft_model_id, adapter_name, peft_config, adapter_state_dict, **kwargs)
+        download = select_download(kwargs | (kwargs.get("adapter_kwargs") or {}))
+        folder = OriginalFolder(name=str(peft_model_id), config={}, download=download)
+        settings = {"adapter_name": adapter_name or "default"}
+        if adapter_state_dict is not None:
+            given = {key: Weight("adapter_state_dict", key, value) for key, value in adapter_state_dict.items()}
+            weights = {key.removeprefix(PEFT_PREFIX): weight for key, weight in given.items()}
         else:
-            download = select_download(kwargs | (kwargs.get("adapter_kwargs") or {}))
-            folder = OriginalFolder(name=str(peft_model_id), config={}, download=download)
             weights = read_adapter(folder.name, folder.download)
             if has_original_names(weights):
-                add_trained_parts(self, folder)
-                return load_original_adapter(self, folder, merge=False, adapter_name=adapter_name)
-        info = super().load_adapter(
-            peft_model_id, adapter_name, peft_config, adapter_state_dict, ignore_mismatched_sizes=True, **kwargs
-        )
-        fill_saved_modules(self, info, weights, adapter_name=adapter_name)
-        refuse_unfit_adapter(self, info, weights, str(peft_model_id), adapter_name=adapter_name)
-        return info
+                return add_original_adapter(self, folder, merge=False, **settings)
+        if peft_config is None:
+            peft_config = peft.PeftConfig.from_pretrained(folder.name, **folder.download)
+        settings["is_trainable"] = kwargs.get("is_trainable", False)
+        attach_adapter(self, peft_config, weights, folder.name, **settings)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> torch.nn.Module:
+        """As in transformers, but that an image token beyond the vocabulary, which needs no embedding, gets none.
+
+        PEFT's AutoPeftModel gives every token of the processor one, without asking (peft 0.21, auto.py).
+        """
+        num_rows = self.get_input_embeddings().num_embeddings
+        if new_num_tokens == num_rows + 1 and self.config.image_token_id == num_rows:
+            logger.warning(f"the image token needs no embedding; the model keeps its {num_rows}")
+            return self.get_input_embeddings()
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args) -> None:
         # PEFT's own door: its PeftModel drops what has no place in silence (peft 0.21, utils/save_and_load.py).
@@ -351,6 +401,17 @@ class CheckpointMixin:
                 for key, value in state_dict.items()
             }
         return super().load_state_dict(state_dict, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def accept_any_peft() -> Iterator[None]:
+    """Let transformers read an adapter of a model whatever PEFT is installed: 5.24 asks for 0.22, which is not
+    published (integrations/peft.py)."""
+    wanted, integration.MIN_PEFT_VERSION = integration.MIN_PEFT_VERSION, "0"
+    try:
+        yield
+    finally:
+        integration.MIN_PEFT_VERSION = wanted
 
 
 def _take_checks(kwargs: dict[str, Any]) -> tuple[dict[str, bool], bool, bool]:
@@ -389,7 +450,7 @@ def refuse_bit_arguments(kwargs: dict[str, Any]) -> None:
         if kwargs.pop(argument, False):
             raise ValueError(
                 f"got {argument}=True; expected quantization_config=BitsAndBytesConfig({argument}=True), or "
-                "quantization= with a name, such as 'int8' on a processor or 'nf4' on a GPU"
+                "quantization= with a name, such as 'int8' on a CPU or 'nf4' on a GPU"
             )
 
 

@@ -51,7 +51,7 @@ def translate_config(
         name: Folder or Hub id that it comes from, where its other files are.
         base_model: Folder or Hub id of the language model, for checkpoints that hold none.
         vision_tower: Folder or Hub id of the tower, instead of the one that an original config.json names.
-        **kwargs: Of `from_pretrained`; those about downloads are used.
+        **kwargs: Arguments of `from_pretrained`; those about downloads are used.
 
     Raises:
         ValueError: if it is another model, or cannot be expressed.
@@ -135,7 +135,7 @@ def write_original_config(config: PreTrainedConfig, *, source: OriginalFolder | 
     """The config.json that the original LLaVA writes for this model.
 
     Args:
-        config: Of the model.
+        config: The model's.
         source: The original folder that it was loaded from: what that said stays, where it still says the same, and a
             default that it left out stays out.
 
@@ -217,9 +217,7 @@ def read_transformers_config(raw: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: naming the field of config.json that cannot be expressed.
     """
-    text_fields = raw.get("text_config") or {}
-    text_fields = text_fields | read_old_activation(raw, text_fields)
-    built_in = TRANSFORMERS_CONFIGS[raw["model_type"]].from_dict(raw | {"text_config": text_fields})
+    built_in = _read_as_written(raw)
     text_config = built_in.text_config
     if built_in.projector_hidden_act != "gelu":
         raise ValueError(f"got projector_hidden_act={built_in.projector_hidden_act!r}; expected 'gelu'")
@@ -244,26 +242,58 @@ def read_transformers_config(raw: dict[str, Any]) -> dict[str, Any]:
         "patch_merge_type": "spatial_unpad" if is_tiled else "flat",
         "image_grid_pinpoints": built_in.image_grid_pinpoints if is_tiled else None,
         "scale_image_features": scales_image_features(raw, text_config.model_type),
-        # transformers 4 read the field of the text model, whatever stood beside it.
-        "tie_word_embeddings": (text_config if is_older(raw, 5, 0) else built_in).tie_word_embeddings,
+        "tie_word_embeddings": built_in.tie_word_embeddings,
         "dtype": built_in.dtype,
     }
 
 
-def find_changed_fields(raw: dict[str, Any]) -> list[str]:
+def _read_as_written(raw: dict[str, Any]) -> PreTrainedConfig:
+    """transformers' own configuration, with the fields as the version meant them that wrote the file."""
+    text_fields = raw.get("text_config") or {}
+    text_fields = text_fields | read_old_activation(raw, text_fields)
+    config = TRANSFORMERS_CONFIGS[raw["model_type"]].from_dict(raw | {"text_config": text_fields})
+    if is_older(raw, 5, 0):
+        # transformers 4 read the field of the text model, whatever stood beside it.
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings
+    return config
+
+
+def find_changed_fields(raw: dict[str, Any], *, has_output_layer: bool) -> list[str]:
     """Fields of a config.json of transformers' own layout that its present class reads otherwise than its writer did.
 
-    Raises:
-        ValueError: as `read_transformers_config`.
+    Args:
+        has_output_layer: Whether the weights hold one. transformers 4 did not use it where it was tied to the input
+            embeddings; transformers 5 does.
     """
-    ours = read_transformers_config(raw)
-    theirs = TRANSFORMERS_CONFIGS[raw["model_type"]].from_dict(dict(raw))
-    changed = ["the factor of image features"] if ours["scale_image_features"] else []
-    if ours["tie_word_embeddings"] != theirs.tie_word_embeddings:
+    written, read = _read_as_written(raw), TRANSFORMERS_CONFIGS[raw["model_type"]].from_dict(dict(raw))
+    changed = []
+    if scales_image_features(raw, written.text_config.model_type):
+        changed.append("the factor of image features")
+    is_tied = written.tie_word_embeddings
+    if is_tied != read.tie_word_embeddings or (is_tied and has_output_layer and is_older(raw, 5, 0)):
         changed.append("tie_word_embeddings")
-    if ours["text_config"].to_dict().get("hidden_act") != theirs.text_config.to_dict().get("hidden_act"):
+    if written.text_config.to_dict().get("hidden_act") != read.text_config.to_dict().get("hidden_act"):
         changed.append("text_config.hidden_act")
     return changed
+
+
+def restore_written(config: PreTrainedConfig, stored: dict[str, Any]) -> dict[str, Any]:
+    """The config.json that a configuration of transformers was read from, with what was changed in it since.
+
+    A configuration forgets which version wrote its file, and with it what the fields meant.
+    """
+    read = type(config).from_dict(dict(stored)).to_dict()
+
+    def restore(stored: dict[str, Any], read: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]:
+        changed = {}
+        for name, value in present.items():
+            if isinstance(value, dict) and isinstance(read.get(name), dict):
+                changed[name] = restore(stored.get(name) or {}, read[name], value)
+            elif value != read.get(name):
+                changed[name] = value
+        return stored | changed
+
+    return restore(stored, read, config.to_dict())
 
 
 def write_transformers_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -327,13 +357,54 @@ _COMPARED = {
 _NOT_COMPARED = {"architectures", "dtype", "transformers_version", "_name_or_path", "tie_word_embeddings"}
 
 
+_BUILT = {
+    "projector_type": lambda config: config.projector_type,
+    "vision_feature_layer": lambda config: config.vision_feature_layers,
+    "patch_merge_type": lambda config: config.patch_merge_type == "spatial_unpad",
+    "lm_head_bias": lambda config: config.lm_head_bias,
+}
+"""The fields of AnyLlavaConfig that decide which modules a model has, and what they depend on."""
+_READ_LATER = {
+    "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "eos_token_id", "id2label", "is_encoder_decoder",
+    "label2id", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "problem_type",
+    "return_dict", "use_cache", "vocab_size",
+}  # fmt: skip
+"""Fields of language models and towers that decide training, output or generation alone, and the one that
+`resize_token_embeddings` sets."""
+
+
+def refuse_changes(config: PreTrainedConfig, built: PreTrainedConfig) -> None:
+    """Refuse to write a configuration that was changed where its model, once built, computes as before.
+
+    Args:
+        config: The model's.
+        built: What it was when the model was built.
+
+    Raises:
+        ValueError: naming the first field.
+    """
+    changed = []
+    for part in ("text_config", "vision_config"):
+        present, past = getattr(config, part), getattr(built, part)
+        names = type(past)().to_dict().keys() - _NOT_COMPARED - _READ_LATER
+        found, expected = present.to_dict(), past.to_dict()
+        changed += [(present, past, name) for name in sorted(names) if found.get(name) != expected.get(name)]
+    changed += [(config, built, name) for name, read in _BUILT.items() if read(config) != read(built)]
+    if changed:
+        present, past, name = changed[0]
+        raise ValueError(
+            f"got {name}={getattr(present, name)!r} in the configuration of a model that was built with "
+            f"{getattr(past, name)!r}, and computes so; expected the latter: set it before the model is loaded"
+        )
+
+
 def refuse_differences(
     config: PreTrainedConfig, written: PreTrainedConfig, layout: str, *, may_differ: set[str] = frozenset()
 ) -> None:
     """Refuse a model that a layout would give back as another one.
 
     Args:
-        config: Of the model.
+        config: The model's.
         written: What is read of the config.json that was written for it.
         layout: That of the file.
         may_differ: Fields of the language model and the tower that need not be equal.

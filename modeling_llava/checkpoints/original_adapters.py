@@ -2,9 +2,12 @@
 
 What is surprising: an adapter of the original names its targets by their last word ("q_proj"), which vision towers
 have too. The modules are therefore taken from the names of its weights. And neither PEFT nor transformers refuses an
-adapter whose weights fit nothing, or a part of which is missing.
+adapter whose weights fit nothing, or a part of which is missing. Every door therefore asks `find_unfit`: our own doors
+of a model without weights, before the adapter is attached.
 """
 
+import copy
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,10 +25,18 @@ logger = logging.get_logger(__name__)
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PROJECTOR = "mm_projector"
 """How adapters that were trained with this package call the projector that they bring."""
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
+"""How every name in an adapter's file begins."""
 _ORIGINAL_LAYERS = ("model.layers.", "transformer.blocks.")
-_TUNER_PREFIXES = ("lora_", "ia3_", "hada_", "lokr_", "oft_", "boft_")
-"""How PEFT's own weights of a layer begin; the next part of such a name is that of the adapter."""
+_TUNER_PREFIXES = {
+    "LORA": "lora_",
+    "IA3": "ia3_",
+    "LOHA": "hada_",
+    "LOKR": "lokr_",
+    "OFT": "oft_",
+    "BOFT": "boft_",
+}
+"""How the weights of a layer begin, for the kinds of adapter that keep all of theirs in layers."""
 
 
 def load_adapted(
@@ -39,24 +50,35 @@ def load_adapted(
         name: Folder or Hub id of the adapter.
         download: Some of `DOWNLOAD_KWARGS`, for the adapter.
         merge: Add an adapter of the original LLaVA to the weights. One of PEFT is kept.
-        **kwargs: Of `from_pretrained`, for the base.
+        **kwargs: Arguments of `from_pretrained`, for the base.
 
     Raises:
         ValueError: if one does not fit the other.
     """
+    import_peft()
     kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
     loaded = loader.from_pretrained(base, *args, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     weights = read_adapter(name, download)
     if has_original_names(weights):
         folder = OriginalFolder(name=name, config={}, base_model=base, download=download)
-        add_trained_parts(model, folder)
-        model = load_original_adapter(model, folder, merge=merge)
+        model = add_original_adapter(model, folder, merge=merge)
     else:
-        info = model.load_adapter(name, adapter_kwargs=download)
-        # Those of transformers' own classes; ours has done so.
-        refuse_unfit_adapter(model, info, weights, name)
+        attach_adapter(model, import_peft().PeftConfig.from_pretrained(name, **download), weights, name)
     return (model, loaded[1]) if isinstance(loaded, tuple) else model
+
+
+def import_peft() -> ModuleType:
+    """PEFT, which only adapters need.
+
+    Raises:
+        ImportError: with the command that installs it.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("got an adapter, and PEFT is not installed; expected it: pip install peft") from error
+    return peft
 
 
 def needs_our_class(name: str, download: dict[str, Any]) -> bool:
@@ -66,7 +88,7 @@ def needs_our_class(name: str, download: dict[str, Any]) -> bool:
 
 
 def load_original_adapter(
-    model: PreTrainedModel, folder: OriginalFolder, *, merge: bool, adapter_name: str | None = None
+    model: PreTrainedModel, folder: OriginalFolder, *, merge: bool, adapter_name: str = "default"
 ) -> Any:
     """Add the LoRA of an original folder to a model with the weights of its base.
 
@@ -82,39 +104,36 @@ def load_original_adapter(
     Raises:
         ValueError: naming file, weight and shapes, if the adapter belongs to another model.
     """
-    try:
-        from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
-    except ImportError as error:
-        raise ImportError("peft is needed to read a LoRA folder; pip install peft") from error
-
+    peft = import_peft()
     weights = {
         rename_to_ours(key, "original"): item for key, item in read_adapter(folder.name, folder.download).items()
     }
-    peft_config = PeftConfig.from_pretrained(folder.name, **folder.download)
-    if not isinstance(peft_config, LoraConfig):
+    peft_config = peft.PeftConfig.from_pretrained(folder.name, **folder.download)
+    if not isinstance(peft_config, peft.LoraConfig):
         raise ValueError(f"got adapter {folder.name} of type {peft_config.peft_type}; expected LORA")
     check_adapter(model, weights)
     check_targets(model, peft_config, weights, folder.name)
     peft_config.target_modules = {key.rsplit(".lora_", 1)[0] for key in weights}
     peft_config.base_model_name_or_path = folder.base_name
-    state_dict = {key: weight.data[...] for key, weight in weights.items()}
     if not merge:
-        model.load_adapter(adapter_name=adapter_name, peft_config=peft_config, adapter_state_dict=state_dict)
+        attach_adapter(model, peft_config, weights, folder.name, adapter_name=adapter_name)
         return model
-    peft_model = PeftModel(model, peft_config)
-    set_peft_model_state_dict(peft_model, {f"{_PEFT_PREFIX}{key}": value for key, value in state_dict.items()})
+    peft_model = peft.PeftModel(model, peft_config)
+    state_dict = {f"{PEFT_PREFIX}{key}": weight.data[...] for key, weight in weights.items()}
+    peft.set_peft_model_state_dict(peft_model, state_dict)
     merged = peft_model.merge_and_unload(safe_merge=True)
     for parameter in merged.parameters():
         parameter.requires_grad_(True)
     return merged.eval()
 
 
-@torch.no_grad()
-def add_trained_parts(model: PreTrainedModel, folder: OriginalFolder) -> None:
-    """Give a model, in place, what a LoRA run of the original trained beside its adapter.
+def add_original_adapter(
+    model: PreTrainedModel, folder: OriginalFolder, *, merge: bool, adapter_name: str = "default"
+) -> PreTrainedModel:
+    """As `load_original_adapter`, with what the run trained beside the adapter.
 
     Raises:
-        ValueError: naming file, weight and shapes, if something does not fit.
+        ValueError: naming file, weight and shapes, if something does not fit; the model is as before.
     """
     parts = read_trained_parts(folder.name, folder.download)
     own = dict(model.named_parameters())
@@ -125,22 +144,33 @@ def add_trained_parts(model: PreTrainedModel, folder: OriginalFolder) -> None:
         "unexpected_keys": [key for key in parts.keys() - own.keys() if is_used(key, model.config)],
     }
     refuse_unfit_weights(found, parts, folder.name)
-    for key, _, _ in shapes:
-        own[key].copy_(parts[key].data[...])
+    model = load_original_adapter(model, folder, merge=merge, adapter_name=adapter_name)
+    with torch.no_grad():
+        for key, _, _ in shapes:
+            own[key].copy_(parts[key].data[...])
     if not any(key.startswith("model.mm_projector.") for key in parts):
         logger.warning(f"{folder.name} holds an adapter without a projector; the projector is that of its base")
+    return model
 
 
 def read_adapter(name: str, download: dict[str, Any]) -> dict[str, Weight]:
     """The weights of an adapter by the name in its file without PEFT's prefix: "<module>.lora_A.weight".
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are none, or a name is without the prefix: PEFT leaves such a weight out in silence.
     """
     for filename in ADAPTER_FILES:
         path = find_file(name, filename, download)
-        if path is not None:
-            return {key.removeprefix(_PEFT_PREFIX): weight for key, weight in read_file(path).items()}
+        if path is None:
+            continue
+        weights = read_file(path)
+        for key in weights:
+            if not key.startswith(PEFT_PREFIX):
+                raise ValueError(
+                    f"got {key} in {path}; expected a name that begins with {PEFT_PREFIX!r}, as PEFT writes all of "
+                    "an adapter: save it with PEFT, from the model as it was before it was compiled or wrapped"
+                )
+        return {key.removeprefix(PEFT_PREFIX): weight for key, weight in weights.items()}
     raise ValueError(f"got {name} without adapter weights; expected one of {', '.join(ADAPTER_FILES)}")
 
 
@@ -169,52 +199,103 @@ def check_targets(model: PreTrainedModel, peft_config: Any, weights: dict[str, W
             )
 
 
-def refuse_unfit_adapter(
-    model: PreTrainedModel, info: Any, weights: dict[str, Weight], name: str, *, adapter_name: str | None = None
+def attach_adapter(
+    model: PreTrainedModel,
+    peft_config: Any,
+    weights: dict[str, Weight],
+    name: str,
+    *,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
 ) -> None:
-    """Take out and refuse an adapter of which a weight has no place, or a place no weight.
+    """Add an adapter of PEFT to a model in place, if it fits.
 
     Args:
-        info: What transformers' `load_adapter` returned.
-        weights: Of the adapter, as `read_adapter` gives them.
+        model: Any class of transformers.
+        weights: The adapter's, as `read_adapter` gives them.
         name: Folder or Hub id of the adapter.
-        adapter_name: What PEFT calls it.
+        adapter_name: What PEFT is to call it.
+
+    Raises:
+        ValueError: naming file, weight and shapes; the model is as before.
+    """
+    peft = import_peft()
+    if model.base_model is model:  # without an output layer, its names are one word shorter
+        weights = {key.removeprefix(f"{model.base_model_prefix}."): item for key, item in weights.items()}
+    with torch.device("meta"):
+        skeleton = type(model)(copy.deepcopy(model.config))
+    check_adapter_weights(skeleton, peft_config, weights, name)
+    peft_config.inference_mode = not is_trainable
+    peft.inject_adapter_in_model(peft_config, model, adapter_name)
+    peft.set_peft_model_state_dict(model, {key: item.data[...] for key, item in weights.items()}, adapter_name)
+    model._hf_peft_config_loaded = True
+    if not is_trainable:
+        model.eval()
+
+
+def check_adapter_file(model: PreTrainedModel, name: str) -> None:
+    """Refuse an adapter of PEFT that does not fit a model, by names and shapes alone.
+
+    Args:
+        model: The base without weights (on "meta"); gets the layers of the adapter.
+        name: Folder or Hub id of the adapter.
 
     Raises:
         ValueError: naming file, weight and shapes.
     """
-    adapter_name = adapter_name or "default"
-    found = {
-        "mismatched_keys": [(_plain(key, adapter_name), *shapes) for key, *shapes in info.mismatched_keys],
-        "missing_keys": [_plain(key, adapter_name) for key in info.missing_keys],
-        "unexpected_keys": [_plain(key, adapter_name) for key in info.unexpected_keys],
-    }
+    check_adapter_weights(model, import_peft().PeftConfig.from_pretrained(name), read_adapter(name, {}), name)
+
+
+def check_adapter_weights(model: PreTrainedModel, peft_config: Any, weights: dict[str, Weight], name: str) -> None:
+    """As `check_adapter_file`, for an adapter that was read."""
+    adapter_name = "default"
+    import_peft().inject_adapter_in_model(copy.deepcopy(peft_config), model, adapter_name, low_cpu_mem_usage=True)
+    empty = {key: torch.empty(item.shape, dtype=item.dtype, device="meta") for key, item in weights.items()}
     try:
-        refuse_unfit_weights(found, weights, name)
-    except ValueError:
-        model.delete_adapter(adapter_name)
-        raise
+        found = find_unfit(model, rename_for_model(model, empty, adapter_name), adapter_name)
+    except KeyError as error:  # PEFT, of a part of a module that the adapter brings whole
+        found = {"missing_keys": [error.args[0]], "mismatched_keys": [], "unexpected_keys": []}
+    for kind in ("missing_keys", "unexpected_keys"):
+        found[kind] = [_plain(key, adapter_name) for key in found[kind]]
+    found["mismatched_keys"] = [(_plain(key, adapter_name), *shapes) for key, *shapes in found["mismatched_keys"]]
+    refuse_unfit_weights(found, weights, name)
 
 
-@torch.no_grad()
-def fill_saved_modules(
-    model: PreTrainedModel, info: Any, weights: dict[str, Weight], *, adapter_name: str | None
-) -> None:
-    """Give whole modules of an adapter, such as a projector, what `load_adapter` left out, and take it off its report.
-
-    transformers 5.17 finds no place for them; 5.23 does.
+def find_unfit(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], adapter_name: str) -> dict[str, list]:
+    """What does not fit of an adapter, compared with what PEFT would save of the model.
 
     Args:
-        info: What transformers' `load_adapter` returned; changed in place.
-        weights: Of the adapter, as `read_adapter` gives them.
+        model: With the layers of the adapter.
+        state_dict: The weights of the adapter by the names that the model gives them.
+
+    Returns:
+        `missing_keys`, `unexpected_keys`, and `mismatched_keys` with the shape that is found and the one expected.
     """
-    own = dict(model.named_parameters())
-    for key in list(info.missing_keys):
-        stored = _plain(key, adapter_name or "default")
-        if stored in weights and weights[stored].shape == list(own[key].shape):
-            own[key].copy_(weights[stored].data[...])
-            info.missing_keys.discard(key)
-            info.unexpected_keys.discard(stored)
+    saved = import_peft().get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    expected = rename_for_model(model, saved, adapter_name)
+    shapes = [(key, list(state_dict[key].shape), list(expected[key].shape)) for key in expected if key in state_dict]
+    return {
+        "missing_keys": sorted(expected.keys() - state_dict.keys()),
+        "unexpected_keys": sorted(state_dict.keys() - expected.keys() - model.state_dict().keys()),
+        "mismatched_keys": [entry for entry in shapes if entry[1] != entry[2]],
+    }
+
+
+def rename_for_model(
+    model: PreTrainedModel, state_dict: dict[str, torch.Tensor], adapter_name: str
+) -> dict[str, torch.Tensor]:
+    """The weights of an adapter's file by the names that a model with its layers gives them, as PEFT would load them.
+
+    Raises:
+        KeyError: with the name of a weight that is missing in a module which the adapter brings whole.
+    """
+    renamed = {}
+    model.load_state_dict = lambda state_dict, **kwargs: renamed.update(state_dict)
+    try:
+        import_peft().set_peft_model_state_dict(model, dict(state_dict), adapter_name)
+    finally:
+        del model.load_state_dict
+    return renamed
 
 
 def _plain(key: str, adapter_name: str) -> str:
@@ -222,74 +303,32 @@ def _plain(key: str, adapter_name: str) -> str:
     return ".".join(part for part in key.split(".") if part not in (adapter_name, "modules_to_save"))
 
 
-def check_adapter_file(model: PreTrainedModel, name: str) -> None:
-    """Refuse an adapter of PEFT that does not fit a model, by names and shapes alone.
+def refuse_unfit_state(model: PreTrainedModel, state_dict: dict[str, Any], prefix: str) -> None:
+    """Refuse a state dict with an adapter's weights that do not fit, or with nothing at all, for an adapted model.
 
     Args:
-        model: Of the base; may be without weights (on "meta"), and gets the layers of the adapter.
-        name: Folder or Hub id of the adapter.
-
-    Raises:
-        ValueError: naming file, weight and shapes.
-    """
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-
-    base = set(model.state_dict())
-    adapted = PeftModel(model, PeftConfig.from_pretrained(name), low_cpu_mem_usage=True)
-    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    # PEFT leaves out the last word of DoRA's magnitudes, which transformers needs.
-    shapes = {_cut(key): list(value.shape) for key, value in expected.items()}
-    weights = {_cut(key): weight for key, weight in read_adapter(name, {}).items()}
-    found = {
-        "missing_keys": shapes.keys() - weights.keys(),
-        "unexpected_keys": weights.keys() - shapes.keys() - base,
-        "mismatched_keys": [
-            (key, weight.shape, shapes[key])
-            for key, weight in weights.items()
-            if key in shapes and weight.shape != shapes[key]
-        ],
-    }
-    refuse_unfit_weights(found, weights, name)
-
-
-def _cut(key: str) -> str:
-    key = key.removeprefix(_PEFT_PREFIX)
-    return key.removesuffix(".weight") if key.endswith("lora_magnitude_vector.weight") else key
-
-
-def refuse_unfit_state(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """Refuse a state dict with an adapter's weights that have no place in a module, or of which some are missing.
-
-    Args:
-        module: With the adapter's layers.
         state_dict: May hold other weights too.
-        prefix: Of the module's names in it.
+        prefix: How the model's names begin in it.
 
     Raises:
         ValueError: naming the weight.
     """
-    given = {key: adapter for key in state_dict if (adapter := _adapter_of(key)) is not None}
-    if not given:
-        return
-    own = {f"{prefix}{key}" for key in module.state_dict()}
-    unexpected = sorted(key for key in state_dict.keys() - own if key.startswith(prefix))
-    missing = sorted(key for key in own - state_dict.keys() if _adapter_of(key) in given.values())
-    if keys := unexpected or missing:
-        what = "weights without a place in this model" if unexpected else "layers without a weight"
-        raise ValueError(
-            f"got an adapter with {len(keys)} {what}, {keys[0]} among them; expected one that was trained on this "
-            "model: load one of the original LLaVA with AutoModelForVision2Seq.from_pretrained(adapter), which knows "
-            "its names"
-        )
-
-
-def _adapter_of(key: str) -> str | None:
-    """The adapter that a weight of PEFT in a model belongs to; None for other weights."""
-    parts = key.split(".")
-    for part, following in zip(parts, parts[1:]):
-        if part.startswith(_TUNER_PREFIXES):
-            return following
-    return None
+    given = {key.removeprefix(prefix): item for key, item in state_dict.items() if key.startswith(prefix)}
+    for adapter_name, peft_config in vars(model).get("peft_config", {}).items():
+        tuner = _TUNER_PREFIXES.get(peft_config.peft_type)
+        of_tuner = {key for key in given if tuner is not None and f".{tuner}" in key}
+        named = {name for name in model.peft_config for key in of_tuner if name in key.split(".")}
+        if tuner is None or (given and not of_tuner) or (named and adapter_name not in named):
+            continue
+        others = model.peft_config.keys() - {adapter_name}
+        own = {key: item for key, item in given.items() if not others & set(key.split("."))}
+        try:
+            refuse_unfit_weights(find_unfit(model, own, adapter_name), {}, f"adapter {adapter_name!r}")
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; AutoModelForVision2Seq.from_pretrained(adapter) names the file, and reads those of the "
+                "original LLaVA too"
+            ) from error
 
 
 def check_adapter(model: PreTrainedModel, weights: dict[str, Weight]) -> None:

@@ -22,14 +22,12 @@ from processing_llava.original.model_parts import explain_tower
 from processing_llava.original.original_folder import OriginalFolder, find_file, read_json
 
 from .model_names import explain_missing
-from .weight_files import Sum, Weight, has_model, read_file, read_model, refuse_quantized
+from .weight_files import COMPUTED, Sum, Weight, has_model, read_file, read_model, refuse_quantized
 from .weight_names import grow_rows, rename_to_ours
 
 logger = logging.get_logger(__name__)
 
 TOWER = "model.vision_tower."
-COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
-"""How the names of buffers end that old checkpoints hold."""
 _PROJECTOR = "model.mm_projector."
 _LANGUAGE_MODEL = "model.language_model."
 _DELTA_NORM = 0.02
@@ -134,8 +132,8 @@ def check_delta(
     those of a complete model are near them.
 
     Args:
-        weights: Of the folder, under our names.
-        base: Of its base, if one was given.
+        weights: The folder's, under our names.
+        base: Its base's, if one was given.
         delta: What the caller says it is; None to look.
 
     Raises:
@@ -203,18 +201,19 @@ def _rename(weights: dict[str, Weight]) -> dict[str, Weight]:
 
 def is_used(key: str, config: PreTrainedConfig) -> bool:
     """Whether a weight has a place: not what pruning removes from a tower, nor buffers, which are computed."""
-    if key.endswith(COMPUTED):
+    if is_left_out(key, num_layers=max(config.vision_feature_layers)):
         return False
     if key == "model.image_newline":
         return config.patch_merge_type == "spatial_unpad"
-    if key == "lm_head.weight" and config.tie_word_embeddings:
-        return False
-    if key.startswith(("model.vision_tower.post_layernorm.", "model.vision_tower.head.")):
-        return False
+    return not (key == "lm_head.weight" and config.tie_word_embeddings)
+
+
+def is_left_out(key: str, *, num_layers: int) -> bool:
+    """Whether a weight is a buffer, or lies in a tower behind its layer number `num_layers`."""
+    if key.endswith(COMPUTED) or key.startswith(("model.vision_tower.post_layernorm.", "model.vision_tower.head.")):
+        return True
     layer_prefix = "model.vision_tower.encoder.layers."
-    if key.startswith(layer_prefix):
-        return int(key.removeprefix(layer_prefix).split(".")[0]) < max(config.vision_feature_layers)
-    return True
+    return key.startswith(layer_prefix) and int(key.removeprefix(layer_prefix).split(".")[0]) >= num_layers
 
 
 def read_named_tower(vision_tower: str, download: dict[str, Any]) -> dict[str, Weight]:

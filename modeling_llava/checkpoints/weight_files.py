@@ -20,6 +20,8 @@ MODEL_FILES = (
 """What a complete model may be stored as; the first that exists is read."""
 
 
+COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
+"""How the names of buffers end that old checkpoints hold."""
 QUANTIZED_PARTS = {
     "qweight": "AWQ or GPTQ",
     "absmax": "bitsandbytes",
@@ -48,7 +50,9 @@ class Weight:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.data.dtype if isinstance(self.data, torch.Tensor) else self.data[:0].dtype
+        if isinstance(self.data, torch.Tensor):
+            return self.data.dtype
+        return self.data[:0].dtype if self.shape else self.data[...].dtype
 
 
 class Sum:
@@ -114,6 +118,21 @@ def refuse_quantized(name: str, config: dict[str, Any] | None, weights: dict[str
             f"got {name}, whose weights are stored quantized ({method}); expected them in 16 or 32 bits: take the "
             "unquantized checkpoint, and quantization= or quantization_config= to load it in fewer bits"
         )
+    refuse_integers(name, weights)
+
+
+def refuse_integers(name: str, weights: dict[str, Weight]) -> None:
+    """Refuse integers where a model computes with floating-point weights: their scale is missing.
+
+    Raises:
+        ValueError: naming file and weight.
+    """
+    for weight in weights.values():
+        if not weight.dtype.is_floating_point and not weight.key.endswith(COMPUTED):
+            raise ValueError(
+                f"got {weight.key} in {weight.file}, of {weight.dtype}; expected 16 or 32 bits, since nothing in "
+                f"{name} says how to scale it: take the unquantized checkpoint"
+            )
 
 
 def refuse_unfit_weights(found: dict[str, Any], weights: dict[str, Weight], name: str) -> None:

@@ -72,7 +72,7 @@ def add_transformers_only_weights(weights: dict[str, Any], *, vocab_size: int, v
     """Add in place, under our names, what transformers' own classes hold beyond ours.
 
     Their image token needs rows in the embedding and output matrices. The new rows are the mean of the others, so
-    that no new token is ever the likeliest. Their towers end in a norm that no LLaVA applies.
+    that greedy decoding never chooses a new token. Their towers end in a norm that no LLaVA applies.
     """
     for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
         if name in weights and len(weights[name]) < vocab_size:

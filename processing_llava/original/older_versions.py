@@ -7,7 +7,7 @@ A checkpoint keeps the meaning that it had when it was stored; where a later ver
 import re
 from typing import Any
 
-_VERSION = re.compile(r"(\d+)\.(\d+)")
+_VERSION = re.compile(r"v?(\d+)(?:\.(\d+))?")
 SCALED_EVERY_EMBEDDING = {"gemma", "gemma2"}
 """Text models that multiplied every input embedding by sqrt(hidden_size), image features included, before
 transformers 5.4 (models/gemma/modeling_gemma.py); since then their embedding table does it, for tokens alone."""
@@ -16,7 +16,7 @@ transformers 5.4 (models/gemma/modeling_gemma.py); since then their embedding ta
 def is_older(raw: dict[str, Any], *version: int) -> bool:
     """Whether the content of a config.json was written by a transformers below (major, minor)."""
     found = _VERSION.match(str(raw.get("transformers_version") or ""))
-    return found is not None and tuple(map(int, found.groups())) < version
+    return found is not None and tuple(map(int, found.groups(default="0"))) < version
 
 
 def read_old_activation(raw: dict[str, Any], text_fields: dict[str, Any]) -> dict[str, str]:

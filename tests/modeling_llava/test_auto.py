@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -74,6 +74,20 @@ def test_vision2seq_loads_an_adapter_folder(checkpoint, tmp_path):
     torch.testing.assert_close(loaded(ids).logits, adapted(ids).logits)
 
 
+def test_auto_peft_model(checkpoint, tmp_path):
+    """Its error says how; and it gives the image token no embedding, though the tokenizer lies beside the adapter."""
+    model = AutoModelForVision2Seq.from_pretrained(checkpoint)
+    lora = LoraConfig(target_modules=["q_proj", "embed_tokens"], init_lora_weights=False)
+    adapted = get_peft_model(model, lora).eval()
+    adapted.save_pretrained(tmp_path, save_embedding_layers=True)
+    AutoProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"specify `import_allowlist=\['modeling_llava.modeling_llava'\]` in"):
+        AutoPeftModel.from_pretrained(tmp_path)
+    loaded = AutoPeftModel.from_pretrained(tmp_path, import_allowlist=["modeling_llava"])
+    ids = torch.tensor([[1, 5, 6]])
+    torch.testing.assert_close(loaded(ids).logits, adapted(ids).logits)
+
+
 @pytest.mark.parametrize(
     "imports",
     [
@@ -81,6 +95,7 @@ def test_vision2seq_loads_an_adapter_folder(checkpoint, tmp_path):
         "import transformers.processing_utils, modeling_llava",
         "import transformers; held = transformers; import modeling_llava; held.AutoModelForVision2Seq",
         "import transformers; transformers.AutoProcessor; import modeling_llava",
+        "import transformers as held; held.AutoProcessor; import modeling_llava; held.AutoModelForVision2Seq",
     ],
 )
 def test_vision2seq_is_importable_whatever_came_first(imports):

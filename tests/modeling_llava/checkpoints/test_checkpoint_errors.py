@@ -222,23 +222,52 @@ CHANGES = {
         for key, value in weights.items()
     },
     "a weight more": lambda weights: weights | {"model.mm_projector.4.weight": torch.ones(2)},
+    "a foreign weight more": lambda weights: weights | {"foo.weight": torch.ones(2)},
+    "integers": lambda weights: {
+        key: value.to(torch.int8) if "projector" in key and key.endswith("weight") else value
+        for key, value in weights.items()
+    },
 }
 
 
 @pytest.mark.parametrize("loader", [AutoModelForVision2Seq, AnyLlavaForConditionalGeneration])
 @pytest.mark.parametrize("change", CHANGES)
 def test_weights_that_do_not_fit(stored, change, loader):
-    if loader is AutoModelForVision2Seq and stored.name == "transformers" and change == "a weight more":
-        pytest.skip("transformers' own class reports it")
     weights = CHANGES[change](load_file(stored / "model.safetensors"))
     save_file(weights, stored / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"without \d+ weights|without a place|of shape \[3, 5\]|near 0") as error:
+    with pytest.raises(
+        ValueError, match=r"without \d+ weights|without a place|of shape \[3, 5\]|near 0|torch\.int8"
+    ) as error:
         loader.from_pretrained(stored)
     assert "\n" not in str(error.value)
     if change in ("another shape", "a weight more") and not (
         loader is AutoModelForVision2Seq and stored.name == "transformers"
     ):
         assert "model.safetensors" in str(error.value)
+
+
+def test_a_tower_of_which_a_part_is_used(tmp_path):
+    """As published checkpoints are stored: what lies behind the used layer is no foreign weight."""
+    tiny_model().save_pretrained(tmp_path, layout="transformers")
+    weights = load_file(tmp_path / "model.safetensors")
+    layer = {key: value for key, value in weights.items() if ".encoder.layers.1." in key}
+    for number in (3, 4):
+        weights |= {key.replace(".layers.1.", f".layers.{number}."): value.clone() for key, value in layer.items()}
+    weights["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    weights["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for loader in (AutoModelForVision2Seq, AnyLlavaForConditionalGeneration):
+        loader.from_pretrained(tmp_path)
+
+
+def test_arguments_for_other_layouts(tmp_path):
+    """`merge_adapter` has nothing to do for a complete model; `quantization` loads our class."""
+    tiny_model().save_pretrained(tmp_path, layout="transformers")
+    for merge in (True, False):
+        model = AutoModelForVision2Seq.from_pretrained(tmp_path, merge_adapter=merge)
+        assert type(model).__name__ == "LlavaForConditionalGeneration"
+    model = AutoModelForVision2Seq.from_pretrained(tmp_path, quantization="int8")
+    assert type(model) is AnyLlavaForConditionalGeneration
 
 
 def test_a_shape_that_is_to_be_replaced(tmp_path):

@@ -234,6 +234,35 @@ def test_a_change_after_loading(tmp_path):
         model.save_pretrained(tmp_path / "twice")
 
 
+def list_late_changes() -> list[tuple]:
+    parts = {"": LLAVA_CHANGES, "text_config": TEXT_CHANGES["llama"], "vision_config": VISION_CHANGES["clip"]}
+    return [(part, field, values[0]) for part, fields in parts.items() for field, values in fields.items()]
+
+
+@pytest.mark.parametrize("merge_type", ["flat", "spatial_unpad"])
+@pytest.mark.parametrize("part, field, value", list_late_changes())
+def test_a_field_that_is_changed_after_loading(tmp_path, part, field, value, merge_type):
+    """It is computed, or refused, or written as computed: what is read again computes the same."""
+    model = build(changes={"patch_merge_type": merge_type, "image_grid_pinpoints": PINPOINTS})
+    setattr(getattr(model.config, part) if part else model.config, field, value)
+    try:
+        model.save_pretrained(tmp_path)
+    except ValueError as error:
+        assert f"{field}=" in str(error)
+        return
+    again = AnyLlavaForConditionalGeneration.from_pretrained(tmp_path)
+    torch.testing.assert_close(compute(again), compute(model), rtol=1e-5, atol=1e-5)
+
+
+def test_what_training_and_generation_change_may_be_saved(tmp_path):
+    model = build()
+    model.config.text_config.use_cache = model.config.use_cache = False
+    model.config.text_config.pad_token_id = 7
+    model.resize_token_embeddings(VOCAB_SIZE + 8)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(compute(AnyLlavaForConditionalGeneration.from_pretrained(tmp_path)), compute(model))
+
+
 @pytest.mark.parametrize("layout", [None, *LAYOUTS])
 @pytest.mark.parametrize("with_processor", [False, True])
 def test_resized_embeddings(tmp_path, layout, with_processor):
@@ -310,7 +339,7 @@ def test_quantized_models_are_read_back_or_refused(tmp_path, loaded, kind):
         found = compute(again, num_columns=expected.shape[-1])
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     if kind == "bitsandbytes-4":
-        with pytest.raises(ValueError, match="in 4 bits that has computed on a processor"):
+        with pytest.raises(ValueError, match="in 4 bits that has computed on a CPU"):
             quantized.save_pretrained(tmp_path / "late", layout="any_llava")
 
 
