@@ -50,7 +50,7 @@ from .original_adapters import (
     refuse_unfit_state,
 )
 from .original_weights import TOWER, complete_tower, gather_original_weights, is_used, refuse_missing_source
-from .weight_files import Weight, find_base_dtype, read_model, refuse_quantized, refuse_unfit_weights
+from .weight_files import Weight, find_base_dtype, read_as, read_model, refuse_quantized, refuse_unfit_weights
 from .weight_names import add_transformers_only_weights, check_layout, rename_from_ours, rename_to_ours
 
 # Arguments of from_pretrained that are attributes of configurations too.
@@ -200,7 +200,9 @@ class CheckpointMixin:
             weights = {key: item for key, item in weights.items() if is_used(key, config)}
         config.dtype = config.dtype or find_base_dtype(weights)
         kwargs = with_default_dtype(kwargs, stored=config.dtype)
-        state_dict = {key: item.data for key, item in weights.items()}
+        # A GPU converts by itself, what it is sent in fewer bytes.
+        dtype = kwargs.get("dtype") if kwargs.get("device_map") is None else None
+        state_dict = {key: read_as(item, dtype) for key, item in weights.items()}
         model, info = super().from_pretrained(None, *args, config=config, state_dict=state_dict, **checks, **kwargs)
         refuse_unfit(model, info, name, weights=weights, takes_any_shape=takes_any_shape)
         # PEFT writes the second one into its adapters.
