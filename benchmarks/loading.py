@@ -51,6 +51,7 @@ def write_layouts(folder: Path, *, layers: int, hidden_size: int, loaders: tuple
     vision = CLIPVisionConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336
     )
+    vision.projection_dim = 768
     vision.patch_size = 14
     vision.name_or_path = "openai/clip-vit-large-patch14-336"
     text = LlamaConfig(
@@ -66,7 +67,8 @@ def write_layouts(folder: Path, *, layers: int, hidden_size: int, loaders: tuple
         model = AnyLlavaForConditionalGeneration(config)
     model = model.to(torch.bfloat16).to_empty(device="cpu")
     for parameter in model.parameters():
-        parameter.data.fill_(0.01)
+        # Norms near 0 would be those of a delta.
+        parameter.data.fill_(0.01 if parameter.ndim > 1 else 1.0)
     folders = {LOADERS[loader][0] for loader in loaders}
     for layout in folders & {"any_llava", "original", "transformers"}:
         model.save_pretrained(folder / layout, layout=layout)

@@ -4,7 +4,11 @@ transformers loads a model in the dtype of its checkpoint, since `dtype="auto"` 
 modeling_utils.py). A CPU without units for that dtype is slower with it than with float32.
 """
 
+import ctypes
+import mmap
 import os
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,6 +48,40 @@ def count_free_bytes(device: torch.device) -> int:
             fields = dict(line.split(":", 1) for line in file)
         return int(fields["MemAvailable"].split()[0]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def release_mapped(tensors: Iterable[torch.Tensor]) -> None:
+    """Give back the memory that tensors of mapped files take, once they were read for the last time.
+
+    Linux counts the pages of a mapped file to the process that read them until the file is closed, and a file of a
+    checkpoint stays open for as long as one of its tensors is in use. What a tensor holds is read again if need be.
+
+    Args:
+        tensors: Those of memory that is no file, and those of other systems, stay as they are. None may have been
+            written to.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    files = _list_mapped_files()
+    libc = ctypes.CDLL(None, use_errno=True)
+    for tensor in tensors:
+        # The pages that hold nothing else.
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if start < end and any(first <= start and end <= last for first, last in files):
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+def _list_mapped_files() -> list[tuple[int, int]]:
+    """First and last address of each file that is mapped into this process."""
+    found = []
+    with open("/proc/self/maps") as lines:
+        for line in lines:
+            addresses, _, _, _, inode, *_ = line.split(maxsplit=5)
+            if inode != "0":
+                first, last = addresses.split("-")
+                found.append((int(first, 16), int(last, 16)))
+    return found
 
 
 def format_bytes(size: float) -> str:

@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .cpu_linear import Int8Linear
+from .devices import release_mapped
 from .fused_layers import fuse_projections
 
 KEPT_MODULES = ["model.vision_tower", "model.mm_projector", "lm_head"]
@@ -125,9 +126,22 @@ def quantize_to_int8(model: PreTrainedModel) -> None:
     if model._hf_peft_config_loaded:
         raise ValueError("got quantization='int8' and merge_adapter=False; expected a merged adapter")
     language_model = model.base_model.language_model
-    fuse_projections(language_model)
-    for name, module in list(language_model.named_modules()):
-        if type(module) is nn.Linear:
-            language_model.set_submodule(name, Int8Linear(module))
-    model.float()
+    stacks = [module for module in language_model.modules() if isinstance(module, nn.ModuleList)]
+    # Layer by layer: beside the result there is never more than one layer in the dtype of the files.
+    for layer in (layer for stack in stacks for layer in stack):
+        replaced = [module.weight.data for module in layer.modules() if type(module) is nn.Linear]
+        fuse_projections(layer)
+        _replace_linears(layer)
+        release_mapped(replaced)
+    _replace_linears(language_model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            stored, tensor.data = tensor.data, tensor.data.float()
+            release_mapped([stored])
     model.config.dtype = torch.float32
+
+
+def _replace_linears(module: nn.Module) -> None:
+    for name, inner in list(module.named_modules()):
+        if type(inner) is nn.Linear:
+            module.set_submodule(name, Int8Linear(inner))

@@ -62,6 +62,7 @@ from .weight_files import (
     Weight,
     find_base_dtype,
     has_model,
+    read_as,
     read_model,
     refuse_integers,
     refuse_quantized,
@@ -226,7 +227,9 @@ class CheckpointMixin:
             weights = {key: item for key, item in weights.items() if is_used(key, config)}
         config.dtype = config.dtype or find_base_dtype(weights)
         kwargs = with_default_dtype(kwargs, stored=config.dtype)
-        state_dict = {key: item.data for key, item in weights.items()}
+        # A GPU converts by itself, what it is sent in fewer bytes.
+        dtype = kwargs.get("dtype") if kwargs.get("device_map") is None else None
+        state_dict = {key: read_as(item, dtype) for key, item in weights.items()}
         model, info = super().from_pretrained(None, *args, config=config, state_dict=state_dict, **checks, **kwargs)
         refuse_unfit(model, info, name, weights=weights, takes_any_shape=takes_any_shape)
         # PEFT writes the second one into its adapters.

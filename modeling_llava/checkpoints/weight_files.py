@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from modeling_llava.acceleration.devices import release_mapped
 from processing_llava.original.original_folder import find_file, read_json
 
 MODEL_FILES = (
@@ -68,6 +69,28 @@ class Sum:
         total, base = self.delta.data[...].clone(), self.base.data[...]
         total[: len(base)] += base
         return total[index]
+
+
+class Cast:
+    """A weight in another dtype, converted when it is read; a mapped file gives its memory back at once."""
+
+    def __init__(self, weight: Weight, dtype: torch.dtype) -> None:
+        self.weight, self.dtype = weight, dtype
+
+    def get_shape(self) -> list[int]:
+        return self.weight.shape
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        stored = self.weight.data[...]
+        converted = stored.to(self.dtype)
+        release_mapped([stored])
+        return converted[index]
+
+
+def read_as(weight: Weight, dtype: Any) -> Any:
+    """What holds a weight, in a dtype if it is one."""
+    is_other = isinstance(dtype, torch.dtype) and weight.dtype.is_floating_point and weight.dtype != dtype
+    return Cast(weight, dtype) if is_other else weight.data
 
 
 def has_model(name: str, download: dict[str, Any]) -> bool:
