@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .devices import is_slow_on_processor
+from .devices import is_slow_on_processor, release_mapped
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 SMALLEST_WEIGHT = 2**18
@@ -38,11 +38,13 @@ def pack_linear_layers(model: PreTrainedModel) -> None:
         is_large = type(module) is nn.Linear and module.weight.numel() >= SMALLEST_WEIGHT
         if is_large and module.weight is not embeddings:
             model.set_submodule(name, PackedLinear(module))
+            release_mapped([module.weight.data])
     model.requires_grad_(False)
     # What is left may be a view of a mapped file, all of which has been read by now, and would stay in memory.
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.layout == torch.strided:
-            tensor.data = tensor.data.clone()
+            stored, tensor.data = tensor.data, tensor.data.clone()
+            release_mapped([stored])
 
 
 class PackedLinear(nn.Module):

@@ -79,7 +79,9 @@ def _start_session(options: argparse.Namespace, limits):
         template=options.template,
         base_model=options.base_model,
         vision_tower=options.vision_tower,
+        dtype=options.dtype,
         quantization=options.quantization,
+        memory=options.memory,
         visual_tokens=options.visual_tokens,
     )
     processor.image_processor.limits = limits

@@ -1,16 +1,25 @@
-"""A loaded model answers: one question, a conversation, or many requests at once."""
+"""A loaded model answers: one question, a conversation, or many requests at once.
 
-from .batched_generation import AnswerRequest, generate_answers
-from .chat_cache import ChatCache
-from .chat_session import ChatSession
-from .loading import EMBEDDED_MODEL, load_for_inference, prepare_for_answering
+What is surprising: names are imported when they are asked for, since commands that answer nothing (`llava doctor`,
+`llava check-data`) import a file of this folder without the others.
+"""
 
-__all__ = [
-    "EMBEDDED_MODEL",
-    "AnswerRequest",
-    "ChatCache",
-    "ChatSession",
-    "generate_answers",
-    "load_for_inference",
-    "prepare_for_answering",
-]
+from importlib import import_module
+from typing import Any
+
+_MODULES = {
+    "EMBEDDED_MODEL": "loading",
+    "AnswerRequest": "batched_generation",
+    "ChatCache": "chat_cache",
+    "ChatSession": "chat_session",
+    "generate_answers": "batched_generation",
+    "load_for_inference": "loading",
+    "prepare_for_answering": "loading",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -25,15 +25,16 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache
 
 from modeling_llava.acceleration.devices import is_slow_on_processor
 from modeling_llava.checkpoints.layouts import translate_config
-from modeling_llava.checkpoints.model_names import explain_missing, find_base
+from modeling_llava.checkpoints.model_names import explain_missing
 from modeling_llava.configuration_llava import AnyLlavaConfig
 from modeling_llava.generation import count_spare_tokens
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
 from processing_llava.image_layouts import ImageLayout
+from processing_llava.original.original_folder import find_installed, recognise
 from processing_llava.transformers_versions import KV_CACHE
 
 
@@ -52,21 +53,25 @@ class GenerationMemory:
         return self.weights + self.cache + self.activations
 
 
-def read_config(name: str) -> AnyLlavaConfig:
+def read_config(name: str, *, base_model: str | None = None, vision_tower: str | None = None) -> AnyLlavaConfig:
     """The configuration of a LLaVA in any layout.
 
     Args:
         name: Folder or Hub id. An adapter has the configuration of its base.
+        base_model: Folder or Hub id of the language model, for a folder that does not name its own.
+        vision_tower: Folder or Hub id of the tower, instead of the one that an original folder names.
 
     Raises:
         ValueError: if there is none, or it is another model.
     """
     with explain_missing(name):
-        name = find_base(name)
-        raw, _ = PreTrainedConfig.get_config_dict(name)
-        if not raw:
+        found = recognise(find_installed(name), {}, base_model=base_model)
+        if found.layout == "adapter":
+            return read_config(found.base)
+        if not found.raw:
             raise OSError(f"there is no config.json in {name}")
-        return AnyLlavaConfig.from_dict(translate_config(raw, name=name))
+        parts = {"base_model": base_model, "vision_tower": vision_tower}
+        return AnyLlavaConfig.from_dict(translate_config(found.raw, name=find_installed(name), **parts))
 
 
 WEIGHT_BITS = {"int8": 8, "fp8": 8, "int4": 4.25, "nf4": 4.13}
@@ -80,6 +85,14 @@ def choose_dtype(config: AnyLlavaConfig, device: torch.device, *, quantization: 
     if config.dtype is None or (device.type == "cpu" and is_slow_on_processor(config.dtype)):
         return torch.float32
     return config.dtype
+
+
+def count_weight_bytes(config: AnyLlavaConfig, *, dtype: torch.dtype, quantization: str | None = None) -> int:
+    """Bytes of the parameters and buffers of a model; arguments as those of `predict_generation`."""
+    with torch.device("meta"):
+        # `_from_config` writes the dtype into the configuration (transformers 5.23, modeling_utils.py).
+        model = AnyLlavaForConditionalGeneration._from_config(copy.deepcopy(config), dtype=dtype)
+    return _count_weights(model, quantization)
 
 
 def predict_generation(
