@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.acceleration.devices import count_free_bytes
+from modeling_llava.checkpoints.model_names import explain_missing
 from modeling_llava.inference.attention_map import AnswerAttention, read_attention
 from modeling_llava.inference.chat_cache import ChatCache
 from modeling_llava.inference.chat_session import AnswerStatistics, ChatSession
@@ -218,7 +219,8 @@ def estimate_bytes(name: str, device: torch.device) -> int:
     Raises:
         ValueError: if there is no such model.
     """
-    config = read_config(name)
+    with explain_missing(name):
+        config = read_config(name)
     with torch.device("meta"):
         model = AnyLlavaForConditionalGeneration(config)
     num_weights = sum(tensor.numel() for tensor in model.state_dict().values())

@@ -103,12 +103,14 @@ def _generation_needs(
     visual_tokens: int | None,
 ) -> str:
     from modeling_llava.acceleration.quantization import check_quantization
+    from modeling_llava.checkpoints.model_names import explain_missing
     from modeling_llava.inference.chat_cache import DEFAULT_MAX_BYTES
     from modeling_llava.inference.generation_memory import choose_dtype, predict_generation, read_config
     from modeling_llava.inference.token_stream import limit_new_tokens
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = read_config(model)
+    with explain_missing(model):
+        config = read_config(model)
     config.visual_tokens = config.visual_tokens if visual_tokens is None else visual_tokens
     dtype = choose_dtype(config, device, quantization=quantization)
     needs = predict_generation(

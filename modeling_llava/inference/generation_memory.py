@@ -29,7 +29,6 @@ from transformers import DynamicCache
 
 from modeling_llava.acceleration.devices import is_slow_on_processor
 from modeling_llava.checkpoints.layouts import translate_config
-from modeling_llava.checkpoints.model_names import explain_missing
 from modeling_llava.configuration_llava import AnyLlavaConfig
 from modeling_llava.generation import count_spare_tokens
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
@@ -54,7 +53,7 @@ class GenerationMemory:
 
 
 def read_config(name: str, *, base_model: str | None = None, vision_tower: str | None = None) -> AnyLlavaConfig:
-    """The configuration of a LLaVA in any layout.
+    """The configuration of a LLaVA in any layout, without its weights.
 
     Args:
         name: Folder or Hub id. An adapter has the configuration of its base.
@@ -62,16 +61,17 @@ def read_config(name: str, *, base_model: str | None = None, vision_tower: str |
         vision_tower: Folder or Hub id of the tower, instead of the one that an original folder names.
 
     Raises:
-        ValueError: if there is none, or it is another model.
+        ValueError: if it is another model.
+        OSError: if there is none.
     """
-    with explain_missing(name):
-        found = recognise(find_installed(name), {}, base_model=base_model)
-        if found.layout == "adapter":
-            return read_config(found.base)
-        if not found.raw:
-            raise OSError(f"there is no config.json in {name}")
-        parts = {"base_model": base_model, "vision_tower": vision_tower}
-        return AnyLlavaConfig.from_dict(translate_config(found.raw, name=find_installed(name), **parts))
+    name = find_installed(name)
+    found = recognise(name, {}, base_model=base_model)
+    if found.layout == "adapter":
+        return read_config(found.base)
+    if not found.raw:
+        raise OSError(f"there is no config.json in {name}")
+    parts = {"base_model": base_model, "vision_tower": vision_tower}
+    return AnyLlavaConfig.from_dict(translate_config(found.raw, name=name, **parts))
 
 
 WEIGHT_BITS = {"int8": 8, "fp8": 8, "int4": 4.25, "nf4": 4.13}

@@ -34,7 +34,7 @@ def config():
     config = tiny_config()
     config.dtype = torch.float16
     # So large that weights decide.
-    config.text_config.num_hidden_layers, config.text_config.intermediate_size = 4, 40_000
+    config.text_config.num_hidden_layers, config.text_config.intermediate_size = 8, 20_000
     return config
 
 
