@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from transformers import AddedToken, BatchFeature, PreTrainedTokenizerBase
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, TextKwargs
+from transformers.processing_utils import (
+    AudioKwargs,
+    ImagesKwargs,
+    MultiModalData,
+    ProcessingKwargs,
+    TextKwargs,
+    VideosKwargs,
+)
 from transformers.utils import logging
 
 from .image_layouts import check_visual_tokens, plan_image
@@ -366,12 +373,15 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
             if not isinstance(settings, dict):
                 raise ValueError(f"got {part}={shorten(settings)}; expected a dict of settings: correct it")
             unknown |= {f"{part}[{name!r}]" for name in settings.keys() - names}
-        if unknown:
+        # Callers of processors of every kind pass settings of media that they may not have.
+        if for_others := unknown & {*VideosKwargs.__annotations__, *AudioKwargs.__annotations__}:
+            logger.warning_once(f"got {', '.join(sorted(for_others))}, for video or audio; it has no effect here")
+        if unknown := unknown - for_others:
             raise ValueError(
                 f"got {', '.join(sorted(unknown))}, which has no effect here; expected settings of the tokenizer or "
                 "the image processor: take it out"
             )
-        return kwargs
+        return {name: value for name, value in kwargs.items() if name not in for_others}
 
     def _check_layout(self, image_inputs: dict, settings: dict[str, Any]) -> None:
         """Refuse settings of a call with which images have other tokens than `count_image_tokens` finds."""
