@@ -28,6 +28,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
+from processing_llava.config_fields import naming_config
 from processing_llava.image_processing_fast import AnyLlavaImageProcessor
 from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
 from processing_llava.original.original_folder import (
@@ -35,6 +36,7 @@ from processing_llava.original.original_folder import (
     TRANSFORMERS_CONFIGS,
     find_file,
     find_layout,
+    read_built_in,
     recognise,
     select_download,
 )
@@ -85,7 +87,8 @@ class AutoModelForVision2Seq(_BaseAutoModelClass):
         wants_info = kwargs.pop("output_loading_info", False)
         takes_any_shape = kwargs.pop("ignore_mismatched_sizes", False)
         checks = {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        model, info = super().from_pretrained(name, *model_args, **checks, **kwargs)
+        with naming_config(f"{name}/config.json"):
+            model, info = super().from_pretrained(name, *model_args, **checks, **kwargs)
         if takes_any_shape:
             info["mismatched_keys"] = []
         # A whole tower that is used in part has weights without a place.
@@ -122,6 +125,7 @@ def build_dispatch_config(model_type: str) -> type[PreTrainedConfig]:
         @classmethod
         def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> PreTrainedConfig:
             if built_in is not None and find_layout(config_dict) == "transformers":
+                read_built_in(config_dict)
                 return built_in.from_dict(config_dict, **kwargs)
             name = kwargs.get("name_or_path", config_dict.get("_name_or_path", ""))
             return AnyLlavaConfig.from_dict(translate_config(config_dict, **kwargs | {"name": name}), **kwargs)

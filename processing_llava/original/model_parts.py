@@ -14,6 +14,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from processing_llava.config_fields import check_part, naming_config, use_one_side
 from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
 from processing_llava.transformers_versions import AutoImageProcessor
 
@@ -60,11 +61,12 @@ def read_vision_config(vision_tower: str, **download) -> PreTrainedConfig:
         config = AutoConfig.for_model(**KNOWN_TOWERS[known])
         config.name_or_path = vision_tower
         return config
-    with explain_tower(vision_tower):
+    with explain_tower(vision_tower), naming_config(f"vision tower {vision_tower!r}"):
         config = AutoConfig.from_pretrained(vision_tower, **limit_download(vision_tower, download))
     if "vision_config" in config.sub_configs:
         config = config.vision_config
     config.name_or_path = vision_tower
+    check_part("vision_config", use_one_side(config))
     return config
 
 
