@@ -34,9 +34,9 @@ from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
 from processing_llava.original.original_folder import (
     TEXT_MODEL_OF_TYPE,
     TRANSFORMERS_CONFIGS,
-    find_file,
     find_layout,
     read_built_in,
+    read_json,
     recognise,
     select_download,
 )
@@ -165,7 +165,7 @@ def load_processor(pretrained_model_name_or_path: str, **kwargs) -> ProcessorMix
     # transformers takes a ValueError of a configuration for an unknown model, and goes on to build a bare tokenizer
     # (5.17 to 5.24, models/auto/processing_auto.py); and it knows no processor of an adapter.
     name, download = str(pretrained_model_name_or_path), select_download(kwargs)
-    if find_file(name, "processor_config.json", download) is None:
+    if read_json(name, "processor_config.json", download) is None:
         found = recognise(name, download, base_model=kwargs.get("base_model"))
         if found.layout == "adapter":
             dropped = ("base_model", "revision", "subfolder")

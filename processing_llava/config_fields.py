@@ -92,6 +92,7 @@ def check_sub_configs(raw: dict[str, Any], *, required: Collection[str]) -> None
                     f"got {part}={shorten(fields)}; expected an object with the fields of its model: correct "
                     "config.json"
                 )
+            check_dtype(fields.get("dtype", fields.get("torch_dtype")))
             model_type = fields.get("model_type", "")
             if not isinstance(model_type, str):
                 raise ValueError(

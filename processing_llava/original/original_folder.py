@@ -12,6 +12,8 @@ import json
 import re
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -233,6 +235,36 @@ def read_json(name: str, filename: str, download: dict[str, Any]) -> dict[str, A
     if not isinstance(content, dict):
         raise ValueError(f"got {path}, which holds {shorten(content)}; expected one object: copy the file again")
     return content
+
+
+PROCESSOR_FILES = (
+    "processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "tokenizer.json", "vocab.json", "chat_template.json",
+)  # fmt: skip
+
+
+@contextmanager
+def naming_file(name: str, download: dict[str, Any]) -> Iterator[None]:
+    """Tells which file of a processor is broken, where reading them fails inside.
+
+    Raises:
+        ValueError: in place of what the readers raise, which may be anything (tokenizers 0.23 has no error of its
+            own); other ValueErrors and OSErrors stay, where each file is an object.
+    """
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        for filename in PROCESSOR_FILES:
+            read_json(name, filename, download)
+        if isinstance(error, (OSError, ValueError)) and not isinstance(error, UnicodeError):
+            raise
+        found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(
+            f"got {name}, of whose files no processor can be made ({found}); expected those of its tokenizer and "
+            "image processor: copy them again"
+        ) from error
 
 
 def find_adapter_base(name: str, download: dict[str, Any], *, base_model: str | None = None) -> str | None:

@@ -29,6 +29,7 @@ from .original_folder import (
     OriginalFolder,
     check_fields,
     check_model_type,
+    naming_file,
     override_tower,
     read_built_in,
     read_json,
@@ -153,10 +154,11 @@ class OriginalProcessorMixin(ProcessorMixin):
             config = override_tower(found.raw, vision_tower)
             folder = OriginalFolder(name=name, config=config, base_model=base_model, download=download)
             return cls(**read_original_parts(folder, template=template))
-        if found.layout == "transformers" and (stored or {}).get("processor_class") != cls.__name__:
-            processor = cls(**read_transformers_parts(name, found.raw, download))
-        else:
-            processor = super().from_pretrained(name, **kwargs)
+        with naming_file(name, download):
+            if found.layout == "transformers" and (stored or {}).get("processor_class") != cls.__name__:
+                processor = cls(**read_transformers_parts(name, found.raw, download))
+            else:
+                processor = super().from_pretrained(name, **kwargs)
         if template is not None:
             processor.chat_template = change_template(processor.chat_template, template)
         return processor
