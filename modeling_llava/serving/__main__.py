@@ -20,7 +20,7 @@ from processing_llava.messages import check_messages, shorten
 logger = logging.get_logger(__name__)
 
 INSTALL = "pip install 'transformers[serving]'"
-MALFORMED = (AttributeError, LookupError, TypeError)
+MALFORMED = (AttributeError, LookupError, TypeError, ValueError)
 """What transformers raises where a request lacks a field or has one of another type."""
 
 
@@ -51,16 +51,14 @@ def refuse_with_400(build_server: Callable) -> Callable:
         def answer(message: str) -> JSONResponse:
             return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=400)
 
-        async def refuse(request: Request, error: ValueError) -> JSONResponse:
-            return answer(one_line(error))
-
-        async def refuse_malformed(request: Request, error: Exception) -> JSONResponse:
+        async def refuse(request: Request, error: Exception) -> JSONResponse:
+            message = one_line(error)
+            if isinstance(error, ValueError) and "got " in message:
+                return answer(message)
             # A fault of the server looks the same.
             logger.warning("a request was refused", exc_info=error)
-            found = f"{type(error).__name__}: {one_line(error)}"
-            return answer(
-                f"got a request that cannot be read ({found}); expected one as OpenAI's API has it: correct it"
-            )
+            found = f"{type(error).__name__}: {message}"
+            return answer(f"got a request that cannot be read ({found}); expected that of OpenAI's API: correct it")
 
         @app.middleware("http")
         async def check(request: Request, call_next: Callable):
@@ -71,9 +69,8 @@ def refuse_with_400(build_server: Callable) -> Callable:
                 return answer(one_line(error))
             return await call_next(request)
 
-        app.add_exception_handler(ValueError, refuse)
         for kind in MALFORMED:
-            app.add_exception_handler(kind, refuse_malformed)
+            app.add_exception_handler(kind, refuse)
         return app
 
     return build

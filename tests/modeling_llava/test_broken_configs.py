@@ -63,17 +63,22 @@ def change(fields: dict[str, Any], place: tuple[str, ...], value: Any) -> dict[s
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", ["any_llava", *(pytest.param(name, marks=pytest.mark.slow) for name in ("transformers", "original"))]
+)
 def test_every_field_of_a_config_is_right_or_named(layout, tmp_path):
     folder = LAYOUTS[layout](tmp_path)
     fields = json.loads((folder / "config.json").read_text())
     places = [(name,) for name in fields]
     places += [(name, inner) for name, value in fields.items() if isinstance(value, dict) for inner in value]
+    doors = [answer, AutoConfig.from_pretrained]
+    if layout == "transformers":  # whose own class it is that loads
+        doors.append(AutoModelForVision2Seq.from_pretrained)
     faults = []
     for place in places:
         for value in WRONG:
             (folder / "config.json").write_text(json.dumps(change(fields, place, value)))
-            for door in (answer, AutoModelForVision2Seq.from_pretrained, AutoConfig.from_pretrained):
+            for door in doors:
                 if place == ("model_type",) and door is not answer:
                     continue  # transformers says itself that it knows no such model
                 try:
@@ -111,7 +116,7 @@ def test_values_of_the_right_type_are_named_too(part, field, value, tmp_path):
     fields = json.loads((folder / "config.json").read_text())
     place = (field,) if part is None else (part, field)
     (folder / "config.json").write_text(json.dumps(change(fields, place, value)))
-    with pytest.raises(ValueError, match=f"^got .*{field}.*expected [^\n]*$"):
+    with pytest.raises(ValueError, match=f"^got [^\n]*{field}[^\n]*$"):
         load_for_inference(str(folder))
 
 

@@ -420,7 +420,7 @@ def test_what_cannot_be_encoded_is_refused(processor, arguments, message):
 
 
 SETTINGS = {
-    "add_special_tokens": False, "padding": "max_length", "truncation": True, "padding_side": "right",
+    "add_special_tokens": False, "padding": "max_length", "truncation": True, "padding_side": "left",
     "return_attention_mask": False, "return_mm_token_type_ids": True, "return_text_replacement_offsets": True,
     "return_tensors": "pt", "resample": 0, "image_mean": [0.1] * 3, "image_std": [0.1] * 3, "rescale_factor": 0.1,
     "do_rescale": False, "do_normalize": False, "size": {"shortest_edge": 42}, "crop_size": 14,
