@@ -28,13 +28,15 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
+from processing_llava.config_fields import naming_config
 from processing_llava.image_processing_fast import AnyLlavaImageProcessor
 from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
 from processing_llava.original.original_folder import (
     TEXT_MODEL_OF_TYPE,
     TRANSFORMERS_CONFIGS,
-    find_file,
     find_layout,
+    read_built_in,
+    read_json,
     recognise,
     select_download,
 )
@@ -93,7 +95,8 @@ class AutoModelForVision2Seq(_BaseAutoModelClass):
         wants_info = kwargs.pop("output_loading_info", False)
         takes_any_shape = kwargs.pop("ignore_mismatched_sizes", False)
         checks = {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        model, info = super().from_pretrained(name, *model_args, **checks, **kwargs)
+        with naming_config(f"{name}/config.json"):
+            model, info = super().from_pretrained(name, *model_args, **checks, **kwargs)
         if takes_any_shape:
             info["mismatched_keys"] = []
         num_layers = model.config.vision_config.num_hidden_layers
@@ -137,6 +140,7 @@ def build_dispatch_config(model_type: str) -> type[PreTrainedConfig]:
         @classmethod
         def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> PreTrainedConfig:
             if built_in is not None and find_layout(config_dict) == "transformers":
+                read_built_in(config_dict)
                 return built_in.from_dict(config_dict, **kwargs)
             name = kwargs.get("name_or_path", config_dict.get("_name_or_path", ""))
             return AnyLlavaConfig.from_dict(translate_config(config_dict, **kwargs | {"name": name}), **kwargs)
@@ -176,7 +180,7 @@ def load_processor(pretrained_model_name_or_path: str, **kwargs) -> ProcessorMix
     # transformers takes a ValueError of a configuration for an unknown model, and goes on to build a bare tokenizer
     # (5.17 to 5.24, models/auto/processing_auto.py); and it knows no processor of an adapter.
     name, download = str(pretrained_model_name_or_path), select_download(kwargs)
-    if find_file(name, "processor_config.json", download) is None:
+    if read_json(name, "processor_config.json", download) is None:
         found = recognise(name, download, base_model=kwargs.get("base_model"))
         if found.layout == "adapter":
             dropped = ("base_model", "revision", "subfolder")

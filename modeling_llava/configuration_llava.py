@@ -10,12 +10,25 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from processing_llava.image_layouts import check_merge_type, check_visual_tokens
+from processing_llava.config_fields import (
+    build_config,
+    check_dtype,
+    check_part,
+    check_sub_configs,
+    naming_config,
+    use_one_side,
+)
+from processing_llava.image_layouts import check_merge_type, check_pinpoints, check_visual_tokens
+from processing_llava.messages import shorten
 
 from .projectors import check_projector_type
 from .vision_towers import vision_tower_family
 
 FEATURE_SELECT_STRATEGIES = ("patch", "cls_patch")
+PARTS = {"vision_config": "clip_vision_model", "text_config": "llama"}
+"""Fields that hold a configuration, and the model_type of one that does not say it."""
+
+
 LOGIT_TRANSFORMS = (
     "final_logit_softcapping",
     "logit_scale",
@@ -82,12 +95,13 @@ class AnyLlavaConfig(PreTrainedConfig):
                 "got the config.json of an original LLaVA as AnyLlavaConfig; expected AutoConfig.from_pretrained, "
                 "which translates it"
             )
-        self.vision_config = _sub_config(vision_config, default_model_type="clip_vision_model")
-        self.text_config = _sub_config(text_config, default_model_type="llama")
+        self.vision_config = _sub_config("vision_config", vision_config)
+        use_one_side(self.vision_config)
+        self.text_config = _sub_config("text_config", text_config)
         self.image_token_id = image_token_id
         self.projector_type = projector_type
-        layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else list(vision_feature_layer)
-        self.vision_feature_layer = layers[0] if len(layers) == 1 else layers
+        is_one = isinstance(vision_feature_layer, (list, tuple)) and len(vision_feature_layer) == 1
+        self.vision_feature_layer = vision_feature_layer[0] if is_one else vision_feature_layer
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.patch_merge_type = patch_merge_type
         self.image_grid_pinpoints = image_grid_pinpoints
@@ -97,13 +111,26 @@ class AnyLlavaConfig(PreTrainedConfig):
         if tie_word_embeddings is None:
             tie_word_embeddings = self.text_config.tie_word_embeddings
         self.check()
+        if not isinstance(tie_word_embeddings, bool):
+            raise ValueError(
+                f"got tie_word_embeddings={shorten(tie_word_embeddings)}; expected true or false: correct it"
+            )
+        check_dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))
+        build_config("config", kwargs, lambda fields: PreTrainedConfig(**fields))
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "AnyLlavaConfig":
+        check_sub_configs(config_dict, required=PARTS)
+        for part in PARTS:
+            _sub_config(part, config_dict[part])
+        return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
         for part in (fields["vision_config"], fields["text_config"]):
             # A path of this machine is not written to a file.
-            if os.path.isabs(part.get("_name_or_path") or ""):
+            if os.path.isabs(str(part.get("_name_or_path") or "")):
                 del part["_name_or_path"]
         return fields
 
@@ -115,7 +142,7 @@ class AnyLlavaConfig(PreTrainedConfig):
 
     def _list_layers(self) -> list[int]:
         layers = self.vision_feature_layer
-        return layers if isinstance(layers, list) else [layers]
+        return list(layers) if isinstance(layers, (list, tuple)) else [layers]
 
     @property
     def vision_feature_size(self) -> int:
@@ -139,6 +166,9 @@ class AnyLlavaConfig(PreTrainedConfig):
         Raises:
             ValueError: naming the field.
         """
+        check_part("vision_config", self.vision_config)
+        check_part("text_config", self.text_config)
+        self._check_types()
         text_fields = self.text_config.to_dict()
         for name in LOGIT_TRANSFORMS:
             if text_fields.get(name) not in (None, 1.0):
@@ -148,7 +178,7 @@ class AnyLlavaConfig(PreTrainedConfig):
                 )
         num_layers = self.vision_config.num_hidden_layers
         layers = self._list_layers()
-        if not layers or not all(-num_layers - 1 <= layer <= num_layers for layer in layers):
+        if not layers or not all(type(layer) is int and -num_layers - 1 <= layer <= num_layers for layer in layers):
             raise ValueError(
                 f"got vision_feature_layer={self.vision_feature_layer}; expected one or several indices from "
                 f"{-num_layers - 1} to {num_layers}, since the tower has {num_layers} layers"
@@ -164,15 +194,31 @@ class AnyLlavaConfig(PreTrainedConfig):
             )
         check_merge_type(self.patch_merge_type)
         check_visual_tokens(self.visual_tokens)
+        if self.image_grid_pinpoints is not None:
+            with naming_config(f"image_grid_pinpoints={shorten(self.image_grid_pinpoints)}"):
+                check_pinpoints(self.image_grid_pinpoints, tile_size=self.vision_config.image_size)
         if self.image_grid_pinpoints and self.patch_merge_type != "flat" and self.num_prefix_tokens:
             raise ValueError(
                 f"got vision_feature_select_strategy='cls_patch' with patch_merge_type={self.patch_merge_type!r}; "
                 "a class token has no place in a grid: use 'patch', or patch_merge_type='flat'"
             )
 
+    def _check_types(self) -> None:
+        expected = {"image_token_id": int, "projector_type": str, "scale_image_features": bool, "lm_head_bias": bool}
+        for name, kind in expected.items():
+            value = getattr(self, name)
+            if type(value) is not kind:
+                raise ValueError(f"got {name}={shorten(value)}; expected {kind.__name__}: correct config.json")
+        if self.patches_per_side < 1:
+            raise ValueError(
+                f"got vision_config.patch_size={self.vision_config.patch_size} with "
+                f"vision_config.image_size={self.vision_config.image_size}; expected at least one patch: correct "
+                "config.json"
+            )
 
-def _sub_config(config: PreTrainedConfig | dict | None, *, default_model_type: str) -> PreTrainedConfig:
+
+def _sub_config(part: str, config: PreTrainedConfig | dict | None) -> PreTrainedConfig:
     if isinstance(config, PreTrainedConfig):
         return config
-    config = dict(config or {})
-    return AutoConfig.for_model(config.pop("model_type", default_model_type), **config)
+    fields = {"model_type": PARTS[part]} | dict(config or {})
+    return build_config(part, fields, lambda fields: AutoConfig.for_model(**fields))

@@ -61,6 +61,8 @@ class AnyLlavaGenerationMixin(GenerationMixin):
         """
         if OTHER_KV_CACHE in kwargs:
             kwargs[KV_CACHE] = kwargs.pop(OTHER_KV_CACHE)
+        if kwargs.get("mm_encoder_outputs") is None:
+            kwargs.pop("mm_encoder_outputs", None)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if isinstance(kwargs.get("tokenizer"), ProcessorMixin):
             # Stop strings need a tokenizer; `transformers serve` passes a processor (transformers 5.23,
@@ -83,6 +85,12 @@ class AnyLlavaGenerationMixin(GenerationMixin):
             kwargs["use_cache"] = False
         images = {name: kwargs[name] for name in ("pixel_values", "image_sizes") if kwargs.get(name) is not None}
         settings = kwargs.get("generation_config") or self.generation_config
+        early_exit = kwargs.get("assistant_early_exit", settings.assistant_early_exit)
+        if early_exit is not None:
+            raise ValueError(
+                f"got assistant_early_exit={early_exit!r}, for which transformers cuts the layers of a language model "
+                "alone; expected None: leave it out, or draft with assistant_model or prompt_lookup_num_tokens"
+            )
         chunk_size = kwargs.get("prefill_chunk_size", settings.prefill_chunk_size)
         if images and chunk_size is not None and not CAN_PREFILL_IMAGES_IN_CHUNKS:
             raise ValueError(

@@ -28,6 +28,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from processing_llava.config_fields import naming_config
 from processing_llava.image_layouts import ImageLayout, plan_image
 from processing_llava.transformers_versions import CAN_CAPTURE_LAYERS, KV_CACHE
 
@@ -87,7 +88,8 @@ class AnyLlavaModel(AnyLlavaPreTrainedModel):
         )
         has_newline = config.patch_merge_type == "spatial_unpad"
         self.image_newline = nn.Parameter(torch.zeros(text_size)) if has_newline else None
-        self.language_model = AutoModel.from_config(config.text_config)
+        with naming_config("text_config"):
+            self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

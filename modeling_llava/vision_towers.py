@@ -12,6 +12,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
+from processing_llava.config_fields import naming_config
 from processing_llava.transformers_versions import HAS_OLD_DINOV2_NAMES
 
 
@@ -98,7 +99,8 @@ def vision_tower_family(config: PreTrainedConfig) -> VisionTowerFamily:
 
 def build_vision_tower(config: PreTrainedConfig, *, num_layers: int) -> PreTrainedModel:
     """An untrained tower that ends after `num_layers` layers, without final norm, head or mask token."""
-    tower = AutoModel.from_config(config)
+    with naming_config("vision_config"):
+        tower = AutoModel.from_config(config)
     prune_vision_tower(tower, num_layers=num_layers)
     return tower
 

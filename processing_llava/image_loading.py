@@ -17,8 +17,9 @@ import os
 import re
 import stat
 import struct
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import BinaryIO, Protocol
 
 import numpy as np
@@ -70,6 +71,8 @@ DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticEr
 # Opening a pipe would wait for a writer; Windows has no pipes, and would change line ends.
 _OPEN_FLAGS = os.O_RDONLY | (os.O_NONBLOCK if os.name == "posix" else os.O_BINARY)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_READING = threading.Lock()
+"""Two rows of a batch may hold the same file."""
 
 
 class UrlReader(Protocol):
@@ -248,7 +251,7 @@ def _read_bytes(source: ImageSource, *, limits: ImageLimits, urls: UrlReader | N
     elif isinstance(source, os.PathLike):
         data = _read_file(os.fspath(source), limits=limits)
     else:
-        data = _read_file_object(source, limits=limits)
+        data = read_file_object(source, limits=limits)
     check_num_bytes(len(data), limits=limits)
     return data
 
@@ -287,9 +290,17 @@ def _read_file(path: str, *, limits: ImageLimits) -> bytes:
         os.close(descriptor)
 
 
-def _read_file_object(source: BinaryIO, *, limits: ImageLimits) -> bytes:
+def read_file_object(source: BinaryIO, *, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
+    """The content of a binary file from its beginning, wherever others have left it; one byte above the limit at most.
+
+    Raises:
+        ValueError: this is no such file.
+    """
     try:
-        data = source.read(limits.max_bytes + 1)
+        with _READING:
+            with suppress(AttributeError, OSError):
+                source.seek(0)
+            data = source.read(limits.max_bytes + 1)
     except AttributeError:
         data = None
     if not isinstance(data, bytes):

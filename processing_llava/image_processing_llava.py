@@ -8,14 +8,16 @@ What may surprise:
   exactly the values of "rescale in float64, normalise in float32".
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature, get_size_dict
@@ -34,6 +36,7 @@ from .image_layouts import check_pinpoints
 from .image_limits import DEFAULT_LIMITS, ImageLimits
 from .image_loading import UrlReader, load_pixels
 from .image_tiles import cut_anyres, pad_to_tile, read_tile_shape, resize_to_tile
+from .messages import shorten
 
 IMAGE_ASPECT_RATIOS = ("pad", "square", "anyres")
 
@@ -116,14 +119,8 @@ class AnyLlavaImageProcessorPil(PilBackend):
         self._validate_preprocess_kwargs(**{name: value for name, value in self.__dict__.items() if name in names})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "size" and value is None:
-            raise ValueError("got size=None; expected whole numbers of pixels: set it to those of the tower")
-        if name in ("size", "crop_size") and value is not None and not isinstance(value, SizeDict):
-            to_square = name == "crop_size" or self.default_to_square
-            fields = get_size_dict(value, default_to_square=to_square, param_name=name)
-            if not all(isinstance(side, int) and side > 0 for side in fields.values()):
-                raise ValueError(f"got {name}={value!r}; expected whole numbers of pixels: set those of the tower")
-            value = SizeDict(**fields)
+        if name == "size" or (name == "crop_size" and value is not None):
+            value = _read_size(name, value, to_square=name == "crop_size" or self.default_to_square)
         super().__setattr__(name, value)
 
     @property
@@ -134,6 +131,28 @@ class AnyLlavaImageProcessorPil(PilBackend):
     def to_dict(self) -> dict[str, Any]:
         """Fields that belong to the model, as `save_pretrained` writes them."""
         return {name: value for name, value in super().to_dict().items() if name not in MACHINE_FIELDS}
+
+    def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+        """As in transformers.
+
+        Raises:
+            ValueError: also for an argument without an effect here.
+        """
+        self._refuse_ineffective(kwargs)
+        with naming_setting():
+            return super().preprocess(images, *args, **kwargs)
+
+    def _refuse_ineffective(self, settings: dict[str, Any]) -> None:
+        expected = {"do_pad": (None, False), "pad_size": (None,), "image_seq_length": (None,)}
+        expected["data_format"] = (None, ChannelDimension.FIRST, ChannelDimension.FIRST.value)
+        if self.backend == "pil":
+            expected["device"] = (None, "cpu", torch.device("cpu"))
+        for name, value in settings.items():
+            if name not in self.valid_kwargs.__annotations__ or value not in expected.get(name, (value,)):
+                raise ValueError(
+                    f"got {name}={shorten(value)}, which has no effect in {type(self).__name__}; expected other "
+                    "settings: leave it out"
+                )
 
     def fetch_images(self, images: Any) -> Any:
         """Loads what is not an image yet, keeping the nesting of lists.
@@ -244,6 +263,9 @@ class AnyLlavaImageProcessorPil(PilBackend):
         return levels, 1 / 255 if is_rescaled else scale
 
     def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
+        kwargs["size"] = _read_size("size", kwargs["size"], to_square=bool(kwargs["default_to_square"]))
+        if kwargs["crop_size"] is not None:
+            kwargs["crop_size"] = _read_size("crop_size", kwargs["crop_size"], to_square=True)
         kwargs = super()._standardize_kwargs(**kwargs)
         if kwargs["image_grid_pinpoints"] is not None:
             kwargs["image_grid_pinpoints"] = [list(pinpoint) for pinpoint in kwargs["image_grid_pinpoints"]]
@@ -299,6 +321,26 @@ class AnyLlavaImageProcessorPil(PilBackend):
             image_sizes = np.array([image.size for image in images], dtype=np.int64)
             data = {"pixel_values": pixel_values, "image_sizes": image_sizes}
         return BatchFeature(data=data, tensor_type=return_tensors)
+
+
+@contextmanager
+def naming_setting() -> Iterator[None]:
+    """Makes one line of what transformers says of a setting of the wrong type (5.23, processing_utils.py)."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        found = " ".join(str(error).split())
+        raise ValueError(f"got a setting of the wrong type ({found}); expected another type: correct it") from error
+
+
+def _read_size(name: str, value: Any, *, to_square: bool) -> SizeDict:
+    try:
+        fields = dict(get_size_dict(value, default_to_square=to_square, param_name=name))
+        if all(isinstance(side, int) and side > 0 for side in fields.values()):
+            return SizeDict(**fields)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        pass
+    raise ValueError(f"got {name}={shorten(value)}; expected whole numbers of pixels: set those of the tower")
 
 
 def flatten_images(images: Any) -> list:

@@ -1,7 +1,7 @@
 """The form of messages, which come from strangers: checked before anything reads them, with the pictures in them.
 
 What is surprising: content may be missing beside `tool_calls`, as other software writes it; types of items that are
-neither text nor image are left to the chat template.
+neither text nor image are left to the chat template. A list of one picture is that picture, wherever one is expected.
 """
 
 from collections.abc import Iterator
@@ -84,7 +84,11 @@ def list_image_items(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]
 
 
 def find_picture(item: dict[str, Any]) -> Any:
-    """The picture that an image item holds, whatever it is; None for a place without one."""
+    """The picture that an image item holds, whatever it is; None for a place without one.
+
+    Raises:
+        ValueError: for several pictures in one item.
+    """
     if item["type"] == "image_url":
         sources = [item["image_url"]["url"]]
     else:
@@ -92,7 +96,21 @@ def find_picture(item: dict[str, Any]) -> Any:
         if item.get("base64"):
             # With and without the beginning of a data URI (transformers 5.23, image_utils.py).
             sources.append("data:;base64," + item["base64"].rpartition(",")[2])
-    return next((source for source in sources if not is_missing(source)), None)
+    return unwrap_list(next((source for source in sources if not is_missing(source)), None))
+
+
+def unwrap_list(picture: Any) -> Any:
+    """The picture of a list of one; every other picture as it is.
+
+    Raises:
+        ValueError: for a list of several, of which a row could get the picture of another.
+    """
+    if not isinstance(picture, (list, tuple)):
+        return picture
+    pictures = [item for item in picture if not is_missing(item)]
+    if len(pictures) != 1:
+        raise ValueError(f"got {len(pictures)} pictures in one place; expected one: make a place for each")
+    return unwrap_list(pictures[0])
 
 
 def unwrap_picture(picture: Any) -> Any:
@@ -125,6 +143,14 @@ def check_item(item: Any) -> None:
         raise ValueError(f'the item {shorten(item)}; expected {{"type": "text", "text": ...}} or {{"type": "image"}}')
     if kind == "text" and not isinstance(item.get("text"), str):
         raise ValueError(f"the text {shorten(item.get('text'))}; expected a string")
+    # Columnar data sets fill every item with the keys of all others: what is missing says nothing.
+    foreign = {"text": (*PICTURE_KEYS, "base64", "image_url"), "image": ("text",), "image_url": ("text",)}
+    for key in foreign.get(kind, ()):
+        if not is_missing(item.get(key)):
+            raise ValueError(
+                f"an item of type {kind!r} with {key!r}, which would be lost; expected an item for each text and each "
+                "picture"
+            )
     if kind == "image" and not isinstance(item.get("base64"), (str, type(None))):
         raise ValueError(f"the base64 {shorten(item['base64'])}; expected a string")
     if kind == "image_url" and not (isinstance(item.get("image_url"), dict) and "url" in item["image_url"]):

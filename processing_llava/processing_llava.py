@@ -12,13 +12,20 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from transformers import AddedToken, BatchFeature, PreTrainedTokenizerBase
-from transformers.processing_utils import ImagesKwargs, MultiModalData, TextKwargs
+from transformers.processing_utils import (
+    AudioKwargs,
+    ImagesKwargs,
+    MultiModalData,
+    ProcessingKwargs,
+    TextKwargs,
+    VideosKwargs,
+)
 from transformers.utils import logging
 
 from .image_layouts import check_visual_tokens, plan_image
 from .image_processing_fast import AnyLlavaImageProcessor
-from .image_processing_llava import AnyLlavaImageProcessorPil, flatten_images
-from .messages import check_messages, is_missing, list_pictures
+from .image_processing_llava import AnyLlavaImageProcessorPil, flatten_images, naming_setting
+from .messages import check_messages, is_missing, list_pictures, shorten
 from .original.original_processor import OriginalProcessorMixin
 from .prompt_ids import check_learn_tokens, list_control_tokens
 from .prompt_inputs import PromptInputs, encode_prompts
@@ -146,19 +153,17 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
             `input_ids` and `attention_mask` `[B, L]`; with images `pixel_values` and, for tiled ones, `image_sizes`.
 
         Raises:
-            ValueError: if placeholders and images of a row do not match, or truncation would cut an image.
+            ValueError: if placeholders and images of a row do not match, truncation would cut an image, or an argument
+                would have no effect.
         """
         images = None if is_missing(images) else images
-        for name in ("videos", "audio"):
-            if kwargs.pop(name, None) is not None:
-                raise ValueError(
-                    f"got {name}; expected pictures: give frames of a video as images, one after the other"
-                )
+        kwargs = self._take_effective(kwargs)
         if text is None and images is None:
             raise ValueError("got neither text nor images; expected at least one of them")
-        merged = self._merge_kwargs(
-            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
-        )
+        with naming_setting():
+            merged = self._merge_kwargs(
+                self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+            )
         wants_offsets = pop_replacement_offsets(merged)
         prompts = [text] if isinstance(text, str) else text or []
         if not isinstance(prompts, (list, tuple)) or not all(isinstance(prompt, str) for prompt in prompts):
@@ -173,6 +178,8 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
                 self._check_rows(prompts, images, num_images=len(flat_images))
             if flat_images:
                 image_inputs = self.image_processor(flat_images, **merged["images_kwargs"])
+                if text is not None:
+                    self._check_layout(image_inputs, merged["images_kwargs"])
                 num_image_tokens = self.count_image_tokens(image_inputs)
             if text is not None and len(num_image_tokens) != len(flat_images):
                 raise ValueError(
@@ -339,9 +346,62 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         sizes = torch.as_tensor(image_inputs["image_sizes"]).tolist()
         return [plan_image(height, width, pinpoints=pinpoints, **tile).num_tokens for height, width in sizes]
 
+    def _take_effective(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call without those that ask for nothing.
+
+        Raises:
+            ValueError: one of them has no effect.
+        """
+        parts = {
+            "text_kwargs": {*TextKwargs.__annotations__},
+            "images_kwargs": {*ImagesKwargs.__annotations__, *self.image_processor.valid_kwargs.__annotations__},
+        }
+        parts["common_kwargs"] = set.intersection(*parts.values())
+        kwargs = {
+            name: value
+            for name, value in kwargs.items()
+            if value is not None and (value or name not in ProcessingKwargs.__annotations__)
+        }
+        for name in ("videos", "audio", "videos_kwargs", "audio_kwargs"):
+            if name in kwargs:
+                raise ValueError(
+                    f"got {name}; expected pictures: give frames of a video as images, one after the other"
+                )
+        unknown = kwargs.keys() - set.union(*parts.values(), ProcessingKwargs.__annotations__, parts)
+        for part, names in parts.items():
+            settings = kwargs.get(part, {})
+            if not isinstance(settings, dict):
+                raise ValueError(f"got {part}={shorten(settings)}; expected a dict of settings: correct it")
+            unknown |= {f"{part}[{name!r}]" for name in settings.keys() - names}
+        # Callers of processors of every kind pass settings of media that they may not have.
+        if for_others := unknown & {*VideosKwargs.__annotations__, *AudioKwargs.__annotations__}:
+            logger.warning_once(f"got {', '.join(sorted(for_others))}, for video or audio; it has no effect here")
+        if unknown := unknown - for_others:
+            raise ValueError(
+                f"got {', '.join(sorted(unknown))}, which has no effect here; expected settings of the tokenizer or "
+                "the image processor: take it out"
+            )
+        return {name: value for name, value in kwargs.items() if name not in for_others}
+
+    def _check_layout(self, image_inputs: dict, settings: dict[str, Any]) -> None:
+        """Refuse settings of a call with which images have other tokens than `count_image_tokens` finds."""
+        stored = self.image_processor
+        pinpoints = settings.get("image_grid_pinpoints") or stored.image_grid_pinpoints
+        same = {
+            "size": (image_inputs["pixel_values"].shape[-1], stored.tile_size),
+            "image_aspect_ratio": ("image_sizes" in image_inputs, stored.image_aspect_ratio == "anyres"),
+            "image_grid_pinpoints": ([list(size) for size in pinpoints or ()], stored.image_grid_pinpoints or []),
+        }
+        for name, (found, expected) in same.items():
+            if found != expected:
+                raise ValueError(
+                    f"got a call whose {name} is not that of the image processor; expected prompts and images of one "
+                    f"layout: leave it out, or set it in processor.image_processor and the model"
+                )
+
     def _check_rows(self, prompts: list[str], images: Any, *, num_images: int) -> None:
         placeholders = [count_images(prompt, self.image_token) for prompt in prompts]
-        nested = bool(images) and isinstance(images, (list, tuple))
+        nested = isinstance(images, (list, tuple)) and len(images) > 0
         nested = nested and all(isinstance(row, (list, tuple)) for row in images)
         if nested:
             if len(images) != len(prompts):

@@ -7,6 +7,7 @@ import torch
 from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from .messages import is_missing, shorten
 from .prompt_ids import encode_prompt
 from .prompts import count_images
 
@@ -14,10 +15,12 @@ logger = logging.get_logger(__name__)
 
 IGNORED_LABEL = -100
 """The label that cross entropy skips."""
-_NOT_MADE = (
+_NOT_MADE = {
     "return_offsets_mapping", "return_special_tokens_mask", "return_length", "return_overflowing_tokens",
     "return_token_type_ids", "stride",
-)  # fmt: skip
+}  # fmt: skip
+_HELD_ANYWAY = {"return_tensors", "sanitize_control_tokens"}
+"""The first is for the processor; the second asks for what every prompt does, see `prompts.py`."""
 
 
 class PromptInputs(BatchFeature):
@@ -62,6 +65,7 @@ def encode_prompts(
     return_assistant_tokens_mask: bool = False,
     return_attention_mask: bool | None = None,
     return_mm_token_type_ids: bool = False,
+    verbose: bool = True,
     **others: Any,
 ) -> dict[str, list]:
     """Rows of ids and what else of text was asked for.
@@ -71,17 +75,26 @@ def encode_prompts(
         num_image_tokens: How many tokens each image of all prompts has, in reading order.
         return_assistant_tokens_mask: Add `assistant_masks`: 1 on tokens that the assistant writes.
         return_mm_token_type_ids: Add `mm_token_type_ids`: 1 on tokens of images.
-        **others: As in transformers' tokenizers, like the parameters above.
+        **others: As in transformers' tokenizers, like the parameters above; what has no effect here is refused.
 
     Raises:
         ValueError: if truncation would cut an image, or something is asked for that is not made here.
     """
-    asked = sorted(name for name, value in others.items() if value and name in _NOT_MADE)
-    if asked:
+    asked = {name for name, value in others.items() if not is_missing(value) and (value or not isinstance(value, int))}
+    if not_made := sorted(asked & _NOT_MADE):
         raise ValueError(
-            f"got {', '.join(asked)}; expected none of it, since an image becomes many tokens and no row is split: "
-            "take it out"
+            f"got {', '.join(not_made)}; expected none of it, since an image becomes many tokens and no row is "
+            "split: take it out"
         )
+    if unknown := sorted(asked - _NOT_MADE - _HELD_ANYWAY):
+        raise ValueError(
+            f"got {', '.join(unknown)}, which has no effect here; expected each prompt as one whole text: take it out"
+        )
+    for name, number in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
+        if not isinstance(number, (int, type(None))) or (number or 0) < 0:
+            raise ValueError(f"got {name}={shorten(number)}; expected a number of tokens: correct it")
+    if padding_side not in (None, "left", "right"):
+        raise ValueError(f"got padding_side={shorten(padding_side)}; expected 'left' or 'right': correct it")
     rows, masks = [], []
     for prompt in prompts:
         ids, mask = encode_prompt(
@@ -95,7 +108,8 @@ def encode_prompts(
         rows.append(ids)
         masks.append(mask)
     # As in transformers 5.23, tokenization_utils_base.py.
-    if max_length is None and not truncation and max(map(len, rows), default=0) > tokenizer.model_max_length:
+    is_cut = truncation or max_length is not None
+    if verbose and not is_cut and max(map(len, rows), default=0) > tokenizer.model_max_length:
         logger.warning_once(
             f"got a prompt of more than {tokenizer.model_max_length} tokens, the model_max_length of the tokenizer; "
             "expected a shorter one: the model may not be able to read it"

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig
 
 from modeling_llava.configuration_llava import AnyLlavaConfig
+from processing_llava.config_fields import check_sub_configs
 from processing_llava.original.model_parts import has_tokenizer, read_vision_config
 from processing_llava.original.older_versions import is_older, read_old_activation, scales_image_features
 from processing_llava.original.original_folder import (
@@ -19,6 +20,7 @@ from processing_llava.original.original_folder import (
     check_fields,
     check_model_type,
     override_tower,
+    read_built_in,
     select_download,
 )
 from processing_llava.original.original_processor import (
@@ -217,6 +219,7 @@ def read_transformers_config(raw: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: naming the field of config.json that cannot be expressed.
     """
+    check_sub_configs(raw, required=("text_config",))
     built_in = _read_as_written(raw)
     text_config = built_in.text_config
     if built_in.projector_hidden_act != "gelu":
@@ -232,6 +235,11 @@ def read_transformers_config(raw: dict[str, Any]) -> dict[str, Any]:
         )
     is_tiled = built_in.model_type == "llava_next"
     strategies = {"default": "patch", "full": "cls_patch"}
+    if built_in.vision_feature_select_strategy not in strategies:
+        raise ValueError(
+            f"got vision_feature_select_strategy={built_in.vision_feature_select_strategy!r}; expected one of "
+            f"{', '.join(strategies)}"
+        )
     return {
         "vision_config": built_in.vision_config,
         "text_config": text_config,
@@ -250,8 +258,7 @@ def read_transformers_config(raw: dict[str, Any]) -> dict[str, Any]:
 def _read_as_written(raw: dict[str, Any]) -> PreTrainedConfig:
     """transformers' own configuration, with the fields as the version meant them that wrote the file."""
     text_fields = raw.get("text_config") or {}
-    text_fields = text_fields | read_old_activation(raw, text_fields)
-    config = TRANSFORMERS_CONFIGS[raw["model_type"]].from_dict(raw | {"text_config": text_fields})
+    config = read_built_in(raw | {"text_config": text_fields | read_old_activation(raw, text_fields)})
     if is_older(raw, 5, 0):
         # transformers 4 read the field of the text model, whatever stood beside it.
         config.tie_word_embeddings = config.text_config.tie_word_embeddings

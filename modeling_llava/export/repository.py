@@ -4,7 +4,6 @@ Each kind of repository has a file beside this one, which writes it and finds wh
 them. What every kind is checked for stands in `repository_check.py`. A folder that this file returns was checked.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from processing_llava.data.data_sources import ROW_FILES
-from processing_llava.original.original_folder import find_layout
+from processing_llava.original.original_folder import find_layout, read_json
 
 from .adapter_repository import find_adapter_problems, write_adapter_repository
 from .dataset_repository import find_dataset_problems, write_dataset_repository
 from .export_settings import Exported, ExportSettings
 from .model_card import PREPARED_MARK
 from .model_repository import find_model_problems, list_replaced_files, write_model_repository
-from .repository_check import find_card_problems, find_file_problems, read_card
+from .repository_check import clean_images_in_files, find_card_problems, find_file_problems, read_card
 from .space_repository import find_space_problems, write_space_repository
 
 _PREPARED = re.compile(rf"{re.escape(PREPARED_MARK)} .* for (\S+) -->")
@@ -115,6 +114,7 @@ def export_repository(source: Path, out: Path, settings: ExportSettings) -> Expo
     out.mkdir(parents=True, exist_ok=True)
     try:
         exported = KINDS[kind].write(source, out, settings)
+        clean_images_in_files(out)
         check_repository(out, kind)
     except BaseException:
         shutil.rmtree(out)
@@ -137,7 +137,7 @@ def find_kind(source: Path) -> str:
         return "space"
     if (source / "adapter_config.json").is_file():
         # A LoRA of the original LLaVA has a config.json too, and goes up merged.
-        is_merged = config.is_file() and find_layout(json.loads(config.read_text(encoding="utf-8"))) == "original"
+        is_merged = config.is_file() and find_layout(read_json(str(source), "config.json", {})) == "original"
         return "model" if is_merged else "adapter"
     if config.is_file():
         return "model"

@@ -18,9 +18,11 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from modeling_llava.records.data_manifest import LICENSES
 from modeling_llava.records.yaml_fields import ACCESS_TOKEN
+from processing_llava.image_loading import clean_image
 
 MAX_FILE_BYTES = 500_000_000_000
 """Size of the largest file that the Hub takes: https://huggingface.co/docs/hub/storage-limits."""
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _TEXT_FILES = (".md", ".json", ".txt", ".py", ".yaml", ".yml", ".csv", ".jinja", ".cfg", ".toml")
 # BibTeX has {{ after =, where it keeps capitals.
@@ -91,6 +93,8 @@ def find_file_problems(folder: Path) -> Iterator[str]:
         if path.stat().st_size > MAX_FILE_BYTES:
             size, limit = f"{path.stat().st_size:,}", f"{MAX_FILE_BYTES:,}"
             yield f"{name} has {size} bytes, and the Hub takes at most {limit} in one file: split it"
+        if path.suffix.lower() in IMAGE_FILES and clean_image(path) != path.read_bytes():
+            yield f"{name} holds more than pixels, such as text; export it again"
         if path.suffix in _PICKLES:
             yield f"{name} can hold code that runs when it is loaded; save it as safetensors"
         if path.name == ".env":
@@ -102,6 +106,19 @@ def find_file_problems(folder: Path) -> Iterator[str]:
             if path.suffix == ".json":
                 for value in _list_texts(json.loads(text)):
                     yield from (f"{name} holds the path {found} of this machine" for found in find_paths(value))
+
+
+def clean_images_in_files(folder: Path) -> None:
+    """Take everything but pixels out of the image files of a folder: their text may hold paths and tokens.
+
+    Raises:
+        ValueError: a file is no image.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix.lower() in IMAGE_FILES:
+            cleaned = clean_image(path)
+            if cleaned != path.read_bytes():
+                path.write_bytes(cleaned)
 
 
 def find_card_problems(folder: Path, card: Card) -> Iterator[str]:

@@ -17,6 +17,7 @@ turn, and the white space around the turn goes. What is surprising:
 - Content is a list of items even where it is one text: columnar data sets cannot mix texts and lists.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from processing_llava.messages import IMAGE_TYPES, check_item, find_picture, is_missing, shorten, unwrap_picture
+from processing_llava.image_loading import read_file_object
+from processing_llava.messages import (
+    IMAGE_TYPES,
+    check_item,
+    find_picture,
+    is_missing,
+    shorten,
+    unwrap_list,
+    unwrap_picture,
+)
 
 from .data_sources import ImageFolder, RefusedRecord
 
@@ -238,15 +248,15 @@ def _check_answer(turn: dict[str, Any]) -> None:
 
 def _convert_item(item: Any) -> dict[str, Any]:
     """Columnar data sets fill every item with the keys of all others: only what its type needs is kept."""
-    kind = item.get("type") if isinstance(item, dict) else None
-    if kind == "text" and isinstance(item.get("text"), str):
-        return {"type": "text", "text": item["text"]}
     try:
         check_item(item)
+        kind = item["type"]
+        image = find_picture(item) if kind in IMAGE_TYPES else None
     except ValueError as error:
-        raise _Fault("malformed content", str(error), "correct the record") from error
+        raise _Fault("malformed content", str(error).removeprefix("got "), "correct the record") from error
+    if kind == "text":
+        return {"type": "text", "text": item["text"]}
     if kind in IMAGE_TYPES:
-        image = find_picture(item)
         return {"type": "image"} if image is None else {"type": "image", "image": image}
     raise _Fault(
         "malformed content",
@@ -333,7 +343,10 @@ def _list_images(record: dict[str, Any]) -> list[Any]:
     }
     images = _find_value(given, ("images", "image"))
     images = images if isinstance(images, (list, tuple)) else [images]
-    return [image for image in images if not is_missing(image)]
+    try:
+        return [unwrap_list(image) for image in images if not is_missing(image)]
+    except ValueError as error:
+        raise _Fault("malformed image", str(error).removeprefix("got "), "correct the record") from error
 
 
 def _read_image(
@@ -356,6 +369,13 @@ def _read_image(
             return (folder if isinstance(folder, ImageFolder) else ImageFolder(folder)).find(image)
         except ValueError as error:
             raise _Fault("image outside its folder", f"an image elsewhere ({error})", "correct the record") from error
-    if not isinstance(image, (str, bytes, Path, Image.Image, np.ndarray, torch.Tensor)):
-        raise _Fault("malformed image", f"image {shorten(image)}", "expected a path or bytes; correct the record")
-    return image
+    if isinstance(image, os.PathLike):
+        return Path(os.fsdecode(image))
+    if isinstance(image, (str, bytes, Image.Image, np.ndarray, torch.Tensor)):
+        return image
+    try:
+        return read_file_object(image)
+    except ValueError as error:
+        raise _Fault(
+            "malformed image", f"image {shorten(image)}", "expected a path or bytes; correct the record"
+        ) from error

@@ -14,10 +14,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from processing_llava.config_fields import check_part, naming_config, use_one_side
 from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
 from processing_llava.transformers_versions import AutoImageProcessor
 
-from .original_folder import find_file, is_hub_id, limit_download
+from .original_folder import find_file, is_hub_id, limit_download, naming_file
 from .sentencepiece_tokenizer import load_sentencepiece_tokenizer
 
 logger = logging.get_logger(__name__)
@@ -60,11 +61,12 @@ def read_vision_config(vision_tower: str, **download) -> PreTrainedConfig:
         config = AutoConfig.for_model(**KNOWN_TOWERS[known])
         config.name_or_path = vision_tower
         return config
-    with explain_tower(vision_tower):
+    with explain_tower(vision_tower), naming_config(f"vision tower {vision_tower!r}"):
         config = AutoConfig.from_pretrained(vision_tower, **limit_download(vision_tower, download))
     if "vision_config" in config.sub_configs:
         config = config.vision_config
     config.name_or_path = vision_tower
+    check_part("vision_config", use_one_side(config))
     return config
 
 
@@ -117,7 +119,8 @@ def read_image_processor(
     with explain_tower(vision_tower):
         download = limit_download(vision_tower, download or {})
     try:
-        tower_fields = AutoImageProcessor.from_pretrained(vision_tower, backend="pil", **download).to_dict()
+        with naming_file(vision_tower, download):
+            tower_fields = AutoImageProcessor.from_pretrained(vision_tower, backend="pil", **download).to_dict()
     except OSError as error:
         raise ValueError(
             f"got vision tower {vision_tower!r} without preprocessor_config.json; expected one with size, image_mean "
@@ -178,7 +181,8 @@ def read_tokenizer(
     if sentencepiece_file and (prefer_sentencepiece or find_file(name, "tokenizer.json", download) is None):
         for filename in _SIDE_FILES:
             find_file(name, filename, download)
-        tokenizer = load_sentencepiece_tokenizer(Path(sentencepiece_file).parent)
+        with naming_file(name, download):
+            tokenizer = load_sentencepiece_tokenizer(Path(sentencepiece_file).parent)
         tokenizer.padding_side = "left"
         return tokenizer
     # The class that AutoTokenizer finds for an original folder may change what its tokenizer.json says.
@@ -186,7 +190,8 @@ def read_tokenizer(
     tokenizer_class = PreTrainedTokenizerFast if is_original_file else AutoTokenizer
     config = {} if is_original_file else {"config": text_config}
     try:
-        tokenizer = tokenizer_class.from_pretrained(name, **config, **download)
+        with naming_file(name, download):
+            tokenizer = tokenizer_class.from_pretrained(name, **config, **download)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(

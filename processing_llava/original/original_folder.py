@@ -12,6 +12,8 @@ import json
 import re
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +25,9 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, GenerationConfig, LlavaConfig, LlavaNextConfig, PreTrainedConfig
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
+
+from processing_llava.config_fields import build_config, check_dtype, check_part, check_sub_configs, use_one_side
+from processing_llava.messages import shorten
 
 logger = logging.get_logger(__name__)
 
@@ -79,25 +84,55 @@ def recognise(name: str, download: dict[str, Any], *, base_model: str | None = N
         base_model: What the caller gave as the base, instead of what an adapter names.
 
     Raises:
-        ValueError: config.json is no JSON, or nothing says which model is under an adapter.
+        ValueError: config.json is no JSON or lacks a part, or nothing says which model is under an adapter.
         OSError: in one line, if there is no such folder or repository.
     """
     raw = read_json(name, "config.json", download)
     if raw is not None:
-        return Recognised(find_layout(raw), raw, None)
+        layout = find_layout(raw)
+        if layout is not None:
+            check_dtype(raw.get("dtype", raw.get("torch_dtype")))
+        if layout in ("any_llava", "transformers"):
+            check_sub_configs(raw, required=("text_config",))
+        if layout == "transformers":
+            read_built_in(raw)
+        return Recognised(layout, raw, None)
     base = find_adapter_base(name, download, base_model=base_model)
     return Recognised(None if base is None else "adapter", {}, base)
 
 
 def find_layout(raw: dict[str, Any]) -> str | None:
-    """The layout of a checkpoint by its config.json; None for a model of another kind."""
-    model_type = raw.get("model_type")
+    """The layout of a checkpoint by its config.json; None for a model of another kind.
+
+    Raises:
+        ValueError: for a field of the wrong type.
+    """
+    model_type, architectures = raw.get("model_type"), raw.get("architectures")
+    for name, value, kind in (("model_type", model_type, str), ("architectures", architectures, list)):
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"got {name}={shorten(value)}; expected a {kind.__name__}: correct config.json")
     if model_type == "any_llava":
         return "any_llava"
-    is_named = any(_ORIGINAL_CLASS.fullmatch(name) for name in raw.get("architectures") or [])
+    is_named = any(_ORIGINAL_CLASS.fullmatch(str(name)) for name in architectures or [])
     if is_named or "mm_vision_tower" in raw or "mm_projector_type" in raw:
         return "original"
     return "transformers" if model_type in TRANSFORMERS_CONFIGS else None
+
+
+def read_built_in(raw: dict[str, Any]) -> PreTrainedConfig:
+    """transformers' own configuration for the config.json of one of its LLaVAs.
+
+    Raises:
+        ValueError: naming the field from which it cannot be built.
+    """
+    for part in ("text_config", "vision_config"):
+        fields = raw.get(part)
+        if isinstance(fields, dict) and "model_type" in fields:
+            build_config(part, fields, lambda fields: AutoConfig.for_model(**fields))
+    config = build_config("config", raw, TRANSFORMERS_CONFIGS[raw["model_type"]].from_dict)
+    check_part("vision_config", use_one_side(config.vision_config))
+    check_part("text_config", config.text_config)
+    return config
 
 
 def check_model_type(raw: dict[str, Any]) -> str:
@@ -188,15 +223,48 @@ def read_json(name: str, filename: str, download: dict[str, Any]) -> dict[str, A
     """The content of a JSON file of a folder or Hub repository; None if there is no such file.
 
     Raises:
-        ValueError: naming the file, if it is not JSON.
+        ValueError: naming the file, if it is not JSON, or no object.
     """
     path = find_file(name, filename, download)
     if path is None:
         return None
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"got {path}, which is not JSON; expected one object: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"got {path}, which holds {shorten(content)}; expected one object: copy the file again")
+    return content
+
+
+PROCESSOR_FILES = (
+    "processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "tokenizer.json", "vocab.json", "chat_template.json",
+)  # fmt: skip
+
+
+@contextmanager
+def naming_file(name: str, download: dict[str, Any]) -> Iterator[None]:
+    """Tells which file of a processor is broken, where reading them fails inside.
+
+    Raises:
+        ValueError: in place of what the readers raise, which may be anything (tokenizers 0.23 has no error of its
+            own); other ValueErrors and OSErrors stay, where each file is an object.
+    """
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        for filename in PROCESSOR_FILES:
+            read_json(name, filename, download)
+        if isinstance(error, (OSError, ValueError)) and not isinstance(error, UnicodeError):
+            raise
+        found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(
+            f"got {name}, of whose files no processor can be made ({found}); expected those of its tokenizer and "
+            "image processor: copy them again"
+        ) from error
 
 
 def find_adapter_base(name: str, download: dict[str, Any], *, base_model: str | None = None) -> str | None:
@@ -286,10 +354,10 @@ class OriginalFolder:
             ValueError: if the configuration names none.
         """
         name = self.config.get("mm_vision_tower")
-        if not name:
+        if not name or not isinstance(name, str):
             raise ValueError(
-                f"got {self.name} without mm_vision_tower; expected the Hub id or path of its vision tower: add it to "
-                "config.json"
+                f"got {self.name} with mm_vision_tower={shorten(name)}; expected the Hub id or path of its vision "
+                "tower: add it to config.json"
             )
         return resolve_beside(self.name, name)
 

@@ -20,16 +20,18 @@ from transformers import (
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
+from processing_llava.config_fields import build_config, check_part
 from processing_llava.templates import change_template, load_template
 
 from .model_parts import has_tokenizer, read_image_fields, read_image_processor, read_tokenizer, read_vision_config
 from .older_versions import read_old_activation
 from .original_folder import (
-    TRANSFORMERS_CONFIGS,
     OriginalFolder,
     check_fields,
     check_model_type,
+    naming_file,
     override_tower,
+    read_built_in,
     read_json,
     recognise,
     select_download,
@@ -49,7 +51,7 @@ def read_transformers_parts(name: str, raw: dict[str, Any], download: dict[str, 
     Raises:
         ValueError: naming the values in which its processor contradicts its model.
     """
-    config = TRANSFORMERS_CONFIGS[raw["model_type"]].from_dict(dict(raw))
+    config = read_built_in(raw)
     theirs = AutoProcessor.from_pretrained(name, backend="pil", **download)
     tokenizer, token = theirs.tokenizer, theirs.image_token
     # Folders of before transformers 4.46 lack fields of the processor, and the token in the tokenizer.
@@ -152,10 +154,11 @@ class OriginalProcessorMixin(ProcessorMixin):
             config = override_tower(found.raw, vision_tower)
             folder = OriginalFolder(name=name, config=config, base_model=base_model, download=download)
             return cls(**read_original_parts(folder, template=template))
-        if found.layout == "transformers" and (stored or {}).get("processor_class") != cls.__name__:
-            processor = cls(**read_transformers_parts(name, found.raw, download))
-        else:
-            processor = super().from_pretrained(name, **kwargs)
+        with naming_file(name, download):
+            if found.layout == "transformers" and (stored or {}).get("processor_class") != cls.__name__:
+                processor = cls(**read_transformers_parts(name, found.raw, download))
+            else:
+                processor = super().from_pretrained(name, **kwargs)
         if template is not None:
             processor.chat_template = change_template(processor.chat_template, template)
         return processor
@@ -169,7 +172,9 @@ def read_text_config(folder: OriginalFolder) -> PreTrainedConfig:
     for name in ("model_type", "architectures", "transformers_version", "_name_or_path"):
         taken.pop(name, None)
     taken |= read_old_activation(folder.config, folder.config | {"model_type": model_type})
-    return AutoConfig.for_model(model_type, **taken)
+    config = build_config("config", taken, lambda fields: AutoConfig.for_model(model_type, **fields))
+    check_part("config.json", config)
+    return config
 
 
 def read_original_tokenizer(folder: OriginalFolder, text_config: PreTrainedConfig) -> PreTrainedTokenizerBase:

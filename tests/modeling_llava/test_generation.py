@@ -292,6 +292,13 @@ def test_pictures_of_another_size_are_refused(model):
         model.generate(**inputs | {"pixel_values": larger}, **GREEDY)
 
 
+def test_arguments_of_transformers_that_say_nothing_or_cut_layers(model):
+    inputs = batch([[*IMAGE, *text_ids(4)]]) | {"pixel_values": random_images(1)}
+    assert torch.equal(model.generate(**inputs, mm_encoder_outputs=None, **GREEDY), model.generate(**inputs, **GREEDY))
+    with pytest.raises(ValueError, match="got assistant_early_exit=2"):
+        model.generate(**inputs, assistant_early_exit=2, **GREEDY)
+
+
 def test_prompts_that_are_too_long_are_one_warning(model, caplog):
     warning_once.cache_clear()
     longest = model.config.text_config.max_position_embeddings

@@ -9,6 +9,7 @@ import PIL.Image
 import pytest
 import torch
 from transformers import AutoProcessor
+from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, TextKwargs
 
 from modeling_llava.inference.loading import EMBEDDED_MODEL
 from processing_llava import AnyLlavaProcessor, ImageLimits
@@ -416,6 +417,74 @@ def test_rows_are_cut_where_the_tokenizer_says():
 def test_what_cannot_be_encoded_is_refused(processor, arguments, message):
     with pytest.raises(ValueError, match=message):
         processor(**arguments)
+
+
+SETTINGS = {
+    "add_special_tokens": False, "padding": "max_length", "truncation": True, "padding_side": "left",
+    "return_attention_mask": False, "return_mm_token_type_ids": True, "return_text_replacement_offsets": True,
+    "return_tensors": "pt", "resample": 0, "image_mean": [0.1] * 3, "image_std": [0.1] * 3, "rescale_factor": 0.1,
+    "do_rescale": False, "do_normalize": False, "size": {"shortest_edge": 42}, "crop_size": 14,
+}  # fmt: skip
+"""Settings that change what this call gives."""
+BESIDE = {"padding": {"max_length": 60}, "padding_side": {"padding": "max_length", "max_length": 60}}
+BESIDE |= {"truncation": {"max_length": 20}, "max_length": {"padding": "max_length"}}
+SAME = {"verbose", "sanitize_control_tokens", "disable_grouping", "default_to_square", "do_resize", "do_convert_rgb"}
+SAME |= {"input_data_format", "do_center_crop", "pad_to_multiple_of"}
+"""Settings that are obeyed, and with which this call gives the same."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted({*TextKwargs.__annotations__, *ImagesKwargs.__annotations__, *ProcessingKwargs.__annotations__} - SAME),
+)
+def test_every_setting_has_an_effect_or_is_refused(processor, name):
+    arguments = {"text": "<image> What is this?", "images": picture()} | BESIDE.get(name, {})
+    try:
+        found = processor(**arguments, **{name: SETTINGS.get(name, 61)})
+    except ValueError as error:
+        assert str(error).startswith("got ") and "\n" not in str(error)
+        return
+    expected = processor(**arguments)
+    assert list(found) != list(expected) or any(
+        type(found[key]) is not type(expected[key]) or not np.array_equal(found[key], expected[key]) for key in found
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"fooo": 1},
+        {"text_kwargs": {"bad": 1}},
+        {"images_kwargs": {"bad": 1}},
+        {"common_kwargs": {"bad": 1}},
+        {"text_kwargs": 3},
+        {"text_pair": "a"},
+        {"is_split_into_words": True},
+        {"max_length": "a"},
+        {"padding_side": "up"},
+        {"size": "a"},
+        {"size": [56]},
+        {"size": {"shortest_edge": 56}, "crop_size": 56},
+        {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[28, 56]]},
+        {"do_pad": True},
+        {"device": "cuda"},
+        {"data_format": "channels_last"},
+        {"videos": [1]},
+        {"videos_kwargs": {"fps": 1}},
+    ],
+    ids=str,
+)
+def test_settings_without_effect_are_refused_in_one_line(processor, arguments):
+    with pytest.raises(ValueError, match="^got .*; expected [^\n]*$"):
+        processor(images=picture(), text="<image> hi", **arguments)
+
+
+@pytest.mark.parametrize("name", ["size", "crop_size"])
+@pytest.mark.parametrize("value", [[56], {}, "x", 2.5, 0, {"a": 3}, {"height": None}, [1, 2.5], np.zeros(2)], ids=str)
+def test_sizes_are_whole_numbers(name, value):
+    image_processor = tiny_processor().image_processor
+    with pytest.raises(ValueError, match=f"got {name}=.*; expected whole numbers of pixels"):
+        setattr(image_processor, name, value)
 
 
 def test_one_conversation_is_a_batch_of_one(processor):

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import PIL.Image
+import PIL.PngImagePlugin
 import pytest
 import yaml
 from datasets import load_dataset
@@ -217,6 +218,19 @@ def test_paths_of_this_machine_stay_here(finished, workspace, tmp_path, capsys):
     assert kept["command"] == "llava eval pope --model finetune"
     for path in filter(Path.is_file, (tmp_path / "out").rglob("*")):
         assert str(workspace).encode() not in path.read_bytes(), path.name
+
+
+def test_of_pictures_their_pixels_go_up(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    note = PIL.PngImagePlugin.PngInfo()
+    note.add_text("Comment", "hf_" + "a" * 34)
+    pixels = PIL.Image.open(run / "progress.png").convert("RGB")
+    pixels.save(run / "progress.png", pnginfo=note)
+    export(capsys, str(run), "--out", str(tmp_path / "out"))
+    plot = PIL.Image.open(tmp_path / "out" / "progress.png")
+    assert plot.info == {} and plot.tobytes() == pixels.tobytes()
+    pixels.save(tmp_path / "out" / "progress.png", pnginfo=note)
+    assert any("progress.png holds more than pixels" in line for line in find_problems(tmp_path / "out", "model"))
 
 
 def test_an_adapter(adapter, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -109,6 +110,48 @@ def test_bad_pictures_are_the_fault_of_the_sender(server, url, told, stream):
     with pytest.raises(urllib.error.HTTPError, match="400") as refused:
         post(server, url=url or " ", stream=stream)
     assert told in json.loads(refused.value.read())["error"]["message"]
+
+
+USER = {"role": "user", "content": "Hi"}
+MALFORMED = {
+    "messages as a text": {"messages": "x"},
+    "no messages": {"messages": None},
+    "an image_url without url": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+    "an item without type": {"messages": [{"role": "user", "content": [{"text": "a"}]}]},
+    "stop as a number": {"messages": [USER], "stop": 3},
+    "stop as numbers": {"messages": [USER], "stop": [3]},
+    "tool calls without arguments": {"messages": [USER | {"tool_calls": [{"function": {}}]}]},
+    "max_tokens as a text": {"messages": [USER], "max_tokens": "a"},
+}
+
+
+@pytest.mark.parametrize("fields", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_requests_are_the_fault_of_the_sender(server, fields):
+    with pytest.raises(urllib.error.HTTPError, match="400") as refused:
+        post(server, **fields)
+    message = json.loads(refused.value.read())["error"]["message"]
+    assert message.startswith("got ") and "\n" not in message
+
+
+@pytest.mark.parametrize("prompt", ["<image> What?", 3, None])
+def test_a_prompt_holds_no_image(server, prompt):
+    body = json.dumps({"model": EMBEDDED_MODEL, "prompt": prompt}).encode()
+    request = urllib.request.Request(f"{server}/v1/completions", body, {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(request, timeout=60)
+
+
+def test_without_its_packages_one_line_says_what_to_install(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['fastapi'] = None\n")
+    told = subprocess.run(
+        [sys.executable, "-m", "modeling_llava.serving", EMBEDDED_MODEL],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 1 and "Traceback" not in told.stderr
+    assert "pip install 'transformers[serving]'" in told.stderr.splitlines()[-1]
 
 
 def test_a_request_that_is_refused_holds_up_no_other(server):

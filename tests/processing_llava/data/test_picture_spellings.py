@@ -16,7 +16,7 @@ from processing_llava.data.conversations import convert_record
 from processing_llava.data.data_check import RecordCheck
 from processing_llava.data.data_sources import DataSource
 from processing_llava.data.row_datasets import load_rows
-from processing_llava.messages import is_missing
+from processing_llava.messages import find_picture, is_missing
 from tests.tiny import tiny_processor
 
 PICTURE = Image.new("RGB", (40, 30), "red")
@@ -130,6 +130,10 @@ FORMS = {
     "bytearray": {"type": "image", "image": bytearray(ENCODED)},
     "array": {"type": "image", "image": np.asarray(PICTURE)},
     "tensor": {"type": "image", "image": torch.from_numpy(np.array(PICTURE)).movedim(-1, 0)},
+    "memory": {"type": "image", "image": memoryview(ENCODED)},
+    "file object": {"type": "image", "image": io.BytesIO(ENCODED)},
+    "list of one": {"type": "image", "image": [PICTURE]},
+    "lists of one, and nothing": {"type": "image", "image": [[None, PICTURE]]},
     "dict of datasets": {"type": "image", "image": {"bytes": ENCODED, "path": None}},
     "dict with a name": {"type": "image", "image": {"bytes": ENCODED, "path": "red.png"}},
     "columns filled up": {"type": "image", "image": None, "path": "", "base64": None, "url": URI, "text": None},
@@ -147,6 +151,46 @@ def test_what_answering_reads_training_reads(processor, item):
     for batch in batches:
         torch.testing.assert_close(batch["pixel_values"], pixels["pixel_values"], rtol=0, atol=0)
     assert torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
+
+
+@pytest.mark.parametrize("item", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(
+    "wrap", [lambda one: one, lambda one: [one], lambda one: [[one]]], ids=["one", "list", "rows"]
+)
+def test_every_form_is_read_at_every_door_again_and_again(processor, item, wrap):
+    picture = find_picture(item)
+    expected = processor.image_processor(PICTURE, return_tensors="pt")["pixel_values"]
+    record = {"messages": PLACE, "images": wrap(picture)}
+    for _ in range(2):
+        for read in (
+            lambda: processor(images=wrap(picture), text="<image> hi", return_tensors="pt"),
+            lambda: processor.image_processor(wrap(picture), return_tensors="pt"),
+            lambda: LlavaDataCollator(processor)([record]),
+        ):
+            torch.testing.assert_close(read()["pixel_values"], expected, rtol=0, atol=0)
+        assert RecordCheck(processor)(record, 0)[1] == []
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "image", "image": [PICTURE, PICTURE]},
+        {"type": "image", "image": PICTURE, "text": "q"},
+        {"type": "image_url", "image_url": {"url": URI}, "text": "q"},
+        *({"type": "text", "text": "q", key: URI} for key in ("image", "path", "url", "base64", "image_url")),
+        {"type": "text", "text": "q", "image": PICTURE},
+    ],
+    ids=range(9),
+)
+def test_what_would_be_lost_is_refused_at_every_door(processor, item):
+    messages = [{"role": "user", "content": [item]}, ANSWER]
+    for read in (
+        lambda: processor.apply_chat_template(messages[:1], tokenize=True),
+        lambda: LlavaDataCollator(processor)([{"messages": messages}]),
+    ):
+        with pytest.raises(ValueError, match="expected (an item for each|one: make a place for each)"):
+            read()
+    assert RecordCheck(processor)({"messages": messages}, 0)[1][0].reason == "malformed content"
 
 
 def test_what_answering_reads_data_sets_hold(processor, tmp_path):
