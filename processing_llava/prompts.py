@@ -195,11 +195,13 @@ def _render(
 ) -> tuple[str, list[Span], list[Span]]:
     """Text, user spans and assistant spans."""
     source = read_source(template)
+    # An end token can be a word.
+    names = source.names.difference(value for _, value in _pick_strings(variables))
     is_supervised = _GENERATION_TAG.search(template) is not None
 
     def render(wrap: Wrap) -> tuple[str, list[Span]]:
         rendered, generation_spans = render_jinja_template(
-            conversations=[replace_texts(messages, wrap, source.names)],
+            conversations=[replace_texts(messages, wrap, names)],
             chat_template=template,
             return_assistant_tokens_mask=is_supervised,
             **options,

@@ -142,8 +142,9 @@ def _treat(message: dict[str, Any], markers: re.Pattern[str], *, refuse: bool) -
     if not found:
         return message
     if refuse:
+        marker, _ = _find_marker(found[0])
         raise ValueError(
-            f"got a line of the user with {_find_marker(found[0])[0]!r}, which this conversation format writes between "
+            f"got a line of the user with {marker!r}, which this conversation format writes between "
             'turns; expected other words; change the text, or set role_markers="neutralize"'
         )
     places = [place for match in found for place in _list_places(match)]

@@ -29,6 +29,7 @@ _KNOWN_NAMES = frozenset(
 )
 """transformers reads the keys (transformers 5.23, utils/chat_template_utils.py); templates build tokens of the roles,
 as in "<|" ~ role ~ "|>"."""
+_NAME = re.compile(r"[A-Za-z_][\w-]*", flags=re.ASCII)
 _LEXER = Environment().lexer
 
 
@@ -38,8 +39,8 @@ class TemplateSource:
 
     Args:
         text: Everything that it can write without a message: its words and string constants.
-        names: String constants and names. Roles, item types and keys that are among them must reach the template as
-            they are, since it may look for them.
+        names: Names, and string constants that could be some. Roles, item types and keys that are among them must
+            reach the template as they are, since it may look for them.
         kept: Finds the string constants that a template may look for inside texts; None if there are none.
     """
 
@@ -57,11 +58,12 @@ def read_source(template: str) -> TemplateSource:
     """
     tokens = [(token.type, token.value) for token in _LEXER.tokenize(template) if isinstance(token.value, str)]
     constants = [value for kind, value in tokens if kind == "string"]
-    names = {value for kind, value in tokens if kind == "name"}
+    # Of plain letters, since constants can be control tokens.
+    names = {value for kind, value in tokens if kind in ("name", "string") and _NAME.fullmatch(value)}
     # White space is kept in any case.
     kept = compile_literals(tuple({value for value in constants if value.strip()}))
     text = "\0".join(value for kind, value in tokens if kind in ("string", "data"))
-    return TemplateSource(text, names.union(constants, _KNOWN_NAMES), kept)
+    return TemplateSource(text, _KNOWN_NAMES | names, kept)
 
 
 @lru_cache(maxsize=16)
