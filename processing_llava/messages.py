@@ -4,9 +4,12 @@ What is surprising: content may be missing beside `tool_calls`, as other softwar
 neither text nor image are left to the chat template. A list of one picture is that picture, wherever one is expected.
 """
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from numbers import Real
 from typing import Any
+
+import numpy as np
 
 PICTURE_KEYS = ("image", "path", "url")
 """Keys of an image item that can hold its picture, beside "base64" (transformers 5.23, processing_utils.py)."""
@@ -120,6 +123,32 @@ def unwrap_picture(picture: Any) -> Any:
     return next((picture[key] for key in ("bytes", "path") if not is_missing(picture.get(key))), None)
 
 
+def open_value(value: Any) -> Any:
+    """What chat templates see of a value: types of JSON, as transformers makes them out of what callers give.
+
+    Objects become dicts of their fields, and what is neither becomes the name of its type (transformers 5.23,
+    utils/chat_template_utils.py). Here it is done before texts are marked, so that those in objects are, too.
+
+    Returns:
+        Strings, numbers, booleans, None, lists and dicts as they are; their entries are not opened.
+    """
+    if value is None or isinstance(value, (str, bool, int, float, dict, list)):
+        return value
+    if isinstance(value, tuple):
+        return list(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, np.generic):
+        # A scalar without a type of Python, such as np.longdouble, gives itself.
+        item = value.item()
+        return str(item) if isinstance(item, np.generic) else open_value(item)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if callable(getattr(value, "model_dump", None)):
+        return open_value(value.model_dump())
+    return f"<{type(value).__name__}>"
+
+
 def _check_message(message: Any) -> None:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(f'{shorten(message)}; expected {{"role": ..., "content": ...}}')
@@ -166,11 +195,13 @@ def _check_strings(value: Any, *, depth: int = 0) -> None:
         except UnicodeEncodeError as error:
             # JSON can spell half of a surrogate pair, which no tokenizer takes.
             raise ValueError(f"text that is not Unicode ({error.reason}); expected whole characters") from None
-    elif isinstance(value, dict):
+        return
+    value = open_value(value)
+    if isinstance(value, dict):
         for key, item in value.items():
-            _check_strings(key)
+            _check_strings(key, depth=depth + 1)
             _check_strings(item, depth=depth + 1)
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, list):
         for item in value:
             _check_strings(item, depth=depth + 1)
 

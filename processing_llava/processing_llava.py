@@ -27,7 +27,7 @@ from .image_processing_fast import AnyLlavaImageProcessor
 from .image_processing_llava import AnyLlavaImageProcessorPil, flatten_images, naming_setting
 from .messages import check_messages, is_missing, list_pictures, shorten
 from .original.original_processor import OriginalProcessorMixin
-from .prompt_ids import check_learn_tokens, list_control_tokens
+from .prompt_ids import check_learn_tokens
 from .prompt_inputs import PromptInputs, encode_prompts
 from .prompts import Prompt, count_images, render_prompt
 from .role_markers import TREATMENTS, find_role_markers, treat_role_markers
@@ -248,7 +248,6 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
                 template,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                control_tokens=list_control_tokens(self.tokenizer, image_token=self.image_token),
                 learn_tokens=self.learn_tokens,
                 **self.tokenizer.special_tokens_map | variables,
             )

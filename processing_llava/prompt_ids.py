@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from .prompts import Prompt, count_images, list_template_spans
+from .text_marks import compile_literals
 
 _SIGNS = frozenset("<>[]|")
 """Tokens with one of these, such as "<|im_start|>", can be control tokens even where a tokenizer does not say so."""
@@ -76,12 +77,11 @@ def encode_prompt(
     supervised = bytearray(len(prompt))
     for start, end in prompt.assistant_spans if isinstance(prompt, Prompt) else ():
         supervised[start:end] = b"\1" * (end - start)
-    template_text = "".join(prompt[start:end] for start, end in list_template_spans(prompt))
-    encoder = _load_encoder(tokenizer, image_token=image_token, template_text=template_text)
+    encoder = _load_encoder(tokenizer, image_token=image_token, prompt=prompt)
     image = ControlToken(image_token, image_token_id, strips_left=False, strips_right=False)
     remaining_counts = iter(counts)
     ids, mask = [], []
-    for piece in _split(prompt, {**encoder.control_tokens, image_token: image}):
+    for piece in _split(prompt, {**encoder.control_tokens, image_token: image}, encoder.literals):
         if piece.control is image:
             count = next(remaining_counts)
             ids += [image_token_id] * count
@@ -209,6 +209,7 @@ class TextEncoder:
     """Tokenises text without control tokens. Made by `_load_encoder`."""
 
     control_tokens: dict[str, ControlToken]
+    literals: re.Pattern[str]
     forbidden_ids: frozenset[int]
     start: Tokenizer
     inside: Tokenizer
@@ -233,32 +234,53 @@ class TextEncoder:
         return encoding.ids, encoding.offsets
 
 
-def _load_encoder(tokenizer: PreTrainedTokenizerFast, *, image_token: str, template_text: str = "") -> TextEncoder:
+def _load_encoder(tokenizer: PreTrainedTokenizerFast, *, image_token: str, prompt: str = "") -> TextEncoder:
     """The encoder that belongs to a tokenizer in its present state. Cached: a large vocabulary takes a second.
 
     Args:
         tokenizer: Fast; it is not changed.
         image_token: Counts as a control token, whether or not the tokenizer knows it as one.
-        template_text: What a template wrote. Added tokens with brackets or bars that it holds count, too; others, such
-            as Gemma's "<table>", are words like any other.
+        prompt: Added tokens with brackets or bars that its template can write, or wrote, are control tokens, too;
+            others, such as Gemma's "<table>", are words like any other.
 
     Raises:
         ValueError: the tokenizer is not a fast one.
     """
     state = read_tokenizer_state(tokenizer)
-    control_tokens = tuple(
-        token
-        for token, is_control in _list_acting_tokens(tokenizer, image_token, state)
-        if is_control or token.content in template_text
-    )
-    return _build_encoder(tokenizer, control_tokens, state)
+    template_text = prompt.template_text if isinstance(prompt, Prompt) else ""
+    control_tokens, words = _sort_acting_tokens(tokenizer, image_token, state, template_text)
+    if words is not None:
+        # What this prompt's template put together from pieces in a way that its samples do not show.
+        written = {match[0] for span in list_template_spans(prompt) for match in words.finditer(prompt, *span)}
+        if written:
+            acting = _list_acting_tokens(tokenizer, image_token, state)
+            control_tokens += tuple(token for token, _ in acting if token.content in written)
+    return _build_encoder(tokenizer, control_tokens, image_token, state)
+
+
+@lru_cache(maxsize=16)
+def _sort_acting_tokens(
+    tokenizer: PreTrainedTokenizerFast, image_token: str, state: tuple[Hashable, ...], template_text: str
+) -> tuple[tuple[ControlToken, ...], re.Pattern[str] | None]:
+    """The control tokens of a template, and what finds the added tokens that are words like any other in it."""
+    control_tokens, words = [], []
+    for token, is_control in _list_acting_tokens(tokenizer, image_token, state):
+        if is_control or token.content in template_text:
+            control_tokens.append(token)
+        else:
+            words.append(token.content)
+    return tuple(control_tokens), compile_literals(tuple(words))
 
 
 @lru_cache(maxsize=4)
 def _build_encoder(
-    tokenizer: PreTrainedTokenizerFast, added_tokens: tuple[ControlToken, ...], state: tuple[Hashable, ...]
+    tokenizer: PreTrainedTokenizerFast,
+    added_tokens: tuple[ControlToken, ...],
+    image_token: str,
+    state: tuple[Hashable, ...],
 ) -> TextEncoder:
     control_tokens = {token.content: token for token in added_tokens}
+    literals = compile_literals((*control_tokens, image_token))
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     spec |= {"truncation": None, "padding": None, "post_processor": None}
     for token in spec["added_tokens"]:
@@ -270,7 +292,8 @@ def _build_encoder(
     # Characters that are not in the vocabulary become the unknown token: a user may type them.
     forbidden_ids = frozenset(token.token_id for token in added_tokens) - {tokenizer.unk_token_id}
     has_first_rule = _forbid_prefix(spec["pre_tokenizer"])
-    return TextEncoder(control_tokens, forbidden_ids, start, _load_backend(spec) if has_first_rule else start)
+    inside = _load_backend(spec) if has_first_rule else start
+    return TextEncoder(control_tokens, literals, forbidden_ids, start, inside)
 
 
 def _load_backend(spec: dict[str, Any]) -> Tokenizer:
@@ -302,9 +325,7 @@ class _Piece:
     follows: ControlToken | None = None
 
 
-def _split(prompt: str, control_tokens: dict[str, ControlToken]) -> Iterator[_Piece]:
-    longest_first = sorted(control_tokens, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, longest_first)))
+def _split(prompt: str, control_tokens: dict[str, ControlToken], pattern: re.Pattern[str]) -> Iterator[_Piece]:
     learned_spans = prompt.learned_spans if isinstance(prompt, Prompt) else ()
     # A learned word that is no control token is found like any other word.
     learned = (match for span in learned_spans if (match := pattern.fullmatch(prompt, *span)))

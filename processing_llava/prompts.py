@@ -7,20 +7,46 @@ that harmless text gets the ids it always had (`prompt_ids.py`).
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from itertools import chain, islice
+from hashlib import blake2b
+from itertools import chain
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .messages import open_value, shorten
+from .text_marks import (
+    InertTexts,
+    TemplateSource,
+    TextMarks,
+    Wrap,
+    choose_marks,
+    compile_literals,
+    list_numbers,
+    list_texts,
+    read_source,
+    replace_texts,
+)
+
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
-_NAMES_NOT_TEXT = ("role", "type")
-_NAME = re.compile(r"[A-Za-z_][\w-]*", flags=re.ASCII)
 
 Span = tuple[int, int]
+Variables = tuple[tuple[str, str], ...]
+Render = Callable[[Wrap], tuple[str, list[Span]]]
+
+_SYSTEM, _USER, _ASSISTANT = ({"role": role, "content": "."} for role in ("system", "user", "assistant"))
+_TOOL = {"role": "tool", "content": ".", "name": "a", "tool_call_id": "a"}
+# Not every format knows system messages, several turns, or tools.
+_SAMPLES = ([_SYSTEM, _USER, _ASSISTANT, _USER], [_USER, _ASSISTANT, _USER], [_USER], [_USER, _ASSISTANT, _TOOL])
+NUM_MESSAGES_WITH_SYSTEM = len(_SAMPLES[0])
+"""Texts in a sample that begins with a system message, and in no other."""
+_CAPTIONED = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "."}]}
+
+_MAX_TRUSTED = 4096
+_trusted: set[tuple[Any, ...]] = set()
+"""What templates wrote around the texts of conversations, where inert texts had shown that it is theirs."""
 
 
 class Prompt(str):
@@ -33,11 +59,14 @@ class Prompt(str):
         user_spans: Ranges that came from messages, whatever their role. In order, not empty, not overlapping.
         assistant_spans: Ranges inside `{% generation %}`: what the model learns to write.
         learned_spans: Ranges of tokens that the assistant may write; each lies in a range of both others.
+        template_text: What the template can write whatever the messages say. Added tokens in it are control tokens,
+            even if this prompt holds none of them yet, such as the end token of an answer in a first question.
     """
 
     user_spans: tuple[Span, ...]
     assistant_spans: tuple[Span, ...]
     learned_spans: tuple[Span, ...]
+    template_text: str
 
     def __new__(
         cls,
@@ -46,11 +75,13 @@ class Prompt(str):
         user_spans: Iterable[Span] = (),
         assistant_spans: Iterable[Span] = (),
         learned_spans: Iterable[Span] = (),
+        template_text: str = "",
     ) -> "Prompt":
         prompt = super().__new__(cls, text)
         prompt.learned_spans = tuple(learned_spans)
         prompt.user_spans = tuple(user_spans)
         prompt.assistant_spans = tuple(assistant_spans)
+        prompt.template_text = template_text
         return prompt
 
 
@@ -60,62 +91,55 @@ def render_prompt(
     *,
     add_generation_prompt: bool = False,
     continue_final_message: bool = False,
-    control_tokens: Iterable[str] = (),
     learn_tokens: Iterable[str] = (),
     **template_variables: Any,
 ) -> Prompt:
     """Writes a conversation in the words of a chat template.
 
-    Every string of a message counts as written by a user, except its role, item types and keys where those are plain
-    names. It is rendered between two private-use characters that occur nowhere in the input, so private-use
-    characters of the user are plain text.
+    Every string of a message counts as written by a user: texts, names, keys, and what stands in objects. Roles, item
+    types and keys that the template itself names stay as they are. Every other string is marked, and wherever the
+    template prints it, the marks must come out whole. Templates that cut texts into pieces get marks around each
+    character. Numbers cannot be marked; what is printed of them is found by its digits.
+
+    A text that the template leaves out is an error if it is the content of a message: a model would answer something
+    else than what was asked, and nobody would know. A name, a key or a reasoning text may be left out, as most
+    templates do, and so may pieces of a content that the template cuts, such as Qwen 3's thoughts of earlier turns;
+    and "plain" leaves out what its users say before a caption, which is its purpose.
 
     Args:
         messages: `[{"role": ..., "content": text or [{"type": "image"}, {"type": "text", "text": ...}]}]`.
         template: Jinja text, rendered by transformers' own sandbox.
         add_generation_prompt: End where the assistant begins to write.
         continue_final_message: End inside the last message, for the model to go on with.
-        control_tokens: Needed for templates that cut messages into pieces: these literals are marked one by one.
         learn_tokens: Tokens that count as such where the assistant wrote them, inside `{% generation %}`.
         **template_variables: Variables of the template; trusted, like the template.
 
     Raises:
-        ValueError: if the template cuts messages into pieces and `control_tokens` is empty.
+        ValueError: if the template prints texts in a way that marks do not survive, or leaves a content out.
     """
-    markers = _choose_markers(chain(_strings(messages), _strings(template_variables), [template]), control_tokens)
-    rendered, generation_spans = render_jinja_template(
-        conversations=[markers.mark(messages)],
-        chat_template=template,
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=continue_final_message,
-        return_assistant_tokens_mask=_GENERATION_TAG.search(template) is not None,
-        **template_variables,
+    text, user_spans, assistant_spans = _render(
+        messages,
+        template,
+        {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message},
+        template_variables,
     )
-    marked = rendered[0]
-    positions = markers.find(marked)
-    text = "".join(character for character in marked if character not in (markers.opening, markers.closing))
-    assistant_spans = [
-        (start - bisect_left(positions, start), min(end - bisect_left(positions, end), len(text)))
-        for start, end in chain.from_iterable(generation_spans)
-    ]
-    assistant_spans = [(start, end) for start, end in assistant_spans if start < end]
-    user_spans = markers.pair(marked, positions)
     return Prompt(
         text,
         user_spans=user_spans,
         assistant_spans=assistant_spans,
         learned_spans=_find_learned(text, user_spans, assistant_spans, compile_literals(tuple(learn_tokens))),
+        template_text=_list_template_text(template, _pick_strings(template_variables)),
     )
 
 
-def _find_learned(
-    text: str, user_spans: list[Span], assistant_spans: list[Span], learned: re.Pattern[str] | None
-) -> list[Span]:
-    """The learned tokens in what the assistant wrote; the template's own words around it are no part of that."""
-    if learned is None:
-        return []
-    overlaps = ((max(start, first), min(end, last)) for start, end in user_spans for first, last in assistant_spans)
-    return [match.span() for start, end in overlaps if start < end for match in learned.finditer(text, start, end)]
+def render_samples(template: str, template_variables: dict[str, Any]) -> tuple[Prompt, ...]:
+    """Short conversations in the words of a template, those that it can write; with a system message first if it can.
+
+    Args:
+        template: Jinja text.
+        template_variables: Variables of the template.
+    """
+    return _render_samples(template, _pick_strings(template_variables))
 
 
 def count_images(prompt: str, image_token: str) -> int:
@@ -131,82 +155,209 @@ def list_template_spans(prompt: str) -> list[Span]:
     return list(zip(starts, ends))
 
 
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from chain.from_iterable(map(_strings, chain(value.keys(), value.values())))
-    elif isinstance(value, (list, tuple)):
-        yield from chain.from_iterable(map(_strings, value))
+def _find_learned(
+    text: str, user_spans: list[Span], assistant_spans: list[Span], learned: re.Pattern[str] | None
+) -> list[Span]:
+    """The learned tokens in what the assistant wrote; the template's own words around it are no part of that."""
+    if learned is None:
+        return []
+    overlaps = ((max(start, first), min(end, last)) for start, end in user_spans for first, last in assistant_spans)
+    return [match.span() for start, end in overlaps if start < end for match in learned.finditer(text, start, end)]
 
 
-def _choose_markers(texts: Iterable[str], control_tokens: Iterable[str]) -> "_Markers":
-    used = set().union(*texts)
-    free = list(islice((chr(code) for code in chain.from_iterable(_PRIVATE_USE) if chr(code) not in used), 2))
-    if len(free) < 2:
-        raise ValueError("got messages with every private-use character; expected two left over; remove some of them")
-    return _Markers(*free, compile_literals(tuple(control_tokens)))
+def _pick_strings(variables: dict[str, Any]) -> Variables:
+    return tuple((name, value) for name, value in variables.items() if isinstance(value, str))
 
 
-@lru_cache(maxsize=16)
-def compile_literals(literals: tuple[str, ...]) -> re.Pattern[str] | None:
-    """What finds the longest of them; None of none."""
-    longest_first = sorted(literals, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if literals else None
+@lru_cache(maxsize=64)
+def _list_template_text(template: str, variables: Variables) -> str:
+    """Source, variables and samples: tokens may be put together from pieces, as in "<|" ~ role ~ "|>"."""
+    source = read_source(template)
+    samples = (sample[start:end] for sample in _render_samples(template, variables) for start, end in
+               list_template_spans(sample))  # fmt: skip
+    return "\0".join(chain([source.text], (value for name, value in variables if name in source.names), samples))
 
 
-@dataclass(frozen=True)
-class _Markers:
-    opening: str
-    closing: str
-    control_tokens: re.Pattern[str] | None
+@lru_cache(maxsize=64)
+def _render_samples(template: str, variables: Variables) -> tuple[Prompt, ...]:
+    samples = []
+    for messages in _SAMPLES:
+        try:
+            text, user_spans, _ = _render(messages, template, {"add_generation_prompt": True}, dict(variables))
+        except (TemplateError, TypeError, ValueError):
+            continue
+        samples.append(Prompt(text, user_spans=user_spans))
+    return tuple(samples)
 
-    def mark(self, value: Any) -> Any:
-        """Puts markers around strings, inside their outer white space: templates may trim that."""
-        if isinstance(value, str):
-            core = value.strip()
-            if not core:
-                return value
-            before, after = value.split(core, 1)
-            if self.control_tokens is not None:
-                core = self.control_tokens.sub(rf"{self.opening}\g<0>{self.closing}", core)
-            return f"{before}{self.opening}{core}{self.closing}{after}"
-        if isinstance(value, dict):
-            return {
-                self._mark_odd(key) if isinstance(key, str) else key: (
-                    self._mark_odd(item) if key in _NAMES_NOT_TEXT else self.mark(item)
-                )
-                for key, item in value.items()
-            }
-        if isinstance(value, (list, tuple)):
-            return [self.mark(item) for item in value]
-        return value
 
-    def _mark_odd(self, value: Any) -> Any:
-        """Templates look for names as they are, and write some of them."""
-        return value if isinstance(value, str) and _NAME.fullmatch(value) else self.mark(value)
+def _render(
+    messages: list[dict[str, Any]], template: str, options: dict[str, Any], variables: dict[str, Any]
+) -> tuple[str, list[Span], list[Span]]:
+    """Text, user spans and assistant spans."""
+    source = read_source(template)
+    # An end token can be a word.
+    names = source.names.difference(value for _, value in _pick_strings(variables))
+    is_supervised = _GENERATION_TAG.search(template) is not None
 
-    def find(self, marked: str) -> list[int]:
-        return [match.start() for match in re.finditer(f"[{self.opening}{self.closing}]", marked)]
+    def render(wrap: Wrap) -> tuple[str, list[Span]]:
+        rendered, generation_spans = render_jinja_template(
+            conversations=[replace_texts(messages, wrap, names)],
+            chat_template=template,
+            return_assistant_tokens_mask=is_supervised,
+            **options,
+            **variables,
+        )
+        return rendered[0], list(chain.from_iterable(generation_spans))
 
-    def pair(self, marked: str, positions: list[int]) -> list[Span]:
-        """Ranges between paired markers, as positions in the text without markers; touching ranges are joined."""
-        spans, open_starts, num_lone = [], [], 0
-        for num_before, position in enumerate(positions):
-            if marked[position] == self.opening:
-                open_starts.append(position - num_before)
-            elif open_starts:
-                spans.append((open_starts.pop(), position - num_before))
-            else:
-                num_lone += 1
-        if (num_lone or open_starts) and self.control_tokens is None:
-            raise ValueError(
-                "got a chat template that cuts messages into pieces; expected the control tokens to look for in each "
-                "piece; pass control_tokens=list_control_tokens(tokenizer, image_token=...)"
-            )
-        joined: list[Span] = []
-        for start, end in sorted(span for span in spans if span[0] < span[1]):
-            if joined and start <= joined[-1][1]:
-                start, end = joined[-1][0], max(end, joined.pop()[1])
-            joined.append((start, end))
-        return joined
+    marks = choose_marks(chain(list_texts(messages), list_texts(variables)), template)
+    try:
+        marked, generation_spans = render(marks.wrap)
+    except TemplateError as error:
+        # Templates quote roles and types that they do not know.
+        error.args = tuple(marks.drop(part) if isinstance(part, str) else part for part in error.args)
+        raise
+    pieces = marks.split(marked)
+    positions = [match.start() for match in marks.either.finditer(marked)]
+    if len(positions) == len(pieces) - 1 and _check_pieces(
+        pieces, messages, template, render, marks, source, _pick_strings(variables)
+    ):
+        text = "".join(pieces)
+        user_spans = _find_spans(pieces)
+        generation_spans = [
+            (start - bisect_left(positions, start), end - bisect_left(positions, end))
+            for start, end in generation_spans
+        ]
+    else:
+        text, user_spans, generation_spans = _render_units(render, marks, source)
+    assistant_spans = [(start, min(end, len(text))) for start, end in generation_spans]
+    assistant_spans = [(start, end) for start, end in assistant_spans if start < end]
+    return text, _find_number_spans(text, user_spans, messages), assistant_spans
+
+
+def _check_pieces(
+    pieces: list[str],
+    messages: list[dict[str, Any]],
+    template: str,
+    render: Render,
+    marks: TextMarks,
+    source: TemplateSource,
+    variables: Variables,
+) -> bool:
+    """Whether the template alone wrote what stands outside of marks: it writes the same around inert texts.
+
+    Most conversations have the form of an earlier one, so that they are rendered once.
+
+    Raises:
+        ValueError: the template leaves out the content of a message.
+    """
+    skeleton = _join_skeleton(pieces, marks)
+    # A digest, since what strangers send shall not stay here.
+    digest = blake2b(skeleton.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    key = (template, tuple(str(message.get("role")) for message in messages), digest)
+    if key in _trusted:
+        return True
+    inert = InertTexts(source)
+    try:
+        rendered, _ = render(lambda core: marks.wrap(inert(core)))
+    except (TemplateError, TypeError, ValueError):
+        return False
+    if _join_skeleton(marks.split(rendered), marks) != skeleton:
+        return False
+    missing = inert.list_missing(_list_contents(messages), rendered)
+    if missing and not _is_for_captions(template, variables):
+        raise ValueError(
+            f"got a chat template that leaves out {shorten(missing[0])}, the content of a message; expected one that "
+            "writes all of them; take the message out, write its text elsewhere, or choose another template"
+        )
+    if len(_trusted) >= _MAX_TRUSTED:
+        _trusted.clear()
+    _trusted.add(key)
+    return True
+
+
+def _join_skeleton(pieces: list[str], marks: TextMarks) -> str:
+    """What stands outside of marks, and where texts stand. White space around texts belongs to them."""
+    return marks.opening.join(map(str.strip, pieces[::2]))
+
+
+def _find_spans(pieces: list[str]) -> list[Span]:
+    """Where the texts at odd places stand, as positions in all of them; touching ranges are joined."""
+    spans: list[Span] = []
+    end = 0
+    for number, piece in enumerate(pieces):
+        start, end = end, end + len(piece)
+        if number % 2 and piece:
+            spans.append((spans.pop()[0] if spans and spans[-1][1] == start else start, end))
+    return spans
+
+
+def _render_units(render: Render, marks: TextMarks, source: TemplateSource) -> tuple[str, list[Span], list[Span]]:
+    """What a template writes that cuts texts: itself, and who wrote which character by marks around each of them.
+
+    Marks can keep a template from trimming pieces, so that white space is not compared.
+
+    Raises:
+        ValueError: marks do not come out, or they change what the template writes.
+    """
+    inert = InertTexts(source)
+    owners, skeletons, texts = bytearray(), [], []
+    for wrap in (lambda core: core, lambda core: inert(core)):
+        rendered, _ = render(lambda core, wrap=wrap: marks.wrap_units(wrap(core), source))
+        pieces = ["".join(marks.drop(piece).split()) for piece in marks.split(rendered)]
+        skeletons.append([piece for piece in pieces[::2] if piece])
+        texts.append(pieces)
+    text, generation_spans = render(lambda core: core)
+    if skeletons[0] != skeletons[1] or "".join(texts[0]) != "".join(text.split()):
+        raise ValueError(
+            "got a chat template that does not write the texts of messages as they are: it prints lists or objects as "
+            "Python does, escapes texts, or cuts them. What people type could act as control tokens there; expected "
+            "a template that writes each text whole; give the content of each message as plain text, or choose "
+            "another template"
+        )
+    for number, piece in enumerate(texts[0]):
+        owners += bytes([number % 2]) * len(piece)
+    spans, position = [], 0
+    for word in re.finditer(r"\S+", text):
+        owned = owners[position : position + len(word[0])]
+        position += len(word[0])
+        spans += [(word.start() + run.start(), word.start() + run.end()) for run in re.finditer(b"\1+", owned)]
+    return text, spans, generation_spans
+
+
+def _list_contents(messages: list[dict[str, Any]]) -> Iterator[str]:
+    """The texts that are the content of messages."""
+    for message in messages:
+        content = message.get("content")
+        items = content if isinstance(content, (list, tuple)) else [{"type": "text", "text": content}]
+        for item in map(open_value, items):
+            text = item.get("text") if isinstance(item, dict) and item.get("type") == "text" else None
+            if isinstance(text, str) and text.strip():
+                yield str.__str__(text).strip()
+
+
+@lru_cache(maxsize=64)
+def _is_for_captions(template: str, variables: Variables) -> bool:
+    """Whether a template leaves out what a user says beside a picture, before every answer."""
+    marks = choose_marks([], template)
+    names = read_source(template).names
+    is_written = False
+    for user in (_USER, _CAPTIONED):
+        conversation = replace_texts([user, {**_ASSISTANT, "content": "a"}], marks.wrap, names)
+        try:
+            rendered, _ = render_jinja_template([conversation], chat_template=template, **dict(variables))
+        except (TemplateError, TypeError, ValueError):
+            continue
+        is_written = marks.wrap("a") in rendered[0]
+        if marks.wrap(".") in rendered[0] or not is_written:
+            return False
+    return is_written
+
+
+def _find_number_spans(text: str, user_spans: list[Span], messages: list[dict[str, Any]]) -> list[Span]:
+    """User spans, and the numbers of messages where a template prints them, which cannot be marked."""
+    numbers = {str(number) for number in list_numbers(messages)}
+    if not numbers:
+        return user_spans
+    found = re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, numbers))})(?![\w.])")
+    spans = list_template_spans(Prompt(text, user_spans=user_spans))
+    return sorted(user_spans + [match.span() for span in spans for match in found.finditer(text, *span)])

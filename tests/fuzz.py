@@ -1,7 +1,9 @@
-"""Random files, records and messages: `python -m tests.fuzz images|records|messages [--seconds 60] [--seed 0]`.
+"""Random files, records and texts: `python -m tests.fuzz images|records|messages|texts [--seconds 60] [--seed 0]`.
 
 Whatever comes, an image is loaded or refused with a ValueError, a record is used or refused, and messages become ids
-or a ValueError: within 2 seconds and 256 MB. The seed of a failure is printed with the smallest input that fails.
+or a ValueError: within 2 seconds and 256 MB. No text of a message becomes a control token, in every template with
+every tokenizer; large vocabularies are read anew there, which takes longer. The seed of a failure is printed with the
+smallest input that fails.
 Memory is capped by the system, so that asking for more is an error too; what does not end within a minute is stopped
 with a traceback.
 """
@@ -14,8 +16,10 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import hypothesis
@@ -28,6 +32,7 @@ from processing_llava.image_loading import load_image, read_image_size
 from processing_llava.templates import load_template
 from tests.conftest import GOLDENS
 from tests.processing_llava.hostile_images import HANDLED, REFUSED, png, png_chunk
+from tests.processing_llava.hostile_texts import TEMPLATES, TEXTS, TOKENIZERS, check_texts, load_any_tokenizer
 from tests.processing_llava.test_image_containers import FILES
 from tests.tiny import tiny_processor
 
@@ -128,19 +133,19 @@ WORDS = [
     "<|im_start|>",
     *PATHS,
 ]
-TEXTS = st.sampled_from(WORDS + KEYS) | st.text(max_size=8) | st.lists(st.sampled_from(WORDS)).map("\n".join)
+WORDS_AND_TEXTS = st.sampled_from(WORDS + KEYS) | st.text(max_size=8) | st.lists(st.sampled_from(WORDS)).map("\n".join)
 VALUES = st.recursive(
-    TEXTS | st.none() | st.booleans() | st.integers() | st.floats() | st.binary(max_size=8),
+    WORDS_AND_TEXTS | st.none() | st.booleans() | st.integers() | st.floats() | st.binary(max_size=8),
     lambda values: st.lists(values, max_size=4) | st.dictionaries(st.sampled_from(KEYS), values, max_size=4),
     max_leaves=12,
 )
 IMAGES = st.sampled_from([path.read_bytes() for path in (GOLDENS / "images").glob("[ct]*.png")]) | VALUES
 ITEMS = st.lists(
-    st.fixed_dictionaries({"type": st.sampled_from(["text", "image"])}, optional={"text": TEXTS}) | VALUES
+    st.fixed_dictionaries({"type": st.sampled_from(["text", "image"])}, optional={"text": WORDS_AND_TEXTS}) | VALUES
 )
 TURNS = st.lists(
-    st.fixed_dictionaries({"from": st.sampled_from(WORDS), "value": TEXTS})
-    | st.fixed_dictionaries({"role": st.sampled_from(WORDS), "content": TEXTS | ITEMS})
+    st.fixed_dictionaries({"from": st.sampled_from(WORDS), "value": WORDS_AND_TEXTS})
+    | st.fixed_dictionaries({"role": st.sampled_from(WORDS), "content": WORDS_AND_TEXTS | ITEMS})
     | VALUES,
     max_size=5,
 )
@@ -180,13 +185,16 @@ PICTURES = dict.fromkeys(("image", "path", "url", "base64"), IMAGES) | {
 }
 CONTENT = st.lists(
     st.fixed_dictionaries(
-        {"type": st.sampled_from(["text", "image", "image_url"])}, optional={"text": TEXTS} | PICTURES
+        {"type": st.sampled_from(["text", "image", "image_url"])}, optional={"text": WORDS_AND_TEXTS} | PICTURES
     )
     | VALUES,
     max_size=4,
 )
 MESSAGES = VALUES | st.lists(
-    st.fixed_dictionaries({"role": TEXTS, "content": TEXTS | CONTENT}, optional={"tool_calls": VALUES}) | VALUES,
+    st.fixed_dictionaries(
+        {"role": WORDS_AND_TEXTS, "content": WORDS_AND_TEXTS | CONTENT}, optional={"tool_calls": VALUES}
+    )
+    | VALUES,
     max_size=4,
 )
 
@@ -203,24 +211,53 @@ def build_message_check() -> Callable[[object], None]:
     return check_messages
 
 
+HOSTILE = st.tuples(
+    st.sampled_from(list(TEMPLATES)), st.sampled_from(TOKENIZERS), st.lists(st.tuples(*[TEXTS] * 4), max_size=50)
+)
+
+
+def build_text_check() -> Callable[[object], None]:
+    for name in TOKENIZERS:
+        load_any_tokenizer(name)
+
+    def check_many(value: object) -> None:
+        template, tokenizer, rows = value or (next(iter(TEMPLATES)), TOKENIZERS[0], [])
+        for texts in rows:
+            check_texts(template, tokenizer, list(texts), Counter())
+
+    return check_many
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is tried, and what one input may cost."""
+
+    inputs: st.SearchStrategy
+    build: Callable[[], Callable[[object], None]]
+    max_seconds: float = MAX_SECONDS
+    max_bytes: int = MAX_BYTES
+
+
 TARGETS = {
-    "images": (image_files(), lambda: check_image),
-    "records": (RECORDS, build_record_check),
-    "messages": (MESSAGES | st.lists(MESSAGES, max_size=3), build_message_check),
+    "images": Target(image_files(), lambda: check_image),
+    "records": Target(RECORDS, build_record_check),
+    "messages": Target(MESSAGES | st.lists(MESSAGES, max_size=3), build_message_check),
+    # Encoders of Gemma 3 take a gigabyte while they are made, and seconds.
+    "texts": Target(HOSTILE, build_text_check, max_seconds=30.0, max_bytes=6 * 2**30),
 }
 
 
-def limit_memory() -> None:
-    """Of this process from here on."""
+def limit_memory(max_bytes: int) -> None:
+    """Bounds what this process takes from here on."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     used = pages * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (used + MAX_BYTES, used + MAX_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (used + max_bytes, used + max_bytes))
 
 
 def run(target: str, *, seconds: float, seed: int) -> int:
     """The number of inputs that were tried."""
-    inputs, build = TARGETS[target]
-    check = build()
+    chosen = TARGETS[target]
+    check = chosen.build()
     num_inputs = 0
 
     def check_cost(value: object) -> None:
@@ -231,10 +268,10 @@ def run(target: str, *, seconds: float, seed: int) -> int:
         check(value)
         faulthandler.cancel_dump_traceback_later()
         cost = time.thread_time() - start
-        assert cost < MAX_SECONDS, f"it took {cost:.1f} seconds"
+        assert cost < chosen.max_seconds, f"it took {cost:.1f} seconds"
 
     check_cost(b"")
-    limit_memory()
+    limit_memory(chosen.max_bytes)
     settings = hypothesis.settings(
         max_examples=EXAMPLES,
         database=None,
@@ -245,7 +282,7 @@ def run(target: str, *, seconds: float, seed: int) -> int:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         sys.stderr.write(f"\r{target}: seed {seed}, {num_inputs} inputs")
-        hypothesis.seed(seed)(settings(given(inputs)(check_cost)))()
+        hypothesis.seed(seed)(settings(given(chosen.inputs)(check_cost)))()
         seed += 1
     sys.stderr.write("\n")
     return num_inputs

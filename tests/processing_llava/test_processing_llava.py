@@ -295,7 +295,9 @@ def test_what_another_template_cannot_write_is_named():
 
 def test_an_answer_that_calls_tools_needs_no_content():
     processor = tiny_processor()
-    processor.chat_template = "{% for message in messages %}{{ message.content or message.tool_calls }}{% endfor %}"
+    processor.chat_template = (
+        "{% for message in messages %}{{ message.content or message.tool_calls | tojson }}{% endfor %}"
+    )
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "search"}]}
     assert "search" in processor.apply_chat_template([USER, call], tokenize=False)
     assert processor.apply_chat_template([USER, call], tokenize=True)

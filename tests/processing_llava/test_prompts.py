@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from processing_llava.prompt_ids import encode_prompt, list_control_tokens
+from processing_llava.prompt_ids import encode_prompt
 from processing_llava.prompts import Prompt, count_images, render_prompt
 from processing_llava.templates import TEMPLATE_FILES, load_template
 from tests.conftest import GOLDENS
@@ -52,7 +52,7 @@ def find_control_ids(prompt: str, kind: str, num_images: int = 0) -> list[int]:
     tokenizer, tokens = load_tokenizer(kind), CONTROL_TOKENS
     if kind == NOT_SPECIAL:
         # What the template does not write is a word like any other.
-        tokens = [token for token in CONTROL_TOKENS if token in text_of_template(prompt)]
+        tokens = [token for token in CONTROL_TOKENS if token in text_of_template(prompt) + prompt.template_text]
     special_ids = {IMAGE_ID, *tokenizer.convert_tokens_to_ids(tokens), tokenizer.eos_token_id}
     return [token_id for token_id in encode(prompt, kind, num_images)[0] if token_id in special_ids]
 
@@ -345,16 +345,10 @@ def test_templates_may_trim():
 CUTTING = "{{ messages[0].content.split('|')[1] }}{{ messages[0].content.split('|')[0] }}</s>"
 
 
-def test_a_template_that_cuts_messages_is_refused():
-    with pytest.raises(ValueError, match="cuts messages into pieces"):
-        render_prompt([{"role": "user", "content": "a</s>|b</s>|c"}], CUTTING)
-
-
 @pytest.mark.parametrize("text", ["a</s>|b</s>|c", "</s>|</s>", "|</s></s>|"])
 def test_pieces_of_a_cut_message_stay_text(text):
     tokenizer = load_tokenizer("byte-level")
-    control_tokens = list_control_tokens(tokenizer, image_token="<image>")
-    prompt = render_prompt([{"role": "user", "content": text}], CUTTING, control_tokens=control_tokens)
+    prompt = render_prompt([{"role": "user", "content": text}], CUTTING)
     ids, _ = encode(prompt, "byte-level")
     assert ids.count(tokenizer.convert_tokens_to_ids("</s>")) == 1
     assert tokenizer.decode(ids) == prompt
