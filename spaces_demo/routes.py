@@ -113,22 +113,18 @@ class PrivateRoutes:
         response = await self._answer(scope, receive)
         if response is not None:
             await response(scope, receive, send)
-        elif "/gradio_api/heartbeat/" in scope["path"]:
-            self.num_heartbeats += 1
-            try:
-                await self.app(scope, receive, send)
-            finally:
-                self.num_heartbeats -= 1
-        elif scope["method"] == "POST":
-            try:
-                await self.app(scope, receive, send)
-            except Exception as error:
-                # Gradio 6.31 fails at names of calls that it does not know, among others, and quotes them.
-                log_error(error)
-                told = f"got a call that cannot be answered ({type(error).__name__}); correct it"
-                await JSONResponse({"detail": told}, status_code=400)(scope, receive, send)
-        else:
+            return
+        is_heartbeat = "/gradio_api/heartbeat/" in scope["path"]
+        self.num_heartbeats += is_heartbeat
+        try:
             await self.app(scope, receive, send)
+        except Exception as error:
+            # Gradio 6.31 fails at names of calls that it does not know, among others, and quotes them.
+            log_error(error)
+            told = f"got a call that cannot be answered ({type(error).__name__}); correct it"
+            await JSONResponse({"detail": told}, status_code=400)(scope, receive, send)
+        finally:
+            self.num_heartbeats -= is_heartbeat
 
     async def _answer(self, scope: Scope, receive: Receive) -> Response | None:
         """What is answered here; None leaves it to Gradio."""
@@ -166,6 +162,8 @@ class PrivateRoutes:
 
     async def _take_pictures(self, request: Request) -> Response:
         """As Gradio answers: paths of the files, in their order."""
+        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+            return PlainTextResponse("got an upload that is no multipart/form-data; expected one", status_code=400)
         paths, form = [], FormData()
         try:
             form = await _PictureParser(
