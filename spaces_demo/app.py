@@ -10,7 +10,6 @@ from spaces_demo import telemetry  # noqa: F401
 
 # isort: split
 import gradio as gr
-from starlette.middleware import Middleware
 
 from processing_llava.image_processing_llava import IMAGE_ASPECT_RATIOS
 from processing_llava.templates import TEMPLATE_FILES
@@ -19,7 +18,8 @@ from spaces_demo.conversation import Conversation
 from spaces_demo.feedback import OPTIONS, FeedbackFile
 from spaces_demo.handlers import Handlers
 from spaces_demo.models import AS_TRAINED, ModelMenu
-from spaces_demo.safety import PrivatePage, PrivateRoutes
+from spaces_demo.routes import build_middleware
+from spaces_demo.safety import MAX_CHARACTERS, MAX_PICTURE_BYTES, MAX_SYSTEM_CHARACTERS, PrivatePage
 from spaces_demo.theme import build_theme
 
 try:
@@ -79,7 +79,7 @@ def build_page(menu: ModelMenu, *, feedback: FeedbackFile | None = None) -> Priv
                     placeholder="Ask about a picture",
                     file_types=["image"],
                     file_count="multiple",
-                    max_plain_text_length=20_000,
+                    max_plain_text_length=MAX_CHARACTERS,
                     autofocus=True,
                 )
                 with gr.Accordion("Camera", open=False, elem_id="camera"):
@@ -181,7 +181,7 @@ def _build_settings() -> list[gr.components.Component]:
     return [
         gr.Dropdown([AS_TRAINED, *TEMPLATE_FILES], value=AS_TRAINED, label="Conversation format"),
         gr.Dropdown([AS_TRAINED, *IMAGE_ASPECT_RATIOS], value=AS_TRAINED, label="Tile mode"),
-        gr.Textbox("", label="System text", placeholder="as trained", max_length=4000),
+        gr.Textbox("", label="System text", placeholder="as trained", max_length=MAX_SYSTEM_CHARACTERS),
         gr.Slider(0, 2, value=0, step=0.1, label="Temperature", info="0 answers greedily"),
         gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p"),
         gr.Slider(1, 1024, value=256, step=1, label="Longest answer in tokens"),
@@ -197,6 +197,7 @@ def launch(
     port: int | None = None,
     share: bool = False,
     auth: list[tuple[str, str]] | None = None,
+    allow_hosts: list[str] | None = None,
     open_browser: bool = False,
 ) -> None:
     """Serve the page until the process ends.
@@ -205,6 +206,7 @@ def launch(
         queue: How many questions may wait; others are told that the page is busy.
         port: The first free one from 7860 on by default.
         auth: Names and passwords; everybody may come in by default.
+        allow_hosts: Names by which visitors reach the page, beside this machine's and the one of `share`.
     """
     # ZeroGPU takes what is loaded before the launch; elsewhere only the first model is certain to be wanted.
     for label in menu.labels if os.environ.get("SPACES_ZERO_GPU") else menu.labels[:1]:
@@ -219,9 +221,9 @@ def launch(
             theme=build_theme(),
             css_paths=FOLDER / "style.css",
             head=f"<script>{(FOLDER / 'page.js').read_text()}</script>",
-            app_kwargs={"middleware": [Middleware(PrivateRoutes)]},
+            app_kwargs={"middleware": build_middleware(page, Path(folder), allow_hosts=allow_hosts or [])},
             allowed_paths=[str(EXAMPLES)],
-            max_file_size="20mb",
+            max_file_size=MAX_PICTURE_BYTES,
             run_history=False,
             enable_monitoring=False,
             ssr_mode=False,

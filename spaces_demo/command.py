@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 
@@ -20,6 +21,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--share", action="store_true", help="a public address, through a tunnel of Gradio")
     parser.add_argument(
         "--auth", action="append", default=[], metavar="NAME:PASSWORD", help="who may come in; may be repeated"
+    )
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name by which visitors reach the page, behind a proxy or in a network; may be repeated",
     )
     parser.add_argument("--feedback", metavar="FILE", help="store visitors' opinions of answers as JSON Lines")
     parser.add_argument("--terminal", action="store_true", help="no page: print answers about the example pictures")
@@ -55,8 +63,15 @@ def run(options: argparse.Namespace) -> None:
         port=options.port,
         share=options.share,
         auth=auth or None,
+        allow_hosts=[_check_host(name) for name in options.allow_host],
         open_browser=options.open,
     )
+
+
+def _check_host(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.:-]+", name):
+        raise ValueError(f"got --allow-host {name!r}; expected a name without scheme, port and path: demo.example.org")
+    return name.lower().removesuffix(".")
 
 
 def answer_examples(menu) -> None:

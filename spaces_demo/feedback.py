@@ -20,7 +20,8 @@ class FeedbackFile:
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
-        self.path.touch()
+        # A new file is its owner's alone.
+        self.path.touch(mode=0o600)
         self._lock = Lock()
 
     def write(self, conversation: Conversation, *, turn: int, column: int, opinion: str) -> None:

@@ -15,15 +15,20 @@ import gradio as gr
 
 from modeling_llava.inference.attention_map import AnswerAttention
 from modeling_llava.inference.chat_session import AnswerStatistics
+from modeling_llava.serving.guard import log_error
 
 from .attention_view import Looked
 from .conversation import Answer, Conversation, Turn, open_picture
 from .feedback import FeedbackFile
 from .models import LoadedModel, MemoryShort, ModelMenu, Settings
-from .safety import log_error
+from .safety import (
+    MAX_CHARACTERS,
+    MAX_CONVERSATION_CHARACTERS,
+    MAX_CONVERSATION_PICTURES,
+    MAX_PICTURES,
+    MAX_SYSTEM_CHARACTERS,
+)
 
-MAX_PICTURES = 8
-MAX_CHARACTERS = 20_000
 SECONDS_PER_UPDATE = 0.05
 """Time between two updates of the page, while an answer is written."""
 
@@ -56,20 +61,14 @@ class Handlers:
         """Message of the text box -> conversation, both chats, text box."""
         question, pictures = message["text"].strip(), message["files"]
         with show_errors():
-            if not question:
-                raise ValueError("Type a question, then send it.")
-            if len(question) > MAX_CHARACTERS or len(pictures) > MAX_PICTURES:
-                raise ValueError(
-                    f"got {len(question)} characters and {len(pictures)} pictures; expected at most {MAX_CHARACTERS} "
-                    f"and {MAX_PICTURES}"
-                )
-            for path in pictures:
-                open_picture(path)
-        return self._wait(conversation, [*conversation.turns, Turn(question, pictures)])
+            turn = _check_turn(question, pictures, after=conversation.turns)
+        return self._wait(conversation, [*conversation.turns, turn])
 
     def ask_example(self, conversation: Conversation, event: gr.SelectData) -> tuple:
         example = self.examples[event.index]
-        return self._wait(conversation, [*conversation.turns, Turn(example["question"], [example["image"]])])
+        with show_errors():
+            turn = _check_turn(example["question"], [example["image"]], after=conversation.turns)
+        return self._wait(conversation, [*conversation.turns, turn])
 
     def retry(self, conversation: Conversation) -> tuple:
         with show_errors():
@@ -80,12 +79,11 @@ class Handlers:
         """The question is asked anew with its pictures; what came after it is forgotten."""
         number = event.index // 2
         with show_errors():
-            if not event.value.strip():
-                raise ValueError("Type a question, then send it.")
             pictures = _find_turn(conversation, number).pictures
+            turn = _check_turn(event.value.strip(), pictures, after=conversation.turns[:number])
             if not conversation.turns[-1].answers:
                 raise ValueError("Wait for the answer or stop it, then edit.")
-        return self._wait(conversation, [*conversation.turns[:number], Turn(event.value.strip(), pictures)])
+        return self._wait(conversation, [*conversation.turns[:number], turn])
 
     def undo(self, conversation: Conversation) -> tuple:
         with show_errors():
@@ -113,6 +111,11 @@ class Handlers:
         *before, turn = conversation.turns
         answers: list[Answer] = []
         with show_errors():
+            if len(system) > MAX_SYSTEM_CHARACTERS:
+                raise ValueError(
+                    f"got a system text of {len(system)} characters; expected at most {MAX_SYSTEM_CHARACTERS}; "
+                    "shorten it in the settings"
+                )
             # A visitor can empty the field of the seed.
             chosen = Settings(template, tile_mode, system, temperature, top_p, max_new_tokens, seed or 0)
             for column, label in enumerate([left, right] if right else [left]):
@@ -262,6 +265,33 @@ def _find_turn(conversation: Conversation, number: int) -> Turn:
         return conversation.turns[number]
     except IndexError:
         raise ValueError("This page has forgotten the conversation, as it does after an hour; begin anew.") from None
+
+
+def _check_turn(question: str, pictures: list[str], *, after: list[Turn]) -> Turn:
+    """A question that may be put after these turns: the page has limits of its own, and programs do not know them.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    if not question:
+        raise ValueError("Type a question, then send it.")
+    if len(question) > MAX_CHARACTERS or len(pictures) > MAX_PICTURES:
+        raise ValueError(
+            f"got {len(question)} characters and {len(pictures)} pictures; expected at most {MAX_CHARACTERS} "
+            f"and {MAX_PICTURES}"
+        )
+    num_characters = len(question) + sum(
+        len(turn.question) + sum(len(answer.text) for answer in turn.answers) for turn in after
+    )
+    num_pictures = len(pictures) + sum(len(turn.pictures) for turn in after)
+    if num_characters > MAX_CONVERSATION_CHARACTERS or num_pictures > MAX_CONVERSATION_PICTURES:
+        raise ValueError(
+            f"got a conversation of {num_characters} characters and {num_pictures} pictures; expected at most "
+            f"{MAX_CONVERSATION_CHARACTERS} and {MAX_CONVERSATION_PICTURES}; start a new conversation"
+        )
+    for path in pictures:
+        open_picture(path)
+    return Turn(question, pictures)
 
 
 @contextmanager

@@ -28,8 +28,10 @@ NAMES = {"PIL": "pillow", "yaml": "pyyaml", "google": "protobuf"}
 EXTRA_OF = {
     "modeling_llava/training": "train",
     "processing_llava/data/row_datasets.py": "train",
+    "modeling_llava/serving/guard.py": "demo",
     "spaces_demo/app.py": "demo",
     "spaces_demo/handlers.py": "demo",
+    "spaces_demo/routes.py": "demo",
     "spaces_demo/safety.py": "demo",
     "spaces_demo/theme.py": "demo",
 }

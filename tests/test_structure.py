@@ -39,7 +39,7 @@ IMPORTS = {
     "modeling_llava/tiny_llava": _ANSWERS | _RECORDS | _DATA | {"modeling_llava/training"},
     "modeling_llava/commands": _ANSWERS | _RECORDS | _DATA | {"modeling_llava/training", "modeling_llava/export"},
     "hub_cards": set(),
-    "spaces_demo": _ANSWERS | {"modeling_llava/commands"},
+    "spaces_demo": _ANSWERS | {"modeling_llava/commands", "modeling_llava/serving"},
 }
 """Which rooms the files of a room import beside their own; a file stands for itself alone."""
 EXCEPTIONS = {

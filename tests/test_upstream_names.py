@@ -84,7 +84,7 @@ def read_private_names(tree: ast.AST) -> tuple[set[str], set[str]]:
                 used.add(name)
                 if isinstance(context, ast.Store):
                     defined.add(name)
-            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                 used.add(name)
                 defined.add(name)
             case ast.Name(id=name, ctx=ast.Store()):

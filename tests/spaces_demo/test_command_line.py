@@ -34,6 +34,7 @@ def test_the_terminal_answers_the_examples(capsys):
     "arguments, message",
     [
         (["--auth", "ada"], "expected NAME:PASSWORD"),
+        (["--allow-host", "https://demo.example.org"], "without scheme"),
         (["--model", "no/such-model"], "got model 'no/such-model'"),
         (["--feedback", "/no/such/folder/file"], "No such file"),
         (["--device", "toaster"], "got device='toaster'"),
@@ -50,9 +51,8 @@ def test_options_reach_the_page(monkeypatch):
     from spaces_demo import app
 
     monkeypatch.setattr(app, "launch", launch := Mock())
-    assert (
-        main(["demo", "--share", "--queue", "3", "--device", "cpu", "--auth", "ada:lovelace", "--port", "7000"]) == 0
-    )
+    arguments = ["--share", "--queue", "3", "--device", "cpu", "--auth", "ada:lovelace", "--port", "7000"]
+    assert main(["demo", *arguments, "--allow-host", "Demo.example.org"]) == 0
     (menu,), settings = launch.call_args
     assert menu.device == torch.device("cpu")
     assert settings == {
@@ -61,6 +61,7 @@ def test_options_reach_the_page(monkeypatch):
         "port": 7000,
         "share": True,
         "auth": [("ada", "lovelace")],
+        "allow_hosts": ["demo.example.org"],
         "open_browser": False,
     }
 
