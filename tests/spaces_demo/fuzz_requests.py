@@ -1,8 +1,8 @@
 """Random requests to a page that runs: `python -m tests.spaces_demo.fuzz_requests [--seconds 60] [--seed 0]`.
 
 Whatever comes, the page answers afterwards, within 5 seconds; it holds at most 300 MB more; nothing of what was sent
-is in its log; no error of its own (status 500) is told; and nothing but clean pictures lies in its folder. The seed and
-the number of a failure are printed with what was sent.
+is in its log; no error of its own (status 500) is told; and nothing but clean pictures lies in its folder. The seed
+and the number of a failure are printed with what was sent.
 """
 
 import argparse
