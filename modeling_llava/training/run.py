@@ -1,5 +1,7 @@
 """`llava train RECIPE.yaml`, as a story: model, what trains, rows, batches, memory, training, checkpoint."""
 
+import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,11 @@ from processing_llava.data.collator import LlavaDataCollator
 from processing_llava.transformers_versions import CHECKPOINTING_FIELD
 
 from .batches import plan_batches, read_rows
-from .checkpoints import (
-    check_resumable,
-    check_settings,
-    explain_full_disk,
-    find_checkpoint,
-    refuse_earlier_run,
-    remove_earlier_run,
-)
+from .checkpoints import WholeBest, check_resumable, check_settings, find_checkpoint
 from .feature_cache import FeatureCache
 from .parts import count_parameters
 from .recipe import REPORTS, Recipe
+from .run_folder import EarlierRun, explain_disk, lock_folder, refuse_earlier_run
 from .run_log import StreamReport, TrainingRecord
 from .starting_model import load_model, load_processor
 from .step_memory import estimate_step, free_memory
@@ -78,29 +74,34 @@ def train(
     """Run a recipe.
 
     Args:
-        resume: Go on from the last complete checkpoint in the output folder; without one, start.
-        overwrite: Remove what an earlier run left in the output folder, once the first step can be taken.
+        resume: Go on from the last whole checkpoint in the output folder; without one, start.
+        overwrite: Remove what an earlier run left in the output folder, after the first step.
         trainer_class: One with another optimizer, for example.
 
     Returns:
         The folder with the trained model (of a LoRA: the adapter) and its processor, which the Auto classes load.
 
     Raises:
-        ValueError: naming the field or the row that cannot be used, the disk that is full, or an earlier run.
+        ValueError: naming the field or the row that cannot be used, the disk that takes no file, or another run in
+            the output folder, earlier or at the same time.
     """
     if resume and overwrite:
         raise ValueError("got resume and overwrite; expected one of them: overwrite removes what resume goes on from")
-    if not overwrite:
-        refuse_earlier_run(recipe.output_dir, resume=resume)
-    with explain_full_disk(recipe.output_dir):
-        trainer = build_trainer(recipe, trainer_class)
-        if overwrite and trainer.is_world_process_zero():
-            remove_earlier_run(recipe.output_dir)
-        trainer.add_callback(TrainingRecord(recipe, trainer.train_dataset))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(explain_disk(recipe.output_dir))
+        if os.environ.get("RANK", "0") == "0":
+            stack.enter_context(lock_folder(recipe.output_dir))
         checkpoint = find_checkpoint(recipe.output_dir) if resume else None
+        if not overwrite:
+            refuse_earlier_run(recipe.output_dir, resume=resume, checkpoint=checkpoint)
+        trainer = build_trainer(recipe, trainer_class)
+        if overwrite:
+            trainer.add_callback(EarlierRun(recipe.output_dir))
+        trainer.add_callback(TrainingRecord(recipe, trainer.train_dataset))
         if checkpoint is not None:
             check_resumable(checkpoint)
             check_settings(checkpoint, trainer.resume_settings)
+            trainer.add_callback(WholeBest())
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_trained()
     return Path(recipe.output_dir)

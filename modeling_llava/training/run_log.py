@@ -104,8 +104,10 @@ class RunLog(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         lines = read_log(state)
-        # The last log may be another, such as the summary of the run.
-        if not state.is_world_process_zero or not lines or lines[-1] is not state.log_history[-1]:
+        # The last log may be another, such as the summary of the run. Before the first step the file of an earlier run
+        # stays; the history keeps an evaluation of then.
+        is_line = bool(lines) and lines[-1] is state.log_history[-1] and state.global_step > 0
+        if not state.is_world_process_zero or not is_line:
             return
         columns = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", *RATES)
         table = io.StringIO()
