@@ -57,6 +57,7 @@ class RunLog(TrainerCallback):
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / "progress.csv"
+        self.has_stepped = False
         self._restart_counts(step=0)
 
     def count(self, batch: dict[str, Any]) -> None:
@@ -98,6 +99,7 @@ class RunLog(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.has_stepped = True
         # A run may be shorter than `logging_steps`.
         if state.global_step == state.max_steps and args.logging_strategy != "no":
             control.should_log = True

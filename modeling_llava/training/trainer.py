@@ -1,5 +1,6 @@
 """LlavaTrainer: TRL's SFTTrainer with a learning rate for each part of the model, and what sharding takes."""
 
+import copy
 import json
 import math
 import os
@@ -84,6 +85,13 @@ class LlavaTrainer(SFTTrainer):
         if self.optimizer is None:
             model = model or self.model
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            plain = copy.copy(self.args)
+            plain.optim_args = None
+            if self.args.optim_args and self.get_optimizer_cls_and_kwargs(plain, model)[1] == settings:
+                raise ValueError(
+                    f"got trainer.optim_args={self.args.optim_args!r}, which has no effect on {plain.optim}; expected "
+                    "arguments that it takes, or none: take it out"
+                )
             self.optimizer = optimizer_class(self.group_parameters(model), **settings)
         return self.optimizer
 
