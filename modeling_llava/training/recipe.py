@@ -48,7 +48,7 @@ class Recipe:
     """"align" (projector only), "finetune" (projector and language model), "lora" (projector, and adapters in the
     language model) or "qlora" (the same on a 4-bit language model)."""
     model: str
-    """Folder or Hub id of the model to start from."""
+    """Folder or Hub id of the model to start from, or "embedded"."""
     data: list[DataSource]
     eval_data: list[DataSource] = field(default_factory=list)
     """Rows whose loss is measured after each epoch, or when `trainer.eval_strategy` says; none of them is trained on.
