@@ -18,7 +18,7 @@ import yaml
 from peft import LoraConfig
 from trl import SFTConfig
 
-from modeling_llava.records.yaml_fields import ACCESS_TOKEN, FieldsLoader, build, check_fields, read_yaml
+from modeling_llava.records.yaml_fields import ACCESS_TOKEN, build, check_fields, load_yaml, read_yaml, shorten
 from processing_llava.data.data_sources import DataSource
 from processing_llava.data.row_lengths import ON_BAD_ROW, check_length_options
 from processing_llava.image_limits import ImageLimits
@@ -152,11 +152,11 @@ def _apply_setting(fields: dict[str, Any], setting: str) -> None:
     """Set, or take out, one key of a recipe that was read; see `read_recipe`."""
     key, equals, text = setting.partition("=")
     if not key or not equals:
-        raise ValueError(f"got {setting!r}; expected KEY=VALUE, such as trainer.learning_rate=1e-4")
+        raise ValueError(f"got {shorten(repr(setting))}; expected KEY=VALUE, such as trainer.learning_rate=1e-4")
     *parents, last = key.split(".")
     place: Any = fields
     try:
-        value = yaml.load(text, FieldsLoader)
+        value = load_yaml(text)
         for name in parents:
             place = place[int(name)] if isinstance(place, list) else place.setdefault(name, {})
         name = int(last) if isinstance(place, list) else last
@@ -164,10 +164,19 @@ def _apply_setting(fields: dict[str, Any], setting: str) -> None:
             place[name] = value
         else:
             del place[name]
-    except (AttributeError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (
+        AttributeError,
+        LookupError,
+        OverflowError,
+        RecursionError,
+        TypeError,
+        ValueError,
+        yaml.YAMLError,
+    ) as error:
         raise ValueError(
-            f"got {setting!r}; expected a key of the recipe and a value in YAML, such as trainer.learning_rate=1e-4 "
-            "or data.0.path=rows.json; or nothing after = for a key that is there, to take it out"
+            f"got {shorten(repr(setting))}; expected a key of the recipe and a value in YAML, such as "
+            "trainer.learning_rate=1e-4 or data.0.path=rows.json; or nothing after = for a key that is there, to take "
+            "it out"
         ) from error
 
 

@@ -66,11 +66,11 @@ LEAST_ONE = (
 LARGEST = {"seed": 2**32 - 1, "adam_beta1": 0.999999, "adam_beta2": 0.99999999, "label_smoothing_factor": 1}
 """Of the other fields, numbers are below 2**31."""
 FREE_FIELDS = (
-    "lr_scheduler_kwargs", "optim", "optim_args", "neftune_noise_alpha", "loss_type", "router_aux_loss_coef",
-    "tf32", "full_determinism", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "optim", "optim_args", "neftune_noise_alpha", "loss_type",
+    "router_aux_loss_coef", "tf32", "full_determinism", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs",
     "activation_offloading", "torch_compile", "torch_compile_backend", "torch_compile_mode", "use_liger_kernel",
     "liger_kernel_config", "debug", "accelerator_config", "parallelism_config", "fsdp", "fsdp_config", "deepspeed",
-    "ddp_backend", "dataloader_multiprocessing_context",
+    "ddp_backend", "dataloader_multiprocessing_context", "eval_strategy", "save_strategy", "logging_strategy",
 )  # fmt: skip
 """Fields whose values other projects judge, when they use them: a mistake is any kind of error there."""
 
@@ -124,7 +124,7 @@ def refuse_trainer_fields(trainer: dict[str, Any]) -> None:
         if name not in TRAINER_FIELDS:
             similar = ", ".join(difflib.get_close_matches(str(name), TRAINER_FIELDS, n=5)) or "learning_rate"
             expected = INSTEAD.get(name, f"a field such as {similar}")
-            raise ValueError(f"got trainer.{name}, which no recipe takes; expected {expected}")
+            raise ValueError(f"got trainer.{str(name)[:80]}, which no recipe takes; expected {expected}")
 
 
 def _check_best(trainer: dict[str, Any], *, has_eval_data: bool) -> None:
@@ -165,7 +165,10 @@ def _check_senders(trainer: dict[str, Any]) -> None:
     path = trainer.get("deepspeed")
     settings = path if isinstance(path, dict) else {}
     if isinstance(path, str) and Path(path).is_file():
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        try:
+            settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"got trainer.deepspeed={path!r} ({error}); expected JSON; correct it") from error
     for name in ("wandb", "comet"):
         if name in settings:
             raise ValueError(f"got {name} in trainer.deepspeed, which sends while a run goes on; expected none")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from modeling_llava import AutoModelForVision2Seq
-from modeling_llava.cli import main
 from modeling_llava.checkpoints.model_names import load_training_processor
+from modeling_llava.cli import main
 from modeling_llava.inference.loading import EMBEDDED_MODEL
 from processing_llava.original.original_folder import EMBEDDED_NAME, SHORT_NAME, find_installed, name_installed
 from spaces_demo.models import ModelMenu
