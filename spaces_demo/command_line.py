@@ -8,6 +8,7 @@ Whatever a user can get wrong ends in one line on standard error and exit code 2
 import argparse
 import os
 import sys
+import warnings
 from importlib import import_module
 
 from .command import add_options as add_demo_options
@@ -16,6 +17,9 @@ from .command import add_options as add_demo_options
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parse(sys.argv[1:] if arguments is None else arguments)
+    # PEFT 0.21 (peft_model.py) and TRL 1.16 (models/utils.py) use names that transformers 5.23 renamed.
+    renamed = r"`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated"
+    warnings.filterwarnings("ignore", renamed, FutureWarning, module=r"transformers\.modeling_utils")
     try:
         module, _, function = options.run.partition(":")
         return getattr(import_module(module), function)(options) or 0

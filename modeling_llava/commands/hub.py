@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 def run_export(options: argparse.Namespace) -> None:
     from modeling_llava.export.repository import export_repository
 
-    _show_exported(export_repository(Path(options.source), Path(options.out), _export_settings(options)))
+    _show_exported(export_repository(_find_source(options), Path(options.out), _export_settings(options)))
 
 
 def run_push(options: argparse.Namespace) -> None:
@@ -22,13 +22,19 @@ def run_push(options: argparse.Namespace) -> None:
     validate_repo_id(options.repo_id)
     with TemporaryDirectory(prefix="llava-push-") as scratch:
         out = Path(scratch) / options.repo_id.split("/")[-1]
-        exported = prepare_repository(Path(options.source), out, _export_settings(options))
+        exported = prepare_repository(_find_source(options), out, _export_settings(options))
         _show_exported(exported)
         if options.dry_run:
             print(f"nothing was sent to {options.repo_id}")
             return
         sent = push_repository(exported, options.repo_id, private=options.private, pull_request=options.pull_request)
         print(sent)
+
+
+def _find_source(options: argparse.Namespace) -> Path:
+    from processing_llava.original.original_folder import find_installed
+
+    return Path(find_installed(options.source))
 
 
 def _export_settings(options: argparse.Namespace):

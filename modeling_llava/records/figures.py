@@ -57,8 +57,15 @@ def add_source(value: Any, source: str) -> Any:
 
 
 def read_sourced_json(path: Path, *, root: Path) -> Any:
-    """The content of a JSON file, whose numbers know their path from `root`."""
-    return add_source(json.loads(path.read_text(encoding="utf-8")), path.relative_to(root).as_posix())
+    """The content of a JSON file, whose numbers know their path from `root`.
+
+    Raises:
+        ValueError: naming the file, if it is no JSON.
+    """
+    try:
+        return add_source(json.loads(path.read_text(encoding="utf-8")), path.relative_to(root).as_posix())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"got {path} ({error}); expected JSON; write it again, or take it out") from error
 
 
 def read_sourced_yaml(path: Path) -> Any:

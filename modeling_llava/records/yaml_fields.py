@@ -15,6 +15,8 @@ from huggingface_hub.dataclasses import type_validator
 
 ACCESS_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 """A token of the Hub. No recipe, message or repository may hold one."""
+MOST_CHARACTERS, MOST_ITEMS, MOST_QUOTED = 100_000, 20_000, 1000
+"""Of a file in YAML, of the items that it stands for, and of a value in a message."""
 _BOOLEAN, _DATE = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"
 
 
@@ -53,9 +55,41 @@ def read_yaml(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"got {str(path)!r}; expected a YAML file: there is none at this path")
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), FieldsLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"got {path}, which is not YAML; expected fields in YAML: {error}") from error
+        with path.open(encoding="utf-8") as file:
+            return load_yaml(file.read(MOST_CHARACTERS + 1))
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        reason = f"lists in each other without end ({error})" if isinstance(error, RecursionError) else error
+        raise ValueError(f"got {path}, which is not YAML; expected fields in YAML: {shorten(str(reason))}") from error
+
+
+def load_yaml(text: str) -> Any:
+    """What a text in YAML stands for, if it is a recipe's or a card's size.
+
+    Raises:
+        ValueError: it is longer, or stands for more items, as aliases of aliases do.
+        yaml.YAMLError: it is no YAML.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"got more than {MOST_CHARACTERS:,} characters; expected fewer: shorten it")
+    loader = FieldsLoader(text)
+    root = loader.get_single_node()
+    # Before anything is made of it: a merge of aliases (<<) copies what they stand for (PyYAML 6.0, constructor.py).
+    nodes, num_nodes = [root] if root is not None else [], 0
+    while nodes:
+        node = nodes.pop()
+        num_nodes += 1 + (len(node.value) // 100 if isinstance(node, yaml.ScalarNode) else 0)
+        if num_nodes > MOST_ITEMS:
+            raise ValueError(f"got more than {MOST_ITEMS:,} items, aliases counted; expected fewer: shorten it")
+        if isinstance(node, yaml.MappingNode):
+            nodes.extend(part for pair in node.value for part in pair)
+        elif isinstance(node, yaml.SequenceNode):
+            nodes.extend(node.value)
+    return None if root is None else loader.construct_document(root)
+
+
+def shorten(text: str) -> str:
+    """A text for a message, which quotes no more of a value than a reader needs."""
+    return text if len(text) <= MOST_QUOTED else f"{text[:MOST_QUOTED]}..."
 
 
 T = TypeVar("T")
@@ -77,14 +111,15 @@ def check_fields(fields: dict[str, Any], kind: type, *, where: str, untyped: tup
         ValueError: naming `where`, the field, and what was expected.
     """
     if not isinstance(fields, dict):
-        raise ValueError(f"got {fields!r} as {where}; expected a mapping")
+        raise ValueError(f"got {shorten(repr(fields))} as {where}; expected a mapping")
     known = {item.name: item for item in dataclasses.fields(kind)}
     unknown = [str(name) for name in fields if name not in known]
     if unknown:
         # SFTConfig has more fields than a line can hold.
         similar = known if len(known) < 30 else difflib.get_close_matches(unknown[0], known, n=5)
         listed = f", such as {', '.join(similar)}" if similar else ""
-        raise ValueError(f"got {', '.join(unknown)} in {where}; expected fields of {kind.__name__}{listed}")
+        names = shorten(", ".join(unknown))
+        raise ValueError(f"got {names} in {where}; expected fields of {kind.__name__}{listed}")
     required = [
         name
         for name, item in known.items()
@@ -99,7 +134,8 @@ def check_fields(fields: dict[str, Any], kind: type, *, where: str, untyped: tup
             check_type(name, value, types[name], where=where)
         choices = known[name].metadata.get("choices")
         if choices is not None and value not in (*choices, known[name].default):
-            raise ValueError(f"got {name}={value!r} in {where}; expected one of {', '.join(choices)}")
+            quoted = shorten(repr(value))
+            raise ValueError(f"got {name}={quoted} in {where}; expected one of {', '.join(choices)}")
 
 
 def check_type(name: str, value: Any, expected: Any, *, where: str) -> None:
@@ -116,4 +152,4 @@ def check_type(name: str, value: Any, expected: Any, *, where: str) -> None:
             continue
         return
     listed = expected.__name__ if isinstance(expected, type) else expected
-    raise ValueError(f"got {name}={value!r} in {where}; expected {listed}")
+    raise ValueError(f"got {name}={shorten(repr(value))} in {where}; expected {listed}")

@@ -1,22 +1,19 @@
-"""The checkpoints in the output folder of a run: which one is complete, and what a resumed run has to keep.
+"""The checkpoints in the output folder of a run: which one is whole, and what a resumed run has to keep.
 
-A checkpoint is a folder `checkpoint-STEP` into which the Trainer writes trainer_state.json last (transformers 5.23,
-trainer.py). Beside it lie the settings that decide the order of rows, and those that the state of the optimizer holds.
-With others, rows would be lost and repeated, and a new learning rate would be stated but not used, since the optimizer
-brings its own.
+A checkpoint is a folder `checkpoint-STEP` that the Trainer writes and `seal_checkpoint` ends. In it lie the settings
+that decide the order of rows, and those that the state of the optimizer holds. With others, rows would be lost and
+repeated, and a new learning rate would be stated but not used, since the optimizer brings its own.
 """
 
-import contextlib
-import errno
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator
+import os
+import zlib
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from safetensors import SafetensorError
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 from trl import SFTConfig
 
@@ -25,23 +22,81 @@ from .starting_model import LORA_DEFAULTS
 
 logger = logging.get_logger(__name__)
 
-_CHECKPOINTS = ("checkpoint-*",)
-_MODELS = (
-    "*.safetensors", "*.safetensors.index.json", "*.bin", "adapter_config.json", "config.json",
-    "training_record.json",
-)  # fmt: skip
-"""What a run ends with. An `adapter_config.json` that stayed beside a new model would make another one of it."""
+FILES_FILE = "checkpoint_files.json"
+"""Size and CRC-32 of every file of a checkpoint. It is written when all of them are on the disk."""
 
 
 def find_checkpoint(output_dir: str | Path) -> str | None:
-    """The last complete checkpoint of a run; one whose writing was interrupted is left out."""
-    complete = {}
-    for state in Path(output_dir).glob("checkpoint-*/trainer_state.json"):
-        try:
-            complete[json.loads(state.read_text())["global_step"]] = str(state.parent)
-        except (ValueError, KeyError):
-            logger.warning(f"{state.parent} is incomplete and is left out")
-    return complete[max(complete)] if complete else None
+    """The last whole checkpoint of a run; one that is damaged, or whose writing was interrupted, is left out."""
+    steps = {}
+    for path in Path(output_dir).glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if number.isdecimal() and path.is_dir():
+            steps[int(number)] = path
+    for _, path in sorted(steps.items(), reverse=True):
+        damage = find_damage(path)
+        if damage is None:
+            return str(path)
+        logger.warning(f"{path} is left out: {damage}")
+    return None
+
+
+def seal_checkpoint(checkpoint: str | Path) -> None:
+    """Let a checkpoint count as whole: its files are on the disk, and their sizes and checksums stand beside them."""
+    folder = Path(checkpoint)
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FILES_FILE):
+        files[path.relative_to(folder).as_posix()] = _measure(path)
+        _flush(path)
+    write_whole(folder / FILES_FILE, json.dumps(files, indent=1) + "\n")
+    _flush(folder / FILES_FILE)
+    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder, folder.parent):
+        _flush(path)
+
+
+def find_damage(checkpoint: str | Path) -> str | None:
+    """What is missing or changed in a checkpoint since it was sealed; None if nothing is."""
+    path = Path(checkpoint, FILES_FILE)
+    try:
+        files = json.loads(path.read_text())
+        changed = [name for name, facts in files.items() if _measure(path.with_name(name)) != facts]
+    except FileNotFoundError as error:
+        missing = Path(error.filename)
+        return f"its writing did not end, without {FILES_FILE}" if missing == path else f"{missing.name} is missing"
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        return f"it cannot be read ({error})"
+    return f"{', '.join(changed)} changed since it was written" if changed else None
+
+
+class WholeBest(TrainerCallback):
+    """Lets a resumed run forget a best checkpoint that is damaged: the best of those to come takes its place."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.best_model_checkpoint is None:
+            return
+        damage = find_damage(state.best_model_checkpoint)
+        if damage is not None:
+            logger.warning(f"{state.best_model_checkpoint}, the best so far, is left out: {damage}")
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+
+def _measure(path: Path) -> dict[str, int]:
+    size, checksum = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            size, checksum = size + len(block), zlib.crc32(block, checksum)
+    return {"bytes": size, "crc32": checksum}
+
+
+def _flush(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_resumable(checkpoint: str | Path) -> None:
@@ -56,42 +111,6 @@ def check_resumable(checkpoint: str | Path) -> None:
             f"got {checkpoint}, which holds weights alone (save_only_model); expected its optimizer too: start again "
             "without --resume in another output_dir, with this checkpoint as model"
         )
-
-
-def refuse_earlier_run(output_dir: str | Path, *, resume: bool = False) -> None:
-    """Keep a new run away from the checkpoints of another one, which it would mix with its own, and from its model.
-
-    Args:
-        resume: Go on from a checkpoint; a model without one is refused all the same, since nothing goes on from it.
-
-    Raises:
-        ValueError: naming what there is.
-    """
-    checkpoints, models = _find(output_dir, _CHECKPOINTS), _find(output_dir, _MODELS)
-    if checkpoints and not resume:
-        raise ValueError(
-            f"got output_dir {str(output_dir)!r} with {checkpoints[0].name} of an earlier run; expected none: add "
-            "--resume to go on with that run, --overwrite to remove it, or choose another output_dir"
-        )
-    if models and not (resume and find_checkpoint(output_dir)):
-        raise ValueError(
-            f"got output_dir {str(output_dir)!r} with {models[0].name} of an earlier run; expected no model in it: "
-            "add --overwrite to remove it, or choose another output_dir"
-        )
-
-
-def remove_earlier_run(output_dir: str | Path) -> None:
-    """Take out checkpoints, models, settings of adapters, and curves; other files stay."""
-    for path in _find(output_dir, (*_CHECKPOINTS, *_MODELS, "progress.csv", "progress.png")):
-        logger.warning(f"{path} of an earlier run is removed")
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def _find(output_dir: str | Path, patterns: tuple[str, ...]) -> list[Path]:
-    return sorted(path for pattern in patterns for path in Path(output_dir).glob(pattern))
 
 
 # What a resumed run has to keep.
@@ -179,34 +198,6 @@ def _describe_rows(dataset: Dataset, *, packed: bool) -> str:
 
 
 # Files that are written whole, or not at all.
-
-
-@contextlib.contextmanager
-def explain_full_disk(output_dir: str | Path) -> Iterator[None]:
-    """Say what to do when a file cannot be written.
-
-    Raises:
-        ValueError: naming the space that is left and where `--resume` goes on.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, OSError):
-            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        else:
-            # What safetensors and torch say of a file that cannot be written; they have no error number.
-            texts = ("Error while serializing", "unexpected pos", "PytorchStreamWriter failed")
-            is_full = any(text in str(error) for text in texts)
-        if not is_full:
-            raise
-        folder = Path(output_dir).resolve()
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
-        free = shutil.disk_usage(existing).free / 2**20
-        start = find_checkpoint(output_dir) or "the beginning"
-        raise ValueError(
-            f"got no room to write ({error}), with {free:,.0f} MiB free in {existing}; expected enough for a "
-            f"checkpoint: make room, then add --resume, which goes on from {start}"
-        ) from error
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,8 +1,7 @@
 """A training run as a YAML file: what is trained from what, on which rows, and how.
 
-    Recipe          the fields, and what each of them means
-    read_recipe     the file, with settings of the command line on top
-    TRAINER_FIELDS  what `trainer:` takes of TRL's SFTConfig
+    Recipe       the fields, and what each of them means; those of `trainer:` are in `trainer_fields.py`
+    read_recipe  the file, with settings of the command line on top
 
 A mistake that shows in the recipe alone is refused here, before anything is loaded. What needs more is refused where
 that is known: the launcher in `trainer.check_sharding`, the machine in `run.build_trainer`, the model in
@@ -10,8 +9,6 @@ that is known: the launcher in `trainer.check_sharding`, the machine in `run.bui
 """
 
 import dataclasses
-import difflib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +18,13 @@ import yaml
 from peft import LoraConfig
 from trl import SFTConfig
 
-from modeling_llava.records.yaml_fields import ACCESS_TOKEN, FieldsLoader, build, check_fields, read_yaml
+from modeling_llava.records.yaml_fields import ACCESS_TOKEN, build, check_fields, load_yaml, read_yaml, shorten
 from processing_llava.data.data_sources import DataSource
 from processing_llava.data.row_lengths import ON_BAD_ROW, check_length_options
 from processing_llava.image_limits import ImageLimits
 from processing_llava.original.original_folder import find_installed
+
+from .trainer_fields import DECIDED_BY_PACKING, check_trainer, refuse_trainer_fields
 
 STAGES = {
     "align": ("mm_projector", "image_newline"),
@@ -35,9 +34,6 @@ STAGES = {
 }
 """The parts of the model that each stage trains as a whole; the last two train adapters beside them."""
 OUTPUT_DTYPES = ("float32", "bfloat16", "float16")
-REPORTS = ("tensorboard", "codecarbon")
-"""Loggers that `trainer.report_to` takes: they write files. The others send every setting, with the paths of this
-machine, and some send checkpoints with pickles in them (transformers 5.23, integrations/integration_utils.py)."""
 
 
 @dataclass(kw_only=True)
@@ -52,7 +48,7 @@ class Recipe:
     """"align" (projector only), "finetune" (projector and language model), "lora" (projector, and adapters in the
     language model) or "qlora" (the same on a 4-bit language model)."""
     model: str
-    """Folder or Hub id of the model to start from."""
+    """Folder or Hub id of the model to start from, or "embedded"."""
     data: list[DataSource]
     eval_data: list[DataSource] = field(default_factory=list)
     """Rows whose loss is measured after each epoch, or when `trainer.eval_strategy` says; none of them is trained on.
@@ -111,7 +107,7 @@ class Recipe:
         _check_packing(self)
         _check_rates(self)
         _check_lora(self)
-        _check_trainer(self)
+        check_trainer(self.trainer, num_eval_sources=len(self.eval_data))
 
     @property
     def uses_lora(self) -> bool:
@@ -145,7 +141,7 @@ def read_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
     trainer = fields.get("trainer", {})
     if isinstance(trainer, dict):
         # Before their types, whose messages hold values: a token that is to send something would be printed.
-        _refuse_trainer_fields(trainer)
+        refuse_trainer_fields(trainer)
     check_fields(trainer, SFTConfig, where=f"trainer of {path}")
     # Its type lacks the names with a number, such as pissa_niter_16, which Recipe refuses with a reason.
     check_fields(fields.get("lora", {}), LoraConfig, where=f"lora of {path}", untyped=("init_lora_weights",))
@@ -156,11 +152,11 @@ def _apply_setting(fields: dict[str, Any], setting: str) -> None:
     """Set, or take out, one key of a recipe that was read; see `read_recipe`."""
     key, equals, text = setting.partition("=")
     if not key or not equals:
-        raise ValueError(f"got {setting!r}; expected KEY=VALUE, such as trainer.learning_rate=1e-4")
+        raise ValueError(f"got {shorten(repr(setting))}; expected KEY=VALUE, such as trainer.learning_rate=1e-4")
     *parents, last = key.split(".")
     place: Any = fields
     try:
-        value = yaml.load(text, FieldsLoader)
+        value = load_yaml(text)
         for name in parents:
             place = place[int(name)] if isinstance(place, list) else place.setdefault(name, {})
         name = int(last) if isinstance(place, list) else last
@@ -168,59 +164,20 @@ def _apply_setting(fields: dict[str, Any], setting: str) -> None:
             place[name] = value
         else:
             del place[name]
-    except (AttributeError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (
+        AttributeError,
+        LookupError,
+        OverflowError,
+        RecursionError,
+        TypeError,
+        ValueError,
+        yaml.YAMLError,
+    ) as error:
         raise ValueError(
-            f"got {setting!r}; expected a key of the recipe and a value in YAML, such as trainer.learning_rate=1e-4 "
-            "or data.0.path=rows.json; or nothing after = for a key that is there, to take it out"
+            f"got {shorten(repr(setting))}; expected a key of the recipe and a value in YAML, such as "
+            "trainer.learning_rate=1e-4 or data.0.path=rows.json; or nothing after = for a key that is there, to take "
+            "it out"
         ) from error
-
-
-TRAINER_FIELDS = (
-    # length and order
-    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed",
-    "train_sampling_strategy", "length_column_name", "auto_find_batch_size", "average_tokens_across_devices",
-    "ignore_data_skip", "restore_callback_states_from_checkpoint",
-    # optimizer and loss
-    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
-    "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
-    "label_smoothing_factor", "neftune_noise_alpha", "loss_type", "router_aux_loss_coef",
-    # dtypes and memory
-    "bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval", "full_determinism", "use_cpu", "use_cache",
-    "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
-    "gradient_checkpointing_kwargs", "activation_offloading", "torch_compile", "torch_compile_backend",
-    "torch_compile_mode", "torch_empty_cache_steps", "use_liger_kernel", "liger_kernel_config",
-    # evaluation and checkpoints
-    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps", "eval_do_concat_batches",
-    "eval_use_gather_object", "per_device_eval_batch_size", "prediction_loss_only", "load_best_model_at_end",
-    "metric_for_best_model", "greater_is_better", "save_strategy", "save_steps", "save_total_limit", "save_only_model",
-    "save_on_each_node", "enable_jit_checkpoint",
-    # what is written of it
-    "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_level",
-    "log_level_replica", "log_on_each_node", "disable_tqdm", "include_num_input_tokens_seen", "skip_memory_metrics",
-    "debug", "report_to",
-    # several processes, and readers of data
-    "accelerator_config", "parallelism_config", "fsdp", "fsdp_config", "deepspeed", "ddp_backend",
-    "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused_parameters", "ddp_static_graph", "ddp_timeout",
-    "dataloader_drop_last", "dataloader_in_order", "dataloader_multiprocessing_context", "dataloader_num_workers",
-    "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
-)  # fmt: skip
-"""Fields of TRL's SFTConfig that `trainer:` takes. The others have no effect here, lose rows, or send something
-somewhere; one that a newer TRL or transformers adds is refused until it stands here."""
-INSTEAD = {
-    "chat_template_path": "template at the top of the recipe",
-    "eos_token": "template at the top of the recipe",
-    "max_length": "max_length at the top of the recipe, which cuts no row",
-    "output_dir": "output_dir at the top of the recipe",
-    "packing": "tokens_per_batch at the top of the recipe",
-    "push_to_hub": "`llava push` after the run",
-    "resume_from_checkpoint": "`llava train --resume`",
-}
-"""What does the work of a field that `trainer:` does not take."""
-DECIDED_BY_PACKING = (
-    "data_seed", "dataloader_drop_last", "length_column_name", "per_device_train_batch_size",
-    "train_sampling_strategy",
-)  # fmt: skip
-"""Fields that have no effect beside `tokens_per_batch`."""
 
 
 def _refuse_tokens(value: Any, key: str) -> None:
@@ -316,78 +273,3 @@ def _check_lora(recipe: Recipe) -> None:
             f"got lora.init_lora_weights={start!r}, whose random start is not the same again when the adapter is "
             "loaded; expected 'pissa', which is exact"
         )
-
-
-def _check_trainer(recipe: Recipe) -> None:
-    """Refuse what `trainer:` does not take, and values that would change nothing or lose what a recipe promises."""
-    trainer = recipe.trainer
-    _refuse_trainer_fields(trainer)
-    if trainer.get("gradient_accumulation_steps", 1) < 1:
-        raise ValueError(
-            f"got trainer.gradient_accumulation_steps={trainer['gradient_accumulation_steps']}; expected at least 1"
-        )
-    if trainer.get("num_train_epochs", 1) <= 0 and trainer.get("max_steps", -1) <= 0:
-        raise ValueError(
-            f"got trainer.num_train_epochs={trainer['num_train_epochs']} and no max_steps, which trains nothing; "
-            "expected more than 0 of one of them"
-        )
-    if trainer.get("train_sampling_strategy") not in (None, "random", "sequential"):
-        raise ValueError(
-            f"got trainer.train_sampling_strategy={trainer['train_sampling_strategy']!r}, which takes rows "
-            "for tokens; expected 'random' or 'sequential': tokens_per_batch makes batches without padding"
-        )
-    num_sources = len(recipe.eval_data)
-    strategy = trainer.get("eval_strategy", "epoch" if num_sources else "no")
-    if (strategy != "no") != bool(num_sources):
-        raise ValueError(
-            f"got trainer.eval_strategy={strategy!r} and {num_sources} sources of eval_data; expected "
-            "'epoch' or 'steps' with rows to evaluate, or neither"
-        )
-    _check_best(trainer, has_eval_data=bool(num_sources))
-    _check_senders(trainer)
-
-
-def _refuse_trainer_fields(trainer: dict[str, Any]) -> None:
-    """One sentence for every field that is not taken. Values, which may be secrets, are not told."""
-    for name in trainer:
-        if name not in TRAINER_FIELDS:
-            similar = ", ".join(difflib.get_close_matches(str(name), TRAINER_FIELDS, n=5)) or "learning_rate"
-            expected = INSTEAD.get(name, f"a field such as {similar}")
-            raise ValueError(f"got trainer.{name}, which no recipe takes; expected {expected}")
-
-
-def _check_best(trainer: dict[str, Any], *, has_eval_data: bool) -> None:
-    """What chooses the best checkpoint has to be measured, and an evaluation measures the loss alone."""
-    by_loss = trainer.get("load_best_model_at_end"), trainer.get("save_strategy") == "best"
-    for name, is_set in zip(("load_best_model_at_end", "save_strategy='best'"), by_loss):
-        if is_set and not has_eval_data:
-            raise ValueError(f"got trainer.{name} without rows that tell the best; expected eval_data")
-    metric, metrics = trainer.get("metric_for_best_model"), ("loss", "eval_loss")
-    if metric is not None and (metric not in metrics or not has_eval_data):
-        raise ValueError(
-            f"got trainer.metric_for_best_model={metric!r} {'with' if has_eval_data else 'without'} eval_data; "
-            f"expected one of {', '.join(metrics)}, all that is measured, with eval_data"
-        )
-    if trainer.get("greater_is_better") is not None and metric is None and not any(by_loss):
-        raise ValueError(
-            "got trainer.greater_is_better, which has no effect here; expected none, or load_best_model_at_end"
-        )
-
-
-def _check_senders(trainer: dict[str, Any]) -> None:
-    """Refuse loggers and trackers that send, as values of fields that are taken."""
-    names = trainer.get("report_to", "none")
-    names = names if isinstance(names, list) else [names]
-    for name in names:
-        if name not in REPORTS and names != ["none"]:
-            raise ValueError(
-                f"got trainer.report_to={name!r}; expected none, or {' or '.join(REPORTS)}, which write files here: "
-                "others send settings and paths of this machine, and progress.csv holds what they draw"
-            )
-    path = trainer.get("deepspeed")
-    settings = path if isinstance(path, dict) else {}
-    if isinstance(path, str) and Path(path).is_file():
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    for name in ("wandb", "comet"):
-        if name in settings:
-            raise ValueError(f"got {name} in trainer.deepspeed, which sends while a run goes on; expected none")

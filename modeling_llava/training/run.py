@@ -1,5 +1,8 @@
 """`llava train RECIPE.yaml`, as a story: model, what trains, rows, batches, memory, training, checkpoint."""
 
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +23,16 @@ from processing_llava.data.collator import LlavaDataCollator
 from processing_llava.transformers_versions import CHECKPOINTING_FIELD
 
 from .batches import plan_batches, read_rows
-from .checkpoints import (
-    check_resumable,
-    check_settings,
-    explain_full_disk,
-    find_checkpoint,
-    refuse_earlier_run,
-    remove_earlier_run,
-)
+from .checkpoints import WholeBest, check_resumable, check_settings, find_checkpoint
 from .feature_cache import FeatureCache
 from .parts import count_parameters
-from .recipe import REPORTS, Recipe
+from .recipe import Recipe
+from .run_folder import EarlierRun, explain_disk, lock_folder, refuse_earlier_run
 from .run_log import StreamReport, TrainingRecord
 from .starting_model import load_model, load_processor
 from .step_memory import estimate_step, free_memory
 from .trainer import LlavaTrainer, is_sharded
+from .trainer_fields import FREE_FIELDS, REPORTS, list_reports
 
 logger = logging.get_logger(__name__)
 
@@ -69,7 +67,11 @@ def trainer_settings(recipe: Recipe) -> dict[str, Any]:
     for name in ("gradient_checkpointing", "activation_checkpointing"):
         if name in recipe.trainer:
             settings[CHECKPOINTING_FIELD] = settings.pop(name)
-    return settings
+    for name in ("adam_beta1", "adam_beta2"):
+        if name in settings:
+            # torch refuses a whole number beside another (torch 2.13, optim/adam.py).
+            settings[name] = float(settings[name])
+    return settings | {"report_to": list_reports(settings)}
 
 
 def train(
@@ -78,30 +80,36 @@ def train(
     """Run a recipe.
 
     Args:
-        resume: Go on from the last complete checkpoint in the output folder; without one, start.
-        overwrite: Remove what an earlier run left in the output folder, once the first step can be taken.
+        resume: Go on from the last whole checkpoint in the output folder; without one, start.
+        overwrite: Remove what an earlier run left in the output folder, after the first step.
         trainer_class: One with another optimizer, for example.
 
     Returns:
         The folder with the trained model (of a LoRA: the adapter) and its processor, which the Auto classes load.
 
     Raises:
-        ValueError: naming the field or the row that cannot be used, the disk that is full, or an earlier run.
+        ValueError: naming the field or the row that cannot be used, the disk that takes no file, or another run in
+            the output folder, earlier or at the same time.
     """
     if resume and overwrite:
         raise ValueError("got resume and overwrite; expected one of them: overwrite removes what resume goes on from")
-    if not overwrite:
-        refuse_earlier_run(recipe.output_dir, resume=resume)
-    with explain_full_disk(recipe.output_dir):
-        trainer = build_trainer(recipe, trainer_class)
-        if overwrite and trainer.is_world_process_zero():
-            remove_earlier_run(recipe.output_dir)
-        trainer.add_callback(TrainingRecord(recipe, trainer.train_dataset))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(explain_disk(recipe.output_dir))
+        if os.environ.get("RANK", "0") == "0":
+            stack.enter_context(lock_folder(recipe.output_dir))
         checkpoint = find_checkpoint(recipe.output_dir) if resume else None
+        if not overwrite:
+            refuse_earlier_run(recipe.output_dir, resume=resume, checkpoint=checkpoint)
+        trainer = build_trainer(recipe, trainer_class)
+        if overwrite:
+            trainer.add_callback(EarlierRun(recipe.output_dir))
+        trainer.add_callback(TrainingRecord(recipe, trainer.train_dataset))
         if checkpoint is not None:
             check_resumable(checkpoint)
             check_settings(checkpoint, trainer.resume_settings)
-        trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.add_callback(WholeBest())
+        with explain_settings(recipe, is_over=lambda: trainer.run_log.has_stepped):
+            trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_trained()
     return Path(recipe.output_dir)
 
@@ -112,7 +120,9 @@ def build_trainer(recipe: Recipe, trainer_class: type[LlavaTrainer] = LlavaTrain
     Raises:
         ValueError: naming the field or the row that cannot be used.
     """
-    arguments = SFTConfig(output_dir=recipe.output_dir, **trainer_settings(recipe))
+    with explain_settings(recipe):
+        arguments = SFTConfig(output_dir=recipe.output_dir, **trainer_settings(recipe))
+    _check_device(arguments)
     # transformers adds kubeflow where its variables are set (5.23, training_args.py).
     arguments.report_to = [name for name in arguments.report_to if name in REPORTS]
     _check_reports(arguments.report_to)
@@ -152,17 +162,66 @@ def build_trainer(recipe: Recipe, trainer_class: type[LlavaTrainer] = LlavaTrain
         _decide_checkpointing(model, collator, dataset, recipe, arguments)
     if recipe.compile_blocks:
         compile_blocks(base, checkpointing=arguments.gradient_checkpointing)
-    return trainer_class(
-        model,
-        arguments,
-        recipe=recipe,
-        train_dataset=dataset,
-        eval_dataset=eval_dataset,
-        batch_sampler=batch_sampler,
-        data_collator=collator,
-        processing_class=processor,
-        callbacks=[StreamReport(fates)] if isinstance(dataset, IterableDataset) else None,
-    )
+    with explain_settings(recipe):
+        return trainer_class(
+            model,
+            arguments,
+            recipe=recipe,
+            train_dataset=dataset,
+            eval_dataset=eval_dataset,
+            batch_sampler=batch_sampler,
+            data_collator=collator,
+            processing_class=processor,
+            callbacks=[StreamReport(fates)] if isinstance(dataset, IterableDataset) else None,
+        )
+
+
+@contextlib.contextmanager
+def explain_settings(recipe: Recipe, *, is_over: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Make one line of what TRL, transformers, accelerate and torch raise for a value that they cannot use.
+
+    Args:
+        is_over: Whether a step was taken: what goes wrong then is no setting.
+
+    Raises:
+        ValueError: naming the fields of the recipe whose values they judge, instead of an error of any other kind.
+    """
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        names = [name for name in FREE_FIELDS if name in recipe.trainer]
+        # Those of this package say more, and memory that is short is no mistake of a value.
+        is_clear = isinstance(error, ValueError) and str(error).startswith("got ")
+        if not names or is_over() or is_clear or isinstance(error, torch.OutOfMemoryError):
+            raise
+        given = ", ".join(f"trainer.{name}={recipe.trainer[name]!r}" for name in names)
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"got {given[:300]}, with which no step can be taken here ({type(error).__name__}: {reason}); expected "
+            "values that this machine and these versions take: correct one, or take it out"
+        ) from error
+
+
+def _check_device(arguments: SFTConfig) -> None:
+    """Refuse what has an effect on a GPU alone.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if arguments.device.type == "cpu":
+        for name in ("fp16", "activation_offloading"):
+            if getattr(arguments, name):
+                raise ValueError(
+                    f"got trainer.{name}=True on a CPU, where it has no effect; expected false: take it out"
+                )
 
 
 def _check_reports(names: list[str]) -> None:
@@ -175,8 +234,7 @@ def _check_reports(names: list[str]) -> None:
     for name in names:
         if name not in installed:
             raise ValueError(
-                f"got trainer.report_to={name!r}, which is not installed; expected none, or one of those that are "
-                f"({', '.join(installed)}): install its package, or take it out"
+                f"got trainer.report_to={name!r}, which is not installed; expected it, or none: pip install {name}"
             )
 
 

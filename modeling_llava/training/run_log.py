@@ -57,6 +57,7 @@ class RunLog(TrainerCallback):
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / "progress.csv"
+        self.has_stepped = False
         self._restart_counts(step=0)
 
     def count(self, batch: dict[str, Any]) -> None:
@@ -98,14 +99,17 @@ class RunLog(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.has_stepped = True
         # A run may be shorter than `logging_steps`.
         if state.global_step == state.max_steps and args.logging_strategy != "no":
             control.should_log = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         lines = read_log(state)
-        # The last log may be another, such as the summary of the run.
-        if not state.is_world_process_zero or not lines or lines[-1] is not state.log_history[-1]:
+        # The last log may be another, such as the summary of the run. Before the first step the file of an earlier run
+        # stays; the history keeps an evaluation of then.
+        is_line = bool(lines) and lines[-1] is state.log_history[-1] and state.global_step > 0
+        if not state.is_world_process_zero or not is_line:
             return
         columns = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", *RATES)
         table = io.StringIO()

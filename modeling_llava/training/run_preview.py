@@ -14,11 +14,12 @@ from processing_llava.data.preview import format_terminal
 from processing_llava.data.row_lengths import measure_row, read_image_sizes
 
 from .parts import count_elements, count_parameters, part_of
-from .recipe import TRAINER_FIELDS, Recipe
+from .recipe import Recipe
 from .run import build_trainer, trainer_settings
 from .starting_model import LORA_DEFAULTS
 from .step_memory import StepMemory, count_states, estimate_step, free_memory
 from .trainer import LlavaTrainer, is_sharded
+from .trainer_fields import TRAINER_FIELDS
 
 
 def preview(recipe: Recipe, *, color: bool) -> Iterator[str]:

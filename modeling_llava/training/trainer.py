@@ -1,5 +1,6 @@
 """LlavaTrainer: TRL's SFTTrainer with a learning rate for each part of the model, and what sharding takes."""
 
+import copy
 import json
 import math
 import os
@@ -15,10 +16,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from .batches import TokenBudgetBatchSampler
-from .checkpoints import SETTINGS_FILE, describe_settings
+from .checkpoints import FILES_FILE, SETTINGS_FILE, describe_settings, seal_checkpoint
 from .parts import keep_float32, part_of
 from .recipe import Recipe
 from .run_log import ProgressLine, RunLog
@@ -83,6 +85,13 @@ class LlavaTrainer(SFTTrainer):
         if self.optimizer is None:
             model = model or self.model
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            plain = copy.copy(self.args)
+            plain.optim_args = None
+            if self.args.optim_args and self.get_optimizer_cls_and_kwargs(plain, model)[1] == settings:
+                raise ValueError(
+                    f"got trainer.optim_args={self.args.optim_args!r}, which has no effect on {plain.optim}; expected "
+                    "arguments that it takes, or none: take it out"
+                )
             self.optimizer = optimizer_class(self.group_parameters(model), **settings)
         return self.optimizer
 
@@ -130,6 +139,21 @@ class LlavaTrainer(SFTTrainer):
         if state_dict is not None and self.model.config.tie_word_embeddings:
             state_dict.pop("lm_head.weight", None)
         super()._save(output_dir, state_dict)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint and seal it, and then let it take the place of older ones."""
+        path = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            (path / FILES_FILE).unlink(missing_ok=True)
+        # The Trainer would remove older ones before this one is sealed (transformers 5.23, trainer.py).
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = limit
+        # Each process writes files of its own.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal_checkpoint(path)
+            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:

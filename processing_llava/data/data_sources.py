@@ -15,10 +15,13 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+
+from .data_bounds import MOST_RECORD_CHARACTERS, check_parquet, find_excess
+from .data_folders import check_card, check_inside, check_saved
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset
@@ -80,7 +83,7 @@ class DataSource:
     image_folder: str | None = None
     """Where image paths start, and where they have to stay; without it, records with paths are refused."""
     follow_links: bool = False
-    """Symbolic links in the image folder may lead out of it."""
+    """Symbolic links in the image folder, and in a folder of data, may lead out of it."""
     name: str | None = None
     """Configuration of a Hub dataset, or of a folder that names some in its README.md; other data has none."""
     split: str = "train"
@@ -103,8 +106,10 @@ class DataSource:
             )
         if not isinstance(self.split, str) or not self.split:
             raise ValueError(f"got split={self.split!r} for {self.path}; expected a name, such as 'train[:75%]'")
-        if self.follow_links and self.image_folder is None:
-            raise ValueError(f"got follow_links for {self.path} without an image_folder; expected both, or neither")
+        if self.follow_links and self.image_folder is None and not Path(self.path).is_dir():
+            raise ValueError(
+                f"got follow_links for {self.path} without an image_folder; expected one, or a folder of data"
+            )
 
     @property
     def images(self) -> ImageFolder | None:
@@ -141,9 +146,9 @@ def open_records(source: DataSource) -> tuple[int | None, Iterator[Any]]:
     """
     parts = find_json_parts(source)
     if parts:
-        return sum(1 for _ in stream_parts(parts)), stream_parts(parts)
+        return sum(1 for _ in stream_parts(parts)), _bound_records(stream_parts(parts))
     dataset = open_dataset(source)
-    return (None if source.streaming else len(dataset)), _iterate(dataset, source)
+    return (None if source.streaming else len(dataset)), _bound_records(_iterate(dataset, source))
 
 
 JsonParts = tuple[tuple[tuple[str, ...], int, int | None], ...]
@@ -161,10 +166,21 @@ def find_json_parts(source: DataSource) -> JsonParts:
     path = Path(source.path)
     if path.suffix in _JSON:
         splits = {"train": (source.path,)}
-    elif not path.is_dir() or _is_saved_dataset(path):
+    elif _is_saved_dataset(path):
+        check_saved(path, follow_links=source.follow_links)
+        return ()
+    elif not path.is_dir():
+        if path.suffix == ".parquet" and path.is_file():
+            check_parquet(path)
         return ()
     else:
+        check_card(path)
         splits = _find_split_files(source)
+        files = [file for files in splits.values() for file in files]
+        check_inside(path, files, by="README.md", follow_links=source.follow_links)
+        for file in files:
+            if file.endswith(".parquet"):
+                check_parquet(file)
         if any(Path(file).suffix not in _JSON for files in splits.values() for file in files):
             return ()
     if source.split in splits:
@@ -206,6 +222,8 @@ def open_dataset(source: DataSource) -> "Dataset | IterableDataset":
         elif path.suffix in _BUILDERS:
             dataset = load_dataset(_BUILDERS[path.suffix], data_files=source.path, **options)
         else:
+            if not path.exists():
+                _check_hub_files(source)
             dataset = load_dataset(source.path, source.name, **options)
     except (OSError, ValueError, KeyError, DatasetsError) as error:
         raise _unreadable(source, error) from error
@@ -235,8 +253,19 @@ def _check_places(source: DataSource) -> None:
         )
 
 
+def _check_hub_files(source: DataSource) -> None:
+    """Refuse a Hub dataset whose card names files of this machine, or other places on the network."""
+    files = [file for files in _find_split_files(source).values() for file in files]
+    for file in files:
+        if not file.startswith("hf://"):
+            raise ValueError(
+                f"got the dataset {source.path!r}, whose card names the data {file[:80]!r}; expected files of its "
+                "repository; take another dataset"
+            )
+
+
 def _find_split_files(source: DataSource) -> dict[str, tuple[str, ...]]:
-    """The files of each split of a folder, told by their names (datasets 5.2, data_files.py)."""
+    """The files of each split of a folder or Hub dataset, told by their names (datasets 5.2, data_files.py)."""
     from datasets import load_dataset_builder
     from datasets.exceptions import DatasetsError
 
@@ -284,11 +313,11 @@ def _is_saved_dataset(path: Path) -> bool:
 
 
 def _leave_encoded(feature: Any) -> Any:
-    """The type of a column, with pictures undecoded however deep they lie."""
-    from datasets import Image, LargeList, List
+    """The type of a column, with pictures and all that names a file undecoded, however deep they lie."""
+    from datasets import LargeList, List
 
-    if isinstance(feature, Image):
-        return Image(decode=False)
+    if is_dataclass(feature) and "decode" in {item.name for item in fields(feature)}:
+        return replace(feature, decode=False)
     if isinstance(feature, dict):
         return {name: _leave_encoded(part) for name, part in feature.items()}
     if isinstance(feature, (List, LargeList)):
@@ -315,6 +344,20 @@ def _unreadable(source: DataSource, error: Exception) -> ValueError:
         f"got the data {source.path!r}, split {source.split!r} ({type(error).__name__}: {error}); expected a JSON "
         "file, a folder or file of datasets, or a Hub dataset; correct path, name and split"
     )
+
+
+def _bound_records(records: Iterator[Any]) -> Iterator[Any]:
+    """The same records, with a `RefusedRecord` in place of one that is too much."""
+    for number, record in enumerate(records, start=1):
+        yield bound_record(record, f"record {number}")
+
+
+def bound_record(record: Any, record_id: str) -> Any:
+    """A record as it is, or the `RefusedRecord` that says what there is too much of in it."""
+    excess = find_excess(record)
+    if excess is None:
+        return record
+    return RefusedRecord(record_id, "too much in a record", excess, "expected less; split the record or take it out")
 
 
 def stream_records(path: str | Path) -> Iterator[Any]:
@@ -355,12 +398,13 @@ def stream_records(path: str | Path) -> Iterator[Any]:
 
 def _read_single_object(file: TextIO) -> dict[str, Any] | None:
     """The object that a whole file is, in one line or in many; None for another file."""
-    first = next((line for line in file if line.strip()), "")
+    lines = _read_lines(file)
+    first = next((line for line in lines if line.strip()), "")
     if not first.lstrip().startswith("{"):
         return None
     try:
         single = json.loads(first)
-        return single if not any(line.strip() for line in file) else None
+        return single if not any(line.strip() for line in lines) else None
     except json.JSONDecodeError as error:
         # Only an object that goes on in the next line is worth to be read as a whole.
         if error.pos < len(first.rstrip()):
@@ -368,7 +412,8 @@ def _read_single_object(file: TextIO) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     try:
-        return json.loads(first + file.read())
+        rest = file.read(MOST_RECORD_CHARACTERS)
+        return json.loads(first + rest) if len(rest) < MOST_RECORD_CHARACTERS else None
     except (ValueError, RecursionError):
         return None
 
@@ -384,11 +429,13 @@ def _check_record_keys(single: dict[str, Any], path: Path) -> None:
 
 
 def _parse_lines(file: TextIO, path: Path) -> Iterator[Any]:
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(_read_lines(file), start=1):
         if not line.strip():
             continue
         # ValueError also for an integer of too many digits, RecursionError for brackets in brackets.
         try:
+            if len(line) > MOST_RECORD_CHARACTERS:
+                raise ValueError(f"more than {MOST_RECORD_CHARACTERS:,} characters")
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             record = RefusedRecord(
@@ -398,6 +445,15 @@ def _parse_lines(file: TextIO, path: Path) -> Iterator[Any]:
                 "expected a JSON list, or one record in each line; correct the line",
             )
         yield record
+
+
+def _read_lines(file: TextIO) -> Iterator[str]:
+    """The lines of a file; of one that is longer than a record may be, the beginning."""
+    while line := file.readline(MOST_RECORD_CHARACTERS + 1):
+        rest = line
+        while len(rest) > MOST_RECORD_CHARACTERS and not rest.endswith("\n"):
+            rest = file.readline(MOST_RECORD_CHARACTERS + 1)
+        yield line
 
 
 def _parse_list(file: TextIO, path: Path) -> Iterator[Any]:
@@ -422,10 +478,11 @@ def _parse_list(file: TextIO, path: Path) -> Iterator[Any]:
             continue
         text, position = text[position:], 0
         # As much again as there is, so that a list that breaks early is not copied a thousand times.
-        block = file.read(max(BLOCK_CHARACTERS, len(text)))
+        block = file.read(max(BLOCK_CHARACTERS, len(text))) if len(text) <= MOST_RECORD_CHARACTERS else ""
         if not block:
             raise ValueError(
                 f"got {path}, whose list is no JSON after {num_records} records, at {text[:60]!r}; expected records "
-                "between commas and a closing bracket; correct the file"
+                f"of at most {MOST_RECORD_CHARACTERS:,} characters between commas and a closing bracket; correct the "
+                "file"
             )
         text += block

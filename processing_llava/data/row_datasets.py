@@ -35,6 +35,7 @@ from .data_sources import (
     ImageFolder,
     JsonParts,
     RefusedRecord,
+    bound_record,
     find_json_parts,
     open_dataset,
     stream_parts,
@@ -222,6 +223,7 @@ def _convert(
 ) -> dict[str, Any]:
     # A row of `datasets` is a mapping that reads its columns late (datasets 5.2, formatting/formatting.py).
     record = dict(record) if isinstance(record, Mapping) else record
+    record = bound_record(record, f"record {index + 1}")
     try:
         row = convert_record(record, index, image_folder=image_folder)
     except RefusedRecord as refused:

@@ -378,11 +378,13 @@ class OriginalFolder:
 
 EMBEDDED_NAME = "modeling_llava/tiny_llava/checkpoint"
 """What recipes and adapters call the embedded model: its path from where this package is installed."""
+SHORT_NAME = "embedded"
+"""What `llava ask` calls it; a folder of that name goes first."""
 
 
 def find_installed(name: str) -> str:
-    """The folder of the embedded model for its name, whatever the working directory; any other name as it is."""
-    is_embedded = Path(name).as_posix() == EMBEDDED_NAME
+    """The folder of the embedded model for its names, whatever the working directory; any other name as it is."""
+    is_embedded = Path(name).as_posix() == EMBEDDED_NAME or (name == SHORT_NAME and not Path(name).exists())
     return str(Path(__file__).resolve().parents[2] / EMBEDDED_NAME) if is_embedded else name
 
 

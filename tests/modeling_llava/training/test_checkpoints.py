@@ -10,9 +10,10 @@ import pytest
 
 from modeling_llava import AutoModelForVision2Seq
 from modeling_llava.cli import main
-from modeling_llava.training.checkpoints import explain_full_disk, find_checkpoint, write_whole
+from modeling_llava.training.checkpoints import find_checkpoint, seal_checkpoint, write_whole
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import train
+from modeling_llava.training.run_folder import explain_disk
 from tests.conftest import ROOT
 from tests.modeling_llava.training.conftest import write_recipe
 
@@ -65,13 +66,13 @@ def test_full_disk_ends_in_one_line_and_harms_nothing(workspace, tmp_path, num_b
 def test_a_disk_that_is_full_from_the_start_is_explained_too(tmp_path):
     full = OSError(errno.ENOSPC, "No space left on device")
     message = rf"No space left on device.* MiB free in {tmp_path}; .* goes on from the beginning"
-    with pytest.raises(ValueError, match=message), explain_full_disk(tmp_path / "not" / "yet"):
+    with pytest.raises(ValueError, match=message), explain_disk(tmp_path / "not" / "yet"):
         raise full
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "no"), RuntimeError("size mismatch"), KeyError("a")])
 def test_other_errors_stay_what_they_are(tmp_path, error):
-    with pytest.raises(type(error)), explain_full_disk(tmp_path):
+    with pytest.raises(type(error)), explain_disk(tmp_path):
         raise error
 
 
@@ -95,11 +96,14 @@ def test_a_crash_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
 
 def test_incomplete_checkpoints_are_left_out(tmp_path):
     assert find_checkpoint(str(tmp_path)) is None
-    for step, content in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (11, '{"global_st'), (12, None)):
+    for step in (2, 10, 11):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        if content is not None:
-            (folder / "trainer_state.json").write_text(content)
+        (folder / "trainer_state.json").write_text("{}")
+        if step < 11:
+            seal_checkpoint(folder)
+    (tmp_path / "checkpoint-12").mkdir()
+    (tmp_path / "checkpoint-best").mkdir()
     assert find_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
 
 

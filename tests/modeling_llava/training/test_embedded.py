@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from modeling_llava import AutoModelForVision2Seq
+from modeling_llava.checkpoints.model_names import load_training_processor
 from modeling_llava.cli import main
 from modeling_llava.inference.loading import EMBEDDED_MODEL
-from processing_llava.original.original_folder import EMBEDDED_NAME, find_installed, name_installed
+from processing_llava.original.original_folder import EMBEDDED_NAME, SHORT_NAME, find_installed, name_installed
 from spaces_demo.models import ModelMenu
 from tests.conftest import ROOT
 
@@ -67,9 +68,21 @@ def test_every_door_finds_its_base_from_anywhere(place, adapter, tmp_path, monke
     assert "which is no model on the Hub" in capsys.readouterr().err
 
 
-def test_the_name_stands_for_the_embedded_model_everywhere(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", [EMBEDDED_NAME, SHORT_NAME])
+def test_the_name_stands_for_the_embedded_model_everywhere(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
-    arguments = [str(EXAMPLES / "twemoji-guitar.png"), "What is this?", "--model", EMBEDDED_NAME]
+    arguments = [str(EXAMPLES / "twemoji-guitar.png"), "What is this?", "--model", name]
     assert main(["ask", *arguments]) == 0
     assert capsys.readouterr().out.strip() == "a guitar"
-    assert main(["doctor", "--model", EMBEDDED_NAME]) == 0
+    assert main(["doctor", "--model", name]) == 0
+    assert load_training_processor(name).chat_template == load_training_processor(EMBEDDED_MODEL).chat_template
+    facts = ["--license", "apache-2.0", "--base-model", "facebook/dinov2-small", "--repo-id", "me/pictures"]
+    assert main(["export", name, "--out", str(tmp_path / "out"), *facts]) == 0
+    models = ModelMenu([name], device="cpu")
+    models.load(*models.labels)
+
+
+def test_a_folder_that_is_called_so_goes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / SHORT_NAME).mkdir()
+    assert find_installed(SHORT_NAME) == SHORT_NAME

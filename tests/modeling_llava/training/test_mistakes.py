@@ -22,7 +22,10 @@ def error_of(recipe, *settings: str, capsys) -> str:
         ),
         ("image_aspect_ratio=anyres", "got image_aspect_ratio 'anyres' for"),
         ("trainer.report_to=[tensorboard, nowhere]", "got trainer.report_to='nowhere'"),
-        ("trainer.report_to=codecarbon", "got trainer.report_to='codecarbon', which is not installed; expected none"),
+        (
+            "trainer.report_to=codecarbon",
+            "got trainer.report_to='codecarbon', which is not installed; expected it, or none: pip install codecarbon",
+        ),
         ("trainer.lr_scheduler_kwargs={waves: 1}", "got trainer.lr_scheduler_kwargs={'waves': 1} (get_cosine"),
         pytest.param(
             "trainer.deepspeed=missing.json",

@@ -7,8 +7,9 @@ import yaml
 from trl import SFTConfig
 
 from modeling_llava.cli import main
-from modeling_llava.training import recipe as recipe_module
-from modeling_llava.training.recipe import DECIDED_BY_PACKING, INSTEAD, TRAINER_FIELDS, Recipe, read_recipe
+from modeling_llava.training import trainer_fields
+from modeling_llava.training.recipe import Recipe, read_recipe
+from modeling_llava.training.trainer_fields import DECIDED_BY_PACKING, FREE_FIELDS, INSTEAD, TRAINER_FIELDS
 from processing_llava.data.data_sources import DataSource
 
 SENDING = (
@@ -21,7 +22,8 @@ LOSING = ("chat_template_path", "eos_token", "max_length", "output_dir", "remove
 WITHOUT_EFFECT = (
     "assistant_only_loss", "batch_eval_metrics", "completion_only_loss", "dataset_kwargs", "dataset_num_proc",
     "dataset_text_field", "do_eval", "do_predict", "do_train", "eval_packing", "include_for_metrics", "label_names",
-    "local_rank", "model_init_kwargs", "packing", "packing_strategy", "pad_to_multiple_of", "pad_token",
+    "length_column_name", "local_rank", "model_init_kwargs", "optim_target_modules", "packing", "packing_strategy",
+    "pad_to_multiple_of", "pad_token",
     "padding_free", "resume_from_checkpoint", "shuffle_dataset", "truncation_mode", "trust_remote_code",
 )  # fmt: skip
 """Those that something else decides here."""
@@ -100,7 +102,10 @@ def test_a_setting_without_a_value_takes_the_key_out(tmp_path):
         ("trainer.chat_template_path=a.jinja", "got trainer.chat_template_path, .*; expected template at the top"),
         ("trainer.eos_token=<pad>", "got trainer.eos_token, .*; expected template at the top"),
         ("trainer.remove_unused_columns=true", "got trainer.remove_unused_columns, which no recipe takes"),
-        ("trainer.gradient_accumulation_steps=0", "got trainer.gradient_accumulation_steps=0; expected at least 1"),
+        (
+            "trainer.gradient_accumulation_steps=0",
+            "got trainer.gradient_accumulation_steps=0; expected at least 1 and at most",
+        ),
         ("data.0.file=a", "got file in data of .*; expected fields of DataSource, such as path"),
         ("data.0.weight=much", "got weight='much' in data"),
         ("data=3", "got data=3 in"),
@@ -165,6 +170,7 @@ def test_every_setting_of_trl_was_decided_on():
     assert set(known) <= set(decided)
     assert INSTEAD.keys() <= {*LOSING, *WITHOUT_EFFECT, *SENDING} & set(known)
     assert set(DECIDED_BY_PACKING) <= set(TRAINER_FIELDS) & set(known)
+    assert set(FREE_FIELDS) <= set(TRAINER_FIELDS)
     sending = ("hub", "trackio", "wandb", "token", "project", "run_name", "url", "upload")
     suspicious = {name for name in known if any(word in name for word in sending)}
     harmless = {"include_num_input_tokens_seen", "average_tokens_across_devices", "eos_token", "pad_token"}
@@ -179,7 +185,7 @@ def test_what_loses_rows_or_has_no_effect_is_refused(tmp_path, name):
 
 def test_a_setting_that_nobody_decided_on_is_refused(tmp_path, monkeypatch):
     fields = tuple(name for name in TRAINER_FIELDS if name != "learning_rate")
-    monkeypatch.setattr(recipe_module, "TRAINER_FIELDS", fields)
+    monkeypatch.setattr(trainer_fields, "TRAINER_FIELDS", fields)
     with pytest.raises(ValueError, match="got trainer.learning_rate, which no recipe takes; expected a field such as"):
         read(tmp_path, "trainer.learning_rate=1e-4")
 
@@ -221,7 +227,7 @@ def test_reports_stay_on_this_machine(tmp_path, name):
     for setting in (name, f"[{name}]", f"[tensorboard, {name}]"):
         with pytest.raises(ValueError, match=f"got trainer.report_to='{name}'; expected none, or tensorboard or cod"):
             read(tmp_path, f"trainer.report_to={setting}")
-    for setting in ("none", "[none]", "[]", "tensorboard", "[tensorboard, codecarbon]"):
+    for setting in ("none", "[none]", "[]", "null", "tensorboard", "[tensorboard, codecarbon]"):
         read(tmp_path, f"trainer.report_to={setting}")
 
 
@@ -232,8 +238,18 @@ def test_deepspeed_tells_no_tracker(tmp_path):
             read(tmp_path, setting)
 
 
+@pytest.mark.parametrize("name", TRAINER_FIELDS)
+def test_a_number_out_of_range_is_refused_whatever_the_field(tmp_path, name):
+    """Where a field takes numbers; where it takes none, its type refuses them."""
+    for value in ("-2", "-0.5", "1e30", "9" * 30, ".nan", ".inf"):
+        with pytest.raises(ValueError, match=rf"got (trainer\.)?{name}=.*; expected"):
+            read(tmp_path, f"trainer.{name}={value}")
+
+
 @pytest.mark.parametrize("best", [None, "eval_data", "eval_data, load_best_model_at_end", "eval_data, save_strategy"])
-@pytest.mark.parametrize("metric", [None, "loss", "eval_loss", "accuracy", "eval_accuracy", "", "eval_runtime"])
+@pytest.mark.parametrize(
+    "metric", [None, "loss", "eval_loss", "accuracy", "eval_accuracy", "mean_token_accuracy", "", "eval_runtime"]
+)
 @pytest.mark.parametrize("greater", [None, False, True])
 def test_what_chooses_the_best_is_measured(tmp_path, best, metric, greater):
     """Each combination is read, or refused before the run with what can be chosen by."""
@@ -243,7 +259,7 @@ def test_what_chooses_the_best_is_measured(tmp_path, best, metric, greater):
     fields = {"trainer": {name: value for name, value in trainer.items() if value is not None}}
     if best is not None:
         fields["eval_data"] = [{"path": "rows.json"}]
-    is_measured = metric is None or (metric in ("loss", "eval_loss") and best is not None)
+    is_measured = metric is None or (metric in ("loss", "eval_loss", "mean_token_accuracy") and best is not None)
     has_effect = greater is None or metric is not None or (best is not None and ", " in best)
     if is_measured and has_effect:
         assert read(tmp_path, **fields).trainer == fields["trainer"]

@@ -1,6 +1,7 @@
 """Rows of every kind of source, alone and mixed, and what becomes of long ones."""
 
 import json
+from pathlib import Path
 
 import datasets
 import PIL.Image
@@ -228,6 +229,9 @@ def test_every_field_has_an_effect_or_is_refused(folder, kind, streaming):
     for change, message in (({"split": ""}, "got split=''"), ({"split": None}, "got split=None")):
         with pytest.raises(ValueError, match=message):
             read(**change)
+    if Path(path).is_dir():
+        assert read(follow_links=True) == read()
+        return
     with pytest.raises(ValueError, match="got follow_links for .* without an image_folder"):
         read(follow_links=True)
 
