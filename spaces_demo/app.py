@@ -1,5 +1,6 @@
 """The page: what lies where, and which handler each event calls. Run as a script, it is a Hugging Face Space."""
 
+import inspect
 import json
 import os
 import signal
@@ -34,6 +35,8 @@ except ModuleNotFoundError:
 
 FOLDER = Path(__file__).parent
 EXAMPLES = FOLDER / "examples"
+NO_HISTORY = {"run_history": False} if "run_history" in inspect.signature(gr.Blocks.launch).parameters else {}
+"""Gradio 6.20 keeps no history of calls, and has no word for that."""
 NUM_CARDS = 6
 HOUR = 3600
 HEADER = """
@@ -224,7 +227,7 @@ def launch(
             app_kwargs={"middleware": build_middleware(page, Path(folder), allow_hosts=allow_hosts or [])},
             allowed_paths=[str(EXAMPLES)],
             max_file_size=MAX_PICTURE_BYTES,
-            run_history=False,
+            **NO_HISTORY,
             enable_monitoring=False,
             ssr_mode=False,
             mcp_server=False,
