@@ -322,8 +322,9 @@ def refuse_unfit_state(model: PreTrainedModel, state_dict: dict[str, Any], prefi
             continue
         others = model.peft_config.keys() - {adapter_name}
         own = {key: item for key, item in given.items() if not others & set(key.split("."))}
+        found = find_unfit(model, own, adapter_name) | {"mismatched_keys": []}  # torch refuses other shapes
         try:
-            refuse_unfit_weights(find_unfit(model, own, adapter_name), {}, f"adapter {adapter_name!r}")
+            refuse_unfit_weights(found, {}, f"adapter {adapter_name!r}")
         except ValueError as error:
             raise ValueError(
                 f"{error}; AutoModelForVision2Seq.from_pretrained(adapter) names the file, and reads those of the "
