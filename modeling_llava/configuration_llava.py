@@ -100,8 +100,9 @@ class AnyLlavaConfig(PreTrainedConfig):
         self.text_config = _sub_config("text_config", text_config)
         self.image_token_id = image_token_id
         self.projector_type = projector_type
-        is_one = isinstance(vision_feature_layer, (list, tuple)) and len(vision_feature_layer) == 1
-        self.vision_feature_layer = vision_feature_layer[0] if is_one else vision_feature_layer
+        are_layers = isinstance(vision_feature_layer, (list, tuple))
+        layers = list(vision_feature_layer) if are_layers else [vision_feature_layer]
+        self.vision_feature_layer = layers[0] if len(layers) == 1 else layers
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.patch_merge_type = patch_merge_type
         self.image_grid_pinpoints = image_grid_pinpoints
@@ -142,7 +143,7 @@ class AnyLlavaConfig(PreTrainedConfig):
 
     def _list_layers(self) -> list[int]:
         layers = self.vision_feature_layer
-        return list(layers) if isinstance(layers, (list, tuple)) else [layers]
+        return layers if isinstance(layers, list) else [layers]
 
     @property
     def vision_feature_size(self) -> int:

@@ -226,7 +226,7 @@ def test_of_pictures_their_pixels_go_up(finished, tmp_path, capsys):
     note.add_text("Comment", "hf_" + "a" * 34)
     pixels = PIL.Image.open(run / "progress.png").convert("RGB")
     pixels.save(run / "progress.png", pnginfo=note)
-    export(capsys, str(run), "--out", str(tmp_path / "out"))
+    export(capsys, str(run), "--out", str(tmp_path / "out"), "--repo-id", "someone/squares", *BASE)
     plot = PIL.Image.open(tmp_path / "out" / "progress.png")
     assert plot.info == {} and plot.tobytes() == pixels.tobytes()
     pixels.save(tmp_path / "out" / "progress.png", pnginfo=note)
