@@ -94,9 +94,8 @@ def make_body(rng: random.Random) -> bytes:
 def make_request(rng: random.Random) -> tuple[str, str, dict[str, str | None], bytes]:
     path = f"/gradio_api/{rng.choice(ROUTES)}/{rng.choice(NAMES)}" if rng.random() < 0.7 else rng.choice(OTHERS) + MARK
     path = path.rstrip("/") or "/" if rng.random() < 0.5 else path
-    headers = dict(
-        rng.choice((JSON, MULTIPART, {}, {"Content-Type": MARK}, {"Content-Type": f"multipart/form-data; {MARK}"}))
-    )
+    types = (MARK, f"multipart/form-data; {MARK}", "multipart/form-data; boundary=")
+    headers = dict(rng.choice((JSON, MULTIPART, {}, {"Content-Type": rng.choice(types)})))
     for name, values in (("Host", HOSTS), ("Origin", ORIGINS), ("X-Forwarded-Host", FORWARDED)):
         if rng.random() < 0.15:
             headers[name] = rng.choice(values)

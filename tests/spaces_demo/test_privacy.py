@@ -84,17 +84,26 @@ def test_metadata_is_gone_from_what_is_stored_and_served(visit, demo, tmp_path):
     assert stored and not any(b"Secret" in data for data in stored)
 
 
-@pytest.mark.parametrize("kind", ["thin", "not a picture", "cut off"])
+@pytest.mark.parametrize("kind", ["thin", "not a picture", "cut off", "svg"])
 def test_a_hostile_upload_is_refused_with_a_reason_and_the_page_goes_on(visit, tmp_path, kind):
     path = tmp_path / "picture.png"
     Image.new("L", (1, 6000)).save(path)
     if kind == "not a picture":
         path.write_text("<script>alert(1)</script>")
+    elif kind == "svg":
+        path = tmp_path / "<b>picture<b>.png"
+        path.write_text('<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"></svg>')
     elif kind == "cut off":
         path.write_bytes(PENGUIN.read_bytes()[:2000])
     visitor = visit()
     visitor.page.set_input_files("#question input[type=file]", str(path))
-    reason = {"thin": "max_aspect_ratio", "not a picture": "no image of a known", "cut off": "cannot be decoded"}[kind]
+    reason = {
+        "thin": "max_aspect_ratio",
+        "not a picture": "no image of a known",
+        "cut off": "cannot be decoded",
+        # Its name is shown as it is, and is no markup.
+        "svg": "<b>picture<b>.png",
+    }[kind]
     visitor.page.get_by_test_id("toast-body").get_by_text(reason).wait_for()
     visitor.shoot(f"hostile-{kind.replace(' ', '-')}")
     assert visitor.page.locator("#question .thumbnail-item").count() == 0
