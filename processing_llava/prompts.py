@@ -226,9 +226,7 @@ def _render(
     positions = [match.start() for match in marks.either.finditer(marked)]
     # Marks of two pieces can pair around what the template wrote between them.
     are_whole = len(positions) == len(pieces) - 1 and cores.issuperset(pieces[1::2])
-    if are_whole and _check_pieces(
-        pieces, messages, template, render, marks, source, _pick_strings(variables)
-    ):
+    if are_whole and _check_pieces(pieces, messages, template, render, marks, source, _pick_strings(variables)):
         text = "".join(pieces)
         user_spans = _find_spans(pieces)
         generation_spans = [
