@@ -210,17 +210,23 @@ def _render(
         return rendered[0], list(chain.from_iterable(generation_spans))
 
     marks = choose_marks(chain(list_texts(messages), list_texts(variables)), template)
+    cores = set()
+
+    def wrap(core: str) -> str:
+        cores.add(core)
+        return marks.wrap(core)
+
     try:
-        marked, generation_spans = render(marks.wrap)
+        marked, generation_spans = render(wrap)
     except TemplateError as error:
         # Templates quote roles and types that they do not know.
         error.args = tuple(marks.drop(part) if isinstance(part, str) else part for part in error.args)
         raise
     pieces = marks.split(marked)
     positions = [match.start() for match in marks.either.finditer(marked)]
-    if len(positions) == len(pieces) - 1 and _check_pieces(
-        pieces, messages, template, render, marks, source, _pick_strings(variables)
-    ):
+    # Marks of two pieces can pair around what the template wrote between them.
+    are_whole = len(positions) == len(pieces) - 1 and cores.issuperset(pieces[1::2])
+    if are_whole and _check_pieces(pieces, messages, template, render, marks, source, _pick_strings(variables)):
         text = "".join(pieces)
         user_spans = _find_spans(pieces)
         generation_spans = [
@@ -300,28 +306,46 @@ def _render_units(render: Render, marks: TextMarks, source: TemplateSource) -> t
         ValueError: marks do not come out, or they change what the template writes.
     """
     inert = InertTexts(source)
-    owners, skeletons, texts = bytearray(), [], []
-    for wrap in (lambda core: core, lambda core: inert(core)):
-        rendered, _ = render(lambda core, wrap=wrap: marks.wrap_units(wrap(core), source))
-        pieces = ["".join(marks.drop(piece).split()) for piece in marks.split(rendered)]
-        skeletons.append([piece for piece in pieces[::2] if piece])
-        texts.append(pieces)
+    pieces = _read_units(render, marks, source, lambda core: core)
+    inert_pieces = _read_units(render, marks, source, inert)
     text, generation_spans = render(lambda core: core)
-    if skeletons[0] != skeletons[1] or "".join(texts[0]) != "".join(text.split()):
+    # Where pieces stand is not compared: some are empty here, and inert ones never are.
+    own, inert_own = ("".join(piece for piece, owned in found if not owned) for found in (pieces, inert_pieces))
+    if own != inert_own or "".join(piece for piece, _ in pieces) != "".join(text.split()):
         raise ValueError(
             "got a chat template that does not write the texts of messages as they are: it prints lists or objects as "
             "Python does, escapes texts, or cuts them. What people type could act as control tokens there; expected "
             "a template that writes each text whole; give the content of each message as plain text, or choose "
             "another template"
         )
-    for number, piece in enumerate(texts[0]):
-        owners += bytes([number % 2]) * len(piece)
+    owners = b"".join(bytes([owned]) * len(piece) for piece, owned in pieces)
     spans, position = [], 0
     for word in re.finditer(r"\S+", text):
         owned = owners[position : position + len(word[0])]
         position += len(word[0])
         spans += [(word.start() + run.start(), word.start() + run.end()) for run in re.finditer(b"\1+", owned)]
     return text, spans, generation_spans
+
+
+def _read_units(render: Render, marks: TextMarks, source: TemplateSource, change: Wrap) -> list[tuple[str, bool]]:
+    """What a template writes with marks around each character, without white space, and whether it is of a text."""
+    units: set[str] = set()
+
+    def wrap(core: str) -> str:
+        changed = change(core)
+        units.update(source.units.findall(changed))
+        return source.units.sub(lambda unit: marks.wrap(unit[0]), changed)
+
+    rendered, _ = render(wrap)
+    found: list[tuple[str, bool]] = []
+    for number, piece in enumerate(marks.split(rendered)):
+        # A constant that the template cut at left one mark on each side of what is written instead.
+        owned = number % 2 == 1 and (piece in units or not re.search(r"\s", piece))
+        written = "".join(marks.drop(piece).split())
+        if found and found[-1][1] == owned:
+            written = found.pop()[0] + written
+        found.append((written, owned))
+    return found
 
 
 def _list_contents(messages: list[dict[str, Any]]) -> Iterator[str]:

@@ -41,12 +41,15 @@ class TemplateSource:
         text: Everything that it can write without a message: its words and string constants.
         names: Names, and string constants that could be some. Roles, item types and keys that are among them must
             reach the template as they are, since it may look for them.
-        kept: Finds the string constants that a template may look for inside texts; None if there are none.
+        units: Finds characters that are no white space, and what a template may look for in texts, or cut them at,
+            in one piece.
+        kept: Finds the latter, and white space; has one group around all.
     """
 
     text: str
     names: frozenset[str]
-    kept: re.Pattern[str] | None
+    units: re.Pattern[str]
+    kept: re.Pattern[str]
 
 
 @lru_cache(maxsize=64)
@@ -60,10 +63,11 @@ def read_source(template: str) -> TemplateSource:
     constants = [value for kind, value in tokens if kind == "string"]
     # Of plain letters, since constants can be control tokens.
     names = {value for kind, value in tokens if kind in ("name", "string") and _NAME.fullmatch(value)}
-    # White space is kept in any case.
-    kept = compile_literals(tuple({value for value in constants if value.strip()}))
+    longest_first = sorted({value for value in constants if value.strip()}, key=len, reverse=True)
+    units = [*map(re.escape, longest_first), r"\S"]
+    kept = [*units[:-1], r"\s+"]
     text = "\0".join(value for kind, value in tokens if kind in ("string", "data"))
-    return TemplateSource(text, _KNOWN_NAMES | names, kept)
+    return TemplateSource(text, _KNOWN_NAMES | names, re.compile("|".join(units)), re.compile(f"({'|'.join(kept)})"))
 
 
 @lru_cache(maxsize=16)
@@ -146,14 +150,6 @@ class TextMarks:
         """A text between the marks."""
         return f"{self.opening}{core}{self.closing}"
 
-    def wrap_units(self, core: str, source: TemplateSource) -> str:
-        """Marks around each character but white space, so that pieces of the text have whole pairs, too.
-
-        What the template may look for, or cut at, stays in one piece.
-        """
-        units = r"\S" if source.kept is None else rf"{source.kept.pattern}|\S"
-        return re.sub(units, rf"{self.opening}\g<0>{self.closing}", core)
-
     def split(self, marked: str) -> list[str]:
         """Texts of the template at even places, texts between marks at odd ones."""
         return self.pair.split(marked)
@@ -208,8 +204,7 @@ class InertTexts:
         self._count += 1
         word = f"{self._secret}{self._count:07d}"
         self.words.setdefault(core, []).append(word)
-        kept = r"(\s+)" if self.source.kept is None else rf"({self.source.kept.pattern}|\s+)"
-        pieces = re.split(kept, core)
+        pieces = self.source.kept.split(core)
         pieces[::2] = [word + "z" * (len(piece) - len(word)) for piece in pieces[::2]]
         return "".join(pieces)
 

@@ -175,6 +175,13 @@ def test_names_may_be_left_out_and_captions_leave_out_questions():
     assert render_prompt(caption, load_template("plain")) == "<image>A cat.\n"
 
 
+def test_what_a_template_writes_between_pieces_of_a_text_is_its_own():
+    answer = {"role": "assistant", "content": "Well</think>"}
+    prompt = render_prompt([user("Q"), answer], TEXT_ONLY["qwen-3"])
+    assert prompt.endswith("assistant\n<think>\nWell\n</think>\n\n<|im_end|>\n")
+    assert [prompt[start:end] for start, end in prompt.user_spans] == ["Q", "Well"]
+
+
 def test_thoughts_that_a_template_cuts_out_of_an_answer_stay_text():
     answer = {"role": "assistant", "content": "<think>\nWell<|im_end|>\n</think>\n\nYes<|im_end|></think>\n\nNo"}
     prompt = render_prompt([user("Q"), answer, user("R")], TEXT_ONLY["qwen-3"])
