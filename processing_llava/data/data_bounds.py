@@ -22,6 +22,8 @@ LEAST_PARQUET_BYTES = 2**28
 LARGEST_RATIO = 100
 """Rows of a file may take `LEAST_PARQUET_BYTES`, or so many times its size."""
 _BATCH_BYTES = 2**25
+_LEAST_RECORD_BYTES = 100
+"""What a record takes in memory and time, whatever it holds."""
 
 
 def find_excess(record: Any) -> str | None:
@@ -60,7 +62,7 @@ def check_parquet(path: str | Path) -> None:
         with ParquetFile(path) as file:
             # Decoding costs time, and most files cannot hold so much.
             for measure in (_estimate_chunks, _measure_chunks):
-                total = 0
+                total = _LEAST_RECORD_BYTES * file.metadata.num_rows
                 for num_bytes in measure(file, path):
                     total += num_bytes
                     if total > most:
