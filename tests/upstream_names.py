@@ -268,6 +268,10 @@ UPSTREAM_NAMES = (
         "a checkpoint loads like a model", "a callback before saving",
     ),
     UpstreamName(
+        f"{_TRAINER}_save_checkpoint", {"5.17": "self, model, trial"}, ("modeling_llava/training/trainer.py",),
+        "a checkpoint is on the disk before older ones go", "a callback between saving and removing",
+    ),
+    UpstreamName(
         f"{_TRAINER}_save_optimizer_and_scheduler", {"5.17": "self, output_dir"},
         ("modeling_llava/training/trainer.py",), "a checkpoint holds its settings", "a callback before saving",
     ),

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from trl import SFTConfig
 
 from processing_llava.data.data_sources import DataSource
-from processing_llava.data.row_datasets import FateCounts, load_rows
+from processing_llava.data.row_datasets import FateCounts, count_shared_rows, load_rows
 from processing_llava.processing_llava import AnyLlavaProcessor
 from processing_llava.prompt_ids import list_special_tokens
 
@@ -55,6 +55,19 @@ def read_rows(
         found = ", ".join(f"{number:,} {fate}" for fate, number in fates.items()) or "none at all"
         raise ValueError(f"got no row in {name} ({found}); expected at least one: raise max_length, or correct data")
     return dataset, fates
+
+
+def report_shared_rows(eval_dataset: Dataset, dataset: Dataset | IterableDataset) -> None:
+    """Say how many rows are evaluated and trained on, as their loss tells nothing of other rows."""
+    if isinstance(dataset, IterableDataset):
+        logger.warning("rows of eval_data were not looked for among streaming data: keep them apart")
+        return
+    number = count_shared_rows(eval_dataset, dataset)
+    if number:
+        logger.warning(
+            f"{number:,} of {len(eval_dataset):,} rows of eval_data are trained on too, so that their loss tells "
+            "nothing of other rows: correct path and split of eval_data"
+        )
 
 
 @dataclass

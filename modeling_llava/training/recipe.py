@@ -51,8 +51,9 @@ class Recipe:
     """Folder or Hub id of the model to start from, or "embedded"."""
     data: list[DataSource]
     eval_data: list[DataSource] = field(default_factory=list)
-    """Rows whose loss is measured after each epoch, or when `trainer.eval_strategy` says; none of them is trained on.
-    As in every Trainer it is the mean of batches, so it depends a little on `per_device_eval_batch_size`."""
+    """Rows whose loss is measured after each epoch, or when `trainer.eval_strategy` says. A line tells how many of
+    them are trained on, too. As in every Trainer the loss is the mean of batches, so it depends a little on
+    `per_device_eval_batch_size`."""
     data_manifest: str | None = None
     """YAML file that says where the data comes from, for the model card; see `records/data_manifest.py`."""
     output_dir: str

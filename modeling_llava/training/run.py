@@ -22,7 +22,7 @@ from modeling_llava.checkpoints.shared_values import check_processor
 from processing_llava.data.collator import LlavaDataCollator
 from processing_llava.transformers_versions import CHECKPOINTING_FIELD
 
-from .batches import plan_batches, read_rows
+from .batches import plan_batches, read_rows, report_shared_rows
 from .checkpoints import WholeBest, check_resumable, check_settings, find_checkpoint
 from .feature_cache import FeatureCache
 from .parts import count_parameters
@@ -141,6 +141,8 @@ def build_trainer(recipe: Recipe, trainer_class: type[LlavaTrainer] = LlavaTrain
 
     dataset, fates = read_rows(recipe.data, recipe, processor, seed=arguments.seed)
     eval_dataset, _ = read_rows(recipe.eval_data, recipe, processor) if recipe.eval_data else (None, None)
+    if eval_dataset is not None:
+        report_shared_rows(eval_dataset, dataset)
 
     read_features = None
     if recipe.feature_cache is not None:

@@ -67,7 +67,8 @@ LARGEST = {"seed": 2**32 - 1, "adam_beta1": 0.999999, "adam_beta2": 0.99999999, 
 """Of the other fields, numbers are below 2**31."""
 FREE_FIELDS = (
     "lr_scheduler_type", "lr_scheduler_kwargs", "optim", "optim_args", "neftune_noise_alpha", "loss_type",
-    "router_aux_loss_coef", "tf32", "full_determinism", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs",
+    "router_aux_loss_coef", "tf32", "full_determinism", "activation_checkpointing_kwargs",
+    "gradient_checkpointing_kwargs",
     "activation_offloading", "torch_compile", "torch_compile_backend", "torch_compile_mode", "use_liger_kernel",
     "liger_kernel_config", "debug", "accelerator_config", "parallelism_config", "fsdp", "fsdp_config", "deepspeed",
     "ddp_backend", "dataloader_multiprocessing_context", "eval_strategy", "save_strategy", "logging_strategy",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-MOST_RECORD_CHARACTERS = 2**24
+MOST_RECORD_CHARACTERS = 12 * 2**20
 """Of a record in JSON, pictures in Base64 included."""
 MOST_TEXT_CHARACTERS = 2**20
 """Of all texts of a record together."""
@@ -22,6 +22,8 @@ LEAST_PARQUET_BYTES = 2**28
 LARGEST_RATIO = 100
 """Rows of a file may take `LEAST_PARQUET_BYTES`, or so many times its size."""
 _BATCH_BYTES = 2**25
+_LEAST_RECORD_BYTES = 100
+"""What a record takes in memory and time, whatever it holds."""
 
 
 def find_excess(record: Any) -> str | None:
@@ -54,38 +56,56 @@ def check_parquet(path: str | Path) -> None:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    most = max(LEAST_PARQUET_BYTES, LARGEST_RATIO * os.path.getsize(path))
+    size = os.path.getsize(path)
+    most = max(LEAST_PARQUET_BYTES, LARGEST_RATIO * size)
     try:
         with ParquetFile(path) as file:
-            num_bytes = 0
-            for size in _measure_chunks(file, path):
-                num_bytes += size
-                if num_bytes > most:
-                    raise ValueError(
-                        f"got the data {path}, {os.path.getsize(path):,} bytes whose rows take more than {most:,}; "
-                        f"expected at most {LARGEST_RATIO} times its size: write it with less repetition, or as JSON"
-                    )
+            # Decoding costs time, and most files cannot hold so much.
+            for measure in (_estimate_chunks, _measure_chunks):
+                total = _LEAST_RECORD_BYTES * file.metadata.num_rows
+                for num_bytes in measure(file, path):
+                    total += num_bytes
+                    if total > most:
+                        break
+                else:
+                    return
     except pyarrow.ArrowException as error:
         raise ValueError(
-            f"got the data {path}, which is no whole file of Parquet ({error}); expected one; copy it again"
+            f"got the data {str(path)!r}, which is no whole file of Parquet ({error}); expected one; copy it again"
         ) from error
+    raise ValueError(
+        f"got the data {str(path)!r}, {size:,} bytes whose rows take more than {most:,}; expected at most "
+        f"{LARGEST_RATIO} times its size: write it with less repetition, or as JSON"
+    )
+
+
+def _estimate_chunks(file: Any, path: str | Path) -> Iterator[int]:
+    """The most bytes that each column of each group of rows can take, as far as their headers tell."""
+    for group in range(file.metadata.num_row_groups):
+        rows = file.metadata.row_group(group)
+        for column in map(rows.column, range(rows.num_columns)):
+            largest = 8
+            if column.has_dictionary_page:
+                largest = max(8, _read_page_size(path, column.dictionary_page_offset))
+            yield max(column.total_uncompressed_size, largest * column.num_values)
 
 
 def _measure_chunks(file: Any, path: str | Path) -> Iterator[int]:
-    """Bytes of the columns of all groups of rows, those with a dictionary batch by batch."""
+    """The bytes of each column; of one with a dictionary, batch by batch."""
+    from pyarrow import DictionaryArray
+
     for group in range(file.metadata.num_row_groups):
         rows = file.metadata.row_group(group)
-        for number in range(rows.num_columns):
-            column = rows.column(number)
-            yield max(column.total_uncompressed_size, 8 * column.num_values)
+        for column in map(rows.column, range(rows.num_columns)):
             if not column.has_dictionary_page:
+                yield max(column.total_uncompressed_size, 8 * column.num_values)
                 continue
-            largest = _read_page_size(path, column.dictionary_page_offset)
+            largest = max(8, _read_page_size(path, column.dictionary_page_offset))
             per_row = largest * max(1, column.num_values // max(rows.num_rows, 1))
-            if largest * column.num_values > LEAST_PARQUET_BYTES:
-                num_rows = max(1, min(10_000, _BATCH_BYTES // per_row))
-                for batch in file.iter_batches(num_rows, row_groups=[group], columns=[column.path_in_schema]):
-                    yield batch.nbytes
+            num_rows = max(1, min(10_000, _BATCH_BYTES // per_row))
+            for batch in file.iter_batches(num_rows, row_groups=[group], columns=[column.path_in_schema]):
+                for values in batch.columns:
+                    yield (values.dictionary_decode() if isinstance(values, DictionaryArray) else values).nbytes
 
 
 def _read_page_size(path: str | Path, offset: int) -> int:
@@ -103,5 +123,7 @@ def _read_page_size(path: str | Path, offset: int) -> int:
                 break
         numbers.append(value >> 1)
     if len(numbers) < 2:
-        raise ValueError(f"got the data {path}, a page of which has no header; expected a whole file; copy it again")
+        raise ValueError(
+            f"got the data {str(path)!r}, a page of which has no header; expected a whole file; copy it again"
+        )
     return numbers[1]

@@ -385,7 +385,7 @@ def stream_records(path: str | Path) -> Iterator[Any]:
             if is_list:
                 yield from _parse_list(file, path)
                 return
-            alone = _read_single_object(file)
+            alone = _read_single_object(file, path)
             if alone is not None:
                 _check_record_keys(alone, path)
                 yield alone
@@ -396,7 +396,7 @@ def stream_records(path: str | Path) -> Iterator[Any]:
             raise ValueError(f"got {path}, which is not UTF-8 ({error}); expected text; save it as UTF-8") from error
 
 
-def _read_single_object(file: TextIO) -> dict[str, Any] | None:
+def _read_single_object(file: TextIO, path: Path) -> dict[str, Any] | None:
     """The object that a whole file is, in one line or in many; None for another file."""
     lines = _read_lines(file)
     first = next((line for line in lines if line.strip()), "")
@@ -413,8 +413,17 @@ def _read_single_object(file: TextIO) -> dict[str, Any] | None:
         return None
     try:
         rest = file.read(MOST_RECORD_CHARACTERS)
-        return json.loads(first + rest) if len(rest) < MOST_RECORD_CHARACTERS else None
-    except (ValueError, RecursionError):
+        if len(rest) == MOST_RECORD_CHARACTERS:
+            # Another record comes next, or this object is longer than one may be.
+            json.loads(rest.split("\n", 1)[0])
+            return None
+        return json.loads(first + rest)
+    except (ValueError, RecursionError) as error:
+        if len(rest) == MOST_RECORD_CHARACTERS:
+            raise ValueError(
+                f"got {path}, which is one JSON object of more than {MOST_RECORD_CHARACTERS:,} characters; expected a "
+                "list of records, or a record in each line"
+            ) from error
         return None
 
 
@@ -478,7 +487,7 @@ def _parse_list(file: TextIO, path: Path) -> Iterator[Any]:
             continue
         text, position = text[position:], 0
         # As much again as there is, so that a list that breaks early is not copied a thousand times.
-        block = file.read(max(BLOCK_CHARACTERS, len(text))) if len(text) <= MOST_RECORD_CHARACTERS else ""
+        block = file.read(min(max(BLOCK_CHARACTERS, len(text)), MOST_RECORD_CHARACTERS + 1 - len(text)))
         if not block:
             raise ValueError(
                 f"got {path}, whose list is no JSON after {num_records} records, at {text[:60]!r}; expected records "

@@ -5,6 +5,8 @@ be mixed; what is read from it holds paths or bytes. Rows that are not streaming
 `datasets`; the rows of JSON files are kept in memory, as Arrow tables.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -72,7 +74,7 @@ _JUDGEMENT = Features(
     {"fate": Value("string"), "problem": Value("string"), "is_cut": Value("bool"), "is_spelled": Value("bool")}
 )
 """`fate` is null for a row that was not measured, `problem` for one that can be used."""
-_JUDGED = Features({**ROW_FEATURES, **_JUDGEMENT})
+_JUDGED = Features({**ROW_FEATURES, **_JUDGEMENT, "digest": Value("binary")})
 _MEASURED = Features({**_JUDGED, "num_tokens": Value("int32"), "num_images": Value("int32")})
 _CHUNK = 1000
 _ROWS_PER_PROCESS = 2000
@@ -230,10 +232,26 @@ def _convert(
         if on_bad_row == "raise":
             raise
         empty = {"id": refused.record_id, "images": [], "messages": []}
-        return {**empty, "fate": SKIPPED, "problem": str(refused), "is_cut": False, "is_spelled": False}
+        judgement = {"fate": SKIPPED, "problem": str(refused), "is_cut": False, "is_spelled": False}
+        return {**empty, **judgement, "digest": b""}
     is_spelled = bool(find_spelled_tokens(row["messages"], special_tokens, learn_tokens))
     judgement = {"fate": None, "problem": None, "is_cut": drops_first_turn(record), "is_spelled": is_spelled}
-    return {**_pack_row(row), **judgement}
+    packed = _pack_row(row)
+    return {**packed, **judgement, "digest": _digest(packed)}
+
+
+def _digest(packed: dict[str, Any]) -> bytes:
+    """What is the same for two rows with the same pictures, by their bytes or paths, and the same conversation."""
+    digest = hashlib.blake2b(json.dumps(packed["messages"]).encode(), digest_size=12)
+    for image in packed["images"]:
+        digest.update(image["bytes"] or str(image["path"]).encode())
+    return digest.digest()
+
+
+def count_shared_rows(rows: Dataset, others: Dataset) -> int:
+    """How many rows of a dataset of `load_rows` are in another one too, whatever their ids."""
+    known = set(others.with_format(None)["digest"][:])
+    return sum(digest in known for digest in rows.with_format(None)["digest"][:])
 
 
 def _pack_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -306,7 +324,7 @@ def _fit_batch(
             counts = {"num_tokens": measured.num_tokens, "num_images": len(measured.row["images"])}
             # Counted once for each record.
             counted = {name: packed[name] and number == 0 for name in ("is_cut", "is_spelled")}
-            judgement = {"fate": measured.fate, "problem": None, **counted}
+            judgement = {"fate": measured.fate, "problem": None, **counted, "digest": packed["digest"]}
             fitted.append({**_pack_row(measured.row), **counts, **judgement})
         fitted += [{**unusable, "fate": DROPPED} for _ in refused]
     return {name: [row[name] for row in fitted] for name in _MEASURED}

@@ -1,16 +1,23 @@
-"""Which checkpoint is complete, which run it belongs to, and what a full disk leaves."""
+"""Which checkpoint is whole, which run it belongs to, who writes to a folder, and what a full disk leaves."""
 
 import errno
+import json
+import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
+from transformers import Trainer
 
 from modeling_llava import AutoModelForVision2Seq
 from modeling_llava.cli import main
-from modeling_llava.training.checkpoints import find_checkpoint, seal_checkpoint, write_whole
+from modeling_llava.training import run_folder
+from modeling_llava.training.checkpoints import FILES_FILE, find_checkpoint, seal_checkpoint, write_whole
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import train
 from modeling_llava.training.run_folder import explain_disk
@@ -171,3 +178,146 @@ def test_a_checkpoint_without_its_optimizer_is_not_gone_on_from(workspace, tmp_p
     train(recipe)
     with pytest.raises(ValueError, match="checkpoint-1, which holds weights alone .* expected its optimizer too"):
         train(recipe, resume=True)
+
+
+FAILURES = {
+    "optimizer": ["trainer.optim=sgd", "trainer.optim_args=momentum=high"],
+    "schedule": ["trainer.lr_scheduler_kwargs={waves: 1}"],
+    "rate": ["trainer.learning_rate=-1"],
+    "pictures": ["data.0.path={lost}"],
+    "compiler": ["trainer.torch_compile_mode=x"],
+    "offloading": ["trainer.activation_offloading=true"],
+    "no effect": ["trainer.optim_args=a=1"],
+    "fp16": ["trainer.fp16=true"],
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_nothing_is_removed_before_a_first_step(workspace, tmp_path, capsys, name):
+    """Wherever a new run fails: in its recipe, in its optimizer and schedule, or in its first batch."""
+    out = tmp_path / "out"
+    (out / "checkpoint-1").mkdir(parents=True)
+    for file in ("model.safetensors", "config.json", "progress.csv", "checkpoint-1/trainer_state.json"):
+        (out / file).write_text("mine")
+    records = json.loads((workspace / "rows.json").read_text())
+    (tmp_path / "lost.json").write_text(json.dumps([record | {"image": "lost.png"} for record in records]))
+    recipe = write_recipe(workspace, trainer=TRAINER | {"gradient_checkpointing": False}, output_dir=str(out))
+    settings = [setting.replace("{lost}", str(tmp_path / "lost.json")) for setting in FAILURES[name]]
+    assert main(["train", str(recipe), "--overwrite", *settings]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("llava: got ")
+    kept = [path for path in out.rglob("*") if path.is_file() and path.read_text() == "mine"]
+    assert len(kept) == 4
+
+
+def spoil(path: Path, way: str) -> None:
+    data = path.read_bytes()
+    if way == "missing":
+        path.unlink()
+    else:
+        middle = len(data) // 2
+        flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        path.write_bytes({"empty": b"", "truncated": data[:middle], "flipped": flipped}[way])
+
+
+@pytest.fixture(scope="module")
+def run_with_checkpoints(workspace, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run")
+    trainer = TRAINER | {"max_steps": 2}
+    return train(
+        read_recipe(write_recipe(workspace, stage="lora", lora={"r": 2}, trainer=trainer, output_dir=str(out)))
+    )
+
+
+def test_any_damage_is_seen_and_named(run_with_checkpoints, tmp_path, caplog):
+    out = shutil.copytree(run_with_checkpoints, tmp_path / "out")
+    latest, older = out / "checkpoint-2", out / "checkpoint-1"
+    files = [path for path in latest.rglob("*") if path.is_file()]
+    assert {"optimizer.pt", "trainer_state.json", "adapter_model.safetensors"} <= {path.name for path in files}
+    assert find_checkpoint(out) == str(latest)
+    for path in files:
+        whole = path.read_bytes()
+        for way in ("missing", "empty", "truncated", "flipped"):
+            caplog.clear()
+            spoil(path, way)
+            assert find_checkpoint(out) == str(older), (path.name, way)
+            assert "checkpoint-2 is left out" in caplog.text
+            assert path.name in caplog.text or path.name == FILES_FILE
+            path.write_bytes(whole)
+    assert find_checkpoint(out) == str(latest)
+
+
+def test_a_run_goes_on_from_the_whole_checkpoint_before(workspace, run_with_checkpoints, tmp_path, caplog):
+    out = shutil.copytree(run_with_checkpoints, tmp_path / "out")
+    expected = (out / "checkpoint-2" / "adapter_model.safetensors").read_bytes()
+    spoil(out / "checkpoint-2" / "optimizer.pt", "truncated")
+    fields = {"stage": "lora", "lora": {"r": 2}, "trainer": TRAINER | {"max_steps": 2, "save_total_limit": 1}}
+    train(read_recipe(write_recipe(workspace, **fields, output_dir=str(out))), resume=True)
+    assert "checkpoint-2 is left out: optimizer.pt changed since it was written" in caplog.text
+    assert find_checkpoint(out) == str(out / "checkpoint-2")
+    assert (out / "checkpoint-2" / "adapter_model.safetensors").read_bytes() == expected
+
+
+HOLD = """
+import sys, time
+from modeling_llava.training.run_folder import lock_folder
+with lock_folder(sys.argv[1]):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_run_at_the_same_time_is_told_of_the_first(workspace, tmp_path, capsys):
+    out = tmp_path / "out"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(out)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert any("locked" in line for line in holder.stdout)
+    recipe = write_recipe(workspace, trainer=FINISHED, output_dir=str(out))
+    for options in ([], ["--resume"], ["--overwrite"]):
+        assert main(["train", str(recipe), *options]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"to which process {holder.pid} on {socket.gethostname()} writes; expected one run at a time" in error
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    # A process that was killed holds nothing.
+    train(read_recipe(recipe))
+    assert not (out / ".lock.json").exists()
+
+
+def test_a_disk_that_cannot_be_locked_is_one_warning(tmp_path, caplog, monkeypatch):
+    def refuse(self, timeout):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_folder.FileLock, "acquire", refuse)
+    with run_folder.lock_folder(tmp_path / "out"):
+        pass
+    assert "out cannot be locked ([Errno 37] No locks available)" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("place", ["lock", "checkpoint"])
+def test_a_disk_that_takes_no_files_is_one_line(workspace, tmp_path, capsys, monkeypatch, number, place):
+    def refuse(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    if place == "lock":
+        monkeypatch.setattr(run_folder.FileLock, "acquire", refuse)
+    else:
+        monkeypatch.setattr(Trainer, "save_model", refuse)
+    recipe = write_recipe(workspace, trainer=TRAINER, output_dir=str(tmp_path / "out"))
+    assert main(["train", str(recipe)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "which cannot be written" in error and "goes on from the beginning" in error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No such file or directory"),
+        RuntimeError("Parent directory out/checkpoint-1 does not exist."),
+        SafetensorError("Error while serializing: I/O error: No such file or directory (os error 2)"),
+    ],
+)
+def test_an_output_folder_that_vanished_is_one_line(tmp_path, error):
+    message = "got output_dir .*, which is gone .* mount it again"
+    with pytest.raises(ValueError, match=message), explain_disk(tmp_path / "out"):
+        raise error

@@ -118,3 +118,43 @@ def test_a_cache_of_features_serves_them(workspace, tmp_path, eval_data):
 def test_what_cannot_be_evaluated_is_refused(workspace, settings, message):
     with pytest.raises(ValueError, match=message):
         read_recipe(write_recipe(workspace), settings)
+
+
+def shared_lines(workspace, tmp_path, caplog, data, eval_data, **fields) -> list[str]:
+    places = {"path": str(tmp_path / "numbered.json"), "image_folder": str(workspace)}
+    fields |= {"data": [places | data], "eval_data": [places | eval_data], "output_dir": str(tmp_path / "out")}
+    caplog.clear()
+    build_trainer(read_recipe(write_recipe(workspace, **fields)))
+    return [message for message in caplog.messages if "eval_data" in message]
+
+
+@pytest.mark.parametrize("has_ids", [False, True])
+@pytest.mark.parametrize(
+    ("data", "eval_data", "number"),
+    [
+        ({"split": "train[:75%]"}, {"split": "train[75%:]"}, 0),
+        ({"split": "train[:75%]"}, {"split": "train[50%:]"}, 2),
+        ({}, {}, 8),
+        ({}, {"path": "copy.jsonl"}, 8),
+        ({"split": "train[:1]"}, {"path": "copy.jsonl"}, 1),
+    ],
+)
+def test_rows_that_are_evaluated_and_trained_on_are_counted(
+    workspace, tmp_path, caplog, data, eval_data, number, has_ids
+):
+    rows = json.loads((workspace / "rows.json").read_text())
+    rows = [rows[index % 3] | {"id": f"r{index}"} for index in range(8)]
+    for index, row in enumerate(rows):
+        question, answer = row["conversations"]
+        row["conversations"] = [question, answer | {"value": f"{answer['value']} {index}"}]
+        if not has_ids:
+            del row["id"]
+    (tmp_path / "numbered.json").write_text(json.dumps(rows))
+    (tmp_path / "copy.jsonl").write_text("\n".join(map(json.dumps, reversed(rows))))
+    if "path" in eval_data:
+        eval_data = {"path": str(tmp_path / "copy.jsonl")}
+    for fields in ({"tokens_per_batch": 300, "trainer": {}}, {"max_length": 500}):
+        lines = shared_lines(workspace, tmp_path, caplog, data, eval_data, **fields)
+        assert [line.split(" of ")[0] for line in lines if "trained on too" in line] == [str(number)] * bool(number)
+    lines = shared_lines(workspace, tmp_path, caplog, {"streaming": True}, eval_data)
+    assert lines == ["rows of eval_data were not looked for among streaming data: keep them apart"]

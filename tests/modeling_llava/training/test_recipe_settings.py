@@ -1,6 +1,7 @@
 """What is set beside the file, and the names and types that are refused in both."""
 
 import dataclasses
+import time
 
 import pytest
 import yaml
@@ -300,3 +301,35 @@ def test_only_true_and_false_are_booleans(tmp_path):
     assert read_recipe(tmp_path / "recipe.yaml").trainer["save_strategy"] == "no"
     with pytest.raises(ValueError, match="got train_vision_tower='yes' in .*; expected bool"):
         read(tmp_path, "train_vision_tower=yes")
+
+
+ALIASES = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{former}'] * 9)}]\n" for former, name in zip("abcdefgh", "bcdefghi")
+)
+BOMBS = {
+    "aliases": ALIASES,
+    "merges": ALIASES.replace("[x, x, x, x, x, x, x, x, x]", "{k: 1}").replace("[*", "{<<: [*").replace("]\n", "]}\n"),
+    "a loop": "trainer: &a [*a]",
+    "a long text again and again": f"a: &a {'x' * 50_000}\nb: [{', '.join(['*a'] * 9000)}]",
+    "lists": "data: " + "[" * 90_000,
+    "mappings": "data: " + "{a: " * 20_000,
+    "items": "? " * 40_000,
+    "a number": "max_length: " + "9" * 90_000,
+    "minutes": "max_length: 1" + ":1" * 40_000 + ".5",
+    "a name": "a" * 90_000 + ": 1",
+    "a value": f"stage: {'x' * 90_000}",
+    "a list as a value": f"stage: [{', '.join(['x'] * 9_000)}]",
+    "a long file": "# " + "x" * 10_000_000,
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_recipe_that_is_a_bomb_is_one_short_line(tmp_path, capsys, name):
+    (tmp_path / "recipe.yaml").write_text(BOMBS[name])
+    start = time.process_time()
+    assert main(["train", str(tmp_path / "recipe.yaml")]) == 2
+    assert time.process_time() - start < 2
+    assert len(capsys.readouterr().err) < 2000
+    if name != "a long file":
+        with pytest.raises(ValueError, match="^got "):
+            read(tmp_path, f"trainer.optim_args={BOMBS[name]}")
