@@ -47,6 +47,7 @@ def read_rows(
         num_proc=os.cpu_count(),
         special_tokens=list_special_tokens(processor.tokenizer),
         learn_tokens=processor.learn_tokens,
+        with_digests=bool(recipe.eval_data),
     )
     name = "eval_data" if sources is recipe.eval_data else "data"
     for fate, number in fates.items():

@@ -197,7 +197,7 @@ def _check_choices(recipe: Recipe) -> None:
     for name, choices in (("stage", STAGES), ("output_dtype", OUTPUT_DTYPES), ("bad_rows", ON_BAD_ROW)):
         value = getattr(recipe, name)
         if value not in choices:
-            raise ValueError(f"got {name}={value!r}; expected one of {', '.join(choices)}")
+            raise ValueError(f"got {name}={shorten(repr(value))}; expected one of {', '.join(choices)}")
     check_length_options(recipe.max_length, recipe.too_long)
     if Path(recipe.output_dir).resolve() == Path(find_installed(recipe.model)).resolve():
         raise ValueError(

@@ -98,8 +98,9 @@ def check_trainer(trainer: dict[str, Any], *, num_eval_sources: int) -> None:
             f"got trainer.train_sampling_strategy={trainer['train_sampling_strategy']!r}, which takes rows "
             "for tokens; expected 'random' or 'sequential': tokens_per_batch makes batches without padding"
         )
-    if trainer.get("liger_kernel_config") is not None and not trainer.get("use_liger_kernel"):
-        raise ValueError("got trainer.liger_kernel_config, which has no effect here; expected use_liger_kernel, too")
+    for name, needed in (("liger_kernel_config", "use_liger_kernel"), ("fsdp_config", "fsdp")):
+        if trainer.get(name) and not trainer.get(needed):
+            raise ValueError(f"got trainer.{name}, which has no effect here; expected {needed}, too: take it out")
     strategy = trainer.get("eval_strategy", "epoch" if num_eval_sources else "no")
     if (strategy != "no") != bool(num_eval_sources):
         raise ValueError(

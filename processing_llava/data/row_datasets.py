@@ -125,6 +125,7 @@ def load_rows(
     num_proc: int | None = None,
     special_tokens: Sequence[str] = (),
     learn_tokens: Sequence[str] = (),
+    with_digests: bool = False,
 ) -> tuple[Dataset | IterableDataset, FateCounts]:
     """The rows of all sources: `id`, `images` (paths or bytes), `messages`.
 
@@ -142,6 +143,7 @@ def load_rows(
         num_proc: Processes that count, where there are enough rows for several.
         special_tokens: Rows that spell one of these are counted.
         learn_tokens: Special tokens that are not counted in answers.
+        with_digests: Keep the column that `count_shared_rows` reads.
 
     Returns:
         A `Dataset`, or an `IterableDataset` if any source is streaming; and how many rows of the sources are of each
@@ -183,7 +185,7 @@ def load_rows(
         rows = interleave_datasets(parts, probabilities, seed=seed, stopping_strategy="all_exhausted")
     else:
         rows = concatenate_datasets(parts)
-    return _unpack(rows.remove_columns(list(_JUDGEMENT))), fates
+    return _unpack(rows.remove_columns([*_JUDGEMENT, *["digest"] * (not with_digests)])), fates
 
 
 def _load_source(source: DataSource, convert: Callable[..., dict[str, Any]]) -> Dataset | IterableDataset:
@@ -249,7 +251,7 @@ def _digest(packed: dict[str, Any]) -> bytes:
 
 
 def count_shared_rows(rows: Dataset, others: Dataset) -> int:
-    """How many rows of a dataset of `load_rows` are in another one too, whatever their ids."""
+    """How many rows of a dataset of `load_rows`, with digests, are in another one too, whatever their ids."""
     known = set(others.with_format(None)["digest"][:])
     return sum(digest in known for digest in rows.with_format(None)["digest"][:])
 
