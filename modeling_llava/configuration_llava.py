@@ -90,11 +90,7 @@ class AnyLlavaConfig(PreTrainedConfig):
         tie_word_embeddings: bool | None = None,
         **kwargs,
     ) -> None:
-        if "mm_vision_tower" in kwargs or "mm_projector_type" in kwargs:
-            raise ValueError(
-                "got the config.json of an original LLaVA as AnyLlavaConfig; expected AutoConfig.from_pretrained, "
-                "which translates it"
-            )
+        _refuse_original(kwargs)
         self.vision_config = _sub_config("vision_config", vision_config)
         use_one_side(self.vision_config)
         self.text_config = _sub_config("text_config", text_config)
@@ -122,6 +118,7 @@ class AnyLlavaConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "AnyLlavaConfig":
+        _refuse_original(config_dict)
         check_sub_configs(config_dict, required=PARTS)
         for part in PARTS:
             _sub_config(part, config_dict[part])
@@ -216,6 +213,14 @@ class AnyLlavaConfig(PreTrainedConfig):
                 f"vision_config.image_size={self.vision_config.image_size}; expected at least one patch: correct "
                 "config.json"
             )
+
+
+def _refuse_original(fields: dict[str, Any]) -> None:
+    if "mm_vision_tower" in fields or "mm_projector_type" in fields:
+        raise ValueError(
+            "got the config.json of an original LLaVA as AnyLlavaConfig; expected AutoConfig.from_pretrained, which "
+            "translates it"
+        )
 
 
 def _sub_config(part: str, config: PreTrainedConfig | dict | None) -> PreTrainedConfig:

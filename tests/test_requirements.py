@@ -27,6 +27,7 @@ NAMES = {"PIL": "pillow", "yaml": "pyyaml", "google": "protobuf"}
 """Distributions that are called otherwise than their module."""
 EXTRA_OF = {
     "modeling_llava/training": "train",
+    "processing_llava/data/data_bounds.py": "train",
     "processing_llava/data/row_datasets.py": "train",
     "modeling_llava/serving/guard.py": "demo",
     "spaces_demo/app.py": "demo",
@@ -161,7 +162,10 @@ def test_commands_run_in_the_base_installation_or_name_their_extra(
     (tmp_path / "recipe.yaml").write_text(recipe)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(model)}))
-    save_file({"model.language_model.x.lora_A.weight": torch.zeros(1)}, tmp_path / "adapter/adapter_model.safetensors")
+    save_file(
+        {"base_model.model.model.language_model.x.lora_A.weight": torch.zeros(1)},
+        tmp_path / "adapter/adapter_model.safetensors",
+    )
     arguments = [model if argument == "MODEL" else argument for argument in arguments]
     command = [sys.executable, "-S", "-m", "modeling_llava.cli", *arguments]
     result = subprocess.run(

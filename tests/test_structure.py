@@ -16,7 +16,7 @@ SEAMS = {"checkpoint_mixin", "original_processor"}
 """Mixins that read the layouts of other code, which a Hub repository does not need: export leaves them empty."""
 NAMES = {"__init__", "auto", "assemble", "cli"}
 """At the top of modeling_llava beside the bundle: the door, the registration, a new LLaVA, and the command."""
-HUB_PACKAGES = {"torch", "transformers", "PIL", "numpy", "tokenizers", "jinja2"}
+HUB_PACKAGES = {"torch", "transformers", "huggingface_hub", "PIL", "numpy", "tokenizers", "jinja2"}
 
 _PROCESSING = {"processing_llava", "processing_llava/original", "processing_llava/templates"}
 _MODEL = _PROCESSING | {"modeling_llava", "modeling_llava/checkpoints", "modeling_llava/acceleration"}
@@ -35,7 +35,7 @@ IMPORTS = {
     "modeling_llava/records": {"hub_cards"},
     "modeling_llava/training": _MODEL | _RECORDS | _DATA,
     "modeling_llava/export": _MODEL | _RECORDS | _DATA | {"hub_cards"},
-    "modeling_llava/serving": _ANSWERS,
+    "modeling_llava/serving": _ANSWERS | {"modeling_llava/commands/errors"},
     "modeling_llava/tiny_llava": _ANSWERS | _RECORDS | _DATA | {"modeling_llava/training"},
     "modeling_llava/commands": _ANSWERS | _RECORDS | _DATA | {"modeling_llava/training", "modeling_llava/export"},
     "hub_cards": set(),

@@ -151,7 +151,7 @@ def refuse_integers(name: str, weights: dict[str, Weight]) -> None:
         ValueError: naming file and weight.
     """
     for weight in weights.values():
-        if not weight.dtype.is_floating_point and not weight.key.endswith(COMPUTED):
+        if not weight.dtype.is_floating_point and weight.key.endswith((".weight", ".bias", "image_newline")):
             raise ValueError(
                 f"got {weight.key} in {weight.file}, of {weight.dtype}; expected 16 or 32 bits, since nothing in "
                 f"{name} says how to scale it: take the unquantized checkpoint"

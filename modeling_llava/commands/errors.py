@@ -19,6 +19,7 @@ EXTRAS = {
     "accelerate": "'anyllava[train]'",
     "matplotlib": "'anyllava[train]'",
     "filelock": "'anyllava[train]'",
+    "pyarrow": "'anyllava[train]'",
     "gradio": "'anyllava[demo]'",
     "gradio_client": "'anyllava[demo]'",
     "starlette": "'anyllava[demo]'",

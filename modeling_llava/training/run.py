@@ -201,7 +201,10 @@ def explain_settings(recipe: Recipe, *, is_over: Callable[[], bool] = lambda: Fa
     ) as error:
         names = [name for name in FREE_FIELDS if name in recipe.trainer]
         # Those of this package say more, and memory that is short is no mistake of a value.
-        is_clear = isinstance(error, ValueError) and str(error).startswith("got ")
+        # So does a worker of a data loader, which sends its traceback (torch 2.13, _utils.py): its error is of a row.
+        is_clear = isinstance(error, ValueError) and (
+            str(error).startswith("got ") or "DataLoader worker" in str(error)
+        )
         if not names or is_over() or is_clear or isinstance(error, torch.OutOfMemoryError):
             raise
         given = ", ".join(f"trainer.{name}={recipe.trainer[name]!r}" for name in names)

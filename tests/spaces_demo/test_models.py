@@ -242,7 +242,7 @@ def test_looking_follows_the_settings_of_the_answer():
     assert attention.weights[0].shape[-1] == 64
 
 
-def test_a_checkpoint_of_transformers_own_class_answers_but_cannot_be_looked_into(tmp_path):
+def test_a_checkpoint_of_transformers_own_class_answers_as_ours(tmp_path):
     from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
     tokenizer = tiny_processor().tokenizer
@@ -264,7 +264,4 @@ def test_a_checkpoint_of_transformers_own_class_answers_but_cannot_be_looked_int
     label = menu.labels[0]
     assert "million parameters in float32 on cpu" in menu.load(label).describe()
     assert list(menu.answer(label, MESSAGES, Settings(max_new_tokens=3)))[-1][1].num_image_tokens == 16
-    with pytest.raises(ValueError, match="leave it as trained"):
-        next(menu.answer(label, MESSAGES, Settings(tile_mode="pad")))
-    with pytest.raises(ValueError, match="expected an AnyLlavaProcessor"):
-        menu.look(label, MESSAGES, Settings())
+    assert list(menu.answer(label, MESSAGES, Settings(tile_mode="pad", max_new_tokens=3)))[-1][1] is not None

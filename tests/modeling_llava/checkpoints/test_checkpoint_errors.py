@@ -112,7 +112,7 @@ def test_delta_of_another_size(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     "fields, pattern",
     [
-        ({"mm_vision_tower": None}, "without mm_vision_tower"),
+        ({"mm_vision_tower": None}, "with mm_vision_tower=None"),
         ({"mm_hidden_size": 99}, "mm_hidden_size=99 and vision tower .* of size 24"),
         ({"mm_projector_type": "qformer2_64"}, "projector_type='qformer2_64'"),
         ({"mm_vision_select_feature": "slicefour_patch"}, "vision_feature_select_strategy='slicefour_patch'"),
@@ -398,7 +398,7 @@ def test_the_hub_is_asked_once(checkpoint, name):
 @pytest.mark.parametrize(
     "fields, pattern",
     [
-        ({"mm_vision_tower": None}, "without mm_vision_tower"),
+        ({"mm_vision_tower": None}, "with mm_vision_tower=None"),
         ({"mm_vision_tower": "/home/you/mine"}, "got vision tower '/home/you/mine'"),
         ({"image_aspect_ratio": "highres"}, "image_aspect_ratio='highres'"),
     ],
