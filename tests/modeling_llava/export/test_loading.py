@@ -124,7 +124,7 @@ def test_the_code_is_flat_small_and_says_its_version(only_ours):
     files = sorted((only_ours / "out").glob("*.py"))
     assert {path.stem for path in files} == collect_modules().keys()
     # 183,000 for transformers 5.23 alone; a range of versions, and the refusals that came with it, took the rest.
-    assert sum(path.stat().st_size for path in files) < 210_000
+    assert sum(path.stat().st_size for path in files) < 250_000
     for path in files:
         first, text = path.read_text().split("\n", 1)
         assert re.fullmatch(r"# AnyLLaVA \d+\.\d+\.\d+, Apache-2.0; .*", first), path.name
