@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import PIL.Image
@@ -191,6 +192,8 @@ class Chat:
         self.process.stdin.flush()
 
     def interrupt(self) -> str:
+        # Python sees a signal between the prompt and the wait for a line with that line only.
+        time.sleep(0.3)
         self.process.send_signal(signal.SIGINT)
         return self.read_until("\n> ")
 
