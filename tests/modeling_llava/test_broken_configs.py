@@ -63,9 +63,7 @@ def change(fields: dict[str, Any], place: tuple[str, ...], value: Any) -> dict[s
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "layout", ["any_llava", *(pytest.param(name, marks=pytest.mark.slow) for name in ("transformers", "original"))]
-)
+@pytest.mark.parametrize("layout", ["any_llava", pytest.param("transformers", marks=pytest.mark.slow)])
 def test_every_field_of_a_config_is_right_or_named(layout, tmp_path):
     folder = LAYOUTS[layout](tmp_path)
     fields = json.loads((folder / "config.json").read_text())
