@@ -2,7 +2,7 @@
 
 Loading: config.json is translated, the weights of all parts are gathered under our names, transformers gets them as
 one state dict whose tensors are not read yet, and a LoRA adapter is attached and merged, or kept. Where nobody chose
-a dtype, a slow CPU gets float32 (`inference_dtype`); fewer bits have names (`quantization`).
+a dtype, a slow CPU gets float32 (`acceleration.devices`); fewer bits have names (`acceleration.quantization`).
 """
 
 import contextlib
@@ -170,12 +170,12 @@ class CheckpointMixin:
             raw, _ = PreTrainedConfig.get_config_dict(name if config is None else config, **download)
         layout = check_model_type(raw)
         refuse_parts(parts, layout, name)
-        if layout != "original" and not raw.get("quantization_config") and has_model(name, download):
-            refuse_integers(name, read_model(name, download))
         adapter = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
         if adapter is None and layout != "original" and find_file(name, "adapter_config.json", download) is not None:
             adapter = name
         if layout == "any_llava" and adapter != name:
+            if not raw.get("quantization_config") and has_model(name, download):
+                refuse_integers(name, read_model(name, download))
             stored = config.dtype if isinstance(config, cls.config_class) else raw.get("dtype", raw.get("torch_dtype"))
             model, info, wants_info = cls._load_own(name, *args, config=config, stored=stored, **kwargs)
         else:
@@ -221,6 +221,8 @@ class CheckpointMixin:
             weights = gather_original_weights(folder, config, delta=delta)
         else:
             weights = read_model(name, folder.download)
+            if not folder.config.get("quantization_config"):
+                refuse_integers(name, weights)
             if layout == "transformers":
                 refuse_quantized(name, folder.config, weights)
                 weights = {rename_to_ours(key, "transformers"): item for key, item in weights.items()}

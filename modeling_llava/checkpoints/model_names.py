@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from transformers import AutoProcessor
 
 from processing_llava import AnyLlavaProcessor
-from processing_llava.original.original_folder import find_adapter_base, find_installed
+from processing_llava.original.original_folder import find_installed
 
 
 @contextlib.contextmanager
@@ -21,12 +21,6 @@ def explain_missing(name: str, *, part: str = "model", kind: str = " of a LLaVA"
     except OSError as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"got {part} {name!r}; expected a folder or a Hub id{kind}: {reason}") from error
-
-
-def find_base(name: str) -> str:
-    """What an adapter of PEFT was trained on; of another model its own name."""
-    name = find_installed(name)
-    return find_adapter_base(name, {}) or name
 
 
 def load_training_processor(
