@@ -56,13 +56,16 @@ def seal_checkpoint(checkpoint: str | Path) -> None:
 
 def find_damage(checkpoint: str | Path) -> str | None:
     """What is missing or changed in a checkpoint since it was sealed; None if nothing is."""
-    path = Path(checkpoint, FILES_FILE)
+    folder = Path(checkpoint)
+    path = folder / FILES_FILE
     try:
         files = json.loads(path.read_text())
-        changed = [name for name, facts in files.items() if _measure(path.with_name(name)) != facts]
+        changed = [name for name, facts in files.items() if _measure(folder / name) != facts]
     except FileNotFoundError as error:
         missing = Path(error.filename)
-        return f"its writing did not end, without {FILES_FILE}" if missing == path else f"{missing.name} is missing"
+        if missing == path:
+            return f"its writing did not end, without {FILES_FILE}"
+        return f"{missing.relative_to(folder).as_posix()} is missing"
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         return f"it cannot be read ({error})"
     return f"{', '.join(changed)} changed since it was written" if changed else None

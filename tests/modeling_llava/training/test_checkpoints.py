@@ -17,7 +17,7 @@ from transformers import Trainer
 from modeling_llava import AutoModelForVision2Seq
 from modeling_llava.cli import main
 from modeling_llava.training import run_folder
-from modeling_llava.training.checkpoints import FILES_FILE, find_checkpoint, seal_checkpoint, write_whole
+from modeling_llava.training.checkpoints import FILES_FILE, find_checkpoint, find_damage, seal_checkpoint, write_whole
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import train
 from modeling_llava.training.run_folder import explain_disk
@@ -112,6 +112,20 @@ def test_incomplete_checkpoints_are_left_out(tmp_path):
     (tmp_path / "checkpoint-12").mkdir()
     (tmp_path / "checkpoint-best").mkdir()
     assert find_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "global_step2/zero.pt", "pytorch_model_fsdp_0/rank0/a.distcp"])
+def test_a_checkpoint_of_processes_is_whole_with_its_folders(tmp_path, name):
+    """DeepSpeed and FSDP write their shards into folders of the checkpoint."""
+    file = tmp_path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"shard")
+    seal_checkpoint(tmp_path)
+    assert find_damage(tmp_path) is None
+    file.write_bytes(b"other")
+    assert find_damage(tmp_path) == f"{name} changed since it was written"
+    file.unlink()
+    assert find_damage(tmp_path) == f"{name} is missing"
 
 
 def test_a_new_run_keeps_away_from_the_checkpoints_of_another(workspace, tmp_path):
