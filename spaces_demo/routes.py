@@ -52,8 +52,10 @@ WITHOUT_LOGIN = re.compile(rf"{API}/(heartbeat/.*|cancel/?)")
 """Routes of a visitor that Gradio 6.31 gives to everybody."""
 FETCHED = re.compile(r"/file[=/]https?://")
 """Routes for files, with a URL."""
-MAX_HEARTBEATS = 200
-"""Connections that are held open to tell that a visitor is there. A process may have 1024 files by default."""
+HELD = re.compile(rf"{API}/(heartbeat|queue/data|call)(/.*)?")
+"""Routes that Gradio 6.31 holds open for as long as a visitor likes: being there, and what becomes of a call."""
+MAX_HELD = 400
+"""Connections that are held open, two for a visitor. A process may have 1024 files by default."""
 MAX_STORED_BYTES = 4_000_000_000
 """All pictures of all visitors; each is there for an hour."""
 NUM_CLEANERS = 2
@@ -103,7 +105,7 @@ class PrivateRoutes:
         self.app = app
         self.page = page
         self.folder = folder
-        self.num_heartbeats = 0
+        self.num_held = 0
         self.cleaners = asyncio.Semaphore(NUM_CLEANERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -114,8 +116,8 @@ class PrivateRoutes:
         if response is not None:
             await response(scope, receive, send)
             return
-        is_heartbeat = "/gradio_api/heartbeat/" in scope["path"]
-        self.num_heartbeats += is_heartbeat
+        is_held = self._is_held(scope)
+        self.num_held += is_held
         try:
             await self.app(scope, receive, send)
         except Exception as error:
@@ -124,7 +126,7 @@ class PrivateRoutes:
             told = f"got a call that cannot be answered ({type(error).__name__}); correct it"
             await JSONResponse({"detail": told}, status_code=400)(scope, receive, send)
         finally:
-            self.num_heartbeats -= is_heartbeat
+            self.num_held -= is_held
 
     async def _answer(self, scope: Scope, receive: Receive) -> Response | None:
         """What is answered here; None leaves it to Gradio."""
@@ -138,12 +140,16 @@ class PrivateRoutes:
             return await self._take_pictures(Request(scope, receive))
         if CLOSED.fullmatch(path) or (is_post and not CALLS.fullmatch(path)):
             return JSONResponse({"detail": "Not Found"}, status_code=404)
-        if "/gradio_api/heartbeat/" in path and self.num_heartbeats >= MAX_HEARTBEATS:
+        if self.num_held >= MAX_HELD and self._is_held(scope):
             return JSONResponse({"detail": "got too many visitors; come back later"}, status_code=503)
         if re.fullmatch(f"{API}/upload_progress/?", path):
             # The page asks for it, and shows a picture when it is whole.
             return PlainTextResponse('data: {"msg": "done"}\n\n', media_type="text/event-stream")
         return None
+
+    @staticmethod
+    def _is_held(scope: Scope) -> bool:
+        return scope["method"] == "GET" and HELD.fullmatch(scope["path"]) is not None
 
     async def _is_logged_in(self, scope: Scope) -> bool:
         """Whether Gradio says so; without --auth, everybody is."""

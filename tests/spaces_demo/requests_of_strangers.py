@@ -3,6 +3,7 @@
 import http.client
 import json
 import socket
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -49,7 +50,10 @@ def finish(connection: socket.socket, method: str = "GET") -> Response:
     response = http.client.HTTPResponse(connection, method=method)
     try:
         response.begin()
-        body = response.read()
+        deadline, body = time.monotonic() + SECONDS, b""
+        while piece := response.read1(65_536):
+            body += piece
+            assert time.monotonic() < deadline, f"an answer without an end: {body[-1000:]!r}"
     except (http.client.HTTPException, OSError):
         return Response(0, {}, "")
     finally:

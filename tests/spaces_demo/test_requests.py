@@ -496,13 +496,14 @@ def test_wrong_passwords_cost_time(locked):
 
 
 def test_connections_that_stay_are_counted(page):
-    held = [begin(page.url, "GET", f"/gradio_api/heartbeat/{number}") for number in range(200)]
-    statuses = [connection.recv(12) for connection in held]
-    assert statuses == [b"HTTP/1.1 200"] * 200
-    assert finish(begin(page.url, "GET", f"/gradio_api/heartbeat/{SECRET}")).status == 503
+    """Heartbeats, and answers that are waited for: a session whose calls have ended waits for ever."""
+    held = [begin(page.url, "GET", f"/gradio_api/heartbeat/{number}") for number in range(400)]
+    assert [connection.recv(12) for connection in held] == [b"HTTP/1.1 200"] * 400
+    for path in ("heartbeat/a", "queue/data?session_hash=a", "call/a/b", "call/v2/a"):
+        assert finish(begin(page.url, "GET", f"/gradio_api/{path}")).status == 503
     for connection in held:
         connection.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         connection = begin(page.url, "GET", "/gradio_api/heartbeat/a")
         status = connection.recv(12)
