@@ -1,17 +1,8 @@
-"""Makes AnyLLaVA known to transformers: Auto classes, the tables others read by name, and AutoModelForVision2Seq.
+"""What the Auto classes of transformers load, and AutoModelForVision2Seq. Importing this file registers it."""
 
-What is surprising: registering is not enough. TRL and `transformers serve` look classes up as attributes of the
-`transformers` module or in its tables of names, and there can be two `transformers` modules at once, because
-importing `transformers.processing_utils` executes the package a second time.
-"""
-
-import functools
-import sys
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
-import transformers.models.auto
-import transformers.processing_utils
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -23,7 +14,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
@@ -32,7 +22,6 @@ from processing_llava.config_fields import naming_config
 from processing_llava.image_processing_fast import AnyLlavaImageProcessor
 from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
 from processing_llava.original.original_folder import (
-    TEXT_MODEL_OF_TYPE,
     TRANSFORMERS_CONFIGS,
     find_layout,
     read_built_in,
@@ -125,28 +114,20 @@ def needs_class_of_writer(name: str, raw: dict[str, Any], weights: dict[str, Wei
     return fits
 
 
-def build_dispatch_config(model_type: str) -> type[PreTrainedConfig]:
-    """A configuration class for a model_type of the original LLaVA, as which AutoConfig reads a config.json.
+def read_config(model_type: str, config_dict: dict[str, Any], **kwargs) -> PreTrainedConfig:
+    """What a config.json of our model_type, or of one of the original LLaVA, is read as.
 
-    An original one becomes an AnyLlavaConfig. For a model_type that transformers knows too ("llava"), every other
-    use gives transformers' own class.
+    An original one becomes an AnyLlavaConfig. For a model_type that transformers knows too ("llava"), every other one
+    gives transformers' own class.
     """
+    if model_type == AnyLlavaConfig.model_type:
+        return AnyLlavaConfig.from_dict(config_dict, **kwargs)
     built_in = TRANSFORMERS_CONFIGS.get(model_type)
-
-    class DispatchConfig(built_in or AnyLlavaConfig):
-        def __new__(cls, *args, **kwargs) -> PreTrainedConfig:
-            return (built_in or AnyLlavaConfig)(*args, **kwargs)
-
-        @classmethod
-        def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> PreTrainedConfig:
-            if built_in is not None and find_layout(config_dict) == "transformers":
-                read_built_in(config_dict)
-                return built_in.from_dict(config_dict, **kwargs)
-            name = kwargs.get("name_or_path", config_dict.get("_name_or_path", ""))
-            return AnyLlavaConfig.from_dict(translate_config(config_dict, **kwargs | {"name": name}), **kwargs)
-
-    DispatchConfig.model_type = model_type
-    return DispatchConfig
+    if built_in is not None and find_layout(config_dict) == "transformers":
+        read_built_in(config_dict)
+        return built_in.from_dict(config_dict, **kwargs)
+    name = kwargs.get("name_or_path", config_dict.get("_name_or_path", ""))
+    return AnyLlavaConfig.from_dict(translate_config(config_dict, **kwargs | {"name": name}), **kwargs)
 
 
 class NoCausalLM(PreTrainedModel):
@@ -172,43 +153,31 @@ class NoCausalLM(PreTrainedModel):
         return cls.from_pretrained(config.name_or_path)
 
 
-_load_upstream = AutoProcessor.from_pretrained
+def load_processor(load_upstream: Callable[..., ProcessorMixin], name: str, **kwargs) -> ProcessorMixin:
+    """What AutoProcessor.from_pretrained gives.
 
-
-@functools.wraps(_load_upstream)
-def load_processor(pretrained_model_name_or_path: str, **kwargs) -> ProcessorMixin:
+    Args:
+        load_upstream: That of transformers.
+    """
     # transformers takes a ValueError of a configuration for an unknown model, and goes on to build a bare tokenizer
     # (5.17 to 5.24, models/auto/processing_auto.py); and it knows no processor of an adapter.
-    name, download = str(pretrained_model_name_or_path), select_download(kwargs)
+    name, download = str(name), select_download(kwargs)
     if read_json(name, "processor_config.json", download) is None:
         found = recognise(name, download, base_model=kwargs.get("base_model"))
         if found.layout == "adapter":
             dropped = ("base_model", "revision", "subfolder")
-            return load_processor(found.base, **{key: value for key, value in kwargs.items() if key not in dropped})
+            kwargs = {key: value for key, value in kwargs.items() if key not in dropped}
+            return load_processor(load_upstream, found.base, **kwargs)
         if found.layout in ("original", AnyLlavaConfig.model_type):
             kwargs = {key: value for key, value in kwargs.items() if key not in ("config", "trust_remote_code")}
             return AnyLlavaProcessor.from_pretrained(name, **kwargs)
-    return _load_upstream(name, **kwargs)
+    return load_upstream(name, **kwargs)
 
 
-EXPORTED = {
-    "AnyLlavaConfig": AnyLlavaConfig,
-    "AnyLlavaModel": AnyLlavaModel,
-    "AnyLlavaForConditionalGeneration": AnyLlavaForConditionalGeneration,
-    "AnyLlavaProcessor": AnyLlavaProcessor,
-    "AnyLlavaImageProcessor": AnyLlavaImageProcessor,
-    "AnyLlavaImageProcessorPil": AnyLlavaImageProcessorPil,
-    "AutoModelForVision2Seq": AutoModelForVision2Seq,
-}
-
-
-def register() -> None:
-    """Register with transformers; calling it again changes nothing."""
+def register_classes() -> None:
+    """Register with the Auto classes; calling it again changes nothing."""
     warn_of_other_versions()
-    model_type = AnyLlavaConfig.model_type
-    AutoConfig.register(model_type, AnyLlavaConfig, exist_ok=True)
-    for original_type in TEXT_MODEL_OF_TYPE:
-        AutoConfig.register(original_type, build_dispatch_config(original_type), exist_ok=True)
+    AutoConfig.register(AnyLlavaConfig.model_type, AnyLlavaConfig, exist_ok=True)
     AutoModel.register(AnyLlavaConfig, AnyLlavaModel, exist_ok=True)
     AutoModelForImageTextToText.register(AnyLlavaConfig, AnyLlavaForConditionalGeneration, exist_ok=True)
     AutoModelForMultimodalLM.register(AnyLlavaConfig, AnyLlavaForConditionalGeneration, exist_ok=True)
@@ -219,26 +188,8 @@ def register() -> None:
     }
     AutoImageProcessor.register(AnyLlavaConfig, image_processor_classes=image_processors, exist_ok=True)
     AutoProcessor.register(AnyLlavaConfig, AnyLlavaProcessor, exist_ok=True)
-    AutoProcessor.from_pretrained = load_processor
     for auto_class in (AutoModelForCausalLM, AutoModelForSeq2SeqLM):
         auto_class.register(AnyLlavaConfig, NoCausalLM, exist_ok=True)
 
-    class_name = AnyLlavaForConditionalGeneration.__name__
-    modeling_auto.MODEL_MAPPING_NAMES[model_type] = AnyLlavaModel.__name__
-    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type] = class_name
-    modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[model_type] = class_name
 
-    for module in _transformers_modules():
-        for name, value in EXPORTED.items():
-            setattr(module, name, value)
-    transformers.models.auto.AutoModelForVision2Seq = AutoModelForVision2Seq
-    modeling_auto.AutoModelForVision2Seq = AutoModelForVision2Seq
-
-
-def _transformers_modules() -> list[ModuleType]:
-    """Every module object called "transformers" that some module holds: users may have imported the one that is no
-    longer in sys.modules."""
-    modules = [module for module in list(sys.modules.values()) if issubclass(type(module), ModuleType)]
-    held = [value for module in modules for value in list(vars(module).values()) if type(value) is type(transformers)]
-    by_id = {id(module): module for module in [transformers, *modules, *held]}
-    return [module for module in by_id.values() if module.__name__ == "transformers"]
+register_classes()

@@ -14,8 +14,8 @@ from tests.conftest import ROOT
 PACKAGES = ("modeling_llava", "processing_llava", "hub_cards", "spaces_demo")
 SEAMS = {"checkpoint_mixin", "original_processor"}
 """Mixins that read the layouts of other code, which a Hub repository does not need: export leaves them empty."""
-NAMES = {"__init__", "auto", "assemble", "cli"}
-"""At the top of modeling_llava beside the bundle: the door, the registration, a new LLaVA, and the command."""
+NAMES = {"__init__", "registration", "auto", "assemble", "cli"}
+"""At the top of modeling_llava beside the bundle: the door, what registers, a new LLaVA, and the command."""
 HUB_PACKAGES = {"torch", "transformers", "huggingface_hub", "PIL", "numpy", "tokenizers", "jinja2"}
 
 _PROCESSING = {"processing_llava", "processing_llava/original", "processing_llava/templates"}

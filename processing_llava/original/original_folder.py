@@ -29,6 +29,8 @@ from transformers.utils.hub import cached_file
 from processing_llava.config_fields import build_config, check_dtype, check_part, check_sub_configs, use_one_side
 from processing_llava.messages import shorten
 
+from .model_types import TEXT_MODEL_OF_CLASS, TEXT_MODEL_OF_TYPE
+
 logger = logging.get_logger(__name__)
 
 DOWNLOAD_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -37,20 +39,6 @@ DOWNLOAD_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies",
 TRANSFORMERS_CONFIGS = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
 """transformers' own configurations that AnyLlavaConfig can express, by model_type."""
 _ORIGINAL_CLASS = re.compile(r"Llava\w*ForCausalLM")
-# fmt: off
-TEXT_MODEL_OF_CLASS = {
-    "LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral", "LlavaMixtralForCausalLM": "mixtral",
-    "LlavaQwenForCausalLM": "qwen2", "LlavaQwen2ForCausalLM": "qwen2", "LlavaQwenMoeForCausalLM": "qwen2_moe",
-    "LlavaGemmaForCausalLM": "gemma", "LlavaMptForCausalLM": "mpt", "LlavaMPTForCausalLM": "mpt",
-}
-"""The text model that an original class is built on, as transformers calls it."""
-TEXT_MODEL_OF_TYPE = {
-    "llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_mixtral": "mixtral",
-    "llava_qwen": "qwen2", "llava_qwen2": "qwen2", "llava_qwen_moe": "qwen2_moe", "llava_gemma": "gemma",
-    "llava_mpt": "mpt",
-}
-"""The same by every `model_type` under which originals are published, for those without a telling class name."""
-# fmt: on
 
 
 def select_download(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Registration: every way in which others look models up finds ours. Claims about imports run in new processes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -107,6 +108,63 @@ def test_vision2seq_is_importable_whatever_came_first(imports):
     assert run_python(f"import modeling_llava\n{code}" if "modeling_llava" not in imports else code) == (
         "AutoModelForVision2Seq"
     )
+
+
+ENTRIES = {
+    "AutoConfig": ("from transformers import AutoConfig", "AutoConfig.from_pretrained(folder)", "AnyLlavaConfig"),
+    "AutoModel": ("from transformers import AutoModel", "AutoModel.from_pretrained(folder)", "AnyLlavaModel"),
+    "AutoModelForImageTextToText": (
+        "from transformers import AutoModelForImageTextToText as Auto", "Auto.from_pretrained(folder)",
+        "AnyLlavaForConditionalGeneration",
+    ),
+    "AutoProcessor": (
+        "from transformers import AutoProcessor", "AutoProcessor.from_pretrained(folder)", "AnyLlavaProcessor",
+    ),
+    "AutoImageProcessor": (
+        "from transformers.models.auto.image_processing_auto import AutoImageProcessor",
+        "AutoImageProcessor.from_pretrained(folder)", "AnyLlavaImageProcessorPil",
+    ),
+    "AutoTokenizer": (
+        "from transformers import AutoTokenizer", "AutoTokenizer.from_pretrained(folder)", "TokenizersBackend",
+    ),
+    "pipeline": (
+        "from transformers import pipeline", "pipeline('image-text-to-text', model=folder).processor",
+        "AnyLlavaProcessor",
+    ),
+    "attribute": (
+        "import transformers", "transformers.AnyLlavaProcessor.from_pretrained(folder)", "AnyLlavaProcessor",
+    ),
+    "submodule": (
+        "from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration as Ours",
+        "Ours.from_pretrained(folder)", "AnyLlavaForConditionalGeneration",
+    ),
+}  # fmt: skip
+ENTER = """
+import json, os, sys
+import torch
+folder, ours, entries = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+for name, (imports, use, _) in entries.items():
+    if os.fork() == 0:
+        exec({"first": f"import modeling_llava; {imports}", "last": f"{imports}; import modeling_llava"}[ours])
+        print(name, type(eval(use)).__name__, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.parametrize("ours", ["first", pytest.param("last", marks=pytest.mark.slow)])
+def test_every_entry_of_transformers_leads_to_our_classes(checkpoint, ours):
+    """Each in a process of its own, which has imported nothing of ours and nothing else of transformers."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    arguments = [sys.executable, "-c", ENTER, str(checkpoint), ours, json.dumps(ENTRIES)]
+    result = subprocess.run(arguments, capture_output=True, text=True, env=environment)
+    found = dict(line.split() for line in result.stdout.splitlines())
+    assert found == {name: expected for name, (*_, expected) in ENTRIES.items()}, result.stderr
+
+
+def test_importing_loads_none_of_the_classes():
+    heavy = "{'transformers.modeling_utils', 'transformers.processing_utils', 'modeling_llava.auto'}"
+    assert run_python(f"import sys, modeling_llava, processing_llava; print({heavy} & set(sys.modules))") == "set()"
 
 
 def test_importing_does_not_import_the_extras():
