@@ -27,7 +27,18 @@ from .report import draw, render_table
 from .roofline import describe_hardware, measure_limits
 from .timing import build_parser, prepare, release_memory
 
-PARTS = ("start", "loading", "preprocessing", "decoding", "llama_cpp", "chat", "captioning", "memory", "training")
+PARTS = (
+    "start",
+    "loading",
+    "preprocessing",
+    "decoding",
+    "llama_cpp",
+    "chat",
+    "captioning",
+    "memory",
+    "training",
+    "small_machine",
+)
 CHOICES = {"decoding": "batches", "captioning": "peer_batch_sizes", "training": "stages"}
 """Parts that can be told to measure less, and the argument of `measure` that says so."""
 PACKAGES = ("anyllava", "torch", "torchvision", "transformers", "trl", "pillow", "llama_cpp_python")

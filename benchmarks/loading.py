@@ -18,6 +18,9 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration, PreTrainedConfig
+
+from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
 
 from .peak_memory import read_status
 from .report import render_table
@@ -42,12 +45,8 @@ LOADED_MODELS = {
 }
 
 
-def write_layouts(folder: Path, *, layers: int, hidden_size: int, loaders: tuple[str, ...]) -> None:
-    """Write the same model in every layout that the loaders read."""
-    from transformers import CLIPVisionConfig, LlamaConfig
-
-    from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
-
+def build_config(layers: int, hidden_size: int) -> PreTrainedConfig:
+    """A LLaVA in the shape of the published ones: with their tower, which its configuration names."""
     vision = CLIPVisionConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336
     )
@@ -62,7 +61,12 @@ def write_layouts(folder: Path, *, layers: int, hidden_size: int, loaders: tuple
         num_key_value_heads=hidden_size // 128,
         vocab_size=32064,
     )
-    config = AnyLlavaConfig(vision, text, image_token_id=32000, dtype=torch.bfloat16)
+    return AnyLlavaConfig(vision, text, image_token_id=32000, dtype=torch.bfloat16)
+
+
+def write_layouts(folder: Path, *, layers: int, hidden_size: int, loaders: tuple[str, ...]) -> None:
+    """Write the same model in every layout that the loaders read."""
+    config = build_config(layers, hidden_size)
     with torch.device("meta"):
         model = AnyLlavaForConditionalGeneration(config)
     model = model.to(torch.bfloat16).to_empty(device="cpu")
@@ -93,12 +97,8 @@ def split_to_bin(source: Path, target: Path) -> None:
 
 def load_once(loader: str, folder: Path, *, dtype: torch.dtype, device: str) -> dict[str, float]:
     """Load in this process; returns seconds on the wall and peak bytes."""
-    from transformers import LlavaForConditionalGeneration
-
-    import modeling_llava
-
     is_peer = loader == PEER
-    model_class = LlavaForConditionalGeneration if is_peer else modeling_llava.AnyLlavaForConditionalGeneration
+    model_class = LlavaForConditionalGeneration if is_peer else AnyLlavaForConditionalGeneration
     placement = {} if device == "cpu" else {"device_map": device}
     # The CUDA context takes longer than loading.
     torch.zeros(1, device=device)

@@ -15,15 +15,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .devices import is_slow_on_processor, release_mapped
+from .devices import copy_mapped, is_slow_on_processor, release_mapped, returning_memory
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 SMALLEST_WEIGHT = 2**18
 """Elements. Smaller weights stay in the caches of a CPU, where calling a kernel costs more than it gains."""
+ROUNDED_ROWS = 64
+"""Rows of weights that are rounded at a time, in the caches of a CPU."""
 MAX_ROWS = 256
 """Rows of int8 that are computed in one call, whose sums take as much memory again as its outputs."""
 
 
+@returning_memory()
 def pack_linear_layers(model: PreTrainedModel) -> None:
     """Pack in place a model on a CPU that is fast with the dtype of the model.
 
@@ -34,17 +37,15 @@ def pack_linear_layers(model: PreTrainedModel) -> None:
     if not (torch.backends.mkldnn.is_available() and is_fast) or model._hf_peft_config_loaded:
         return
     embeddings = model.get_input_embeddings().weight
-    for name, module in list(model.named_modules()):
-        is_large = type(module) is nn.Linear and module.weight.numel() >= SMALLEST_WEIGHT
-        if is_large and module.weight is not embeddings:
+    # Names alone: in a list of modules, the old weights of each would live until the end.
+    for name in [name for name, module in model.named_modules() if type(module) is nn.Linear]:
+        module = model.get_submodule(name)
+        if module.weight.numel() >= SMALLEST_WEIGHT and module.weight is not embeddings:
             model.set_submodule(name, PackedLinear(module))
             release_mapped([module.weight.data])
     model.requires_grad_(False)
-    # What is left may be a view of a mapped file, all of which has been read by now, and would stay in memory.
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.layout == torch.strided:
-            stored, tensor.data = tensor.data, tensor.data.clone()
-            release_mapped([stored])
+    # What is left would keep its file open, all of which has been read by now.
+    copy_mapped([*model.parameters(), *model.buffers()])
 
 
 class PackedLinear(nn.Module):
@@ -84,13 +85,12 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
-        weight = linear.weight.detach().float()
-        scales = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
+        integers, scales = _round_rows(linear.weight.detach())
         zero_points = torch.zeros_like(scales, dtype=torch.long)
         with warnings.catch_warnings():
             # torch deprecates tensors of this kind, and its dynamic kernels take no others (pytorch/pytorch#184982).
             warnings.filterwarnings("ignore", message=".*quantized tensor creation functions", category=UserWarning)
-            quantized = torch.quantize_per_channel(weight, scales, zero_points, axis=0, dtype=torch.qint8)
+            quantized = torch._make_per_channel_quantized_tensor(integers, scales, zero_points, axis=0)
         self.packed_weight = torch.ops.quantized.linear_prepack(quantized, None)
         bias = None if linear.bias is None else linear.bias.detach().float()
         self.register_buffer("bias", bias, persistent=False)
@@ -116,3 +116,17 @@ class Int8Linear(nn.Module):
         return outputs if self.bias is None else outputs.add_(self.bias)
 
     extra_repr = nn.Linear.extra_repr
+
+
+def _round_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix as integers from -127 to 127 and the scale of each row, without a copy of it in float32."""
+    integers = torch.empty(weight.shape, dtype=torch.int8)
+    scales = torch.empty(len(weight))
+    work_space = torch.empty(ROUNDED_ROWS, *weight.shape[1:])
+    for start in range(0, len(weight), ROUNDED_ROWS):
+        rows = slice(start, start + ROUNDED_ROWS)
+        values = work_space[: len(weight[rows])].copy_(weight[rows])
+        smallest, largest = torch.aminmax(values, dim=1)
+        scales[rows] = torch.maximum(-smallest, largest).clamp_min(1e-12) / 127
+        integers[rows] = values.div_(scales[rows, None]).round_()
+    return integers, scales

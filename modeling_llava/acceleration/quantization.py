@@ -7,6 +7,7 @@ every answer. On a GPU the work is done by torchao and bitsandbytes, through tra
 
 import importlib.util
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .cpu_linear import Int8Linear
-from .devices import release_mapped
-from .fused_layers import fuse_projections
+from .devices import release_mapped, returning_memory
+from .fused_layers import ATTENTIONS, MLPS, fuse_projections
 
 KEPT_MODULES = ["model.vision_tower", "model.mm_projector", "lm_head"]
 
@@ -115,6 +116,7 @@ def refuse_unchanged(model: PreTrainedModel, quantization: str) -> None:
         )
 
 
+@returning_memory()
 def quantize_to_int8(model: PreTrainedModel) -> None:
     """Give a language model fused projections with int8 weights, in place; everything else becomes float32.
 
@@ -126,13 +128,12 @@ def quantize_to_int8(model: PreTrainedModel) -> None:
     if model._hf_peft_config_loaded:
         raise ValueError("got quantization='int8' and merge_adapter=False; expected a merged adapter")
     language_model = model.base_model.language_model
-    stacks = [module for module in language_model.modules() if isinstance(module, nn.ModuleList)]
-    # Layer by layer: beside the result there is never more than one layer in the dtype of the files.
-    for layer in (layer for stack in stacks for layer in stack):
-        replaced = [module.weight.data for module in layer.modules() if type(module) is nn.Linear]
-        fuse_projections(layer)
-        _replace_linears(layer)
-        release_mapped(replaced)
+    # Beside the result there is never more than a block for each thread in the dtype of the files.
+    blocks = [module for module in language_model.modules() if type(module) in ATTENTIONS + MLPS]
+    num_threads = torch.get_num_threads()
+    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(_quantize_block, blocks))
+    torch.set_num_threads(num_threads)
     _replace_linears(language_model)
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
@@ -141,7 +142,16 @@ def quantize_to_int8(model: PreTrainedModel) -> None:
     model.config.dtype = torch.float32
 
 
+def _quantize_block(block: nn.Module) -> None:
+    stored = [module.weight.data for module in block.modules() if type(module) is nn.Linear]
+    fuse_projections(block)
+    release_mapped(stored)
+    _replace_linears(block)
+
+
 def _replace_linears(module: nn.Module) -> None:
-    for name, inner in list(module.named_modules()):
-        if type(inner) is nn.Linear:
-            module.set_submodule(name, Int8Linear(inner))
+    # Names alone: in a list of modules, the old weights of each would live until the end.
+    for name in [name for name, inner in module.named_modules() if type(inner) is nn.Linear]:
+        inner = module.get_submodule(name)
+        module.set_submodule(name, Int8Linear(inner))
+        release_mapped([inner.weight.data])

@@ -102,29 +102,39 @@ def _generation_needs(
     quantization: str | None,
     visual_tokens: int | None,
 ) -> str:
-    from modeling_llava.acceleration.quantization import check_quantization
     from modeling_llava.checkpoints.model_names import explain_missing
     from modeling_llava.inference.chat_cache import DEFAULT_MAX_BYTES
-    from modeling_llava.inference.generation_memory import choose_dtype, predict_generation, read_config
+    from modeling_llava.inference.generation_memory import (
+        choose_dtype,
+        predict_generation,
+        predict_loading,
+        read_config,
+    )
+    from modeling_llava.inference.precision import Precision, choose_precision
     from modeling_llava.inference.token_stream import limit_new_tokens
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with explain_missing(model):
         config = read_config(model)
     config.visual_tokens = config.visual_tokens if visual_tokens is None else visual_tokens
-    dtype = choose_dtype(config, device, quantization=quantization)
+    refusal = None
+    try:
+        precision = choose_precision(config, device, name=model, quantization=quantization)
+    except ValueError as error:
+        precision, refusal = Precision(choose_dtype(config, device, quantization=quantization), quantization), error
+    chosen = {"dtype": precision.dtype, "quantization": precision.quantization}
     needs = predict_generation(
-        config,
-        dtype=dtype,
-        quantization=quantization,
-        num_images=num_images,
-        num_new_tokens=num_new_tokens,
-        num_rows=num_rows,
+        config, **chosen, num_images=num_images, num_new_tokens=num_new_tokens, num_rows=num_rows
     )
-    kinds = f"{'' if quantization is None else f'{quantization} and '}{str(dtype).removeprefix('torch.')}"
+    # A GPU takes each weight as it is read.
+    loading = needs.weights
+    if device.type == "cpu":
+        loading = predict_loading(config, **chosen, num_threads=torch.get_num_threads())
+    dtype = str(precision.dtype).removeprefix("torch.")
     free = count_free_bytes(device)
     parts = {
-        f"weights in {kinds}": needs.weights,
+        f"weights in {dtype if precision.quantization is None else f'{precision} and {dtype}'}": needs.weights,
+        "largest moment of loading": loading,
         "keys and values of all tokens": needs.cache,
         "activations": needs.activations,
         "together": needs.total,
@@ -136,12 +146,12 @@ def _generation_needs(
     ]
     lines += [f"  {name}: {format_bytes(size)}" for name, size in parts.items()]
     try:
-        if quantization is not None:
-            check_quantization(quantization, device)
         limit_new_tokens(config, num_prompt_tokens=needs.num_prompt_tokens, max_new_tokens=num_new_tokens)
     except ValueError as error:
-        return "\n".join([*lines, f"  it does not run: {error}"])
-    lines.append(f"  it {'fits' if needs.total <= free else 'does not fit'}")
+        refusal = refusal or error
+    if refusal is not None:
+        return "\n".join([*lines, f"  it does not run: {refusal}"])
+    lines.append(f"  it {'fits' if max(loading, needs.total) <= free else 'does not fit'}")
     kept = format_bytes(min(needs.cache, DEFAULT_MAX_BYTES))
     lines.append(f"  a conversation that goes on keeps up to {kept} of keys and values beside")
     return "\n".join(lines)

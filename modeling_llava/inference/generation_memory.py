@@ -1,4 +1,4 @@
-"""How much memory generating takes, known before a weight is loaded.
+"""How much memory loading and generating take, known before a weight is loaded.
 
     weights      parameters and buffers
     cache        the KV cache of all tokens, at the end of the answer
@@ -28,6 +28,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import DynamicCache
 
 from modeling_llava.acceleration.devices import is_slow_on_processor
+from modeling_llava.acceleration.fused_layers import fuse_projections
 from modeling_llava.checkpoints.layouts import translate_config
 from modeling_llava.configuration_llava import AnyLlavaConfig
 from modeling_llava.generation import count_spare_tokens
@@ -93,6 +94,35 @@ def count_weight_bytes(config: AnyLlavaConfig, *, dtype: torch.dtype, quantizati
         # `_from_config` writes the dtype into the configuration (transformers 5.23, modeling_utils.py).
         model = AnyLlavaForConditionalGeneration._from_config(copy.deepcopy(config), dtype=dtype)
     return _count_weights(model, quantization)
+
+
+def predict_loading(
+    config: AnyLlavaConfig, *, dtype: torch.dtype, quantization: str | None = None, num_threads: int = 1
+) -> int:
+    """Bytes at the largest moment of loading on a CPU, where weights are converted as they are read.
+
+    Beside the weights there is the largest matrix once more, in which the kernels read it; in int8, for each thread,
+    the largest one that is fused, in the dtype of its file and in integers.
+
+    Args:
+        config: Configuration of the model; its dtype is that of the files.
+        dtype: As `predict_generation` takes it.
+        quantization: As `predict_generation` takes it.
+        num_threads: Threads that round weights.
+    """
+    with torch.device("meta"):
+        model = AnyLlavaForConditionalGeneration._from_config(copy.deepcopy(config), dtype=dtype)
+    weights = _count_weights(model, quantization)
+    if quantization is None:
+        return weights + max(parameter.nbytes for parameter in model.parameters())
+    stored = dtype if config.dtype is None else config.dtype
+    fuse_projections(model.model.language_model)
+    rounded = {id(module.weight) for module in model.model.language_model.modules() if type(module) is nn.Linear}
+    sizes = [(parameter, id(parameter) in rounded) for parameter in model.parameters()]
+    return weights + max(
+        max(parameter.nbytes for parameter, is_rounded in sizes if not is_rounded),
+        max(num_threads * parameter.numel() * (stored.itemsize + 1) for parameter, is_rounded in sizes if is_rounded),
+    )
 
 
 def predict_generation(

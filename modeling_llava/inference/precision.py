@@ -15,7 +15,7 @@ from modeling_llava.acceleration.devices import count_free_bytes, format_bytes, 
 from modeling_llava.acceleration.quantization import ON_GPU, ON_PROCESSOR, check_quantization
 from modeling_llava.configuration_llava import AnyLlavaConfig
 
-from .generation_memory import choose_dtype, count_weight_bytes, predict_generation
+from .generation_memory import choose_dtype, count_weight_bytes, predict_generation, predict_loading
 
 logger = logging.get_logger(__name__)
 
@@ -126,10 +126,13 @@ def _estimate(config: AnyLlavaConfig, precision: Precision, *, free: int) -> int
     weights = count_weight_bytes(config, dtype=precision.dtype, quantization=precision.quantization)
     if 2 * weights + 2 * HEADROOM <= free:
         return weights
+    settings = {"dtype": precision.dtype, "quantization": precision.quantization}
     try:
-        predicted = predict_generation(config, dtype=precision.dtype, quantization=precision.quantization).total
+        predicted = predict_generation(config, **settings).total
     except ValueError:  # a mixture of experts: its operations depend on its data
         predicted = weights * 5 // 4
+    if precision.quantization in (None, ON_PROCESSOR):
+        predicted = max(predicted, predict_loading(config, **settings, num_threads=torch.get_num_threads()))
     return predicted + HEADROOM
 
 

@@ -1,10 +1,13 @@
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from transformers import DynamicCache
 
-from modeling_llava import AnyLlavaConfig
+from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
 from modeling_llava.cli import main
 from modeling_llava.inference.generation_memory import (
     _LiveBytes,
@@ -12,6 +15,7 @@ from modeling_llava.inference.generation_memory import (
     predict_generation,
     read_config,
 )
+from tests.conftest import ROOT
 from tests.tiny import (
     IMAGE_TOKEN_ID,
     PINPOINTS,
@@ -172,3 +176,48 @@ def test_the_peak_of_a_process_is_the_predicted_one():
     for row in rows:
         assert row["ours"] == pytest.approx(row["predicted"], rel=0.1), row
     assert rows[0]["ours"] <= 1.05 * rows[0]["weights_and_cache"]
+
+
+LOAD = """
+import json, sys
+import torch
+from benchmarks.peak_memory import read_peak, start_peak
+from modeling_llava import AnyLlavaForConditionalGeneration
+from modeling_llava.inference.generation_memory import predict_loading, read_config
+from modeling_llava.inference.loading import prepare_for_answering
+
+folder, settings = sys.argv[1], json.loads(sys.argv[2])
+dtype = getattr(torch, settings.get("dtype", "float32"))
+predicted = predict_loading(
+    read_config(folder), dtype=dtype, quantization=settings.get("quantization"), num_threads=torch.get_num_threads()
+)
+before = start_peak("cpu")
+model = AnyLlavaForConditionalGeneration.from_pretrained(folder, **settings)
+prepare_for_answering(model)
+print(json.dumps([read_peak("cpu") - before, predicted]))
+"""
+
+
+@pytest.fixture(scope="module")
+def half_precision_folders(tmp_path_factory):
+    """A billion parameters in float16, in two layouts."""
+    from benchmarks.small_machine import write_checkpoint
+
+    folder = tmp_path_factory.mktemp("folders")
+    (folder / "original").mkdir()
+    write_checkpoint(folder / "original", "mid")
+    model = AnyLlavaForConditionalGeneration.from_pretrained(folder / "original", dtype="auto")
+    model.save_pretrained(folder / "any_llava", layout="any_llava")
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["original", "any_llava"])
+@pytest.mark.parametrize("settings", [{"dtype": "float32"}, {"dtype": "bfloat16"}, {"quantization": "int8"}], ids=str)
+def test_the_peak_of_loading_is_the_predicted_one(half_precision_folders, layout, settings):
+    """Mapped files included: weights are converted as they are read."""
+    arguments = [sys.executable, "-c", LOAD, str(half_precision_folders / layout), json.dumps(settings)]
+    result = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, check=True)
+    measured, predicted = json.loads(result.stdout.splitlines()[-1])
+    assert measured == pytest.approx(predicted, rel=0.1)

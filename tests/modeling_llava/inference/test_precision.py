@@ -7,7 +7,7 @@ import torch
 
 from modeling_llava.acceleration import devices
 from modeling_llava.inference import generation_memory, load_for_inference, precision
-from modeling_llava.inference.generation_memory import count_weight_bytes, predict_generation
+from modeling_llava.inference.generation_memory import count_weight_bytes, predict_generation, predict_loading
 from modeling_llava.inference.precision import HEADROOM, Precision, choose_precision, parse_memory
 from tests.tiny import save_tiny_checkpoint, tiny_config
 
@@ -15,7 +15,9 @@ CPU = torch.device("cpu")
 
 
 def needed(config, dtype: torch.dtype, quantization: str | None = None) -> int:
-    return predict_generation(config, dtype=dtype, quantization=quantization).total + HEADROOM
+    settings = {"dtype": dtype, "quantization": quantization}
+    loading = predict_loading(config, **settings, num_threads=torch.get_num_threads())
+    return max(predict_generation(config, **settings).total, loading) + HEADROOM
 
 
 @pytest.fixture(params=[False, True], ids=["no units for bfloat16", "units for bfloat16"])
