@@ -351,7 +351,8 @@ UPSTREAM_NAMES = (
         ("modeling_llava/acceleration/cpu_linear.py",), *_CPU,
     ),
     UpstreamName(
-        "torch._make_per_channel_quantized_tensor", {"5.17": "no signature"}, ("modeling_llava/acceleration/cpu_linear.py",), *_CPU,
+        "torch._make_per_channel_quantized_tensor", {"5.17": "no signature"},
+        ("modeling_llava/acceleration/cpu_linear.py",), *_CPU,
     ),
     UpstreamName(
         "torch.ops.mkldnn._reorder_linear_weight", {"5.17": "args, kwargs"},
