@@ -191,9 +191,10 @@ class Chat:
         self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
 
-    def interrupt(self) -> str:
-        # Python sees a signal between the prompt and the wait for a line with that line only.
-        time.sleep(0.3)
+    def interrupt(self, *, at_prompt: bool = False) -> str:
+        if at_prompt:
+            # Python sees a signal between the prompt and the wait for a line with that line only.
+            time.sleep(0.3)
         self.process.send_signal(signal.SIGINT)
         return self.read_until("\n> ")
 
@@ -238,7 +239,7 @@ def test_words_that_end_a_chat(word, monkeypatch, capsys):
 
 def test_ctrl_c_stops_an_answer_and_clears_a_line(checkpoint, picture, tmp_path, start_chat):
     chat = start_chat("--model", checkpoint, "--max-new-tokens", "100000", "--temperature", "50")
-    assert chat.interrupt() == "\n> "
+    assert chat.interrupt(at_prompt=True) == "\n> "
     chat.type(f"/image {picture}")
     chat.send("Tell me everything.")
     chat.process.stdout.read(20)
