@@ -1,17 +1,19 @@
 """`llava ...`: ask, chat, demo, doctor, assemble, check-data, train, merge, export, push, and what each of them takes.
 
-What they do is in modeling_llava/commands, which is imported when it runs. The command starts here because importing
-anything of modeling_llava imports torch and transformers and registers with them: help and mistakes cost none of that.
+What they do is in modeling_llava/commands, which is imported when it runs; what `llava demo` does stands at the end
+of this file. The command starts here because importing anything of modeling_llava imports torch and transformers and
+registers with them: help and mistakes cost none of that.
 Whatever a user can get wrong ends in one line on standard error and exit code 2.
 """
 
 import argparse
+import json
 import os
+import re
 import sys
 import warnings
 from importlib import import_module
-
-from .command import add_options as add_demo_options
+from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,9 +41,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--version", action=_PrintVersion, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_answering(commands)
-    demo = commands.add_parser("demo", help="a web page to talk with models about pictures")
-    add_demo_options(demo)
-    demo.set_defaults(run="spaces_demo.command:run")
+    _add_demo(commands)
     _add_models(commands)
     _add_training(commands)
     _add_hub(commands)
@@ -96,6 +96,35 @@ def _add_answer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 answers greedily")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampler")
+
+
+def _add_demo(commands) -> None:
+    demo = commands.add_parser("demo", help="a web page to talk with models about pictures")
+    demo.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="folder, adapter or Hub id; give it several times for a menu (default: the embedded model)",
+    )
+    demo.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    demo.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    demo.add_argument("--queue", type=int, default=32, help="questions that may wait (default: 32)")
+    demo.add_argument("--open", action="store_true", help="show the page in the browser")
+    demo.add_argument("--share", action="store_true", help="a public address, through a tunnel of Gradio")
+    demo.add_argument(
+        "--auth", action="append", default=[], metavar="NAME:PASSWORD", help="who may come in; may be repeated"
+    )
+    demo.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name by which visitors reach the page, behind a proxy or in a network; may be repeated",
+    )
+    demo.add_argument("--feedback", metavar="FILE", help="store visitors' opinions of answers as JSON Lines")
+    demo.add_argument("--terminal", action="store_true", help="no page: print answers about the example pictures")
+    demo.set_defaults(run="spaces_demo.command_line:run_demo")
 
 
 def _add_models(commands) -> None:
@@ -232,3 +261,58 @@ def _add_image_limit(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=NUMBER",
         help="refuse pictures above it, e.g. max_pixels=150000000 or max_aspect_ratio=40; again for another limit",
     )
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    """Serve the page until the process ends.
+
+    Raises:
+        ValueError: if a model cannot be loaded or an option is wrong.
+    """
+    # Before anything that imports Gradio or huggingface_hub.
+    from . import telemetry  # noqa: F401
+
+    # isort: split
+    from .models import ModelMenu
+
+    auth = [tuple(pair.split(":", 1)) for pair in options.auth]
+    if any(len(pair) != 2 or not all(pair) for pair in auth):
+        raise ValueError("got --auth without a name or a password; expected NAME:PASSWORD")
+    menu = ModelMenu(options.model, device=options.device)
+    if options.terminal:
+        answer_examples(menu)
+        return
+
+    from .app import launch
+    from .feedback import FeedbackFile
+
+    launch(
+        menu,
+        feedback=FeedbackFile(options.feedback) if options.feedback else None,
+        queue=options.queue,
+        port=options.port,
+        share=options.share,
+        auth=auth or None,
+        allow_hosts=[_check_host(name) for name in options.allow_host],
+        open_browser=options.open,
+    )
+
+
+def _check_host(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.:-]+", name):
+        raise ValueError(f"got --allow-host {name!r}; expected a name without scheme, port and path: demo.example.org")
+    return name.lower().removesuffix(".")
+
+
+def answer_examples(menu) -> None:
+    """Print what the first model of a menu answers about the example pictures."""
+    from processing_llava.image_loading import load_image
+
+    from .models import Settings
+
+    folder = Path(__file__).parent / "examples"
+    for example in json.loads((folder / "examples.json").read_text()):
+        picture = {"type": "image", "image": load_image(folder / example["image"])}
+        question = {"role": "user", "content": [picture, {"type": "text", "text": example["question"]}]}
+        *_, (answer, _) = menu.answer(menu.labels[0], [question], Settings())
+        print(f"{example['image']}: {example['question']} {answer}", flush=True)
