@@ -35,7 +35,7 @@ def run_check_data(options: argparse.Namespace) -> int:
     from processing_llava.data.preview import make_printable
     from processing_llava.prompt_ids import check_learn_tokens
 
-    from .pictures import name_option, read_image_limits
+    from .answering import name_option, read_image_limits
 
     kept = {name: getattr(options, name) for name in ("image_folder", "follow_links", "name", "split", "streaming")}
     sources = [DataSource(path=path, **kept) for path in options.sources]
