@@ -147,14 +147,14 @@ def _add_models(commands) -> None:
     assemble.add_argument("--patch-merge-type", default="flat", help="flat, spatial or spatial_unpad, for tiles")
     assemble.add_argument("--seed", type=int, default=0, help="seed of the projector's initial weights")
     assemble.add_argument("--out", required=True, help="folder to write")
-    assemble.set_defaults(run="modeling_llava.commands.training:run_assemble")
+    assemble.set_defaults(run="modeling_llava.commands.models:run_assemble")
 
     merge = commands.add_parser("merge", help="make one model of an adapter and its base")
     merge.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
     merge.add_argument("--out", required=True, help="folder to write")
     merge.add_argument("--base-model", help="folder or Hub id to use instead of the one that the adapter names")
     merge.add_argument("--base-bits", type=int, help="4 if it was trained on a 4-bit base (default: see its record)")
-    merge.set_defaults(run="modeling_llava.commands.training:run_merge")
+    merge.set_defaults(run="modeling_llava.commands.models:run_merge")
 
     doctor = commands.add_parser("doctor", help="versions, device, cached models, and the memory that a model needs")
     doctor.add_argument("--parameters", type=float, default=7e9, help="size of a model in parameters, e.g. 7e9")
@@ -200,7 +200,7 @@ def _add_training(commands) -> None:
     check_data.add_argument("--html", metavar="FILE", help="write these rows (default: 20) and their images as a page")
     check_data.add_argument("--json", metavar="FILE", help="write the result with every refused record")
     check_data.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a CPU)")
-    check_data.set_defaults(run="modeling_llava.commands.training:run_check_data")
+    check_data.set_defaults(run="modeling_llava.commands.models:run_check_data")
 
     train = commands.add_parser("train", help="run a training recipe")
     train.add_argument("recipe", metavar="RECIPE.yaml")
@@ -214,7 +214,7 @@ def _add_training(commands) -> None:
     train.add_argument("--preview", action="store_true", help="print recipe, parameters, memory and a batch, and stop")
     train.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint")
     train.add_argument("--overwrite", action="store_true", help="remove what an earlier run left in output_dir")
-    train.set_defaults(run="modeling_llava.commands.training:run_train")
+    train.set_defaults(run="modeling_llava.commands.models:run_train")
 
 
 def _add_hub(commands) -> None:
@@ -223,7 +223,7 @@ def _add_hub(commands) -> None:
     export.add_argument("--out", required=True, help="folder to write")
     export.add_argument("--repo-id", help="for the card: OWNER/NAME on the Hub (default: the name of --out)")
     _add_export_options(export)
-    export.set_defaults(run="modeling_llava.commands.hub:run_export")
+    export.set_defaults(run="modeling_llava.commands.models:run_export")
 
     push = commands.add_parser("push", help="check a model, adapter, dataset or Space, and send it to the Hub")
     push.add_argument("source", metavar="DIR", help="what `llava export` wrote, or anything that it takes")
@@ -235,7 +235,7 @@ def _add_hub(commands) -> None:
     push.add_argument("--public", action="store_false", dest="private", help="the same as --no-private")
     push.add_argument("--pull-request", action="store_true", help="propose it to an existing repository")
     _add_export_options(push)
-    push.set_defaults(run="modeling_llava.commands.hub:run_push")
+    push.set_defaults(run="modeling_llava.commands.models:run_push")
 
 
 def _add_export_options(parser: argparse.ArgumentParser) -> None:
