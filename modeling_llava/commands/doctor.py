@@ -110,8 +110,7 @@ def _generation_needs(
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with explain_missing(model):
-        config = read_config(model)
-    config.visual_tokens = config.visual_tokens if visual_tokens is None else visual_tokens
+        config = read_config(model, visual_tokens=visual_tokens)
     dtype = choose_dtype(config, device, quantization=quantization)
     needs = predict_generation(
         config,

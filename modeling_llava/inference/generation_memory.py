@@ -52,13 +52,20 @@ class GenerationMemory:
         return self.weights + self.cache + self.activations
 
 
-def read_config(name: str, *, base_model: str | None = None, vision_tower: str | None = None) -> AnyLlavaConfig:
+def read_config(
+    name: str,
+    *,
+    base_model: str | None = None,
+    vision_tower: str | None = None,
+    visual_tokens: int | None = None,
+) -> AnyLlavaConfig:
     """The configuration of a LLaVA in any layout, without its weights.
 
     Args:
         name: Folder or Hub id. An adapter has the configuration of its base.
         base_model: Folder or Hub id of the language model, for a folder that does not name its own.
         vision_tower: Folder or Hub id of the tower, instead of the one that an original folder names.
+        visual_tokens: Most tokens of an image, instead of the number stored with the model.
 
     Raises:
         ValueError: if it is another model.
@@ -67,11 +74,13 @@ def read_config(name: str, *, base_model: str | None = None, vision_tower: str |
     name = find_installed(name)
     found = recognise(name, {}, base_model=base_model)
     if found.layout == "adapter":
-        return read_config(found.base)
+        return read_config(found.base, visual_tokens=visual_tokens)
     if not found.raw:
         raise OSError(f"there is no config.json in {name}")
     parts = {"base_model": base_model, "vision_tower": vision_tower}
-    return AnyLlavaConfig.from_dict(translate_config(found.raw, name=name, **parts))
+    config = AnyLlavaConfig.from_dict(translate_config(found.raw, name=name, **parts))
+    config.visual_tokens = config.visual_tokens if visual_tokens is None else visual_tokens
+    return config
 
 
 WEIGHT_BITS = {"int8": 8, "fp8": 8, "int4": 4.25, "nf4": 4.13}

@@ -76,7 +76,7 @@ def load_for_inference(
     memory = parse_memory(memory) if isinstance(memory, str) else memory
     try:
         processor = AnyLlavaProcessor.from_pretrained(name, **chosen, **base)
-        config = read_config(name, base_model=base.get("base_model"), vision_tower=vision_tower)
+        config = read_config(name, **base)
         precision = choose_precision(config, device, name=name, dtype=dtype, quantization=quantization, memory=memory)
         settings = {"dtype": precision.dtype}
         if precision.quantization is not None:

@@ -53,6 +53,20 @@ def test_visual_tokens_of_a_checkpoint_of_transformers(tmp_path):
     assert (model.config.visual_tokens, processor.visual_tokens) == (4, 4)
 
 
+@pytest.mark.parametrize("visual_tokens", [None, 4])
+def test_the_precision_is_chosen_for_the_visual_tokens_that_are_seen(visual_tokens, tmp_path, monkeypatch):
+    save_tiny_checkpoint(tmp_path)
+    seen = []
+
+    def choose(config, device, **settings) -> Precision:
+        seen.append(config.visual_tokens)
+        return Precision(torch.float32, None)
+
+    monkeypatch.setattr(loading, "choose_precision", choose)
+    model, _ = load_for_inference(str(tmp_path), visual_tokens=visual_tokens)
+    assert seen == [visual_tokens] == [model.config.visual_tokens]
+
+
 def test_loading_goes_where_it_is_told():
     model, _ = load_for_inference(EMBEDDED_MODEL, device="cpu")
     assert (type(model), model.device.type, model.dtype) == (AnyLlavaForConditionalGeneration, "cpu", torch.float32)
