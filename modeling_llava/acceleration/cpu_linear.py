@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .devices import is_slow_on_processor, release_mapped
+from .devices import is_slow_on_cpu, release_mapped
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 SMALLEST_WEIGHT = 2**18
@@ -30,7 +30,7 @@ def pack_linear_layers(model: PreTrainedModel) -> None:
     Small layers and an output layer that is tied to the embeddings stay as they are, and so do models with adapters. A
     packed model is for answering: it cannot be trained, saved, or moved to another device.
     """
-    is_fast = model.dtype in PACKED_DTYPES and not is_slow_on_processor(model.dtype)
+    is_fast = model.dtype in PACKED_DTYPES and not is_slow_on_cpu(model.dtype)
     if not (torch.backends.mkldnn.is_available() and is_fast) or model._hf_peft_config_loaded:
         return
     embeddings = model.get_input_embeddings().weight

@@ -47,7 +47,7 @@ def four_bit_config() -> BitsAndBytesConfig:
     )
 
 
-ON_PROCESSOR = "int8"
+ON_CPU = "int8"
 """The name for CPUs: 8 bits, with a scale for each output channel of the weights and each row of the inputs."""
 ON_GPU: dict[str, tuple[str, Callable[[], QuantizationConfigMixin]]] = {
     "int4": ("torchao", _build_int4),
@@ -64,7 +64,7 @@ def check_quantization(quantization: str, device: torch.device) -> None:
     Raises:
         ValueError: with the names that it can run.
     """
-    expected = (ON_PROCESSOR,) if device.type == "cpu" else tuple(ON_GPU)
+    expected = (ON_CPU,) if device.type == "cpu" else tuple(ON_GPU)
     if quantization not in expected:
         raise ValueError(f"got quantization={quantization!r} on {device}; expected {' or '.join(expected)}")
 
@@ -76,13 +76,13 @@ def with_quantization(settings: dict[str, Any], quantization: str) -> dict[str, 
         ValueError: for another name, an argument that contradicts it, or a device that cannot run it.
         ImportError: if a package is missing.
     """
-    if quantization not in (ON_PROCESSOR, *ON_GPU):
-        names = ", ".join((ON_PROCESSOR, *ON_GPU))
+    if quantization not in (ON_CPU, *ON_GPU):
+        names = ", ".join((ON_CPU, *ON_GPU))
         raise ValueError(f"got quantization={quantization!r}; expected one of {names}")
     for name in ("dtype", "torch_dtype", "quantization_config"):
         if settings.get(name) is not None:
             raise ValueError(f"got quantization={quantization!r} and {name}; expected no {name}: the name settles it")
-    if quantization == ON_PROCESSOR:
+    if quantization == ON_CPU:
         if settings.get("device_map") is not None:
             raise ValueError(
                 "got quantization='int8' and a device_map; expected no device_map, as int8 runs on the CPU: on a GPU "

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import DynamicCache
 
-from modeling_llava.acceleration.devices import is_slow_on_processor
+from modeling_llava.acceleration.devices import is_slow_on_cpu
 from modeling_llava.checkpoints.layouts import translate_config
 from modeling_llava.configuration_llava import AnyLlavaConfig
 from modeling_llava.generation import count_spare_tokens
@@ -91,7 +91,7 @@ def choose_dtype(config: AnyLlavaConfig, device: torch.device, *, quantization: 
     """The dtype in which `load_for_inference` loads a model, or the part of it that is not quantized."""
     if quantization is not None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if config.dtype is None or (device.type == "cpu" and is_slow_on_processor(config.dtype)):
+    if config.dtype is None or (device.type == "cpu" and is_slow_on_cpu(config.dtype)):
         return torch.float32
     return config.dtype
 

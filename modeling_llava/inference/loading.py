@@ -16,9 +16,9 @@ from transformers.utils import logging
 
 from modeling_llava.acceleration.cpu_attention import use_cpu_attention
 from modeling_llava.acceleration.cpu_linear import pack_linear_layers
-from modeling_llava.acceleration.devices import count_free_bytes, format_bytes, is_slow_on_processor
+from modeling_llava.acceleration.devices import count_free_bytes, format_bytes, is_slow_on_cpu
 from modeling_llava.acceleration.fused_layers import fuse_norms, fuse_projections
-from modeling_llava.acceleration.quantization import ON_GPU, ON_PROCESSOR, check_quantization
+from modeling_llava.acceleration.quantization import ON_CPU, ON_GPU, check_quantization
 from modeling_llava.checkpoints.shared_values import check_pair
 from modeling_llava.configuration_llava import AnyLlavaConfig
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
@@ -236,10 +236,10 @@ def _list_precisions(config: AnyLlavaConfig, device: torch.device) -> list[Preci
         names = [key for key in ("int4", "nf4") if importlib.util.find_spec(ON_GPU[key][0]) is not None]
         return [usual, *(Precision(choose_dtype(config, device, quantization=key), key) for key in names)]
     precisions = [usual]
-    if usual.dtype == torch.float32 and not is_slow_on_processor(torch.bfloat16):
+    if usual.dtype == torch.float32 and not is_slow_on_cpu(torch.bfloat16):
         precisions.append(Precision(torch.bfloat16, None))
     if torch.backends.quantized.engine != "none":
-        precisions.append(Precision(torch.float32, ON_PROCESSOR))
+        precisions.append(Precision(torch.float32, ON_CPU))
     return precisions
 
 

@@ -40,7 +40,7 @@ def write_card(model: Path, *, scores: Path, sources: Path, minutes: int) -> Non
             asked=ASKED,
             sources=[source for source in described if source["source"] != HELDOUT_SOURCE],
             minutes=add_source(minutes, "make tiny-llava"),
-            processor=record["hardware"]["device"],
+            cpu=record["hardware"]["device"],
             num_names=add_source(len(CATEGORY_OF), "questions.py"),
         )
     )

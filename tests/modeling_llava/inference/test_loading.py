@@ -84,7 +84,7 @@ def has_units(request, monkeypatch):
         return name == "float16" or (name == "bfloat16" and not request.param)
 
     for module in (generation_memory, loading):
-        monkeypatch.setattr(module, "is_slow_on_processor", is_slow)
+        monkeypatch.setattr(module, "is_slow_on_cpu", is_slow)
     return request.param
 
 

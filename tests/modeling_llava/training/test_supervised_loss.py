@@ -213,7 +213,7 @@ def test_a_loss_on_a_router_is_refused(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("chunk_size", [1, 1000])
-def test_loss_on_a_gpu_is_that_on_a_processor(tmp_path, monkeypatch, chunk_size):
+def test_loss_on_a_gpu_is_that_on_a_cpu(tmp_path, monkeypatch, chunk_size):
     monkeypatch.setattr(supervised_loss, "MAX_LOGITS", chunk_size * VOCAB_SIZE)
     results = []
     for device in ("cpu", "cuda"):
