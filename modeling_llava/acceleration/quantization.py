@@ -2,7 +2,7 @@
 
 Vision tower, projector and output layer stay as they are: they take a small part of the time, and their errors reach
 every answer. On a GPU the work is done by torchao and bitsandbytes, through transformers. On a CPU int8 is our own
-(`cpu_linear.py`, `fused_layers.py`).
+(`cpu_layers.py`, `fused_layers.py`).
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .cpu_linear import Int8Linear
+from .cpu_layers import Int8Linear
 from .devices import release_mapped
 from .fused_layers import fuse_projections
 

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import peft as integration
 from transformers.utils import logging
 
-from modeling_llava.acceleration.cpu_linear import Int8Linear, PackedLinear
+from modeling_llava.acceleration.cpu_layers import Int8Linear, PackedLinear
 from modeling_llava.acceleration.devices import with_default_dtype
 from modeling_llava.acceleration.fused_layers import Columns
 from modeling_llava.acceleration.quantization import (

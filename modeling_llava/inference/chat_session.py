@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from modeling_llava.acceleration.cpu_attention import use_cpu_attention
+from modeling_llava.acceleration.cpu_layers import use_cpu_attention
 from modeling_llava.checkpoints.shared_values import check_pair
 from processing_llava.image_loading import load_images
 from processing_llava.messages import check_question

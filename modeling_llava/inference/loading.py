@@ -14,8 +14,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from modeling_llava.acceleration.cpu_attention import use_cpu_attention
-from modeling_llava.acceleration.cpu_linear import pack_linear_layers
+from modeling_llava.acceleration.cpu_layers import pack_linear_layers, use_cpu_attention
 from modeling_llava.acceleration.devices import count_free_bytes, format_bytes, is_slow_on_cpu
 from modeling_llava.acceleration.fused_layers import fuse_norms, fuse_projections
 from modeling_llava.acceleration.quantization import ON_CPU, ON_GPU, check_quantization

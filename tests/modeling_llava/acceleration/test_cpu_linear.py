@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from modeling_llava import AnyLlavaForConditionalGeneration
-from modeling_llava.acceleration import cpu_linear
-from modeling_llava.acceleration.cpu_linear import PackedLinear, pack_linear_layers
+from modeling_llava.acceleration import cpu_layers
+from modeling_llava.acceleration.cpu_layers import PackedLinear, pack_linear_layers
 from modeling_llava.acceleration.devices import is_slow_on_cpu
 from modeling_llava.inference.chat_session import ChatSession
 from modeling_llava.inference.loading import EMBEDDED_MODEL, load_for_inference
@@ -20,7 +20,7 @@ if not torch.backends.mkldnn.is_available():
 
 @pytest.fixture(autouse=True)
 def pack_small_layers(monkeypatch):
-    monkeypatch.setattr(cpu_linear, "SMALLEST_WEIGHT", 1)
+    monkeypatch.setattr(cpu_layers, "SMALLEST_WEIGHT", 1)
 
 
 def is_packed(model: nn.Module) -> bool:
