@@ -27,11 +27,11 @@ from .image_processing_fast import AnyLlavaImageProcessor
 from .image_processing_llava import AnyLlavaImageProcessorPil, flatten_images, naming_setting
 from .messages import check_messages, is_missing, list_pictures, shorten
 from .original.original_processor import OriginalProcessorMixin
-from .prompt_ids import check_learn_tokens
+from .prompt_ids import check_learn_tokens, list_control_tokens
 from .prompt_inputs import PromptInputs, encode_prompts
-from .prompts import Prompt, count_images, render_prompt
-from .role_markers import TREATMENTS, find_role_markers, treat_role_markers
+from .prompts import Prompt, count_images, list_turn_texts, render_prompt
 from .transformers_versions import pop_replacement_offsets
+from .user_text import TREATMENTS, find_role_markers, treat_role_markers
 
 logger = logging.get_logger(__name__)
 
@@ -239,7 +239,9 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         if template is None:
             raise ValueError("got a processor without chat template; expected one: set processor.chat_template")
         if self.role_markers != "keep":
-            markers = find_role_markers(template, self.tokenizer, image_token=self.image_token)
+            turn_texts = list_turn_texts(template, self.tokenizer.special_tokens_map)
+            controls = list_control_tokens(self.tokenizer, image_token=self.image_token)
+            markers = find_role_markers(turn_texts, controls)
             messages = treat_role_markers(messages, markers, refuse=self.role_markers == "refuse")
         try:
             # Templates of language models may expect texts where these messages have items.
