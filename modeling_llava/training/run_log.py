@@ -33,9 +33,9 @@ from processing_llava.data.data_sources import ROW_FILES, DataSource
 from processing_llava.data.row_datasets import FateCounts
 from processing_llava.original.original_folder import find_installed
 
-from .checkpoints import write_whole
 from .parts import count_parameters
 from .recipe import Recipe
+from .run_folder import write_whole
 
 logger = logging.get_logger(__name__)
 
