@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import hub_cards
-from modeling_llava.records.data_manifest import LICENSES, DataEntry, build_entries
 from modeling_llava.records.figures import add_source, read_sourced_yaml, refuse_loose_figures
+from modeling_llava.records.training_record import LICENSES, DataEntry, build_entries
 from modeling_llava.records.yaml_fields import build
 
 PUBLISHED_FOLDER = Path(hub_cards.__file__).parent / "published"

@@ -6,7 +6,7 @@ It stands apart from `repository.py` because the files of all kinds, which that 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from modeling_llava.records.data_manifest import DataEntry
+from modeling_llava.records.training_record import DataEntry
 
 from .card_facts import CardFacts
 

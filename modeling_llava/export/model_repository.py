@@ -30,7 +30,7 @@ import hub_cards
 from modeling_llava.checkpoints.layouts import write_transformers_config
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.records.figures import add_source
-from modeling_llava.records.run_files import CARRIED_FILES, carry_files, read_run_files
+from modeling_llava.records.training_record import CARRIED_FILES, carry_files, read_run_files
 from modeling_llava.records.yaml_fields import build
 from processing_llava import AnyLlavaProcessor
 

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from modeling_llava.records.figures import add_source, build_environment, read_sourced_json
-from modeling_llava.records.run_files import RECORD_FILE
+from modeling_llava.records.training_record import RECORD_FILE
 
 from .questions import CATEGORY_OF
 

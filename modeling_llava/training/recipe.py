@@ -55,7 +55,7 @@ class Recipe:
     them are trained on, too. As in every Trainer the loss is the mean of batches, so it depends a little on
     `per_device_eval_batch_size`."""
     data_manifest: str | None = None
-    """YAML file that says where the data comes from, for the model card; see `records/data_manifest.py`."""
+    """YAML file that says where the data comes from, for the model card; see `records/training_record.py`."""
     output_dir: str
     """Where the trained model goes."""
     output_dtype: str = "float32"
