@@ -143,8 +143,7 @@ def _find_source(options: argparse.Namespace) -> Path:
 
 
 def _export_settings(options: argparse.Namespace):
-    from modeling_llava.export.card_facts import CardFacts, read_facts
-    from modeling_llava.export.export_settings import ExportSettings
+    from modeling_llava.export.export_settings import CardFacts, ExportSettings, read_facts
     from modeling_llava.records.training_record import read_manifest
     from modeling_llava.records.yaml_fields import build
 

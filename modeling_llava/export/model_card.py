@@ -19,7 +19,7 @@ from huggingface_hub import (
 from modeling_llava.records.figures import build_environment
 from modeling_llava.records.training_record import DATA_KINDS, NOT_STATED, DataEntry, RunFiles
 
-from .card_facts import CardFacts
+from .export_settings import CardFacts
 from .repository_check import Part, find_conflicts
 
 PREPARED_MARK = "<!-- Prepared by anyllava"

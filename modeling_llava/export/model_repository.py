@@ -34,8 +34,7 @@ from modeling_llava.records.training_record import CARRIED_FILES, carry_files, r
 from modeling_llava.records.yaml_fields import build
 from processing_llava import AnyLlavaProcessor
 
-from .card_facts import CardFacts
-from .export_settings import Exported, ExportSettings
+from .export_settings import CardFacts, Exported, ExportSettings
 from .model_card import (
     HUB_RESULTS_FILE,
     ModelDescription,
