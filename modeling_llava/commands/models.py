@@ -156,7 +156,7 @@ def _export_settings(options: argparse.Namespace):
 
 
 def _show_exported(exported) -> None:
-    from modeling_llava.export.hub_upload import list_files
+    from modeling_llava.export.repository import list_files
 
     sizes = list_files(exported.folder)
     for name, num_bytes in sizes.items():
