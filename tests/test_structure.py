@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_llava.export.remote_code import collect_modules
+from modeling_llava.export.model_repository import collect_modules
 from tests.conftest import ROOT
 
 PACKAGES = ("modeling_llava", "processing_llava", "hub_cards", "spaces_demo")

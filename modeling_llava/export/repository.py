@@ -23,8 +23,6 @@ from .repository_check import clean_images_in_files, find_card_problems, find_fi
 from .space_repository import find_space_problems, write_space_repository
 
 _PREPARED = re.compile(rf"{re.escape(PREPARED_MARK)} .* for (\S+) -->")
-
-
 IGNORED_FOLDERS = ("__pycache__", ".cache", ".git")
 """What no repository holds."""
 
