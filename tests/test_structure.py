@@ -32,7 +32,7 @@ IMPORTS = {
     "modeling_llava/checkpoints": _PROCESSING | {"modeling_llava/acceleration", "modeling_llava/configuration_llava"},
     "modeling_llava/acceleration": {"processing_llava"},
     "modeling_llava/inference": _MODEL,
-    "modeling_llava/records": {"hub_cards"},
+    "modeling_llava/records": {"hub_cards", "processing_llava", "processing_llava/data"},
     "modeling_llava/training": _MODEL | _RECORDS | _DATA,
     "modeling_llava/export": _MODEL | _RECORDS | _DATA | {"hub_cards"},
     "modeling_llava/serving": _ANSWERS | {"modeling_llava/commands/errors"},

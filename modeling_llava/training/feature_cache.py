@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from processing_llava import AnyLlavaProcessor
-from processing_llava.data.data_sources import RefusedRecord
+from processing_llava.data.data_bounds import RefusedRecord
 from processing_llava.data.row_lengths import read_image_sizes
 
 from .run_folder import write_whole

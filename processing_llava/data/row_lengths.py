@@ -19,7 +19,7 @@ from processing_llava.processing_llava import AnyLlavaProcessor
 from processing_llava.prompt_ids import encode_prompt
 from processing_llava.user_text import compile_literals
 
-from .data_sources import RefusedRecord
+from .data_bounds import RefusedRecord
 
 TOO_LONG = ("keep", "drop", "split")
 """What can become of a row longer than the limit: it stays as it is, it goes, or it becomes several."""
