@@ -104,11 +104,11 @@ UPSTREAM_NAMES = (
     UpstreamName(
         "transformers.conversion_mapping.register_checkpoint_conversion_mapping",
         {"5.17": "model_type_or_class_name, mapping, overwrite"},
-        ("modeling_llava/vision_towers.py",), "DINOv2's names in 5.17", "5.18 as the oldest version",
+        ("modeling_llava/image_encoder.py",), "DINOv2's names in 5.17", "5.18 as the oldest version",
     ),
     UpstreamName(
         "transformers.core_model_loading.WeightRenaming", {"5.17": "source_patterns, target_patterns"},
-        ("modeling_llava/vision_towers.py",), "DINOv2's names in 5.17", "5.18 as the oldest version",
+        ("modeling_llava/image_encoder.py",), "DINOv2's names in 5.17", "5.18 as the oldest version",
     ),
     UpstreamName(
         f"{_GENERATION}prepare_inputs_for_generation",
