@@ -24,7 +24,6 @@ from processing_llava.transformers_versions import CHECKPOINTING_FIELD
 
 from .batches import plan_batches, read_rows, report_shared_rows
 from .feature_cache import FeatureCache
-from .parts import count_parameters
 from .recipe import Recipe
 from .run_folder import (
     EarlierRun,
@@ -37,7 +36,7 @@ from .run_folder import (
     refuse_earlier_run,
 )
 from .run_log import StreamReport, TrainingRecord
-from .starting_model import load_model, load_processor
+from .starting_model import count_parameters, load_model, load_processor
 from .step_memory import estimate_step, free_memory
 from .trainer import LlavaTrainer, is_sharded
 from .trainer_fields import FREE_FIELDS, REPORTS, list_reports

@@ -32,9 +32,9 @@ from processing_llava.data.data_sources import ROW_FILES, DataSource
 from processing_llava.data.row_datasets import FateCounts
 from processing_llava.original.original_folder import find_installed
 
-from .parts import count_parameters
 from .recipe import Recipe
 from .run_folder import write_whole
+from .starting_model import count_parameters
 
 logger = logging.get_logger(__name__)
 

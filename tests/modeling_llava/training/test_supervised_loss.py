@@ -11,9 +11,8 @@ from trl import SFTConfig
 from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
 from modeling_llava.acceleration.packed_attention import use_packed_attention
 from modeling_llava.training import supervised_loss
-from modeling_llava.training.parts import freeze_all_but, part_of
 from modeling_llava.training.recipe import Recipe
-from modeling_llava.training.starting_model import add_lora
+from modeling_llava.training.starting_model import add_lora, freeze_all_but, part_of
 from modeling_llava.training.trainer import LlavaTrainer
 from processing_llava.data.collator import LlavaDataCollator
 from processing_llava.data.data_sources import DataSource
