@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from modeling_llava.inference.chat_session import ChatSession
-from modeling_llava.inference.token_stream import encode_messages
+from modeling_llava.inference.token_stream import encode_question
 from processing_llava import AnyLlavaProcessor
 
 from .models import TILE_SIZE, build_pair, build_processor, make_noise
@@ -57,7 +57,7 @@ def record_answers(model: PreTrainedModel) -> list[Answer]:
 
 
 def answer_with_generate(model: PreTrainedModel, processor: AnyLlavaProcessor, messages: list, num_tokens: int) -> str:
-    inputs = encode_messages(messages, processor).to(model.device)
+    inputs = encode_question(messages, processor).to(model.device)
     output_ids = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False)
     return processor.decode(output_ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).lstrip()
 

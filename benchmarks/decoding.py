@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from modeling_llava.acceleration.devices import is_slow_on_processor
+from modeling_llava.acceleration.devices import is_slow_on_cpu
 from modeling_llava.acceleration.quantization import quantize_to_int8
 from modeling_llava.inference.loading import prepare_for_answering
 
@@ -51,7 +51,7 @@ def complete_tower(peer: PreTrainedModel) -> None:
 
 def choose_dtypes(device: str) -> tuple[torch.dtype, ...]:
     """The dtypes that are measured: on a CPU with units for bfloat16 that too, since checkpoints are loaded in it."""
-    if device == "cpu" and not is_slow_on_processor(torch.bfloat16):
+    if device == "cpu" and not is_slow_on_cpu(torch.bfloat16):
         return (torch.float32, torch.bfloat16)
     return (default_dtype(device),)
 

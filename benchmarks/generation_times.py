@@ -6,7 +6,7 @@ import torch
 from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from modeling_llava.acceleration.cpu_attention import use_cpu_attention
+from modeling_llava.acceleration.cpu_layers import use_cpu_attention
 from modeling_llava.inference.cached_generation import (
     MIN_CACHE_LENGTH,
     build_compile_config,

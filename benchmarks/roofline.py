@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_llava.acceleration.cpu_linear import PackedLinear
+from modeling_llava.acceleration.cpu_layers import PackedLinear
 
 from .timing import TIME_UNITS, Row, default_dtype, interleave
 

@@ -14,8 +14,8 @@ from processing_llava.templates import load_template
 from .checkpoints.layouts import merge_ids
 from .checkpoints.model_names import explain_missing
 from .configuration_llava import AnyLlavaConfig
+from .image_encoder import vision_tower_family
 from .modeling_llava import AnyLlavaForConditionalGeneration
-from .vision_towers import vision_tower_family
 
 
 def assemble(

@@ -21,8 +21,7 @@ from processing_llava.config_fields import (
 from processing_llava.image_layouts import check_merge_type, check_pinpoints, check_visual_tokens
 from processing_llava.messages import shorten
 
-from .projectors import check_projector_type
-from .vision_towers import vision_tower_family
+from .image_encoder import check_projector_type, vision_tower_family
 
 FEATURE_SELECT_STRATEGIES = ("patch", "cls_patch")
 PARTS = {"vision_config": "clip_vision_model", "text_config": "llama"}

@@ -35,8 +35,7 @@ from processing_llava.transformers_versions import CAN_CAPTURE_LAYERS, KV_CACHE
 from .checkpoints.checkpoint_mixin import CheckpointMixin
 from .configuration_llava import AnyLlavaConfig
 from .generation import AnyLlavaGenerationMixin
-from .projectors import build_projector
-from .vision_towers import build_vision_tower
+from .image_encoder import build_projector, build_vision_tower
 from .visual_tokens import check_image_tokens, choose_features, splice_features
 
 

@@ -36,17 +36,6 @@ def check_messages(messages: Any) -> None:
             raise ValueError(f"got message {number} with {error}; correct it") from None
 
 
-def check_question(messages: Any) -> None:
-    """Refuses what is no conversation that a model can answer.
-
-    Raises:
-        ValueError: as `check_messages`, or if the last message is not from the user.
-    """
-    check_messages(messages)
-    if messages[-1]["role"] != "user":
-        raise ValueError(f"got {len(messages)} messages; expected the last from the user")
-
-
 def is_missing(value: Any) -> bool:
     """Whether this is a spelling of nothing, as JSON, pandas and `datasets` have them.
 

@@ -27,11 +27,11 @@ from .image_processing_fast import AnyLlavaImageProcessor
 from .image_processing_llava import AnyLlavaImageProcessorPil, flatten_images, naming_setting
 from .messages import check_messages, is_missing, list_pictures, shorten
 from .original.original_processor import OriginalProcessorMixin
-from .prompt_ids import check_learn_tokens
-from .prompt_inputs import PromptInputs, encode_prompts
-from .prompts import Prompt, count_images, render_prompt
-from .role_markers import TREATMENTS, find_role_markers, treat_role_markers
+from .prompt_ids import check_learn_tokens, list_control_tokens
+from .prompt_inputs import PromptInputs, check_rows, drop_missing, encode_prompts
+from .prompts import Prompt, list_turn_texts, render_prompt
 from .transformers_versions import pop_replacement_offsets
+from .user_text import TREATMENTS, find_role_markers, treat_role_markers
 
 logger = logging.get_logger(__name__)
 
@@ -42,9 +42,6 @@ IMAGE_BACKENDS = {
 }
 """Image processors by the name that `from_pretrained(backend=...)` takes; transformers calls its fast ones
 "torchvision"."""
-
-PLACEHOLDERS = ("<image>", "<|image|>", "<|image_pad|>", "[IMG]", "<start_of_image>", "<image_soft_token>")
-"""Placeholders of many families of models, which people write into prompts for another one."""
 
 # Callers that know transformers before 5.4 pass these beside template variables (huggingface/transformers#44881).
 _PROCESSOR_KWARGS = set(TextKwargs.__annotations__) | set(ImagesKwargs.__annotations__)
@@ -172,10 +169,10 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
             )
         image_inputs, num_image_tokens = {}, []
         if images is not None:
-            images = _drop_missing(images, num_rows=len(prompts))
+            images = drop_missing(images, num_rows=len(prompts))
             flat_images = flatten_images(images)
             if text is not None:
-                self._check_rows(prompts, images, num_images=len(flat_images))
+                check_rows(prompts, images, num_images=len(flat_images), image_token=self.image_token)
             if flat_images:
                 image_inputs = self.image_processor(flat_images, **merged["images_kwargs"])
                 if text is not None:
@@ -187,7 +184,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
                     "could get the image of another; split them"
                 )
         elif prompts:
-            self._check_rows(prompts, [[] for _ in prompts], num_images=0)
+            check_rows(prompts, [[] for _ in prompts], num_images=0, image_token=self.image_token)
         text_inputs = {}
         if text is not None:
             text_inputs = encode_prompts(
@@ -239,7 +236,9 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         if template is None:
             raise ValueError("got a processor without chat template; expected one: set processor.chat_template")
         if self.role_markers != "keep":
-            markers = find_role_markers(template, self.tokenizer, image_token=self.image_token)
+            turn_texts = list_turn_texts(template, self.tokenizer.special_tokens_map)
+            controls = list_control_tokens(self.tokenizer, image_token=self.image_token)
+            markers = find_role_markers(turn_texts, controls)
             messages = treat_role_markers(messages, markers, refuse=self.role_markers == "refuse")
         try:
             # Templates of language models may expect texts where these messages have items.
@@ -398,64 +397,12 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
                     f"layout: leave it out, or set it in processor.image_processor and the model"
                 )
 
-    def _check_rows(self, prompts: list[str], images: Any, *, num_images: int) -> None:
-        placeholders = [count_images(prompt, self.image_token) for prompt in prompts]
-        nested = isinstance(images, (list, tuple)) and len(images) > 0
-        nested = nested and all(isinstance(row, (list, tuple)) for row in images)
-        if nested:
-            if len(images) != len(prompts):
-                raise ValueError(
-                    f"got {len(images)} lists of images for {len(prompts)} prompts; expected one for each"
-                )
-            for row, (expected, row_images) in enumerate(zip(placeholders, images)):
-                num_row_images = len(flatten_images(row_images))
-                if expected != num_row_images:
-                    raise ValueError(
-                        f"got {expected} {self.image_token} placeholders and {num_row_images} images in row {row}; "
-                        f"expected equal numbers: {self._explain_places(prompts)}"
-                    )
-            return
-        if sum(placeholders) != num_images:
-            raise ValueError(
-                f"got {sum(placeholders)} {self.image_token} placeholders and {num_images} images; expected equal "
-                f"numbers: {self._explain_places(prompts)}"
-            )
-        row = next((row for row, count in enumerate(placeholders) if count != placeholders[0]), None)
-        if row is not None:
-            raise ValueError(
-                f"got {num_images} images in one list, with {placeholders[0]} {self.image_token} placeholders in row "
-                f"0 and {placeholders[row]} in row {row}; expected as many in each row, or a list of images for each "
-                "prompt: a row could get the image of another"
-            )
-
-    def _explain_places(self, prompts: list[str]) -> str:
-        """What to do about other numbers of placeholders than of images."""
-        place = 'an item {"type": "image"} in the content of a message is one'
-        if any(prompt.count(self.image_token) > count_images(prompt, self.image_token) for prompt in prompts):
-            return f"an {self.image_token} that is typed in a message is text; {place}"
-        for prompt in prompts:
-            other = next((name for name in PLACEHOLDERS if name in prompt and name != self.image_token), None)
-            if other is not None:
-                return f"this model writes {self.image_token}, not {other}; {place}"
-        return f"{place}, or {self.image_token} in a prompt that no template wrote; and each takes one image"
-
     @property
     def model_input_names(self) -> list[str]:
         names = dict.fromkeys(self.tokenizer.model_input_names + self.image_processor.model_input_names)
         if self.image_processor.image_aspect_ratio != "anyres":
             del names["image_sizes"]
         return list(names)
-
-
-def _drop_missing(images: Any, *, num_rows: int) -> Any:
-    """Images without what holds no picture: one list for each prompt where there is one entry for each."""
-    if not isinstance(images, (list, tuple)):
-        return images
-    lacks_some = any(map(is_missing, images))
-    are_rows = all(isinstance(entry, (list, tuple)) or is_missing(entry) for entry in images)
-    if are_rows or (lacks_some and len(images) == num_rows):
-        return [[image for image in flatten_images(entry) if not is_missing(image)] for entry in images]
-    return [image for image in flatten_images(images) if not is_missing(image)]
 
 
 def _hide_user_text(prompt: str) -> str:

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from .prompts import Prompt, count_images, list_template_spans
-from .text_marks import compile_literals
+from .user_text import compile_literals
 
 _SIGNS = frozenset("<>[]|")
 """Tokens with one of these, such as "<|im_start|>", can be control tokens even where a tokenizer does not say so."""
@@ -104,7 +104,14 @@ def encode_prompt(
 
 def list_control_tokens(tokenizer: PreTrainedTokenizerFast, *, image_token: str) -> tuple[str, ...]:
     """The literals that act as control tokens when a template writes them: added tokens and the image token."""
-    acting = _list_acting_tokens(tokenizer, image_token, read_tokenizer_state(tokenizer))
+    return _list_literals(tokenizer, image_token, read_tokenizer_state(tokenizer))
+
+
+@lru_cache(maxsize=16)
+def _list_literals(
+    tokenizer: PreTrainedTokenizerFast, image_token: str, state: tuple[Hashable, ...]
+) -> tuple[str, ...]:
+    acting = _list_acting_tokens(tokenizer, image_token, state)
     return tuple(dict.fromkeys([*(token.content for token, _ in acting), image_token]))
 
 

@@ -1,4 +1,4 @@
-"""Prompts -> the rows of a batch: cut, padded, and with labels that hold no images."""
+"""Prompts and their images -> the rows of a batch: counted, cut, padded, and with labels that hold no images."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from .image_processing_llava import flatten_images
 from .messages import is_missing, shorten
 from .prompt_ids import encode_prompt
 from .prompts import count_images
@@ -15,6 +16,8 @@ logger = logging.get_logger(__name__)
 
 IGNORED_LABEL = -100
 """The label that cross entropy skips."""
+PLACEHOLDERS = ("<image>", "<|image|>", "<|image_pad|>", "[IMG]", "<start_of_image>", "<image_soft_token>")
+"""Placeholders of many families of models, which people write into prompts for another one."""
 _NOT_MADE = {
     "return_offsets_mapping", "return_special_tokens_mask", "return_length", "return_overflowing_tokens",
     "return_token_type_ids", "stride",
@@ -47,6 +50,68 @@ class PromptInputs(BatchFeature):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.image_token_id = state["image_token_id"]
         super().__setstate__(state)
+
+
+def drop_missing(images: Any, *, num_rows: int) -> Any:
+    """Images without what holds no picture: one list for each prompt where there is one entry for each."""
+    if not isinstance(images, (list, tuple)):
+        return images
+    lacks_some = any(map(is_missing, images))
+    are_rows = all(isinstance(entry, (list, tuple)) or is_missing(entry) for entry in images)
+    if are_rows or (lacks_some and len(images) == num_rows):
+        return [[image for image in flatten_images(entry) if not is_missing(image)] for entry in images]
+    return [image for image in flatten_images(images) if not is_missing(image)]
+
+
+def check_rows(prompts: list[str], images: Any, *, num_images: int, image_token: str) -> None:
+    """Refuse prompts whose images could be those of another row.
+
+    Args:
+        images: A flat list, or a list for each prompt.
+        num_images: How many they are.
+        image_token: The placeholder of one image.
+
+    Raises:
+        ValueError: naming the row, and numbers of placeholders and images.
+    """
+    placeholders = [count_images(prompt, image_token) for prompt in prompts]
+    nested = isinstance(images, (list, tuple)) and len(images) > 0
+    nested = nested and all(isinstance(row, (list, tuple)) for row in images)
+    if nested:
+        if len(images) != len(prompts):
+            raise ValueError(f"got {len(images)} lists of images for {len(prompts)} prompts; expected one for each")
+        for row, (expected, row_images) in enumerate(zip(placeholders, images)):
+            num_row_images = len(flatten_images(row_images))
+            if expected != num_row_images:
+                raise ValueError(
+                    f"got {expected} {image_token} placeholders and {num_row_images} images in row {row}; "
+                    f"expected equal numbers: {_explain_places(prompts, image_token)}"
+                )
+        return
+    if sum(placeholders) != num_images:
+        raise ValueError(
+            f"got {sum(placeholders)} {image_token} placeholders and {num_images} images; expected equal "
+            f"numbers: {_explain_places(prompts, image_token)}"
+        )
+    row = next((row for row, count in enumerate(placeholders) if count != placeholders[0]), None)
+    if row is not None:
+        raise ValueError(
+            f"got {num_images} images in one list, with {placeholders[0]} {image_token} placeholders in row "
+            f"0 and {placeholders[row]} in row {row}; expected as many in each row, or a list of images for each "
+            "prompt: a row could get the image of another"
+        )
+
+
+def _explain_places(prompts: list[str], image_token: str) -> str:
+    """What to do about other numbers of placeholders than of images."""
+    place = 'an item {"type": "image"} in the content of a message is one'
+    if any(prompt.count(image_token) > count_images(prompt, image_token) for prompt in prompts):
+        return f"an {image_token} that is typed in a message is text; {place}"
+    for prompt in prompts:
+        other = next((name for name in PLACEHOLDERS if name in prompt and name != image_token), None)
+        if other is not None:
+            return f"this model writes {image_token}, not {other}; {place}"
+    return f"{place}, or {image_token} in a prompt that no template wrote; and each takes one image"
 
 
 def encode_prompts(

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .messages import open_value, shorten
-from .text_marks import (
+from .user_text import (
     InertTexts,
     TemplateSource,
     TextMarks,
@@ -40,8 +40,6 @@ _SYSTEM, _USER, _ASSISTANT = ({"role": role, "content": "."} for role in ("syste
 _TOOL = {"role": "tool", "content": ".", "name": "a", "tool_call_id": "a"}
 # Not every format knows system messages, several turns, or tools.
 _SAMPLES = ([_SYSTEM, _USER, _ASSISTANT, _USER], [_USER, _ASSISTANT, _USER], [_USER], [_USER, _ASSISTANT, _TOOL])
-NUM_MESSAGES_WITH_SYSTEM = len(_SAMPLES[0])
-"""Texts in a sample that begins with a system message, and in no other."""
 _CAPTIONED = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "."}]}
 
 _MAX_TRUSTED = 4096
@@ -132,14 +130,19 @@ def render_prompt(
     )
 
 
-def render_samples(template: str, template_variables: dict[str, Any]) -> tuple[Prompt, ...]:
-    """Short conversations in the words of a template, those that it can write; with a system message first if it can.
+def list_turn_texts(template: str, template_variables: dict[str, Any]) -> tuple[str, ...]:
+    """What a template writes before, between and behind the messages of a sample; nothing if it can write none.
+
+    The first text is empty where a template has no place for a system message, since it may write one of its own.
 
     Args:
         template: Jinja text.
         template_variables: Variables of the template.
     """
-    return _render_samples(template, _pick_strings(template_variables))
+    for sample in _render_samples(template, _pick_strings(template_variables))[:1]:
+        before, *others = (sample[start:end] for start, end in list_template_spans(sample))
+        return (before if len(sample.user_spans) == len(_SAMPLES[0]) else "", *others)
+    return ()
 
 
 def count_images(prompt: str, image_token: str) -> int:

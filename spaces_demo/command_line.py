@@ -1,17 +1,19 @@
 """`llava ...`: ask, chat, demo, doctor, assemble, check-data, train, merge, export, push, and what each of them takes.
 
-What they do is in modeling_llava/commands, which is imported when it runs. The command starts here because importing
-anything of modeling_llava imports torch and transformers and registers with them: help and mistakes cost none of that.
+What they do is in modeling_llava/commands, which is imported when it runs; what `llava demo` does stands at the end
+of this file. The command starts here because importing anything of modeling_llava imports torch and transformers and
+registers with them: help and mistakes cost none of that.
 Whatever a user can get wrong ends in one line on standard error and exit code 2.
 """
 
 import argparse
+import json
 import os
+import re
 import sys
 import warnings
 from importlib import import_module
-
-from .command import add_options as add_demo_options
+from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,9 +41,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--version", action=_PrintVersion, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_answering(commands)
-    demo = commands.add_parser("demo", help="a web page to talk with models about pictures")
-    add_demo_options(demo)
-    demo.set_defaults(run="spaces_demo.command:run")
+    _add_demo(commands)
     _add_models(commands)
     _add_training(commands)
     _add_hub(commands)
@@ -98,6 +98,35 @@ def _add_answer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampler")
 
 
+def _add_demo(commands) -> None:
+    demo = commands.add_parser("demo", help="a web page to talk with models about pictures")
+    demo.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="folder, adapter or Hub id; give it several times for a menu (default: the embedded model)",
+    )
+    demo.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    demo.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    demo.add_argument("--queue", type=int, default=32, help="questions that may wait (default: 32)")
+    demo.add_argument("--open", action="store_true", help="show the page in the browser")
+    demo.add_argument("--share", action="store_true", help="a public address, through a tunnel of Gradio")
+    demo.add_argument(
+        "--auth", action="append", default=[], metavar="NAME:PASSWORD", help="who may come in; may be repeated"
+    )
+    demo.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name by which visitors reach the page, behind a proxy or in a network; may be repeated",
+    )
+    demo.add_argument("--feedback", metavar="FILE", help="store visitors' opinions of answers as JSON Lines")
+    demo.add_argument("--terminal", action="store_true", help="no page: print answers about the example pictures")
+    demo.set_defaults(run="spaces_demo.command_line:run_demo")
+
+
 def _add_models(commands) -> None:
     assemble = commands.add_parser("assemble", help="make a new LLaVA from a vision tower and a language model")
     assemble.add_argument("--vision-tower", required=True, help="folder or Hub id")
@@ -118,14 +147,14 @@ def _add_models(commands) -> None:
     assemble.add_argument("--patch-merge-type", default="flat", help="flat, spatial or spatial_unpad, for tiles")
     assemble.add_argument("--seed", type=int, default=0, help="seed of the projector's initial weights")
     assemble.add_argument("--out", required=True, help="folder to write")
-    assemble.set_defaults(run="modeling_llava.commands.training:run_assemble")
+    assemble.set_defaults(run="modeling_llava.commands.models:run_assemble")
 
     merge = commands.add_parser("merge", help="make one model of an adapter and its base")
     merge.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
     merge.add_argument("--out", required=True, help="folder to write")
     merge.add_argument("--base-model", help="folder or Hub id to use instead of the one that the adapter names")
     merge.add_argument("--base-bits", type=int, help="4 if it was trained on a 4-bit base (default: see its record)")
-    merge.set_defaults(run="modeling_llava.commands.training:run_merge")
+    merge.set_defaults(run="modeling_llava.commands.models:run_merge")
 
     doctor = commands.add_parser("doctor", help="versions, device, cached models, and the memory that a model needs")
     doctor.add_argument("--parameters", type=float, default=7e9, help="size of a model in parameters, e.g. 7e9")
@@ -171,7 +200,7 @@ def _add_training(commands) -> None:
     check_data.add_argument("--html", metavar="FILE", help="write these rows (default: 20) and their images as a page")
     check_data.add_argument("--json", metavar="FILE", help="write the result with every refused record")
     check_data.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a CPU)")
-    check_data.set_defaults(run="modeling_llava.commands.training:run_check_data")
+    check_data.set_defaults(run="modeling_llava.commands.models:run_check_data")
 
     train = commands.add_parser("train", help="run a training recipe")
     train.add_argument("recipe", metavar="RECIPE.yaml")
@@ -185,7 +214,7 @@ def _add_training(commands) -> None:
     train.add_argument("--preview", action="store_true", help="print recipe, parameters, memory and a batch, and stop")
     train.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint")
     train.add_argument("--overwrite", action="store_true", help="remove what an earlier run left in output_dir")
-    train.set_defaults(run="modeling_llava.commands.training:run_train")
+    train.set_defaults(run="modeling_llava.commands.models:run_train")
 
 
 def _add_hub(commands) -> None:
@@ -194,7 +223,7 @@ def _add_hub(commands) -> None:
     export.add_argument("--out", required=True, help="folder to write")
     export.add_argument("--repo-id", help="for the card: OWNER/NAME on the Hub (default: the name of --out)")
     _add_export_options(export)
-    export.set_defaults(run="modeling_llava.commands.hub:run_export")
+    export.set_defaults(run="modeling_llava.commands.models:run_export")
 
     push = commands.add_parser("push", help="check a model, adapter, dataset or Space, and send it to the Hub")
     push.add_argument("source", metavar="DIR", help="what `llava export` wrote, or anything that it takes")
@@ -206,7 +235,7 @@ def _add_hub(commands) -> None:
     push.add_argument("--public", action="store_false", dest="private", help="the same as --no-private")
     push.add_argument("--pull-request", action="store_true", help="propose it to an existing repository")
     _add_export_options(push)
-    push.set_defaults(run="modeling_llava.commands.hub:run_push")
+    push.set_defaults(run="modeling_llava.commands.models:run_push")
 
 
 def _add_export_options(parser: argparse.ArgumentParser) -> None:
@@ -232,3 +261,58 @@ def _add_image_limit(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=NUMBER",
         help="refuse pictures above it, e.g. max_pixels=150000000 or max_aspect_ratio=40; again for another limit",
     )
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    """Serve the page until the process ends.
+
+    Raises:
+        ValueError: if a model cannot be loaded or an option is wrong.
+    """
+    # Before anything that imports Gradio or huggingface_hub.
+    from . import telemetry  # noqa: F401
+
+    # isort: split
+    from .models import ModelMenu
+
+    auth = [tuple(pair.split(":", 1)) for pair in options.auth]
+    if any(len(pair) != 2 or not all(pair) for pair in auth):
+        raise ValueError("got --auth without a name or a password; expected NAME:PASSWORD")
+    menu = ModelMenu(options.model, device=options.device)
+    if options.terminal:
+        answer_examples(menu)
+        return
+
+    from .app import launch
+    from .feedback import FeedbackFile
+
+    launch(
+        menu,
+        feedback=FeedbackFile(options.feedback) if options.feedback else None,
+        queue=options.queue,
+        port=options.port,
+        share=options.share,
+        auth=auth or None,
+        allow_hosts=[_check_host(name) for name in options.allow_host],
+        open_browser=options.open,
+    )
+
+
+def _check_host(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.:-]+", name):
+        raise ValueError(f"got --allow-host {name!r}; expected a name without scheme, port and path: demo.example.org")
+    return name.lower().removesuffix(".")
+
+
+def answer_examples(menu) -> None:
+    """Print what the first model of a menu answers about the example pictures."""
+    from processing_llava.image_loading import load_image
+
+    from .models import Settings
+
+    folder = Path(__file__).parent / "examples"
+    for example in json.loads((folder / "examples.json").read_text()):
+        picture = {"type": "image", "image": load_image(folder / example["image"])}
+        question = {"role": "user", "content": [picture, {"type": "text", "text": example["question"]}]}
+        *_, (answer, _) = menu.answer(menu.labels[0], [question], Settings())
+        print(f"{example['image']}: {example['question']} {answer}", flush=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_llava.export.remote_code import collect_modules
+from modeling_llava.export.model_repository import collect_modules
 from tests.conftest import ROOT
 
 PACKAGES = ("modeling_llava", "processing_llava", "hub_cards", "spaces_demo")
@@ -32,7 +32,7 @@ IMPORTS = {
     "modeling_llava/checkpoints": _PROCESSING | {"modeling_llava/acceleration", "modeling_llava/configuration_llava"},
     "modeling_llava/acceleration": {"processing_llava"},
     "modeling_llava/inference": _MODEL,
-    "modeling_llava/records": {"hub_cards"},
+    "modeling_llava/records": {"hub_cards", "processing_llava", "processing_llava/data"},
     "modeling_llava/training": _MODEL | _RECORDS | _DATA,
     "modeling_llava/export": _MODEL | _RECORDS | _DATA | {"hub_cards"},
     "modeling_llava/serving": _ANSWERS | {"modeling_llava/commands/errors"},

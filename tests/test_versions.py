@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from modeling_llava import AutoModelForVision2Seq
-from modeling_llava.vision_towers import DINOV2_NAMES
+from modeling_llava.image_encoder import DINOV2_NAMES
 from processing_llava import transformers_versions
 from tests.conftest import ROOT
 from tests.tiny import save_tiny_checkpoint

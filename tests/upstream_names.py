@@ -48,7 +48,7 @@ UPSTREAM_NAMES = (
     UpstreamName(
         f"{_MODEL}_hf_peft_config_loaded", VALUE,
         ("modeling_llava/checkpoints/checkpoint_mixin.py", "modeling_llava/checkpoints/original_adapters.py",
-         "modeling_llava/inference/loading.py", "modeling_llava/acceleration/cpu_linear.py",
+         "modeling_llava/inference/loading.py", "modeling_llava/acceleration/cpu_layers.py",
          "modeling_llava/acceleration/quantization.py"),
         "whether a model holds an adapter", "a public question for it",
     ),
@@ -85,7 +85,7 @@ UPSTREAM_NAMES = (
     UpstreamName(
         "transformers.PreTrainedConfig._attn_implementation", VALUE,
         ("modeling_llava/inference/attention_map.py", "modeling_llava/inference/row_cache.py",
-         "modeling_llava/acceleration/packed_attention.py", "modeling_llava/acceleration/cpu_attention.py"),
+         "modeling_llava/acceleration/packed_attention.py", "modeling_llava/acceleration/cpu_layers.py"),
         "which attention runs", "a public reader beside set_attn_implementation",
     ),
     UpstreamName(
@@ -104,11 +104,11 @@ UPSTREAM_NAMES = (
     UpstreamName(
         "transformers.conversion_mapping.register_checkpoint_conversion_mapping",
         {"5.17": "model_type_or_class_name, mapping, overwrite"},
-        ("modeling_llava/vision_towers.py",), "DINOv2's names in 5.17", "5.18 as the oldest version",
+        ("modeling_llava/image_encoder.py",), "DINOv2's names in 5.17", "5.18 as the oldest version",
     ),
     UpstreamName(
         "transformers.core_model_loading.WeightRenaming", {"5.17": "source_patterns, target_patterns"},
-        ("modeling_llava/vision_towers.py",), "DINOv2's names in 5.17", "5.18 as the oldest version",
+        ("modeling_llava/image_encoder.py",), "DINOv2's names in 5.17", "5.18 as the oldest version",
     ),
     UpstreamName(
         f"{_GENERATION}prepare_inputs_for_generation",
@@ -198,7 +198,7 @@ UPSTREAM_NAMES = (
          "5.19": "module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, cache, "
                  "kwargs",
          "5.24": "module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, kwargs"},
-        ("modeling_llava/acceleration/cpu_attention.py", "modeling_llava/acceleration/packed_attention.py"),
+        ("modeling_llava/acceleration/cpu_layers.py", "modeling_llava/acceleration/packed_attention.py"),
         "attention where ours does not apply", "a public name for it",
     ),
     UpstreamName(
@@ -207,8 +207,7 @@ UPSTREAM_NAMES = (
                  "allow_is_causal_skip, allow_is_bidirectional_skip, allow_torch_fix, use_vmap, device, kwargs",
          "5.18": "batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size, "
                  "allow_is_causal_skip, allow_is_bidirectional_skip, use_vmap, device, kwargs"},
-        ("modeling_llava/acceleration/cpu_attention.py", "modeling_llava/acceleration/packed_attention.py",
-         "modeling_llava/acceleration/cpu_attention.py"),
+        ("modeling_llava/acceleration/cpu_layers.py", "modeling_llava/acceleration/packed_attention.py"),
         "masks for our attention functions", "a public name for it",
     ),
     UpstreamName(
@@ -348,15 +347,15 @@ UPSTREAM_NAMES = (
     ),
     UpstreamName(
         "torch.ops.mkldnn._linear_pointwise", {"5.17": "args, kwargs"},
-        ("modeling_llava/acceleration/cpu_linear.py",), *_CPU,
+        ("modeling_llava/acceleration/cpu_layers.py",), *_CPU,
     ),
     UpstreamName(
         "torch._make_per_channel_quantized_tensor", {"5.17": "no signature"},
-        ("modeling_llava/acceleration/cpu_linear.py",), *_CPU,
+        ("modeling_llava/acceleration/cpu_layers.py",), *_CPU,
     ),
     UpstreamName(
         "torch.ops.mkldnn._reorder_linear_weight", {"5.17": "args, kwargs"},
-        ("modeling_llava/acceleration/cpu_linear.py",),
+        ("modeling_llava/acceleration/cpu_layers.py",),
         *_CPU,
     ),
 )

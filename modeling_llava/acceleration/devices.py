@@ -20,7 +20,7 @@ DTYPE_SETTINGS = ("dtype", "torch_dtype", "device_map", "quantization_config")
 """Arguments of `from_pretrained` that settle dtype or device; "auto" is a choice, too."""
 
 
-def is_slow_on_processor(dtype: torch.dtype | str | None) -> bool:
+def is_slow_on_cpu(dtype: torch.dtype | str | None) -> bool:
     """Whether the CPU of this machine computes a dtype more slowly than float32.
 
     CPUs with AVX512_BF16 or AMX have units for bfloat16. float16 counts as slow on all of them.
@@ -37,7 +37,7 @@ def is_slow_on_processor(dtype: torch.dtype | str | None) -> bool:
 def with_default_dtype(settings: dict[str, Any], *, stored: torch.dtype | str | None) -> dict[str, Any]:
     """Arguments of `from_pretrained`, with float32 where nobody chose and the CPU is slow in the stored dtype."""
     is_chosen = any(settings.get(name) is not None for name in DTYPE_SETTINGS)
-    if is_chosen or torch.accelerator.is_available() or not is_slow_on_processor(stored):
+    if is_chosen or torch.accelerator.is_available() or not is_slow_on_cpu(stored):
         return settings
     return settings | {"dtype": torch.float32}
 

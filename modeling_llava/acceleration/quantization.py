@@ -2,7 +2,7 @@
 
 Vision tower, projector and output layer stay as they are: they take a small part of the time, and their errors reach
 every answer. On a GPU the work is done by torchao and bitsandbytes, through transformers. On a CPU int8 is our own
-(`cpu_linear.py`, `fused_layers.py`).
+(`cpu_layers.py`, `fused_layers.py`).
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .cpu_linear import Int8Linear
+from .cpu_layers import Int8Linear
 from .devices import release_mapped, returning_memory
 from .fused_layers import ATTENTIONS, MLPS, fuse_projections
 
@@ -48,7 +48,7 @@ def four_bit_config() -> BitsAndBytesConfig:
     )
 
 
-ON_PROCESSOR = "int8"
+ON_CPU = "int8"
 """The name for CPUs: 8 bits, with a scale for each output channel of the weights and each row of the inputs."""
 ON_GPU: dict[str, tuple[str, Callable[[], QuantizationConfigMixin]]] = {
     "int4": ("torchao", _build_int4),
@@ -65,7 +65,7 @@ def check_quantization(quantization: str, device: torch.device) -> None:
     Raises:
         ValueError: with the names that it can run.
     """
-    expected = (ON_PROCESSOR,) if device.type == "cpu" else tuple(ON_GPU)
+    expected = (ON_CPU,) if device.type == "cpu" else tuple(ON_GPU)
     if quantization not in expected:
         raise ValueError(f"got quantization={quantization!r} on {device}; expected {' or '.join(expected)}")
 
@@ -77,13 +77,13 @@ def with_quantization(settings: dict[str, Any], quantization: str) -> dict[str, 
         ValueError: for another name, an argument that contradicts it, or a device that cannot run it.
         ImportError: if a package is missing.
     """
-    if quantization not in (ON_PROCESSOR, *ON_GPU):
-        names = ", ".join((ON_PROCESSOR, *ON_GPU))
+    if quantization not in (ON_CPU, *ON_GPU):
+        names = ", ".join((ON_CPU, *ON_GPU))
         raise ValueError(f"got quantization={quantization!r}; expected one of {names}")
     for name in ("dtype", "torch_dtype", "quantization_config"):
         if settings.get(name) is not None:
             raise ValueError(f"got quantization={quantization!r} and {name}; expected no {name}: the name settles it")
-    if quantization == ON_PROCESSOR:
+    if quantization == ON_CPU:
         if settings.get("device_map") is not None:
             raise ValueError(
                 "got quantization='int8' and a device_map; expected no device_map, as int8 runs on the CPU: on a GPU "

@@ -19,11 +19,11 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import peft as integration
 from transformers.utils import logging
 
-from modeling_llava.acceleration.cpu_linear import Int8Linear, PackedLinear
+from modeling_llava.acceleration.cpu_layers import Int8Linear, PackedLinear
 from modeling_llava.acceleration.devices import with_default_dtype
 from modeling_llava.acceleration.fused_layers import Columns
 from modeling_llava.acceleration.quantization import (
-    ON_PROCESSOR,
+    ON_CPU,
     quantize_to_int8,
     refuse_unchanged,
     with_quantization,
@@ -139,7 +139,7 @@ class CheckpointMixin:
             )
         if quantization is not None:
             model = loaded[0] if isinstance(loaded, tuple) else loaded
-            if quantization == ON_PROCESSOR:
+            if quantization == ON_CPU:
                 quantize_to_int8(model)
             else:
                 refuse_unchanged(model, quantization)

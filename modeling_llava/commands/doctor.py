@@ -110,13 +110,12 @@ def _generation_needs(
         predict_loading,
         read_config,
     )
-    from modeling_llava.inference.precision import Precision, choose_precision
+    from modeling_llava.inference.loading import Precision, choose_precision
     from modeling_llava.inference.token_stream import limit_new_tokens
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with explain_missing(model):
-        config = read_config(model)
-    config.visual_tokens = config.visual_tokens if visual_tokens is None else visual_tokens
+        config = read_config(model, visual_tokens=visual_tokens)
     refusal = None
     try:
         precision = choose_precision(config, device, name=model, quantization=quantization)

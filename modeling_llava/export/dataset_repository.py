@@ -6,8 +6,8 @@ from typing import Any
 
 from huggingface_hub import DatasetCardData
 
-from modeling_llava.records.data_manifest import DATA_KINDS, NOT_STATED
 from modeling_llava.records.figures import add_source, build_environment
+from modeling_llava.records.training_record import DATA_KINDS, NOT_STATED
 from processing_llava.data.data_sources import DataSource
 
 from .export_settings import Exported, ExportSettings

@@ -11,12 +11,11 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import BadRequestError, HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from .export_settings import Exported
-from .repository import KINDS, Kind
+from .repository import IGNORED_FOLDERS, KINDS, Kind
 from .repository_check import read_card
 
 CLIENT_ERROR = HfHubHTTPError.__bases__[0]
 """What a lost connection raises: the error of httpx up to huggingface_hub 1.x, of httpx2 from 2.0 on (errors.py)."""
-IGNORED_FOLDERS = ("__pycache__", ".cache", ".git")
 _CARD_REFUSED = "the Hub refuses this, most often for the card: correct the metadata at the top of README.md"
 _MEANINGS = {
     400: _CARD_REFUSED,
@@ -30,16 +29,6 @@ _MEANINGS = {
     429: "too many requests; try again later",
 }
 """What an answer of the Hub means for a person who pushes."""
-
-
-def list_files(folder: Path) -> dict[str, int]:
-    """Sizes in bytes of the files that would go up, by their path in the repository."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in paths
-        if not set(IGNORED_FOLDERS) & set(path.relative_to(folder).parts)
-    }
 
 
 def push_repository(exported: Exported, repo_id: str, *, private: bool = True, pull_request: bool = False) -> str:

@@ -18,7 +18,7 @@ from modeling_llava.auto import AutoModelForVision2Seq
 from modeling_llava.checkpoints.original_adapters import has_original_names, needs_our_class, read_adapter
 from modeling_llava.checkpoints.weight_files import has_model, refuse_unfit_weights
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
-from modeling_llava.records.run_files import RECORD_FILE
+from modeling_llava.records.training_record import RECORD_FILE
 from processing_llava.original.original_folder import OriginalFolder, find_installed, read_json, resolve_beside
 
 MAX_RELATIVE_DIFFERENCE = 0.1

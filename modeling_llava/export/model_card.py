@@ -16,11 +16,10 @@ from huggingface_hub import (
     eval_result_entries_to_yaml,
 )
 
-from modeling_llava.records.data_manifest import DATA_KINDS, NOT_STATED, DataEntry
 from modeling_llava.records.figures import build_environment
-from modeling_llava.records.run_files import RunFiles
+from modeling_llava.records.training_record import DATA_KINDS, NOT_STATED, DataEntry, RunFiles
 
-from .card_facts import CardFacts
+from .export_settings import CardFacts
 from .repository_check import Part, find_conflicts
 
 PREPARED_MARK = "<!-- Prepared by anyllava"

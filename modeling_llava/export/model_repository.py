@@ -4,11 +4,18 @@ What is surprising: a model is written in transformers' own layout wherever that
 engine reads it; only the others get our layout, with the code to load them. transformers' processors tokenise the
 whole prompt at once (transformers 5.23, processing_utils.py). With a SentencePiece tokenizer the text after an image
 then begins with other pieces than the original LLaVA's. `_changes_ids` finds out, and the card and a notice say it.
+
+The code is for those who load a repository with `trust_remote_code=True` and without this package. Both packages lie
+flat side by side in it, because transformers looks for such code in one folder and follows relative imports of one dot
+(transformers 5.23, dynamic_module_utils.py). The two mixins that read the layouts of other code are left empty, which
+halves what a stranger has to read before trusting it.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +34,16 @@ from transformers import (
 )
 
 import hub_cards
+import processing_llava
 from modeling_llava.checkpoints.layouts import write_transformers_config
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.records.figures import add_source
-from modeling_llava.records.run_files import CARRIED_FILES, carry_files, read_run_files
+from modeling_llava.records.training_record import CARRIED_FILES, carry_files, read_run_files
 from modeling_llava.records.yaml_fields import build
 from processing_llava import AnyLlavaProcessor
+from processing_llava.transformers_versions import FIRST, LAST
 
-from .card_facts import CardFacts
-from .export_settings import Exported, ExportSettings
+from .export_settings import CardFacts, Exported, ExportSettings
 from .model_card import (
     HUB_RESULTS_FILE,
     ModelDescription,
@@ -45,7 +53,6 @@ from .model_card import (
     write_hub_results,
     write_model_card,
 )
-from .remote_code import collect_modules, write_remote_code
 from .repository_check import cut_paths_in_files, find_language_problems, find_missing
 
 APACHE_LICENSE = Path(hub_cards.__file__).parent / "LICENSE-apache-2.0"
@@ -286,3 +293,71 @@ def _changes_ids(ours: AnyLlavaProcessor, theirs: ProcessorMixin) -> bool:
         for processor in (ours, theirs)
     ]
     return ids[0] != ids[1]
+
+
+# The code that a repository carries.
+
+PACKAGES = (Path(__file__).parents[1], Path(processing_llava.__file__).parent)
+ENTRY_MODULES = ("modeling_llava", "processing_llava")
+"""Everything else is found by following their imports."""
+_MODEL = "modeling_llava.AnyLlavaForConditionalGeneration"
+_PROCESSOR = {
+    "AutoImageProcessor": "image_processing_llava.AnyLlavaImageProcessorPil",
+    "AutoProcessor": "processing_llava.AnyLlavaProcessor",
+}
+AUTO_MAP = _PROCESSOR | {
+    "AutoConfig": "configuration_llava.AnyLlavaConfig",
+    "AutoModel": "modeling_llava.AnyLlavaModel",
+    "AutoModelForImageTextToText": _MODEL,
+    "AutoModelForMultimodalLM": _MODEL,
+}
+SEAMS = {
+    "checkpoint_mixin": (
+        'class CheckpointMixin:\n    """Empty: the package reads and writes the layouts of other code here."""\n'
+    ),
+    "original_processor": (
+        "from transformers.processing_utils import ProcessorMixin\n\n\n"
+        "class OriginalProcessorMixin(ProcessorMixin):\n"
+        '    """Empty: the package reads folders of the original LLaVA here."""\n'
+    ),
+}
+_SIBLING = re.compile(r"^from (?:\.|(?:modeling|processing)_llava\.)(?:\w+\.)*(\w+) import", flags=re.MULTILINE)
+
+
+def write_remote_code(folder: Path) -> None:
+    """Put the code beside a saved model and processor, and name it in their configurations."""
+    first, last = (".".join(map(str, tested)) for tested in (FIRST, LAST))
+    header = (
+        f"# AnyLLaVA {version('anyllava')}, Apache-2.0; for trust_remote_code=True. Copied by `llava export`.\n"
+        f"# Tested with transformers {first} to {last}.\n"
+    )
+    for name, text in collect_modules().items():
+        (folder / f"{name}.py").write_text(header + text, encoding="utf-8")
+    _add_auto_map(folder / "config.json", AUTO_MAP)
+    _add_auto_map(folder / "processor_config.json", _PROCESSOR)
+
+
+def collect_modules() -> dict[str, str]:
+    """The text of every module of the bundle by name, importing nothing but siblings and installed libraries."""
+    modules: dict[str, str] = {}
+    waiting = list(ENTRY_MODULES)
+    while waiting:
+        name = waiting.pop()
+        if name in modules:
+            continue
+        text = SEAMS.get(name) or _read_module(name)
+        waiting += _SIBLING.findall(text)
+        modules[name] = _SIBLING.sub(r"from .\1 import", text)
+    return modules
+
+
+def _read_module(name: str) -> str:
+    return next(path.read_text(encoding="utf-8") for path in (p / f"{name}.py" for p in PACKAGES) if path.is_file())
+
+
+def _add_auto_map(path: Path, auto_map: dict[str, str]) -> None:
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields["auto_map"] = auto_map
+    if "image_processor" in fields:
+        fields["image_processor"]["auto_map"] = auto_map
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -23,6 +23,8 @@ from .repository_check import clean_images_in_files, find_card_problems, find_fi
 from .space_repository import find_space_problems, write_space_repository
 
 _PREPARED = re.compile(rf"{re.escape(PREPARED_MARK)} .* for (\S+) -->")
+IGNORED_FOLDERS = ("__pycache__", ".cache", ".git")
+"""What no repository holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +151,16 @@ def find_kind(source: Path) -> str:
         f"got {str(source)!r}; expected a model (config.json), an adapter (adapter_config.json), a Space (app.py) or "
         "data (JSON, Parquet or Arrow files)"
     )
+
+
+def list_files(folder: Path) -> dict[str, int]:
+    """Sizes in bytes of the files that would go up, by their path in the repository."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in paths
+        if not set(IGNORED_FOLDERS) & set(path.relative_to(folder).parts)
+    }
 
 
 def check_repository(folder: Path, kind: str) -> None:

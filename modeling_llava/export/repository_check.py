@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from modeling_llava.records.data_manifest import LICENSES
+from modeling_llava.records.training_record import LICENSES
 from modeling_llava.records.yaml_fields import ACCESS_TOKEN
 from processing_llava.image_loading import clean_image
 

@@ -16,8 +16,7 @@ from huggingface_hub import SpaceCardData
 
 from modeling_llava.records.figures import build_environment
 
-from .card_facts import CardFacts
-from .export_settings import Exported, ExportSettings
+from .export_settings import CardFacts, Exported, ExportSettings
 from .model_card import assemble_card
 
 NAME = "anyllava"

@@ -26,7 +26,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_llava.checkpoints.shared_values import check_pair
 from modeling_llava.generation import ForbidImageToken, forbid_image_token
-from processing_llava.messages import check_question
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .cached_generation import build_cache, build_compile_config, check_compiles
@@ -37,7 +36,7 @@ from .token_stream import (
     check_sampling,
     cut_at_end,
     decode_answer,
-    encode_messages,
+    encode_question,
     find_answer_end,
     find_end_token,
     limit_new_tokens,
@@ -254,11 +253,10 @@ class BatchedGeneration:
         """Encode a request, and settle how its tokens are chosen and how many there may be."""
         if not isinstance(request, AnswerRequest):
             raise ValueError(f"got a {type(request).__name__} as a request; expected an AnswerRequest")
-        check_question(request.messages)
         sampling = {"temperature": request.temperature, "top_p": request.top_p, "seed": request.seed}
         check_sampling(max_new_tokens=request.max_new_tokens, **sampling)
         sampler = build_sampler(**sampling, device=self.model.device)
-        inputs = encode_messages(request.messages, self.processor)
+        inputs = encode_question(request.messages, self.processor)
         prompt_ids = inputs["input_ids"][0].tolist()
         max_new_tokens = limit_new_tokens(
             self.model.config, num_prompt_tokens=len(prompt_ids), max_new_tokens=request.max_new_tokens

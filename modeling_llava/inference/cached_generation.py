@@ -8,7 +8,7 @@ Compiled decoding has a KV cache of fixed size, so that one graph serves every t
 are compiled; the prefill is not, since every prompt has another length. On a GPU the steps become CUDA graphs. A step
 reads every weight for one row, so its time is that of reading memory. As in PyTorch's gpt-fast, the compiler therefore
 writes the kernels of the products itself and tunes them (`coordinate_descent_tuning`), three products of one input in
-one, with the norms around them. Attention of one token is written as products (`cpu_attention`), which it fuses in the
+one, with the norms around them. Attention of one token is written as products (`cpu_layers`), which it fuses in the
 same way.
 """
 
@@ -31,7 +31,7 @@ from transformers.generation import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from modeling_llava.acceleration.cpu_linear import Int8Linear, PackedLinear
+from modeling_llava.acceleration.cpu_layers import Int8Linear, PackedLinear
 from modeling_llava.generation import preallocate
 from processing_llava.transformers_versions import KV_CACHE
 

@@ -9,10 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from modeling_llava.acceleration.cpu_attention import use_cpu_attention
+from modeling_llava.acceleration.cpu_layers import use_cpu_attention
 from modeling_llava.checkpoints.shared_values import check_pair
 from processing_llava.image_loading import load_images
-from processing_llava.messages import check_question
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .cached_generation import CachedGeneration, check_compiles
@@ -21,7 +20,7 @@ from .token_stream import (
     StreamedText,
     build_sampler,
     check_sampling,
-    encode_messages,
+    encode_question,
     find_answer_end,
     limit_new_tokens,
     read_greedy_config,
@@ -152,12 +151,9 @@ class ChatSession:
         """
         started = time.perf_counter()
         read_greedy_config(self.model)
-        check_question(messages)
         sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
         check_sampling(max_new_tokens=max_new_tokens, **sampling)
-        if self.system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.system}, *messages]
-        inputs = encode_messages(messages, self.processor)
+        inputs = encode_question(messages, self.processor, system=self.system)
         num_prompt_tokens = inputs["input_ids"].shape[1]
         max_new_tokens = limit_new_tokens(
             self.model.config, num_prompt_tokens=num_prompt_tokens, max_new_tokens=max_new_tokens

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import DynamicCache
 
-from modeling_llava.acceleration.devices import is_slow_on_processor
+from modeling_llava.acceleration.devices import is_slow_on_cpu
 from modeling_llava.acceleration.fused_layers import fuse_projections
 from modeling_llava.checkpoints.layouts import translate_config
 from modeling_llava.configuration_llava import AnyLlavaConfig
@@ -53,13 +53,20 @@ class GenerationMemory:
         return self.weights + self.cache + self.activations
 
 
-def read_config(name: str, *, base_model: str | None = None, vision_tower: str | None = None) -> AnyLlavaConfig:
+def read_config(
+    name: str,
+    *,
+    base_model: str | None = None,
+    vision_tower: str | None = None,
+    visual_tokens: int | None = None,
+) -> AnyLlavaConfig:
     """The configuration of a LLaVA in any layout, without its weights.
 
     Args:
         name: Folder or Hub id. An adapter has the configuration of its base.
         base_model: Folder or Hub id of the language model, for a folder that does not name its own.
         vision_tower: Folder or Hub id of the tower, instead of the one that an original folder names.
+        visual_tokens: Most tokens of an image, instead of the number stored with the model.
 
     Raises:
         ValueError: if it is another model.
@@ -68,11 +75,13 @@ def read_config(name: str, *, base_model: str | None = None, vision_tower: str |
     name = find_installed(name)
     found = recognise(name, {}, base_model=base_model)
     if found.layout == "adapter":
-        return read_config(found.base)
+        return read_config(found.base, visual_tokens=visual_tokens)
     if not found.raw:
         raise OSError(f"there is no config.json in {name}")
     parts = {"base_model": base_model, "vision_tower": vision_tower}
-    return AnyLlavaConfig.from_dict(translate_config(found.raw, name=name, **parts))
+    config = AnyLlavaConfig.from_dict(translate_config(found.raw, name=name, **parts))
+    config.visual_tokens = config.visual_tokens if visual_tokens is None else visual_tokens
+    return config
 
 
 WEIGHT_BITS = {"int8": 8, "fp8": 8, "int4": 4.25, "nf4": 4.13}
@@ -83,7 +92,7 @@ def choose_dtype(config: AnyLlavaConfig, device: torch.device, *, quantization: 
     """The dtype in which `load_for_inference` loads a model, or the part of it that is not quantized."""
     if quantization is not None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if config.dtype is None or (device.type == "cpu" and is_slow_on_processor(config.dtype)):
+    if config.dtype is None or (device.type == "cpu" and is_slow_on_cpu(config.dtype)):
         return torch.float32
     return config.dtype
 

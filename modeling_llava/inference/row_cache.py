@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from modeling_llava.acceleration.cpu_attention import attend_to_cache
+from modeling_llava.acceleration.cpu_layers import attend_to_cache
 
 SLOT_STEP = 64
 """Slots have room for a multiple of this, so that they are seldom allocated anew."""

@@ -31,6 +31,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_llava.generation import read_max_length
+from processing_llava.messages import list_pictures
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 
@@ -93,15 +94,27 @@ def limit_new_tokens(config: PreTrainedConfig, *, num_prompt_tokens: int, max_ne
     return min(max_new_tokens, max_length - num_prompt_tokens)
 
 
-def encode_messages(messages: list[dict[str, Any]], processor: AnyLlavaProcessor) -> BatchFeature:
+def encode_question(
+    messages: list[dict[str, Any]], processor: AnyLlavaProcessor, *, system: str | None = None
+) -> BatchFeature:
     """Inputs of the model for the answer to a conversation.
 
+    Args:
+        system: System text to begin with, if the conversation has none.
+
     Raises:
-        ValueError: if it is no conversation, or a picture is refused.
+        ValueError: if it is no conversation, its last message is not from the user, or a picture is refused.
     """
-    return processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    # What is no conversation is for the processor to refuse, which checks the form of every message.
+    is_list = isinstance(messages, (list, tuple))
+    roles = [message.get("role") for message in messages if isinstance(message, dict)] if is_list else []
+    if roles and isinstance(roles[-1], str) and roles[-1] != "user":
+        raise ValueError(f"got {len(messages)} messages; expected the last from the user")
+    if system is not None and roles and roles[0] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    prompt = processor.render(messages, add_generation_prompt=True)
+    pictures = list(list_pictures(messages))
+    return processor(images=[pictures] if pictures else None, text=[prompt], return_tensors="pt")
 
 
 def build_sampler(*, temperature: float, top_p: float, seed: int, device: torch.device) -> LogitsProcessorList:

@@ -13,10 +13,13 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 from huggingface_hub.dataclasses import type_validator
 
+from processing_llava.data.data_bounds import MOST_YAML_CHARACTERS, MOST_YAML_ITEMS, exceeds_items
+from processing_llava.messages import shorten
+
 ACCESS_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 """A token of the Hub. No recipe, message or repository may hold one."""
-MOST_CHARACTERS, MOST_ITEMS, MOST_QUOTED = 100_000, 20_000, 1000
-"""Of a file in YAML, of the items that it stands for, and of a value in a message."""
+MOST_QUOTED = 1000
+"""Characters of a text of several parts, such as unknown names, in a message."""
 _BOOLEAN, _DATE = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"
 
 
@@ -56,10 +59,12 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f"got {str(path)!r}; expected a YAML file: there is none at this path")
     try:
         with path.open(encoding="utf-8") as file:
-            return load_yaml(file.read(MOST_CHARACTERS + 1))
+            return load_yaml(file.read(MOST_YAML_CHARACTERS + 1))
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         reason = f"lists in each other without end ({error})" if isinstance(error, RecursionError) else error
-        raise ValueError(f"got {path}, which is not YAML; expected fields in YAML: {shorten(str(reason))}") from error
+        raise ValueError(
+            f"got {path}, which is not YAML; expected fields in YAML: {str(reason)[:MOST_QUOTED]}"
+        ) from error
 
 
 def load_yaml(text: str) -> Any:
@@ -69,27 +74,13 @@ def load_yaml(text: str) -> Any:
         ValueError: it is longer, or stands for more items, as aliases of aliases do.
         yaml.YAMLError: it is no YAML.
     """
-    if len(text) > MOST_CHARACTERS:
-        raise ValueError(f"got more than {MOST_CHARACTERS:,} characters; expected fewer: shorten it")
+    if len(text) > MOST_YAML_CHARACTERS:
+        raise ValueError(f"got more than {MOST_YAML_CHARACTERS:,} characters; expected fewer: shorten it")
     loader = FieldsLoader(text)
     root = loader.get_single_node()
-    # Before anything is made of it: a merge of aliases (<<) copies what they stand for (PyYAML 6.0, constructor.py).
-    nodes, num_nodes = [root] if root is not None else [], 0
-    while nodes:
-        node = nodes.pop()
-        num_nodes += 1 + (len(node.value) // 100 if isinstance(node, yaml.ScalarNode) else 0)
-        if num_nodes > MOST_ITEMS:
-            raise ValueError(f"got more than {MOST_ITEMS:,} items, aliases counted; expected fewer: shorten it")
-        if isinstance(node, yaml.MappingNode):
-            nodes.extend(part for pair in node.value for part in pair)
-        elif isinstance(node, yaml.SequenceNode):
-            nodes.extend(node.value)
+    if exceeds_items(root):
+        raise ValueError(f"got more than {MOST_YAML_ITEMS:,} items, aliases counted; expected fewer: shorten it")
     return None if root is None else loader.construct_document(root)
-
-
-def shorten(text: str) -> str:
-    """A text for a message, which quotes no more of a value than a reader needs."""
-    return text if len(text) <= MOST_QUOTED else f"{text[:MOST_QUOTED]}..."
 
 
 T = TypeVar("T")
@@ -111,14 +102,14 @@ def check_fields(fields: dict[str, Any], kind: type, *, where: str, untyped: tup
         ValueError: naming `where`, the field, and what was expected.
     """
     if not isinstance(fields, dict):
-        raise ValueError(f"got {shorten(repr(fields))} as {where}; expected a mapping")
+        raise ValueError(f"got {shorten(fields)} as {where}; expected a mapping")
     known = {item.name: item for item in dataclasses.fields(kind)}
     unknown = [str(name) for name in fields if name not in known]
     if unknown:
         # SFTConfig has more fields than a line can hold.
         similar = known if len(known) < 30 else difflib.get_close_matches(unknown[0], known, n=5)
         listed = f", such as {', '.join(similar)}" if similar else ""
-        names = shorten(", ".join(unknown))
+        names = ", ".join(unknown)[:MOST_QUOTED]
         raise ValueError(f"got {names} in {where}; expected fields of {kind.__name__}{listed}")
     required = [
         name
@@ -134,7 +125,7 @@ def check_fields(fields: dict[str, Any], kind: type, *, where: str, untyped: tup
             check_type(name, value, types[name], where=where)
         choices = known[name].metadata.get("choices")
         if choices is not None and value not in (*choices, known[name].default):
-            quoted = shorten(repr(value))
+            quoted = shorten(value)
             raise ValueError(f"got {name}={quoted} in {where}; expected one of {', '.join(choices)}")
 
 
@@ -152,4 +143,4 @@ def check_type(name: str, value: Any, expected: Any, *, where: str) -> None:
             continue
         return
     listed = expected.__name__ if isinstance(expected, type) else expected
-    raise ValueError(f"got {name}={shorten(repr(value))} in {where}; expected {listed}")
+    raise ValueError(f"got {name}={shorten(value)} in {where}; expected {listed}")

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
-from modeling_llava.acceleration.devices import is_slow_on_processor
+from modeling_llava.acceleration.devices import is_slow_on_cpu
 
 from .drawings import SIZE
 from .packages import fetch_wheel
@@ -32,7 +32,7 @@ PATCH, TEACHER_GRID = 14, 37
 TEACHER_LAYERS, STUDENT_LAYERS = 10, 5
 BATCH, LEARNING_RATE, WARMUP = 32, 5e-4, 0.05
 NAMING_RATE, HEAD_RATE = 2e-4, 5e-3
-HAS_FAST_BFLOAT16 = not is_slow_on_processor(torch.bfloat16)
+HAS_FAST_BFLOAT16 = not is_slow_on_cpu(torch.bfloat16)
 """Whether the CPU has units for bfloat16. Without them float32 is faster."""
 NAMES = {add_article(name) for name in CATEGORY_OF}
 SHAPES = ("circle", "rectangle", "triangle")

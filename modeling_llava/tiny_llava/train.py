@@ -15,9 +15,9 @@ from accelerate import PartialState
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from modeling_llava.training.parts import part_of
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import train
+from modeling_llava.training.starting_model import part_of
 from modeling_llava.training.trainer import LlavaTrainer
 
 MUON_LEARNING_RATE = 2e-3

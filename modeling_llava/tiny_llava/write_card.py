@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from modeling_llava.records.figures import add_source, build_environment, read_sourced_json
-from modeling_llava.records.run_files import RECORD_FILE
+from modeling_llava.records.training_record import RECORD_FILE
 
 from .questions import CATEGORY_OF
 
@@ -40,7 +40,7 @@ def write_card(model: Path, *, scores: Path, sources: Path, minutes: int) -> Non
             asked=ASKED,
             sources=[source for source in described if source["source"] != HELDOUT_SOURCE],
             minutes=add_source(minutes, "make tiny-llava"),
-            processor=record["hardware"]["device"],
+            cpu=record["hardware"]["device"],
             num_names=add_source(len(CATEGORY_OF), "questions.py"),
         )
     )

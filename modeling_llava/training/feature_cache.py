@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from processing_llava import AnyLlavaProcessor
-from processing_llava.data.data_sources import RefusedRecord
+from processing_llava.data.data_bounds import RefusedRecord
 from processing_llava.data.row_lengths import read_image_sizes
 
-from .checkpoints import write_whole
+from .run_folder import write_whole
 
 logger = logging.get_logger(__name__)
 

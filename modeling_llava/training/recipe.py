@@ -18,10 +18,11 @@ import yaml
 from peft import LoraConfig
 from trl import SFTConfig
 
-from modeling_llava.records.yaml_fields import ACCESS_TOKEN, build, check_fields, load_yaml, read_yaml, shorten
+from modeling_llava.records.yaml_fields import ACCESS_TOKEN, build, check_fields, load_yaml, read_yaml
 from processing_llava.data.data_sources import DataSource
 from processing_llava.data.row_lengths import ON_BAD_ROW, check_length_options
 from processing_llava.image_limits import ImageLimits
+from processing_llava.messages import shorten
 from processing_llava.original.original_folder import find_installed
 
 from .trainer_fields import DECIDED_BY_PACKING, check_trainer, refuse_trainer_fields
@@ -55,7 +56,7 @@ class Recipe:
     them are trained on, too. As in every Trainer the loss is the mean of batches, so it depends a little on
     `per_device_eval_batch_size`."""
     data_manifest: str | None = None
-    """YAML file that says where the data comes from, for the model card; see `records/data_manifest.py`."""
+    """YAML file that says where the data comes from, for the model card; see `records/training_record.py`."""
     output_dir: str
     """Where the trained model goes."""
     output_dtype: str = "float32"
@@ -153,7 +154,7 @@ def _apply_setting(fields: dict[str, Any], setting: str) -> None:
     """Set, or take out, one key of a recipe that was read; see `read_recipe`."""
     key, equals, text = setting.partition("=")
     if not key or not equals:
-        raise ValueError(f"got {shorten(repr(setting))}; expected KEY=VALUE, such as trainer.learning_rate=1e-4")
+        raise ValueError(f"got {shorten(setting)}; expected KEY=VALUE, such as trainer.learning_rate=1e-4")
     *parents, last = key.split(".")
     place: Any = fields
     try:
@@ -175,7 +176,7 @@ def _apply_setting(fields: dict[str, Any], setting: str) -> None:
         yaml.YAMLError,
     ) as error:
         raise ValueError(
-            f"got {shorten(repr(setting))}; expected a key of the recipe and a value in YAML, such as "
+            f"got {shorten(setting)}; expected a key of the recipe and a value in YAML, such as "
             "trainer.learning_rate=1e-4 or data.0.path=rows.json; or nothing after = for a key that is there, to take "
             "it out"
         ) from error
@@ -197,7 +198,7 @@ def _check_choices(recipe: Recipe) -> None:
     for name, choices in (("stage", STAGES), ("output_dtype", OUTPUT_DTYPES), ("bad_rows", ON_BAD_ROW)):
         value = getattr(recipe, name)
         if value not in choices:
-            raise ValueError(f"got {name}={shorten(repr(value))}; expected one of {', '.join(choices)}")
+            raise ValueError(f"got {name}={shorten(value)}; expected one of {', '.join(choices)}")
     check_length_options(recipe.max_length, recipe.too_long)
     if Path(recipe.output_dir).resolve() == Path(find_installed(recipe.model)).resolve():
         raise ValueError(

@@ -23,13 +23,20 @@ from processing_llava.data.collator import LlavaDataCollator
 from processing_llava.transformers_versions import CHECKPOINTING_FIELD
 
 from .batches import plan_batches, read_rows, report_shared_rows
-from .checkpoints import WholeBest, check_resumable, check_settings, find_checkpoint
 from .feature_cache import FeatureCache
-from .parts import count_parameters
 from .recipe import Recipe
-from .run_folder import EarlierRun, explain_disk, lock_folder, refuse_earlier_run
+from .run_folder import (
+    EarlierRun,
+    WholeBest,
+    check_resumable,
+    check_settings,
+    explain_disk,
+    find_checkpoint,
+    lock_folder,
+    refuse_earlier_run,
+)
 from .run_log import StreamReport, TrainingRecord
-from .starting_model import load_model, load_processor
+from .starting_model import count_parameters, load_model, load_processor
 from .step_memory import estimate_step, free_memory
 from .trainer import LlavaTrainer, is_sharded
 from .trainer_fields import FREE_FIELDS, REPORTS, list_reports

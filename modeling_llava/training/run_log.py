@@ -27,15 +27,14 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from modeling_llava.records.data_manifest import read_manifest
-from modeling_llava.records.run_files import RECORD_FILE
+from modeling_llava.records.training_record import RECORD_FILE, read_manifest
 from processing_llava.data.data_sources import ROW_FILES, DataSource
 from processing_llava.data.row_datasets import FateCounts
 from processing_llava.original.original_folder import find_installed
 
-from .checkpoints import write_whole
-from .parts import count_parameters
 from .recipe import Recipe
+from .run_folder import write_whole
+from .starting_model import count_parameters
 
 logger = logging.get_logger(__name__)
 

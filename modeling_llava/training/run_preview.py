@@ -13,10 +13,9 @@ from modeling_llava.acceleration.devices import format_bytes
 from processing_llava.data.preview import format_terminal
 from processing_llava.data.row_lengths import measure_row, read_image_sizes
 
-from .parts import count_elements, count_parameters, part_of
 from .recipe import Recipe
 from .run import build_trainer, trainer_settings
-from .starting_model import LORA_DEFAULTS
+from .starting_model import LORA_DEFAULTS, count_elements, count_parameters, part_of
 from .step_memory import StepMemory, count_states, estimate_step, free_memory
 from .trainer import LlavaTrainer, is_sharded
 from .trainer_fields import TRAINER_FIELDS

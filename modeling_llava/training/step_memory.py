@@ -26,8 +26,8 @@ from trl import SFTConfig
 from modeling_llava.acceleration.devices import count_free_bytes
 from processing_llava.prompt_inputs import IGNORED_LABEL
 
-from .parts import count_elements
 from .recipe import Recipe
+from .starting_model import count_elements
 from .supervised_loss import MAX_LOGITS
 
 MARGIN = 1.1

@@ -20,10 +20,10 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from .batches import TokenBudgetBatchSampler
-from .checkpoints import FILES_FILE, SETTINGS_FILE, describe_settings, seal_checkpoint
-from .parts import keep_float32, part_of
 from .recipe import Recipe
+from .run_folder import FILES_FILE, SETTINGS_FILE, describe_settings, seal_checkpoint
 from .run_log import ProgressLine, RunLog
+from .starting_model import keep_float32, part_of
 from .supervised_loss import add_supervised_head
 
 

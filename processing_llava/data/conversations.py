@@ -39,7 +39,8 @@ from processing_llava.messages import (
     unwrap_picture,
 )
 
-from .data_sources import ImageFolder, RefusedRecord
+from .data_bounds import RefusedRecord
+from .data_sources import ImageFolder
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 """Role names of data files to those of messages."""

@@ -24,7 +24,8 @@ from processing_llava.processing_llava import AnyLlavaProcessor
 from processing_llava.prompt_ids import list_special_tokens
 
 from .conversations import convert_record, drops_first_turn
-from .data_sources import DataSource, ImageFolder, RefusedRecord, open_records
+from .data_bounds import RefusedRecord
+from .data_sources import DataSource, ImageFolder, open_records
 from .row_lengths import FITS, MeasuredRow, check_length_options, find_spelled_tokens, fit_row, read_image_sizes
 
 CHUNK_SIZE = 100

@@ -32,16 +32,8 @@ from processing_llava.image_arrays import image_from_levels, read_levels
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .conversations import ADDRESS, convert_record, drops_first_turn
-from .data_sources import (
-    DataSource,
-    ImageFolder,
-    JsonParts,
-    RefusedRecord,
-    bound_record,
-    find_json_parts,
-    open_dataset,
-    stream_parts,
-)
+from .data_bounds import RefusedRecord, bound_record
+from .data_sources import DataSource, ImageFolder, JsonParts, find_json_parts, open_dataset, stream_parts
 from .row_lengths import (
     CUT,
     DROPPED,

@@ -17,9 +17,9 @@ from processing_llava.image_limits import ImageLimits
 from processing_llava.image_loading import load_image, read_image_size
 from processing_llava.processing_llava import AnyLlavaProcessor
 from processing_llava.prompt_ids import encode_prompt
-from processing_llava.text_marks import compile_literals
+from processing_llava.user_text import compile_literals
 
-from .data_sources import RefusedRecord
+from .data_bounds import RefusedRecord
 
 TOO_LONG = ("keep", "drop", "split")
 """What can become of a row longer than the limit: it stays as it is, it goes, or it becomes several."""

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 import hub_cards
-from modeling_llava.export.card_facts import read_published
+from modeling_llava.export.export_settings import read_published
 from modeling_llava.export.model_card import ModelDescription, write_data_summary, write_model_card
 from modeling_llava.export.repository import find_problems
 from modeling_llava.records.figures import build_environment
-from modeling_llava.records.run_files import RunFiles
+from modeling_llava.records.training_record import RunFiles
 from tests.conftest import ROOT
 
 PUBLISHED = read_published()

@@ -12,14 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from processing_llava import AnyLlavaProcessor
-from processing_llava.role_markers import (
-    BLANK,
-    INVISIBLE,
-    find_role_markers,
-    list_markers,
-    treat_role_markers,
-)
+from processing_llava.prompt_ids import list_control_tokens
+from processing_llava.prompts import list_turn_texts
 from processing_llava.templates import TEMPLATE_FILES, load_template
+from processing_llava.user_text import BLANK, INVISIBLE, find_role_markers, list_markers, treat_role_markers
 from tests.conftest import ROOT
 from tests.processing_llava.tokenizers_of_each_kind import load_sentencepiece, load_tokenizer
 from tests.tiny import tiny_processor
@@ -50,9 +46,15 @@ def user(text):
     return {"role": "user", "content": text}
 
 
-def find(name, tokenizer=None):
+def read(template, tokenizer=None):
+    """What a template writes around messages, and its control tokens."""
     tokenizer = load_sentencepiece(legacy=False) if tokenizer is None else tokenizer
-    return find_role_markers(load_template(name), tokenizer, image_token="<image>")
+    texts = list_turn_texts(template, tokenizer.special_tokens_map)
+    return texts, list_control_tokens(tokenizer, image_token="<image>")
+
+
+def find(name, tokenizer=None):
+    return find_role_markers(*read(load_template(name), tokenizer))
 
 
 def treat(text, name="vicuna_v1"):
@@ -61,7 +63,7 @@ def treat(text, name="vicuna_v1"):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_markers_of_every_format_are_found(name):
-    found = list_markers(load_template(name), load_sentencepiece(legacy=False), image_token="<image>")
+    found = list_markers(*read(load_template(name)))
     assert sorted(map("".join, found.words)) == sorted(MARKERS[name])
     assert found.separators == ({"###"} if name in ("llava_v0", "v0_mmtag") else set())
 
@@ -105,7 +107,7 @@ def test_blanks_between_the_word_and_the_signs_of_a_marker_change_nothing(text):
 
 def test_markers_of_foreign_templates_may_hold_spaces():
     template = "{% for message in messages %}### {{ message.role | title }} :\n{{ message.content }}\n{% endfor %}"
-    pattern = find_role_markers(template, load_sentencepiece(legacy=False), image_token="<image>")
+    pattern = find_role_markers(*read(template))
     for text in ("### User :", "###User:", "### Assistant:"):
         assert pattern.match(text)
 

@@ -23,8 +23,12 @@ from tests.spaces_demo.checkpoints import (
     save_endless_checkpoint,
     save_leaking_checkpoint,
 )
+from tests.spaces_demo.requests_of_strangers import MULTIPART, Response, send
 
 EXAMPLES = ROOT / "spaces_demo" / "examples"
+PENGUIN = (EXAMPLES / "twemoji-penguin.png").read_bytes()
+SECRET = "xyzzy"
+PROXY = "demo.example.org"
 SECONDS_TO_START = 120
 FLAGS = (
     "--no-sandbox",
@@ -165,6 +169,42 @@ class start_demo:
     def __exit__(self, *error) -> None:
         self.demo.process.terminate()
         self.demo.process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The embedded model, for everybody."""
+    folder = tmp_path_factory.mktemp("page")
+    arguments = ("--allow-host", PROXY, "--feedback", str(folder / "feedback.jsonl"))
+    with start_demo(folder, *arguments) as demo:
+        yield demo
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory):
+    """The same behind a password."""
+    with start_demo(tmp_path_factory.mktemp("locked"), "--auth", "ada:lovelace") as demo:
+        yield demo
+
+
+@pytest.fixture
+def nothing_is_logged(request):
+    """Whatever a test sends, the log does not quote it, and the page goes on."""
+    yield
+    for name in ("page", "locked"):
+        if name in request.fixturenames:
+            demo = request.getfixturevalue(name)
+            assert SECRET not in demo.log.read_text()
+            assert send(demo.url, "GET", "/robots.txt").status == 200
+
+
+def upload(demo: Demo, body: bytes, **headers: str) -> Response:
+    return send(demo.url, "POST", "/gradio_api/upload", headers=MULTIPART | headers, body=body)
+
+
+def list_pictures(demo: Demo) -> list[Path]:
+    """Files that visitors sent, in their folders of random names; those of examples have longer ones."""
+    return [path for path in demo.files.rglob("*") if path.is_file() and len(path.parent.name) != 64]
 
 
 @pytest.fixture(scope="session")

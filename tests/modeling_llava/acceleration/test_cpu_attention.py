@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from modeling_llava.acceleration import cpu_attention
-from modeling_llava.acceleration.cpu_attention import NAME, attend_in_blocks, attend_to_cache, use_cpu_attention
+from modeling_llava.acceleration import cpu_layers
+from modeling_llava.acceleration.cpu_layers import ATTENTION, attend_in_blocks, attend_to_cache, use_cpu_attention
 from modeling_llava.inference.loading import load_for_inference, prepare_for_answering
 from tests.tiny import batch, random_images, save_tiny_checkpoint, text_ids, tiny_model
 
@@ -18,7 +18,7 @@ from tests.tiny import batch, random_images, save_tiny_checkpoint, text_ids, tin
 @pytest.mark.parametrize("length", [5, 256, 300, 700])
 @pytest.mark.parametrize("scaling", [None, 0.3])
 def test_all_tokens_attend_as_in_torch(groups, is_causal, length, scaling, monkeypatch):
-    monkeypatch.setattr(cpu_attention, "MAX_SCORES", 2**18)  # so that heads come one after the other
+    monkeypatch.setattr(cpu_layers, "MAX_SCORES", 2**18)  # so that heads come one after the other
     torch.manual_seed(0)
     query = torch.randn(2, length, 4 * groups, 16).transpose(1, 2)
     key, value = (torch.randn(2, length, 4, 16).transpose(1, 2) for _ in range(2))
@@ -41,7 +41,7 @@ def test_a_model_in_bfloat16_computes_with_it(vision, text, monkeypatch):
     expected = model(**inputs).logits
     calls = []
     monkeypatch.setattr(
-        cpu_attention,
+        cpu_layers,
         "attend_in_blocks",
         lambda *args, **kwargs: calls.append(1) or attend_in_blocks(*args, **kwargs),
     )
@@ -86,7 +86,7 @@ def test_generation_gives_the_same_tokens(text, settings):
     inputs = {**rows, "pixel_values": random_images(1)}
     expected = model.generate(**inputs, max_new_tokens=8, do_sample=False, **settings)
     use_cpu_attention(model.model.language_model)
-    assert model.model.language_model.config._attn_implementation == NAME
+    assert model.model.language_model.config._attn_implementation == ATTENTION
     assert model.model.vision_tower.config._attn_implementation == "sdpa"
     assert model.generate(**inputs, max_new_tokens=8, do_sample=False, **settings).equal(expected)
 
@@ -103,4 +103,4 @@ def test_other_attention_stays_as_it_is():
 def test_loading_for_inference_chooses_it(tmp_path):
     save_tiny_checkpoint(tmp_path)
     model, _ = load_for_inference(str(tmp_path), device="cpu")
-    assert model.model.language_model.config._attn_implementation == NAME
+    assert model.model.language_model.config._attn_implementation == ATTENTION

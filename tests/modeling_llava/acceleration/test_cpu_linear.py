@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from modeling_llava import AnyLlavaForConditionalGeneration
-from modeling_llava.acceleration import cpu_linear
-from modeling_llava.acceleration.cpu_linear import PackedLinear, pack_linear_layers
-from modeling_llava.acceleration.devices import is_slow_on_processor
+from modeling_llava.acceleration import cpu_layers
+from modeling_llava.acceleration.cpu_layers import PackedLinear, pack_linear_layers
+from modeling_llava.acceleration.devices import is_slow_on_cpu
 from modeling_llava.inference.chat_session import ChatSession
 from modeling_llava.inference.loading import EMBEDDED_MODEL, load_for_inference
 from tests.tiny import TEXT_CONFIGS, batch, random_images, save_tiny_checkpoint, text_ids, tiny_model, tiny_processor
@@ -20,7 +20,7 @@ if not torch.backends.mkldnn.is_available():
 
 @pytest.fixture(autouse=True)
 def pack_small_layers(monkeypatch):
-    monkeypatch.setattr(cpu_linear, "SMALLEST_WEIGHT", 1)
+    monkeypatch.setattr(cpu_layers, "SMALLEST_WEIGHT", 1)
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -37,7 +37,7 @@ def logits_of(model) -> torch.Tensor:
 @pytest.mark.parametrize("text", TEXT_CONFIGS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_every_language_model_computes_the_same(text, dtype, tolerance):
-    if is_slow_on_processor(dtype):
+    if is_slow_on_cpu(dtype):
         pytest.skip("needs a CPU with units for bfloat16")
     model = tiny_model(text)
     for name, parameter in model.named_parameters():

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoProcessor
 
 from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
-from modeling_llava.acceleration.cpu_linear import Int8Linear
+from modeling_llava.acceleration.cpu_layers import Int8Linear
 from modeling_llava.acceleration.fused_layers import Columns, fuse_projections
 from modeling_llava.acceleration.quantization import ON_GPU, quantize_to_int8, refuse_unchanged
 from modeling_llava.inference.chat_session import ChatSession

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, MixtralConfig, PreTrainedConfig
 
 from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration, AutoModelForVision2Seq
-from modeling_llava.acceleration.cpu_linear import pack_linear_layers
+from modeling_llava.acceleration.cpu_layers import pack_linear_layers
 from modeling_llava.acceleration.fused_layers import fuse_projections
 from modeling_llava.acceleration.quantization import KEPT_MODULES
 from modeling_llava.checkpoints.weight_names import LAYOUTS

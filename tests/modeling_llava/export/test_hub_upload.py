@@ -17,7 +17,7 @@ import yaml
 from modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.cli import main
 from modeling_llava.export import dataset_repository, model_repository
-from modeling_llava.export.hub_upload import list_files
+from modeling_llava.export.repository import list_files
 from tests import original_folders as folders
 from tests.conftest import ROOT
 from tests.fake_hub import READ_TOKEN, FakeHub, Repository

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.cli import main
-from modeling_llava.export.remote_code import SEAMS, collect_modules
+from modeling_llava.export.model_repository import SEAMS, collect_modules
 from tests.modeling_llava.export.conftest import run_python
 from tests.tiny import PINPOINTS, save_tiny_checkpoint, tiny_model, tiny_processor
 

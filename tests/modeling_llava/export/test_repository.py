@@ -16,9 +16,8 @@ from transformers import AutoTokenizer
 
 from modeling_llava.cli import main
 from modeling_llava.export import model_repository, repository
-from modeling_llava.export.hub_upload import list_files
-from modeling_llava.export.repository import find_kind, find_problems
-from modeling_llava.records.run_files import read_run_files
+from modeling_llava.export.repository import find_kind, find_problems, list_files
+from modeling_llava.records.training_record import read_run_files
 from tests import original_folders as folders
 from tests.conftest import GOLDENS, ROOT
 from tests.modeling_llava.export.conftest import MANIFEST

@@ -219,17 +219,21 @@ def test_an_answer_ends_with_the_token_that_ends_it_in_the_format(monkeypatch):
     assert answer.text == "A cat." and answer.ids[-1] == processor.tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("system", [None, "Be brief."])
 @pytest.mark.parametrize(
     "messages, message",
     [
         ([], "at least one"),
-        ([{"content": "hi"}], "message 0"),
+        (None, "got the conversation None"),
+        (user("What?"), "got the conversation {"),
+        ([{"content": "hi"}], "got message . with {"),
+        ([[user("What?")]], r"got message . with \["),
         ([user("What?"), assistant("A cat.")], "last from the user"),
     ],
 )
-def test_a_conversation_that_cannot_be_answered_is_refused(messages, message):
+def test_a_conversation_that_cannot_be_answered_is_refused(messages, message, system):
     with pytest.raises(ValueError, match=message):
-        read(ChatSession(*load("llama")).answer(messages))
+        read(ChatSession(*load("llama"), system=system).answer(messages))
 
 
 def test_an_answer_that_ends_after_a_reset_is_not_remembered():

@@ -10,7 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 from transformers import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_llava.acceleration.cpu_linear import PackedLinear
+from modeling_llava.acceleration.cpu_layers import PackedLinear
 from modeling_llava.acceleration.quantization import quantize_to_int8
 from modeling_llava.inference import batched_generation, cached_generation
 from modeling_llava.inference.batched_generation import AnswerRequest, generate_answers

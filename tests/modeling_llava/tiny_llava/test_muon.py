@@ -9,9 +9,9 @@ from trl import SFTConfig
 
 from modeling_llava.tiny_llava import train as tiny_train
 from modeling_llava.tiny_llava.train import MuonTrainer, MuonWithAdamW, split_for_muon
-from modeling_llava.training.parts import freeze_all_but
 from modeling_llava.training.recipe import Recipe, read_recipe
 from modeling_llava.training.run import trainer_settings
+from modeling_llava.training.starting_model import freeze_all_but
 from processing_llava.data.data_sources import DataSource
 from tests.conftest import ROOT
 from tests.modeling_llava.training.conftest import write_recipe

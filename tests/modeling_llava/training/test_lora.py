@@ -11,10 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from modeling_llava import AutoModelForVision2Seq
-from modeling_llava.training.parts import count_parameters, part_of
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import build_trainer, train
-from modeling_llava.training.starting_model import add_lora, find_targets, load_model
+from modeling_llava.training.starting_model import add_lora, count_parameters, find_targets, load_model, part_of
 from modeling_llava.training.trainer import LlavaTrainer
 from tests import original_folders as folders
 from tests.modeling_llava.training.conftest import write_recipe

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from modeling_llava.cli import main
-from modeling_llava.records.run_files import read_run_files
+from modeling_llava.records.training_record import read_run_files
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import train
 from modeling_llava.training.run_log import describe_source

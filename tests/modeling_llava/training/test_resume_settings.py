@@ -9,9 +9,9 @@ from datasets import Dataset, IterableDataset
 from peft import EvaConfig
 from trl import SFTConfig
 
-from modeling_llava.training.checkpoints import SETTINGS_FILE, check_settings, describe_settings
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import train, trainer_settings
+from modeling_llava.training.run_folder import SETTINGS_FILE, check_settings, describe_settings
 from tests.modeling_llava.training.conftest import write_recipe
 
 PACKED = {"stage": "lora", "tokens_per_batch": 600, "trainer": {"max_steps": 9}}

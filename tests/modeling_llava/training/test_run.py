@@ -14,11 +14,10 @@ from modeling_llava import AutoModelForVision2Seq
 from modeling_llava.cli import main
 from modeling_llava.training import batches, run
 from modeling_llava.training.batches import plan_batches
-from modeling_llava.training.parts import count_parameters, freeze_all_but, part_of
 from modeling_llava.training.recipe import Recipe, read_recipe
 from modeling_llava.training.run import build_trainer, train, trainer_settings
 from modeling_llava.training.run_preview import preview
-from modeling_llava.training.starting_model import load_processor
+from modeling_llava.training.starting_model import count_parameters, freeze_all_but, load_processor, part_of
 from modeling_llava.training.trainer import LlavaTrainer
 from processing_llava import AnyLlavaImageProcessor, AnyLlavaImageProcessorPil
 from processing_llava.data import row_lengths

@@ -11,9 +11,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, TrainerCallback
 from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
 from modeling_llava.acceleration.devices import format_bytes
 from modeling_llava.training import run
-from modeling_llava.training.parts import count_parameters, freeze_all_but
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import build_trainer
+from modeling_llava.training.starting_model import count_parameters, freeze_all_but
 from modeling_llava.training.step_memory import (
     MARGIN,
     StepMemory,

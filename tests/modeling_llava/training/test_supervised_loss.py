@@ -11,9 +11,8 @@ from trl import SFTConfig
 from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
 from modeling_llava.acceleration.packed_attention import use_packed_attention
 from modeling_llava.training import supervised_loss
-from modeling_llava.training.parts import freeze_all_but, part_of
 from modeling_llava.training.recipe import Recipe
-from modeling_llava.training.starting_model import add_lora
+from modeling_llava.training.starting_model import add_lora, freeze_all_but, part_of
 from modeling_llava.training.trainer import LlavaTrainer
 from processing_llava.data.collator import LlavaDataCollator
 from processing_llava.data.data_sources import DataSource
@@ -213,7 +212,7 @@ def test_a_loss_on_a_router_is_refused(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("chunk_size", [1, 1000])
-def test_loss_on_a_gpu_is_that_on_a_processor(tmp_path, monkeypatch, chunk_size):
+def test_loss_on_a_gpu_is_that_on_a_cpu(tmp_path, monkeypatch, chunk_size):
     monkeypatch.setattr(supervised_loss, "MAX_LOGITS", chunk_size * VOCAB_SIZE)
     results = []
     for device in ("cpu", "cuda"):

@@ -7,7 +7,8 @@ import PIL.Image
 import pytest
 
 from processing_llava.data.conversations import convert_record
-from processing_llava.data.data_sources import RefusedRecord, stream_records
+from processing_llava.data.data_bounds import RefusedRecord
+from processing_llava.data.json_records import stream_records
 from processing_llava.prompts import render_prompt
 from processing_llava.templates import load_template
 

@@ -10,8 +10,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from processing_llava.data.data_bounds import MOST_LEVELS, MOST_TEXT_CHARACTERS, check_parquet, find_excess
-from processing_llava.data.data_sources import DataSource, RefusedRecord, open_records
+from processing_llava.data.data_bounds import (
+    MOST_LEVELS,
+    MOST_TEXT_CHARACTERS,
+    RefusedRecord,
+    check_parquet,
+    find_excess,
+)
+from processing_llava.data.data_sources import DataSource, open_records
 from processing_llava.data.row_datasets import load_rows
 from tests.conftest import ROOT
 
@@ -19,7 +25,8 @@ TURNS = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
 READ = """
 import json, os, resource, sys, time
 import datasets, pyarrow.parquet
-from processing_llava.data.data_sources import DataSource, RefusedRecord, open_records
+from processing_llava.data.data_bounds import RefusedRecord
+from processing_llava.data.data_sources import DataSource, open_records
 from processing_llava.data.row_datasets import load_rows
 
 def read(path, door):

@@ -8,7 +8,7 @@ import pytest
 from processing_llava import AnyLlavaProcessor
 from processing_llava.data.collator import LlavaDataCollator
 from processing_llava.data.conversations import convert_record
-from processing_llava.data.data_sources import RefusedRecord
+from processing_llava.data.data_bounds import RefusedRecord
 from processing_llava.data.row_lengths import FITS, KEPT, PART, fit_row, measure_row, read_image_sizes, split_row
 from processing_llava.image_limits import DEFAULT_LIMITS
 from processing_llava.prompt_inputs import IGNORED_LABEL

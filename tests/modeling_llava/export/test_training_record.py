@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from modeling_llava.export.card_facts import CardFacts, read_facts
-from modeling_llava.records.data_manifest import NOT_STATED, read_manifest
+from modeling_llava.export.export_settings import CardFacts, read_facts
+from modeling_llava.records.training_record import NOT_STATED, read_manifest
 
 SQUARES = {"name": "squares", "kind": "public"}
 

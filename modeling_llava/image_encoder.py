@@ -1,9 +1,14 @@
-"""Vision towers: which tokens precede the patches, and which parameters no LLaVA ever uses.
+"""What encodes an image: a vision tower, and the projector from its features to text embeddings.
 
-A tower is pruned when it is built: layers after the last used hidden state, the final norm, pooling heads and mask
-tokens never reach the projector. They would cost time and memory, and get no gradient in training.
+Towers differ in the tokens that precede the patches, and in the parameters that no LLaVA ever uses. A tower is pruned
+when it is built: layers after the last used hidden state, the final norm, pooling heads and mask tokens never reach
+the projector. They would cost time and memory, and get no gradient in training.
+
+The parameters of projectors carry the names of the published checkpoints: `mm_projector.weight` for the linear one,
+`mm_projector.0.weight`, `mm_projector.2.weight`, ... for the others (the odd indices are activations).
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -111,3 +116,40 @@ def prune_vision_tower(tower: PreTrainedModel, *, num_layers: int) -> None:
     del tower.get_submodule(family.layers)[num_layers:]
     tower.set_submodule(family.final_norm, nn.Identity())
     family.prune(tower)
+
+
+# Projectors.
+
+MLP_PATTERN = re.compile(r"mlp([1-9]\d*)x_gelu")
+
+
+def check_projector_type(projector_type: str, *, in_size: int, out_size: int) -> None:
+    """Refuse a projector that does not exist or does not fit.
+
+    Raises:
+        ValueError: for an unknown type, or "identity" between different sizes.
+    """
+    if projector_type == "identity":
+        if in_size != out_size:
+            raise ValueError(
+                f"got projector_type='identity' with vision features of size {in_size} and a text model of size "
+                f"{out_size}; expected equal sizes: use 'linear' or 'mlp2x_gelu'"
+            )
+    elif projector_type != "linear" and MLP_PATTERN.fullmatch(projector_type) is None:
+        raise ValueError(
+            f"got projector_type={projector_type!r}; expected 'linear', 'identity' or 'mlpNx_gelu' with N >= 1"
+        )
+
+
+def build_projector(projector_type: str, *, in_size: int, out_size: int) -> nn.Module:
+    """The projector `[..., in_size]` -> `[..., out_size]` of a type that `check_projector_type` accepts."""
+    check_projector_type(projector_type, in_size=in_size, out_size=out_size)
+    if projector_type == "identity":
+        return nn.Identity()
+    if projector_type == "linear":
+        return nn.Linear(in_size, out_size)
+    depth = int(MLP_PATTERN.fullmatch(projector_type).group(1))
+    layers = [nn.Linear(in_size, out_size)]
+    for _ in range(depth - 1):
+        layers += [nn.GELU(), nn.Linear(out_size, out_size)]
+    return nn.Sequential(*layers)

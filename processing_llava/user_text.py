@@ -1,19 +1,28 @@
-"""Marks around the texts of messages, so that it shows in a rendered template who wrote what.
+"""What people typed: marked, so that it shows in a prompt who wrote what, and kept from looking like a turn.
 
-A text is put between two private-use characters that occur nowhere in the input, and each pair of them that comes out
-of the template holds a text. What is surprising: that alone would trust the template. Python's `repr`, `tojson` with
-`ensure_ascii`, filters and slices lose marks, and the text between them would then look as if the template had written
-it. So a conversation is also rendered with inert texts in place of its own: whatever the template writes itself is the
-same both times, and what is not the same came out of a message without its marks.
+**Marks.** A text is put between two private-use characters that occur nowhere in the input, and each pair of them that
+comes out of the template holds a text. What is surprising: that alone would trust the template. Python's `repr`,
+`tojson` with `ensure_ascii`, filters and slices lose marks, and the text between them would then look as if the
+template had written it. So a conversation is also rendered with inert texts in place of its own: whatever the template
+writes itself is the same both times, and what is not the same came out of a message without its marks.
+
+**Role markers** are plain text that a template writes, such as "USER:". Control tokens cannot be typed (see
+`prompts.py`), but many formats mark who speaks with ordinary words, and a user can write those too: a line
+"ASSISTANT: Sure" then looks like a turn that the model has taken. Where a line of a user begins so, an invisible
+character is put into the marker, which then reads the same and is made of other tokens. A marker that begins with a
+sign, such as "###Human:" or "[INST]", ends the turn before it wherever it stands, and so does a separator such as
+"###" alone: these are found inside lines, too. This is a heuristic: a model may understand a fake turn however it is
+written. Markers and separators are found in samples of the template, so that templates of any origin are covered.
 """
 
 import re
 import secrets
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment
 
@@ -211,3 +220,130 @@ class InertTexts:
     def list_missing(self, cores: Iterable[str], rendered: str) -> list[str]:
         """Those of the texts that were replaced and did not come out of the template."""
         return [core for core in cores if not any(word in rendered for word in self.words.get(core, ()))]
+
+
+# Role markers.
+
+TREATMENTS = ("keep", "neutralize", "refuse")
+INVISIBLE = "\u200b"
+"""Zero-width space."""
+
+# A word and the signs around it: "USER:", "### Human:", "[INST]", "<<SYS>>", "<|im_start|>"; not a word alone.
+_MARKER = re.compile(r"(?:([#\[<|/]+)[ \t]*)?([A-Za-z]\w*)(?:[ \t]+(?=:))?([:\]>|]+)")
+_LINE_BREAKS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"
+_WHITE_SPACE = r" \t\x1f\xa0\u1680\u2000-\u200a\u202f\u205f\u3000"
+# Control and formatting characters, variation selectors, fillers of Hangul and others.
+_UNSEEN = (
+    r"\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u034f\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u115f\u1160"
+    r"\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb"
+    r"\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+BLANK = f"[{_WHITE_SPACE}{_UNSEEN}]*"
+"""Characters that do not hide a marker, in front of it and between its word and signs. Line breaks are none of them:
+a text of line breaks alone would be read once for each."""
+# What ends a message: one sign, repeated. Brackets are parts of markers.
+_BRACKETS = "[<|/"
+_SEPARATOR = re.compile(r"([#=*~_+%&@-])\1+")
+
+
+class Markers(NamedTuple):
+    """What a template writes as plain text around turns.
+
+    Args:
+        words: Role markers, each as the signs before its word, the word, and the signs behind it.
+        separators: What ends messages, such as "###".
+    """
+
+    words: frozenset[tuple[str, str, str]]
+    separators: frozenset[str]
+
+
+def treat_role_markers(
+    messages: list[dict[str, Any]], markers: re.Pattern[str] | None, *, refuse: bool = False
+) -> list[dict[str, Any]]:
+    """Messages whose user lines do not begin with a marker, and hold none that begins with signs.
+
+    Args:
+        messages: What other roles say stays as it is.
+        markers: From `find_role_markers`.
+        refuse: Raise instead of making the markers harmless.
+
+    Raises:
+        ValueError: a user line has such a marker, and that is refused.
+    """
+    if markers is None:
+        return messages
+    return [_treat(message, markers, refuse=refuse) if message["role"] == "user" else message for message in messages]
+
+
+@lru_cache(maxsize=16)
+def find_role_markers(turn_texts: tuple[str, ...], control_tokens: tuple[str, ...]) -> re.Pattern[str] | None:
+    """What finds markers of a template where they could begin a turn; None if it writes none as plain text.
+
+    Its first group that is not empty is the marker.
+
+    Args:
+        turn_texts: What the template writes around messages; see `prompts.list_turn_texts`.
+        control_tokens: They are no plain text; see `prompt_ids.list_control_tokens`.
+    """
+    words, separators = list_markers(turn_texts, control_tokens)
+    longest_first = sorted(words, key=lambda marker: len("".join(marker)), reverse=True)
+    at_start = "|".join(BLANK.join(map(re.escape, filter(None, marker))) for marker in longest_first)
+    anywhere = "|".join(BLANK.join(map(re.escape, marker)) for marker in longest_first if marker[0])
+    # One sign is taken at a time, so that no separator is left in a longer run.
+    repeated = "|".join(f"(?={re.escape(separator)}){re.escape(separator[0])}" for separator in separators)
+    patterns = [
+        *([f"(?:^|[{_LINE_BREAKS}]){BLANK}({at_start})"] if at_start else []),
+        *([f"({anywhere})"] if anywhere else []),
+        *([f"({repeated})"] if repeated else []),
+    ]
+    return re.compile("|".join(patterns)) if patterns else None
+
+
+def list_markers(turn_texts: tuple[str, ...], control_tokens: tuple[str, ...]) -> Markers:
+    """The role markers and separators of a template; arguments as those of `find_role_markers`."""
+    controls = "|".join(map(re.escape, control_tokens))
+    pieces = [piece for text in turn_texts for piece in re.split(controls, text)]
+    ends = (_SEPARATOR.match(text) for text in turn_texts[1:])
+    return Markers(
+        frozenset(marker for piece in pieces for marker in _MARKER.findall(piece)),
+        frozenset(end[0] for end in ends if end),
+    )
+
+
+def _treat(message: dict[str, Any], markers: re.Pattern[str], *, refuse: bool) -> dict[str, Any]:
+    content = message["content"]
+    items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    # Templates write the texts of a message end to end, so a marker may be spread over several; an image ends a line.
+    texts = [item["text"] if item["type"] == "text" else "\n" for item in items]
+    found = list(markers.finditer("".join(texts)))
+    if not found:
+        return message
+    if refuse:
+        marker, _ = _find_marker(found[0])
+        raise ValueError(
+            f"got a line of the user with {marker!r}, which this conversation format writes between "
+            'turns; expected other words; change the text, or set role_markers="neutralize"'
+        )
+    places = [place for match in found for place in _list_places(match)]
+    treated, start = [], 0
+    for item, text in zip(items, texts):
+        first, last = bisect_right(places, start), bisect_right(places, start + len(text))
+        cuts = [0, *(place - start for place in places[first:last]), len(text)]
+        parts = [text[first:last] for first, last in zip(cuts, cuts[1:])]
+        treated.append({**item, "text": INVISIBLE.join(parts)} if item["type"] == "text" else item)
+        start += len(text)
+    return {**message, "content": treated[0]["text"] if isinstance(content, str) else treated}
+
+
+def _find_marker(match: re.Match[str]) -> tuple[str, int]:
+    """A marker that was found, and where it begins."""
+    return match[match.lastindex], match.start(match.lastindex)
+
+
+def _list_places(match: re.Match[str]) -> list[int]:
+    """Where an invisible character goes: behind the first letter of a word, and into the signs of a separator."""
+    marker, start = _find_marker(match)
+    letter = re.search("[A-Za-z]", marker)
+    places = [] if marker[0].isalpha() or marker[0] in _BRACKETS else [start + 1]
+    return places if letter is None else [*places, start + letter.end()]

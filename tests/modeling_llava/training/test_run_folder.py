@@ -17,10 +17,16 @@ from transformers import Trainer
 from modeling_llava import AutoModelForVision2Seq
 from modeling_llava.cli import main
 from modeling_llava.training import run_folder
-from modeling_llava.training.checkpoints import FILES_FILE, find_checkpoint, find_damage, seal_checkpoint, write_whole
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import train
-from modeling_llava.training.run_folder import explain_disk
+from modeling_llava.training.run_folder import (
+    FILES_FILE,
+    explain_disk,
+    find_checkpoint,
+    find_damage,
+    seal_checkpoint,
+    write_whole,
+)
 from tests.conftest import ROOT
 from tests.modeling_llava.training.conftest import write_recipe
 
