@@ -42,7 +42,10 @@ def test_the_tested_versions_are_in_the_range():
     assert f"transformers>={first}," in REQUIREMENTS
 
 
-@pytest.mark.parametrize("version, is_named", [((5, 16), True), ((5, 99), True), ((6, 0), True), ((5, 20), False)])
+@pytest.mark.parametrize(
+    "version, is_named",
+    [((5, 16), True), ((5, 20), False), *(pytest.param(v, True, marks=pytest.mark.slow) for v in ((5, 99), (6, 0)))],
+)
 def test_another_version_is_named_once_and_runs(version, is_named):
     pretend = f"from processing_llava import transformers_versions as versions; versions.VERSION = {version}; "
     code = pretend + "import modeling_llava; modeling_llava.AutoModelForVision2Seq; print('runs')"

@@ -152,7 +152,8 @@ for name, (imports, use, _) in entries.items():
 """
 
 
-@pytest.mark.parametrize("ours", ["first", pytest.param("last", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ours", ["first", "last"])
 def test_every_entry_of_transformers_leads_to_our_classes(checkpoint, ours):
     """Each in a process of its own, which has imported nothing of ours and nothing else of transformers."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}

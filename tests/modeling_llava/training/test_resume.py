@@ -121,7 +121,7 @@ def losses_of(folder: Path) -> list[float]:
     [
         pytest.param({"tokens_per_batch": 300}, marks=pytest.mark.slow),
         {"tokens_per_batch": 300, "stage": "lora"},
-        {"trainer": TRAINER | {"per_device_train_batch_size": 5}},
+        pytest.param({"trainer": TRAINER | {"per_device_train_batch_size": 5}}, marks=pytest.mark.slow),
         {"trainer": TRAINER | {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2}, "streaming": True},
     ],
     ids=["packed", "packed lora", "padded", "streaming"],
