@@ -76,13 +76,23 @@ def test_int8_linear_is_exact_to_its_rounding():
     torch.testing.assert_close(int8(rows)[:, 500:505], int8(rows[:, 500:505]))
 
 
-def test_embedded_model_answers_in_int8_as_in_float32():
-    right = []
-    for settings in ({}, {"quantization": "int8"}):
-        scores, _ = evaluate(*load_for_inference(EMBEDDED_MODEL, device="cpu", **settings), HELDOUT)
-        right.append(sum(score["correct"] for score in scores.values()))
-        total = sum(score["total"] for score in scores.values())
-    assert abs(right[0] - right[1]) <= total / 100
+def count_right(**settings) -> tuple[int, int]:
+    """Questions about the held-out pictures that are answered right, and all of them."""
+    scores, _ = evaluate(*load_for_inference(EMBEDDED_MODEL, device="cpu", **settings), HELDOUT)
+    return tuple(sum(score[key] for score in scores.values()) for key in ("correct", "total"))
+
+
+@pytest.fixture(scope="module")
+def right_in_float32() -> int:
+    return count_right(dtype="float32")[0]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"quantization": "int8"}, pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow)], ids=str
+)
+def test_the_embedded_model_answers_as_in_float32(right_in_float32, settings):
+    right, total = count_right(**settings)
+    assert abs(right - right_in_float32) <= total / 100
 
 
 def test_int8_from_every_entrance(tmp_path):
