@@ -20,6 +20,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from processing_llava.image_limits import ImageLimits
+
 from .data_bounds import MOST_RECORD_CHARACTERS, check_parquet, find_excess
 from .data_folders import check_card, check_inside, check_saved
 
@@ -31,6 +33,8 @@ _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 ROW_FILES = (*_JSON, *_BUILDERS)
 """Endings of files that hold rows; pictures lie beside them."""
 
+PICTURE_LIMITS = ImageLimits(max_bytes=50_000_000, max_memory=400_000_000, max_milliseconds=2000)
+"""What pictures may cost whose owner chose them; a run that stops at one costs more."""
 RECORD_KEYS = frozenset({"conversations", "messages", "prompt"})
 """One of them is in every record; see `conversations.py`."""
 
