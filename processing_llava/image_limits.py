@@ -1,7 +1,40 @@
-"""What an image may cost. Everything is checked before a pixel is decoded."""
+"""What an encoded image may cost, and what of it a decoder sees: pixels without metadata, in so many pieces at most.
 
-from collections.abc import Iterable
+A file of a few megabytes can cost a decoder hours without being a large image: a GIF with a million tiny comments, a
+JPEG with a million empty scans, an EXIF block whose entries all point at the same megabytes. So the pieces of a file
+(chunks, segments, blocks) are counted here, and Pillow sees only those that it needs. Whatever is no image, or breaks
+off, is left for Pillow to refuse; `image_decoding.py` has what decoding costs.
+"""
+
+import re
+import struct
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+
+MAX_JPEG_SCANS = 50
+"""Each scan of a progressive JPEG is a pass over the whole image; encoders write about ten."""
+MAX_JPEG_HEADER = 200_000
+"""Bytes before the first scan, which Pillow reads in Python; encoders write 1,000 of tables, 65,000 of a preview."""
+
+Piece = tuple[bytes, int, int]
+"""Kind, and the range of bytes [start, stop). `_OTHER` are bytes that a decoder passes over one by one."""
+
+_START, _OTHER = b"start", b""
+_PNG_KEPT = {_START, b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
+# JFIF and Adobe segments say how colours are meant; those of other applications and comments do not count.
+_JPEG_DROPPED = {_OTHER, b"\xfe", *(bytes([marker]) for marker in (*range(0xE1, 0xEE), 0xEF))}
+_JPEG_COLOURS, _JPEG_COLOURS_SIZE = (b"\xe0", b"\xee"), 18
+"""JFIF and Adobe, and the size of the former without a preview."""
+# Markers without content for Pillow 12.3 (JpegImagePlugin.py): reserved ones, restarts, start and end.
+_LONE_MARKERS = {bytes([marker]) for marker in (0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE))}
+_APP1, _START_OF_SCAN, _END_OF_IMAGE = b"\xe1", b"\xda", b"\xd9"
+_FRAMES = {bytes([marker]) for marker in range(0xC0, 0xD0)} - {b"\xc4", b"\xc8", b"\xcc"}
+_DECODED_FRAMES = (b"\xc0", b"\xc1", b"\xc2", b"\xc9", b"\xca")
+"""Baseline, extended, progressive, and the last two in arithmetic coding; not lossless or hierarchical."""
+# In a scan, FF is followed by 00 or the number of a restart. 01 has no content.
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
+_GIF_FRAME, _GIF_CONTROL = b",", b"!\xf9"
+_ORIENTATION, _SHORT = 0x0112, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,10 +45,10 @@ class ImageLimits:
         ValueError: a limit below 1.
     """
 
-    max_bytes: int = 50_000_000
+    max_bytes: int = 30_000_000
     """Size of the encoded file."""
     max_pixels: int = 64_000_000
-    """Height times width; decoding takes up to 12 bytes for each."""
+    """Height times width."""
     max_side: int = 20_000
     """Longer side in pixels."""
     max_aspect_ratio: float = 20
@@ -24,6 +57,10 @@ class ImageLimits:
     """Pictures of an animation, of which only the first is decoded."""
     max_pieces: int = 20_000
     """Chunks, segments or blocks of the file."""
+    max_memory: int = 61_000_000
+    """Bytes that reading one picture may take, as its header tells."""
+    max_milliseconds: int = 200
+    """Time of one core that reading one picture may take, as its header tells; a PNG is stopped when it is over."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -35,22 +72,6 @@ class ImageLimits:
 DEFAULT_LIMITS = ImageLimits()
 
 
-def read_limits(settings: Iterable[str]) -> ImageLimits:
-    """The limits that texts such as "max_pixels=200000000" set, and the others as they are by default.
-
-    Raises:
-        ValueError: naming the text that sets none.
-    """
-    kinds, limits = {field.name: field.type for field in fields(ImageLimits)}, {}
-    for setting in settings:
-        name, _, number = setting.partition("=")
-        try:
-            limits[name] = kinds[name](number)
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"got {setting!r}; expected NAME=NUMBER with one of {', '.join(kinds)}") from error
-    return ImageLimits(**limits)
-
-
 def check_num_bytes(num_bytes: int, *, limits: ImageLimits = DEFAULT_LIMITS) -> None:
     """Refuses a file above the limit.
 
@@ -60,7 +81,7 @@ def check_num_bytes(num_bytes: int, *, limits: ImageLimits = DEFAULT_LIMITS) -> 
     if num_bytes > limits.max_bytes:
         raise ValueError(
             f"got an image of {num_bytes} bytes or more; expected at most {limits.max_bytes}; compress the image, or "
-            "allow it with ImageLimits(max_bytes=...) or --image-limit max_bytes=..."
+            f"{_allow('max_bytes')}"
         )
 
 
@@ -72,14 +93,303 @@ def check_image_size(height: int, width: int, *, limits: ImageLimits = DEFAULT_L
     """
     if height < 1 or width < 1:
         raise ValueError(f"got an image of {width} x {height} pixels; expected at least 1 x 1; send another image")
-    ratio = max(height, width) / min(height, width)
-    for name, value, allowed in (
-        ("max_side", max(height, width), limits.max_side),
-        ("max_pixels", height * width, limits.max_pixels),
-        ("max_aspect_ratio", ratio, limits.max_aspect_ratio),
-    ):
+    check_costs(
+        height,
+        width,
+        {
+            "max_side": max(height, width),
+            "max_pixels": height * width,
+            "max_aspect_ratio": max(height, width) / min(height, width),
+        },
+        limits=limits,
+    )
+
+
+def check_costs(height: int, width: int, costs: dict[str, float], *, limits: ImageLimits) -> None:
+    """Refuses what an image of this size costs, by the name of its limit.
+
+    Raises:
+        ValueError: naming the first limit that is passed.
+    """
+    for name, value in costs.items():
+        allowed = getattr(limits, name)
         if value > allowed:
             raise ValueError(
                 f"got an image of {width} x {height} pixels; expected {name} of at most {allowed}, not {value:.10g}; "
-                f"resize or crop the image, or allow it with ImageLimits({name}=...) or --image-limit {name}=..."
+                f"resize or crop the image, or {_allow(name)}"
             )
+
+
+def _allow(name: str) -> str:
+    return f"allow it with ImageLimits({name}=...) or --image-limit {name}=..."
+
+
+def strip_metadata(data: bytes, *, max_pieces: int, max_frames: int) -> tuple[bytes, int]:
+    """An encoded image without what its pixels do not need.
+
+    Args:
+        data: The encoded image.
+        max_pieces: Largest number of chunks, segments or blocks; full blocks of a GIF are not counted.
+        max_frames: Largest number of pictures in an animation.
+
+    Returns:
+        The image as Pillow should read it, and its EXIF orientation, 1 to 8.
+
+    Raises:
+        ValueError: too many pieces, pictures or scans.
+    """
+    pieces = list(_limit(_walk(data), max_pieces))
+    frame, exif = _OTHER, iter([b""])
+    kept = pieces
+    if data.startswith(b"\x89PNG"):
+        frame = b"fcTL"
+        exif = (data[start + 8 : stop - 4] for kind, start, stop in pieces if kind == b"eXIf")
+        kept = [piece for piece in pieces if piece[0] in _PNG_KEPT]
+    elif data.startswith(b"\xff\xd8"):
+        _check_scans(data, max_pieces=max_pieces)
+        segments = (data[start + 4 : stop] for kind, start, stop in pieces if kind == _APP1)
+        exif = (segment for segment in segments if segment.startswith(b"Exif\0\0"))
+        kept = [piece for piece in pieces if piece[0] not in _JPEG_DROPPED]
+        num_bytes = sum(stop - start for kind, start, stop in kept if kind != _START_OF_SCAN)
+        if num_bytes > MAX_JPEG_HEADER:
+            raise ValueError(
+                f"got a JPEG whose tables take {num_bytes} bytes; expected at most {MAX_JPEG_HEADER}; save the image "
+                "again"
+            )
+    elif data.startswith(b"GIF8"):
+        frame = _GIF_FRAME
+        kept = _keep_first_picture(pieces)
+    else:
+        # libwebp skips the chunks of a WebP that it does not need.
+        frame = b"ANMF"
+        exif = (data[start + 8 : stop] for kind, start, stop in pieces if kind == b"EXIF")
+        kept = [(_START, 0, len(data))]
+    num_frames = sum(kind == frame for kind, _, _ in pieces)
+    if frame and num_frames > max_frames:
+        raise ValueError(
+            f"got an animation of {num_frames} pictures; expected at most {max_frames}; send one of them, or "
+            f"{_allow('max_frames')}"
+        )
+    orientation = read_orientation(next(exif, b""))
+    if sum(stop - start for _, start, stop in kept) == len(data):
+        # A copy would take memory for nothing.
+        return data, orientation
+    view = memoryview(data)
+    return b"".join(view[start:stop] for _, start, stop in kept), orientation
+
+
+def cut_to_pixels(data: bytes, *, max_pieces: int) -> bytes | None:
+    """A JPEG or PNG with its pixels alone; None if it has to be encoded again for that.
+
+    What `strip_metadata` leaves may still hold what no decoder reads: the film behind a phone's photograph, or a
+    preview of the whole picture beside the part that was cut out.
+
+    Args:
+        data: From `strip_metadata`.
+        max_pieces: As in `strip_metadata`.
+
+    Raises:
+        ValueError: too many pieces.
+    """
+    if data.startswith(b"\x89PNG"):
+        return data
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    segments = list(_limit(_walk_scans(data), max_pieces))
+    end = _MARKER.search(data, segments[-1][2]) if segments else None
+    has_more = any(
+        kind in _JPEG_DROPPED or (kind in _JPEG_COLOURS and stop - start > _JPEG_COLOURS_SIZE)
+        for kind, start, stop in segments
+    )
+    return None if end is None or has_more else data[: end.end()]
+
+
+def read_orientation(exif: bytes) -> int:
+    """The EXIF orientation, 1 to 8; 1, as stored, where the block is absent or broken.
+
+    Only the first directory is read: other entries can point anywhere, each of them at megabytes.
+    """
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = ">" if tiff.startswith(b"MM") else "<"
+    try:
+        (start,) = struct.unpack_from(f"{order}L", tiff, 4)
+        (num_entries,) = struct.unpack_from(f"{order}H", tiff, start)
+        for number in range(num_entries):
+            tag, kind, count, value = struct.unpack_from(f"{order}HHLH", tiff, start + 2 + 12 * number)
+            if (tag, kind, count) == (_ORIENTATION, _SHORT, 1):
+                return value if 1 <= value <= 8 else 1
+    except struct.error:
+        # Cameras and editors write broken blocks around sound pixels.
+        pass
+    return 1
+
+
+def _limit(pieces: Iterator[Piece], max_pieces: int) -> Iterator[Piece]:
+    for number, piece in enumerate(pieces):
+        if number >= max_pieces:
+            raise ValueError(
+                f"got an image file of more than {max_pieces} pieces; expected fewer chunks, segments or blocks; save "
+                f"the image again, or {_allow('max_pieces')}"
+            )
+        yield piece
+
+
+def _walk(data: bytes) -> Iterator[Piece]:
+    for signature, walk in _WALKS.items():
+        if data.startswith(signature):
+            return walk(data)
+    return iter(())
+
+
+def _walk_png(data: bytes) -> Iterator[Piece]:
+    yield _START, 0, 8
+    position = 8
+    while position + 8 <= len(data):
+        length, kind = struct.unpack_from(">L4s", data, position)
+        yield kind, position, position + 12 + length
+        if kind == b"IEND":
+            return
+        position += 12 + length
+
+
+def _walk_webp(data: bytes) -> Iterator[Piece]:
+    position = 12
+    while position + 8 <= len(data):
+        kind, length = struct.unpack_from("<4sL", data, position)
+        yield kind, position, position + 8 + length
+        position += 8 + length + length % 2
+
+
+def _walk_gif(data: bytes) -> Iterator[Piece]:
+    position = 13 + _size_of_colours(data, 10)
+    yield _START, 0, position
+    while position < len(data):
+        start, kind = position, data[position : position + 1]
+        if kind == b";":
+            return
+        if kind == _GIF_FRAME:
+            position += 11 + _size_of_colours(data, position + 9)
+        elif kind == b"!":
+            kind = data[position : position + 2]
+            position += 2
+        else:
+            yield _OTHER, position, position + 1
+            position += 1
+            continue
+        while position < len(data) and data[position]:
+            # A file cannot hold very many of the others, which are full or nearly so.
+            if data[position] < 128:
+                yield _OTHER, position, position
+            position += 1 + data[position]
+        position += 1
+        yield kind, start, position
+
+
+def _size_of_colours(data: bytes, position: int) -> int:
+    flags = data[position] if position < len(data) else 0
+    return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
+
+
+def _keep_first_picture(pieces: list[Piece]) -> list[Piece]:
+    """The first picture of a GIF, and the block with its transparent colour, if that has the size Pillow expects."""
+    first = next((index for index, (kind, _, _) in enumerate(pieces) if kind == _GIF_FRAME), len(pieces))
+    controls = [piece for piece in pieces[:first] if piece[0] == _GIF_CONTROL and piece[2] - piece[1] == 8]
+    return pieces[:1] + controls[-1:] + pieces[first : first + 1]
+
+
+def _walk_jpeg(data: bytes) -> Iterator[Piece]:
+    """Segments up to the first scan, which stands for all that follows."""
+    yield _START, 0, 2
+    position = 2
+    while position + 4 <= len(data):
+        marker = data[position + 1 : position + 2]
+        if data[position] != 0xFF or marker in b"\x00\xff":
+            yield _OTHER, position, position + 1
+            position += 1
+            continue
+        length = int.from_bytes(data[position + 2 : position + 4], "big")
+        if marker in _LONE_MARKERS:
+            length = 0
+        elif length < 2:
+            # Broken: Pillow and libjpeg would go on at different places.
+            return
+        stop = len(data) if marker == _START_OF_SCAN else position + 2 + length
+        yield marker, position, stop
+        position = stop
+
+
+def _check_scans(data: bytes, *, max_pieces: int) -> None:
+    # What follows the image, such as the film of a phone's photograph, can hold the same bytes by chance.
+    if data.count(b"\xff" + _START_OF_SCAN) <= MAX_JPEG_SCANS:
+        return
+    num_scans = sum(kind == _START_OF_SCAN for kind, _, _ in _limit(_walk_scans(data), max_pieces))
+    if num_scans > MAX_JPEG_SCANS:
+        raise ValueError(f"got a JPEG of {num_scans} scans; expected at most {MAX_JPEG_SCANS}; save the image again")
+
+
+def _walk_scans(data: bytes) -> Iterator[Piece]:
+    """Segments up to the end of the image, as libjpeg finds them."""
+    position = 2
+    while (found := _MARKER.search(data, position)) and found[1] != _END_OF_IMAGE:
+        position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+        yield found[1], found.start(), position
+
+
+@dataclass(frozen=True)
+class JpegParts:
+    """What decoding a JPEG has to work on."""
+
+    num_blocks: int
+    """Blocks of 8 x 8 samples, of all components."""
+    scans: list[tuple[int, bool]]
+    """Blocks of each scan, and whether it refines what earlier ones told."""
+    is_arithmetic: bool
+    keeps_coefficients: bool
+    """Those of all blocks are in memory, since several scans make the image."""
+    num_bytes: int
+    """Up to the end of the image."""
+
+
+def read_jpeg(data: bytes, *, max_pieces: int) -> JpegParts:
+    """Reads the headers of a JPEG from `strip_metadata`.
+
+    Raises:
+        ValueError: too many pieces, a broken frame, or of a kind that nobody sends.
+    """
+    frames = [(kind, data[start + 5 : stop]) for kind, start, stop in _walk_jpeg(data) if kind in _FRAMES]
+    kind, frame = frames[0] if len(frames) == 1 else (b"", b"")
+    components = [(name, both >> 4, both & 15) for name, both in zip(frame[5::3], frame[6::3])]
+    factors = [factor for _, *both in components for factor in both]
+    if kind not in _DECODED_FRAMES or not 0 < min(factors, default=0) <= max(factors) < 5:
+        raise ValueError(
+            f"got a JPEG with frames of {[kind for kind, _ in frames]}; expected a baseline or progressive one; save "
+            "the image again"
+        )
+    height, width = struct.unpack_from(">HH", frame)
+    # Blocks come in groups of those that show the same pixels.
+    columns = -(-width // (8 * max(across for _, across, _ in components)))
+    rows = -(-height // (8 * max(down for _, _, down in components)))
+    blocks = [(name, columns * across * rows * down) for name, across, down in components]
+    scans, stop, is_progressive = [], 0, kind in (b"\xc2", b"\xca")
+    for marker, start, stop in _limit(_walk_scans(data), max_pieces):
+        if marker == _START_OF_SCAN:
+            names, is_refinement = data[start + 5 : stop - 3 : 2], data[stop - 1 : stop] > b"\x0f"
+            scans.append((sum(num for name, num in blocks if name in names), is_refinement))
+            if not is_progressive and len(names) == len(blocks):
+                break
+    end = _MARKER.search(data, stop)
+    return JpegParts(
+        num_blocks=sum(num for _, num in blocks),
+        scans=scans,
+        is_arithmetic=kind in (b"\xc9", b"\xca"),
+        keeps_coefficients=is_progressive or len(scans) > 1,
+        num_bytes=end.start() if end else len(data),
+    )
+
+
+_WALKS: dict[bytes, Callable[[bytes], Iterator[Piece]]] = {
+    b"\x89PNG": _walk_png,
+    b"\xff\xd8": _walk_jpeg,
+    b"GIF8": _walk_gif,
+    b"RIFF": _walk_webp,
+}

@@ -2,7 +2,7 @@
 
 An image that reaches a server may be hostile: a PNG of a hundred bytes can announce a billion pixels, or be one pixel
 wide and cost gigabytes once its short side is resized. Every limit is therefore checked on the header, before any
-pixel is decoded.
+pixel is decoded, and `image_decoding.py` keeps to a budget.
 
 What may surprise: no text opens a file, since it may be a stranger's and name any file of the machine; paths are
 `pathlib.Path`. EXIF orientation is applied (the original LLaVA never does), all other metadata goes, transparent
@@ -16,23 +16,27 @@ import io
 import os
 import re
 import stat
-import struct
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageFile
-from transformers.utils import logging
 
 from .image_arrays import image_from_levels, read_levels
-from .image_containers import cut_to_pixels, read_orientation, strip_metadata
-from .image_limits import DEFAULT_LIMITS, ImageLimits, check_image_size, check_num_bytes
+from .image_decoding import EncodedFile, Need, Picture, decode, shorten
+from .image_limits import (
+    DEFAULT_LIMITS,
+    ImageLimits,
+    check_image_size,
+    check_num_bytes,
+    cut_to_pixels,
+    read_orientation,
+    strip_metadata,
+)
 from .messages import unwrap_picture
-
-logger = logging.get_logger(__name__)
 
 Pixels = Image.Image | np.ndarray | torch.Tensor
 ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Pixels | dict
@@ -54,20 +58,6 @@ OTHER_FORMATS = {
 }
 """How files of other formats begin, and what to do with them."""
 
-# EXIF orientation -> what brings the stored pixels upright; 1 means "leave as it is".
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-# What Pillow 12.3 raises on damaged files: its own errors, and those of parsing a chunk that is too short.
-DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error)
-
 # Opening a pipe would wait for a writer; Windows has no pipes, and would change line ends.
 _OPEN_FLAGS = os.O_RDONLY | (os.O_NONBLOCK if os.name == "posix" else os.O_BINARY)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -86,6 +76,7 @@ def load_image(
     *,
     limits: ImageLimits = DEFAULT_LIMITS,
     urls: UrlReader | None = None,
+    shortest_edge: int | None = None,
 ) -> Image.Image:
     """Loads one image, upright and in RGB.
 
@@ -97,6 +88,8 @@ def load_image(
         limits: What is refused.
         urls: Fetches URLs. Without it they are refused, since a server that fetches whatever address it is sent
             reaches hosts that the sender could not.
+        shortest_edge: Pixels of the shorter side that suffice: an image that would be refused in all its pixels may
+            come out smaller, with three times as many left.
 
     Returns:
         An image of mode "RGB" whose pixels are in memory, without metadata. A PIL image that is already so is
@@ -106,61 +99,47 @@ def load_image(
         FileNotFoundError: there is no file at the path.
         ValueError: the source is not allowed, of an unknown kind or format, damaged, or above a limit.
     """
-    image = load_pixels(source, limits=limits, urls=urls)
+
+    def need(height: int, width: int) -> tuple[float, float, int]:
+        return *(shortest_edge * side / min(height, width) for side in (height, width)), 0
+
+    with open_picture(source, limits=limits, urls=urls, need=need if shortest_edge else None) as picture:
+        image = picture.image
     if type(image) is Image.Image and not image.info:
         return image
-    # An image that was opened from a file keeps what the file said of camera and place, in several attributes.
-    plain = image.copy()
-    plain.info = {}
-    return plain
+    if isinstance(source, Image.Image) or image.format == "WEBP":
+        # An image that others opened keeps what the file said of camera and place, and a WebP its decoder.
+        image = image.copy()
+    image.info = {}
+    return image
 
 
-def load_images(
-    sources: Iterable[ImageSource],
-    *,
-    limits: ImageLimits = DEFAULT_LIMITS,
-    urls: UrlReader | None = None,
-) -> list[Image.Image]:
-    """Loads images one by one; as `load_image`, but a refusal says which of them it is.
-
-    Raises:
-        FileNotFoundError: there is no file at a path.
-        ValueError: as `load_image`.
-    """
-    sources, images = list(sources), []
-    for number, source in enumerate(sources, start=1):
-        try:
-            images.append(load_image(source, limits=limits, urls=urls))
-        except ValueError as error:
-            if len(sources) == 1:
-                raise
-            raise ValueError(f"picture {number} of {len(sources)}: {error}") from error
-    return images
-
-
-def load_pixels(
+@contextmanager
+def open_picture(
     source: ImageSource,
     *,
     limits: ImageLimits = DEFAULT_LIMITS,
     urls: UrlReader | None = None,
-) -> Image.Image:
-    """As `load_image`, for callers that take the pixels and drop the image: it may hold metadata still."""
-    with _naming(source):
-        image, orientation = _open(source, limits=limits, urls=urls)
-        has_16_bits = _has_16_bits(image)
-        try:
-            image.load()
-        except DAMAGE as error:
-            raise ValueError(
-                f"got an image that cannot be decoded ({_shorten(error)}); expected a whole image; save it again"
-            ) from error
-        if has_16_bits:
-            _warn_of_few_levels(image)
-        if orientation != 1:
-            image = image.transpose(UPRIGHT[orientation])
-            # Whoever loads it once more must not turn it again.
-            image.info.pop("exif", None)
-        return _to_rgb(image)
+    need: Need | None = None,
+) -> Iterator[Picture]:
+    """As `load_image`, for those who drop the picture at once: it may hold metadata still.
+
+    Until then, it counts as one of those that are decoded at a time. `need` tells how many of its pixels suffice.
+    """
+    # What is opened has no name here, so that it goes once it is converted.
+    with _naming(source), decode(*_open(source, limits=limits, urls=urls), limits=limits, need=need) as picture:
+        yield picture
+
+
+@contextmanager
+def naming_picture(number: int, total: int) -> Iterator[None]:
+    """Errors say which of several pictures it is."""
+    try:
+        yield
+    except ValueError as error:
+        if total == 1:
+            raise
+        raise ValueError(f"picture {number} of {total}: {error}") from error
 
 
 def clean_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
@@ -192,7 +171,7 @@ def read_image_size(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS
         ValueError: as `load_image`, except for pixels that cannot be decoded.
     """
     with _naming(source):
-        image, orientation = _open(source, limits=limits)
+        image, _, orientation, _ = _open(source, limits=limits)
     # Orientations from 5 on exchange the sides.
     return image.size if orientation >= 5 else image.size[::-1]
 
@@ -206,7 +185,7 @@ def _naming(source: ImageSource) -> Iterator[None]:
     elif isinstance(source, ImageFile.ImageFile):
         path = source.filename
     is_path = isinstance(path, os.PathLike) or (isinstance(path, str) and path is not source)
-    name = _shorten(os.path.basename(os.fsdecode(path))) if is_path else ""
+    name = shorten(os.path.basename(os.fsdecode(path))) if is_path else ""
     try:
         yield
     except ValueError as error:
@@ -215,8 +194,11 @@ def _naming(source: ImageSource) -> Iterator[None]:
         raise ValueError(f"{error}; the file is {name!r}") from error
 
 
-def _open(source: ImageSource, *, limits: ImageLimits, urls: UrlReader | None = None) -> tuple[Image.Image, int]:
-    """The image with its header read and its size checked, and its EXIF orientation."""
+def _open(
+    source: ImageSource, *, limits: ImageLimits, urls: UrlReader | None = None
+) -> tuple[Image.Image, EncodedFile | None, int, Image.Image | None]:
+    """The image with its header read and its size checked, what it is read from, and its EXIF orientation; and the
+    same image as its owner opened it from a path, which reading closes."""
     source = unwrap_picture(source)
     # MPO is a JPEG with another one behind it, as phones write (Pillow 12.3, MpoImagePlugin.py).
     if isinstance(source, ImageFile.ImageFile) and source.format not in (*FORMATS, "MPO"):
@@ -224,15 +206,19 @@ def _open(source: ImageSource, *, limits: ImageLimits, urls: UrlReader | None = 
             f"got an image that is read from a {source.format} file; expected one of {', '.join(FORMATS)}; if it is "
             "your own, pass image.copy()"
         )
-    if isinstance(source, Image.Image):
+    file = owned = None
+    if isinstance(source, ImageFile.ImageFile) and source.tile and source.tell() == 0:
+        # Opened by others, and not read yet.
+        owned = source if source.filename else None
+        image, file, orientation = _open_file(read_file_object(source.fp, limits=limits), limits=limits)
+    elif isinstance(source, Image.Image):
         image, orientation = source, read_orientation(source.info.get("exif", b""))
     elif isinstance(source, (np.ndarray, torch.Tensor)):
         image, orientation = image_from_levels(read_levels(source, limits=limits)[0]), 1
     else:
-        data = _read_bytes(source, limits=limits, urls=urls)
-        image, orientation = _open_file(data, limits=limits)
+        image, file, orientation = _open_file(_read_bytes(source, limits=limits, urls=urls), source, limits=limits)
     check_image_size(image.height, image.width, limits=limits)
-    return image, orientation
+    return image, file, orientation, owned
 
 
 def _read_bytes(source: ImageSource, *, limits: ImageLimits, urls: UrlReader | None) -> bytes:
@@ -245,7 +231,7 @@ def _read_bytes(source: ImageSource, *, limits: ImageLimits, urls: UrlReader | N
         data = _fetch(source, limits=limits, urls=urls)
     elif isinstance(source, str):
         raise ValueError(
-            f"got the text {_shorten(source)!r} for an image; expected bytes, a data URI or a PIL image, because no "
+            f"got the text {shorten(source)!r} for an image; expected bytes, a data URI or a PIL image, because no "
             "text opens a file here; if it is your own path, pass pathlib.Path(...)"
         )
     elif isinstance(source, os.PathLike):
@@ -259,7 +245,7 @@ def _read_bytes(source: ImageSource, *, limits: ImageLimits, urls: UrlReader | N
 def _fetch(url: str, *, limits: ImageLimits, urls: UrlReader | None) -> bytes:
     if urls is None:
         raise ValueError(
-            f"got the URL {_shorten(url)}; expected bytes, a pathlib.Path or a data URI, because URLs are not fetched "
+            f"got the URL {shorten(url)}; expected bytes, a pathlib.Path or a data URI, because URLs are not fetched "
             "here; download the image and pass its bytes, or allow hosts with urls=UrlPolicy(hosts=...)"
         )
     return urls.fetch(url, max_bytes=limits.max_bytes)
@@ -272,7 +258,7 @@ def _read_file(path: str, *, limits: ImageLimits) -> bytes:
     except FileNotFoundError:
         raise FileNotFoundError(f"got the path {place}; expected an image file there; correct it") from None
     except (OSError, ValueError) as error:
-        reason = _shorten(error.strerror if isinstance(error, OSError) else error)
+        reason = shorten(error.strerror if isinstance(error, OSError) else error)
         raise ValueError(f"got the path {place} ({reason}); expected an image file; correct the path") from None
     try:
         # The status of what is open, since a path may lead elsewhere a moment later.
@@ -284,7 +270,7 @@ def _read_file(path: str, *, limits: ImageLimits) -> bytes:
             return file.read(limits.max_bytes + 1)
     except OSError as error:
         raise ValueError(
-            f"got the path {place}, which cannot be read ({_shorten(error)}); expected an image file; check the path"
+            f"got the path {place}, which cannot be read ({shorten(error)}); expected an image file; check the path"
         ) from None
     finally:
         os.close(descriptor)
@@ -314,29 +300,34 @@ def read_file_object(source: BinaryIO, *, limits: ImageLimits = DEFAULT_LIMITS) 
 def _decode_data_uri(uri: str, *, limits: ImageLimits) -> bytes:
     header, comma, payload = uri.partition(",")
     if not comma or not header.lower().endswith(";base64"):
-        raise ValueError(f"got the data URI {_shorten(uri)}; expected 'data:image/png;base64,...'; encode it so")
+        raise ValueError(f"got the data URI {shorten(uri)}; expected 'data:image/png;base64,...'; encode it so")
     # Four characters carry three bytes; half leaves room for line breaks, and the exact check follows.
     check_num_bytes(len(payload) // 2, limits=limits)
     try:
         return base64.b64decode(payload.encode("ascii").translate(None, b" \t\r\n"), validate=True)
     except (binascii.Error, ValueError) as error:
         raise ValueError(
-            f"got the data URI {_shorten(uri)} ({error}); expected base64 after the comma; encode it again"
+            f"got the data URI {shorten(uri)} ({error}); expected base64 after the comma; encode it again"
         ) from None
 
 
-def _open_file(data: bytes, *, limits: ImageLimits) -> tuple[Image.Image, int]:
+def _open_file(
+    data: bytes, source: ImageSource = None, *, limits: ImageLimits
+) -> tuple[Image.Image, EncodedFile, int]:
     """Reads the header only."""
     stripped, orientation = strip_metadata(data, max_pieces=limits.max_pieces, max_frames=limits.max_frames)
+    file = EncodedFile(stripped, is_copy=stripped is not source)
     try:
-        image = Image.open(io.BytesIO(stripped), formats=FORMATS)
+        image = Image.open(file, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
-            f"got an image with too many pixels ({_shorten(error)}); expected max_pixels of at most "
+            f"got an image with too many pixels ({shorten(error)}); expected max_pixels of at most "
             f"{limits.max_pixels}; resize the image, or raise both ImageLimits(max_pixels=...) and "
             "PIL.Image.MAX_IMAGE_PIXELS"
         ) from None
-    except DAMAGE:
+    except MemoryError:
+        raise
+    except Exception:
         for name, (start, remedy) in OTHER_FORMATS.items():
             if re.match(start, data[:1000], flags=re.DOTALL):
                 raise ValueError(f"got a file of {name}; expected one of {', '.join(FORMATS)}; {remedy}") from None
@@ -350,72 +341,7 @@ def _open_file(data: bytes, *, limits: ImageLimits) -> tuple[Image.Image, int]:
         raise ValueError(
             "got a BMP that is compressed by run lengths; expected one without compression; save the image again"
         )
-    return image, orientation
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f"got an image of mode {image.mode}, whose range of values is unknown; expected levels in 0..255; pass "
-            "numpy.asarray(image) / white, with the value that means white"
-        )
-    if image.mode == "LAB":
-        raise ValueError(
-            "got an image of mode LAB; expected RGB; pass PIL.ImageCms.profileToProfile(image, "
-            'PIL.ImageCms.createProfile("LAB"), PIL.ImageCms.createProfile("sRGB"), outputMode="RGB")'
-        )
-    if image.mode.startswith("I;16"):
-        image = _scale_levels(image)
-    if image.mode == "La":
-        # Pillow 12.3 does not convert it to RGBA.
-        image = image.convert("LA")
-    if image.has_transparency_data:
-        image = image if image.mode == "RGBA" else image.convert("RGBA")
-        on_white = Image.new("RGB", image.size, (255, 255, 255))
-        on_white.paste(image, mask=image)
-        return on_white
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _has_16_bits(image: Image.Image) -> bool:
-    """Whether each channel has 16 bits; of several channels, the upper 8 are kept (Pillow 12.3, PngImagePlugin.py)."""
-    if image.mode.startswith("I;16"):
-        return True
-    tiles = image.tile if isinstance(image, ImageFile.ImageFile) else []
-    return any(";16" in str(tile.args) for tile in tiles)
-
-
-def _warn_of_few_levels(image: Image.Image) -> None:
-    """Cameras of 10 to 14 bits write levels that end far below the white of their file."""
-    if image.mode.startswith("I;16"):
-        highest = image.getextrema()[1]
-    else:
-        channels = image.split()[: 1 if image.mode in ("L", "LA") else 3]
-        upper = max(channel.getextrema()[1] for channel in channels)
-        highest = upper << 8 | 0xFF if upper else 0
-    num_bits = max(8, int(highest).bit_length())
-    if highest and num_bits <= 14:
-        logger.warning_once(
-            f"got a 16-bit picture whose levels need {num_bits} bits: white is 65535, so it is read as a dark one; if "
-            f"its camera has {num_bits} bits, pass numpy.asarray(image) / {2**num_bits - 1}"
-        )
-
-
-def _scale_levels(image: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit grey, with the level that stands for transparent on white."""
-    wide = image.convert("I")
-    transparent = wide.info.pop("transparency", None)
-    # Rounds 0..65535 to 0..255. A 32-bit image takes only a scale and an offset (Pillow 12.3, Image.py: point).
-    grey = wide.point(lambda level: level * (1 / 257) + 0.5).convert("L")
-    if isinstance(transparent, int):
-        grey.paste(255, mask=Image.fromarray(np.asarray(wide) == transparent))
-    return grey
-
-
-def _shorten(value: object) -> str:
-    """At most 80 characters on one line: sources may be whole files."""
-    line = " ".join(str(value)[:200].split())
-    return line if len(line) <= 80 else f"{line[:77]}..."
+    return image, file, orientation
 
 
 def _shorten_path(path: str) -> str:

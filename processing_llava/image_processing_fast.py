@@ -17,7 +17,9 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 
 from .image_arrays import view_pixels
+from .image_decoding import Picture
 from .image_layouts import fit_inside, select_grid
+from .image_loading import ImageSource
 from .image_processing_llava import AnyLlavaImageProcessorKwargs, AnyLlavaImageProcessorPil, CutImage
 from .image_tiles import TileShape, fit_shorter_side, pad_to_tile, read_tile_shape, shrinks_columns_first
 
@@ -25,8 +27,9 @@ from .image_tiles import TileShape, fit_shorter_side, pad_to_tile, read_tile_sha
 
 FILTERS = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}
 
-MAX_SQUARE_PIXELS = 8_000_000
-"""A larger square is not built to pad an image: it could take twenty times the memory of a thin image."""
+MAX_SQUARE_PIXELS = 4_000_000
+"""A larger square is not built to pad an image, as it could take twenty times the memory of a thin one, and a larger
+image is not copied."""
 MAX_RATIO = 8
 """Longer side over shorter side. torch would hold several copies of what a thinner image becomes between its two
 steps."""
@@ -50,15 +53,15 @@ class AnyLlavaImageProcessor(AnyLlavaImageProcessorPil):
 
     def process_image(
         self,
-        image: Image.Image | np.ndarray | torch.Tensor,
+        image: ImageSource,
         input_data_format: str | ChannelDimension | None = None,
         do_rescale: bool | None = None,
         rescale_factor: float | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor | Image.Image, float]:
-        """A PIL image, or the levels of an array, uint8 [C, H, W]; see the twin for the rest."""
-        scale = rescale_factor if do_rescale else 1.0
-        if not isinstance(image, Image.Image):
+    ) -> tuple[torch.Tensor | ImageSource, float]:
+        """As in the twin; of an array of RGB, the levels, uint8 [C, H, W]."""
+        if isinstance(image, (np.ndarray, torch.Tensor)):
+            scale = rescale_factor if do_rescale else 1.0
             levels, scale = self._read_levels(image, input_data_format, scale)
             if levels.shape[-1] == 3:
                 # torch 2.13 warns of arrays that cannot be written to.
@@ -73,7 +76,7 @@ class AnyLlavaImageProcessor(AnyLlavaImageProcessorPil):
 
     def cut_image(
         self,
-        image: torch.Tensor | Image.Image,
+        picture: torch.Tensor | Picture,
         scale: float,
         *,
         image_aspect_ratio: str,
@@ -86,12 +89,12 @@ class AnyLlavaImageProcessor(AnyLlavaImageProcessorPil):
         **kwargs: Any,
     ) -> CutImage:
         """As in the twin, which cuts those that would take much memory here."""
-        if isinstance(image, Image.Image):
-            side, short_side = max(image.size), min(image.size)
-            is_costly = image_aspect_ratio == "pad" and side * side > MAX_SQUARE_PIXELS
-            if is_costly or side > MAX_RATIO * short_side:
+        if isinstance(picture, Picture):
+            side, short_side = max(picture.height, picture.width), min(picture.height, picture.width)
+            is_costly = side * (side if image_aspect_ratio == "pad" else short_side) > MAX_SQUARE_PIXELS
+            if is_costly or picture.is_reduced or side > MAX_RATIO * short_side:
                 cut = super().cut_image(
-                    image,
+                    picture,
                     scale,
                     image_aspect_ratio=image_aspect_ratio,
                     image_grid_pinpoints=image_grid_pinpoints,
@@ -103,15 +106,15 @@ class AnyLlavaImageProcessor(AnyLlavaImageProcessorPil):
                 )
                 tiles = [torch.from_numpy(np.require(tile, requirements="W")).permute(2, 0, 1) for tile in cut.tiles]
                 return CutImage(tiles, scale, cut.size)
-            image = view_pixels(image).permute(2, 0, 1)
+            picture = view_pixels(picture.image).permute(2, 0, 1)
         shape = read_tile_shape(size, crop_size, do_center_crop, resample)
-        height, width = image.shape[1:]
+        height, width = picture.shape[1:]
         if image_aspect_ratio == "anyres":
-            tiles = _cut_anyres(image, shape, select_grid(height, width, image_grid_pinpoints))
+            tiles = _cut_anyres(picture, shape, select_grid(height, width, image_grid_pinpoints))
         elif image_aspect_ratio == "pad":
-            tiles = [_pad_to_tile(image, shape, tuple(int(level * 255) for level in image_mean))]
+            tiles = [_pad_to_tile(picture, shape, tuple(int(level * 255) for level in image_mean))]
         else:
-            tiles = [_resize_to_tile(image, shape)]
+            tiles = [_resize_to_tile(picture, shape)]
         return CutImage(tiles, scale, (height, width))
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
@@ -172,7 +175,8 @@ def _pad_to_tile(image_CHW: torch.Tensor, shape: TileShape, fill: tuple[int, ...
     side = max(height, width)
     if side * side > MAX_SQUARE_PIXELS:
         image = Image.fromarray(image_CHW[:3].permute(1, 2, 0).contiguous().numpy())
-        return torch.from_numpy(pad_to_tile(image, shape, fill).copy()).permute(2, 0, 1)
+        picture = Picture(image, height, width, (0, 0, width, height))
+        return torch.from_numpy(pad_to_tile(picture, shape, fill).copy()).permute(2, 0, 1)
     top, left = (side - height) // 2, (side - width) // 2
     # Whole rows are copied at once, not three bytes at a time.
     row = torch.tensor(fill + (0,) * (num_channels - 3), dtype=torch.uint8).repeat(side)

@@ -32,10 +32,11 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs
 
 from .image_arrays import image_from_levels, read_levels
+from .image_decoding import Picture
 from .image_layouts import check_pinpoints
 from .image_limits import DEFAULT_LIMITS, ImageLimits
-from .image_loading import UrlReader, load_pixels
-from .image_tiles import cut_anyres, pad_to_tile, read_tile_shape, resize_to_tile
+from .image_loading import ImageSource, UrlReader, load_image, open_picture
+from .image_tiles import cut_anyres, measure_need, pad_to_tile, read_tile_shape, resize_to_tile
 from .messages import shorten
 
 IMAGE_ASPECT_RATIOS = ("pad", "square", "anyres")
@@ -51,7 +52,7 @@ class AnyLlavaImageProcessorKwargs(ImagesKwargs, total=False):
     image_grid_pinpoints: list | tuple | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CutImage:
     """An image as the vision tower sees it, before its normalisation."""
 
@@ -169,7 +170,7 @@ class AnyLlavaImageProcessorPil(PilBackend):
             return self.map_images(self.fetch_images, images)
         if isinstance(images, (Image.Image, np.ndarray, torch.Tensor)):
             return images
-        return load_pixels(images, limits=self.limits, urls=self.urls)
+        return load_image(images, limits=self.limits, urls=self.urls)
 
     def map_images(self, function: Callable[[Any], Any], images: Sequence[Any]) -> list[Any]:
         """The results of a function for each image, in their order; computed in threads if that can help."""
@@ -180,31 +181,66 @@ class AnyLlavaImageProcessorPil(PilBackend):
             return list(pool.map(function, images))
 
     def _prepare_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> list[CutImage]:
-        """Loads each image and cuts it at once, so that no more of them are in memory at full size than threads work
-        on."""
+        cuts = self.map_images(lambda source: self._cut_source(source, **kwargs), flatten_images(images))
+        return list(chain.from_iterable(cuts))
 
-        def prepare(source: Any) -> list[CutImage]:
-            # An array may hold several.
-            loaded = make_flat_list_of_images(self.fetch_images(source))
-            return [self.cut_image(*self.process_image(image, **kwargs), **kwargs) for image in loaded]
+    def cut_picture(self, source: Any) -> CutImage:
+        """A picture as the vision tower sees it, of much less memory, for calls with the settings that are stored.
 
-        return list(chain.from_iterable(self.map_images(prepare, flatten_images(images))))
+        Args:
+            source: As in `fetch_images`; not several.
+
+        Raises:
+            FileNotFoundError: there is no file at the path.
+            ValueError: it is refused.
+        """
+        names = self.valid_kwargs.__annotations__
+        (cut,) = self._cut_source(source, **{name: value for name, value in self.__dict__.items() if name in names})
+        return cut
+
+    def _cut_source(self, source: Any, **settings: Any) -> list[CutImage]:
+        """Loads an image and cuts it at once, so that no more of them are in memory at full size than may be decoded
+        at a time."""
+        if isinstance(source, CutImage):
+            return [source]
+
+        def need(height: int, width: int) -> tuple[float, float, float]:
+            names = ("size", "crop_size", "do_center_crop", "resample")
+            return measure_need(
+                height,
+                width,
+                shape=read_tile_shape(*(settings[name] for name in names)),
+                image_aspect_ratio=settings["image_aspect_ratio"],
+                pinpoints=settings["image_grid_pinpoints"],
+            )
+
+        # An array may hold several.
+        is_array = isinstance(source, (np.ndarray, torch.Tensor))
+        cuts = []
+        for image in make_flat_list_of_images(source) if is_array else [source]:
+            image, scale = self.process_image(image, **settings)
+            if isinstance(image, torch.Tensor):
+                cuts.append(self.cut_image(image, scale, **settings))
+                continue
+            with open_picture(image, limits=self.limits, urls=self.urls, need=need) as picture:
+                cuts.append(self.cut_image(picture, scale, **settings))
+        return cuts
 
     def process_image(
         self,
-        image: Image.Image | np.ndarray | torch.Tensor,
+        image: ImageSource,
         do_convert_rgb: bool | None = None,
         input_data_format: str | ChannelDimension | None = None,
         do_rescale: bool | None = None,
         rescale_factor: float | None = None,
         **kwargs: Any,
-    ) -> tuple[Image.Image, float]:
-        """Brings one image to 8-bit RGB.
+    ) -> tuple[ImageSource, float]:
+        """The pixels of one image, or what they are to be loaded from.
 
         Args:
-            image: PIL image of any mode; or array or tensor with 1, 3 or 4 channels first or last, as levels of
+            image: What `load_image` takes, or an array or tensor with 1, 3 or 4 channels first or last, as levels of
                 0..255 or as floats in 0..1.
-            do_convert_rgb: False refuses an image that is not RGB.
+            do_convert_rgb: False refuses a PIL image that is not RGB.
             input_data_format: Where the channels of an array are, if its shape leaves a doubt.
             do_rescale: Whether levels are scaled.
             rescale_factor: Their factor.
@@ -217,16 +253,16 @@ class AnyLlavaImageProcessorPil(PilBackend):
             ValueError: an image above the limits, or without a known range of values.
         """
         scale = rescale_factor if do_rescale else 1.0
-        if not isinstance(image, Image.Image):
+        if isinstance(image, (np.ndarray, torch.Tensor)):
             levels, scale = self._read_levels(image, input_data_format, scale)
             image = image_from_levels(levels)
-        if not do_convert_rgb and image.mode != "RGB":
+        if isinstance(image, Image.Image) and not do_convert_rgb and image.mode != "RGB":
             raise ValueError(f"got an image of mode {image.mode}; expected RGB; convert it or set do_convert_rgb=True")
-        return load_pixels(image, limits=self.limits), scale
+        return image, scale
 
     def cut_image(
         self,
-        image: Image.Image,
+        picture: Picture,
         scale: float,
         *,
         image_aspect_ratio: str,
@@ -238,22 +274,22 @@ class AnyLlavaImageProcessorPil(PilBackend):
         image_mean: Sequence[float],
         **kwargs: Any,
     ) -> CutImage:
-        """What `process_image` returned, as tiles.
+        """A picture as tiles.
 
         Args:
-            image: At full size.
+            picture: With as many pixels as the tiles need, or more.
             scale: Factor of its levels.
             image_aspect_ratio: As in the class, like the settings after it.
             **kwargs: The other settings of the call, not needed here.
         """
         shape = read_tile_shape(size, crop_size, do_center_crop, resample)
         if image_aspect_ratio == "anyres":
-            tiles = cut_anyres(image, shape, image_grid_pinpoints)
+            tiles = cut_anyres(picture, shape, image_grid_pinpoints)
         elif image_aspect_ratio == "pad":
-            tiles = [pad_to_tile(image, shape, tuple(int(level * 255) for level in image_mean))]
+            tiles = [pad_to_tile(picture, shape, tuple(int(level * 255) for level in image_mean))]
         else:
-            tiles = [resize_to_tile(image, shape)]
-        return CutImage(tiles, scale, (image.height, image.width))
+            tiles = [resize_to_tile(picture, shape)]
+        return CutImage(tiles, scale, (picture.height, picture.width))
 
     def _read_levels(
         self, array: np.ndarray | torch.Tensor, input_data_format: str | ChannelDimension | None, scale: float

@@ -3,8 +3,10 @@
 import base64
 import html
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -41,21 +43,23 @@ class Looked:
         Raises:
             ValueError: if a picture was deleted.
         """
-        pictures = [open_picture(path) for path in self.pictures]
         num_layers = len(self.attention.weights[0])
         first, last = (round(share * num_layers) for share in LAYERS[layers])
         weights = self.attention.select(word, slice(first, max(last, first + 1)))
-        densities = [
-            lay_on_picture(of_picture, picture, self.config, self.processor)
-            for of_picture, picture in zip(weights, pictures)
-        ]
-        highest = max(float(density.max()) for density in densities)
+        # Twice, so that one picture is in memory at a time.
+        highest = max(float(density.max()) for _, density in self._lay(weights))
         name = html.escape(self.attention.words[word])
         drawn = [f"<p><b>{name}</b>: {_add_up(weights):.0%} of the attention is on pictures.</p>"]
-        for number, (picture, density) in enumerate(zip(pictures, densities), start=1):
+        for number, (picture, density) in enumerate(self._lay(weights), start=1):
             source = _encode(overlay(picture, density, highest=highest))
             drawn.append(f'<img alt="Where the model looked in picture {number} for the word {name}" src="{source}">')
         return "".join(drawn)
+
+    def _lay(self, weights: list[torch.Tensor]) -> Iterator[tuple[Image.Image, np.ndarray]]:
+        """Each picture, and the density of its weights."""
+        for path, of_picture in zip(self.pictures, weights):
+            picture = open_picture(path)
+            yield picture, lay_on_picture(of_picture, picture, self.config, self.processor)
 
 
 def _add_up(weights: list[torch.Tensor]) -> float:

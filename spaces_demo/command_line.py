@@ -306,13 +306,11 @@ def _check_host(name: str) -> str:
 
 def answer_examples(menu) -> None:
     """Print what the first model of a menu answers about the example pictures."""
-    from processing_llava.image_loading import load_image
-
     from .models import Settings
 
     folder = Path(__file__).parent / "examples"
     for example in json.loads((folder / "examples.json").read_text()):
-        picture = {"type": "image", "image": load_image(folder / example["image"])}
+        picture = {"type": "image", "image": folder / example["image"]}
         question = {"role": "user", "content": [picture, {"type": "text", "text": example["question"]}]}
         *_, (answer, _) = menu.answer(menu.labels[0], [question], Settings())
         print(f"{example['image']}: {example['question']} {answer}", flush=True)

@@ -78,7 +78,7 @@ class Conversation:
         """
         messages = []
         for turn in self.turns:
-            content = [{"type": "image", "image": open_picture(path)} for path in turn.pictures]
+            content = [{"type": "image", "image": find_picture(path)} for path in turn.pictures]
             messages.append({"role": "user", "content": [*content, {"type": "text", "text": turn.question}]})
             answer = turn.choose_answer(column)
             if answer is not None and (turn is not self.turns[-1] or with_last_answer):
@@ -110,7 +110,15 @@ def open_picture(path: str) -> Image.Image:
     Raises:
         ValueError: if it is refused or was deleted.
     """
-    try:
-        return load_image(Path(path))
-    except FileNotFoundError:
-        raise ValueError("got a picture that was deleted an hour after its upload; start a new conversation") from None
+    return load_image(find_picture(path))
+
+
+def find_picture(path: str) -> Path:
+    """The file of a picture of a turn, which the processor opens when it is its turn.
+
+    Raises:
+        ValueError: if it was deleted.
+    """
+    if not Path(path).is_file():
+        raise ValueError("got a picture that was deleted an hour after its upload; start a new conversation")
+    return Path(path)

@@ -31,9 +31,10 @@ from processing_llava.image_limits import ImageLimits
 from processing_llava.image_loading import load_image, read_image_size
 from processing_llava.templates import load_template
 from tests.conftest import GOLDENS
-from tests.processing_llava.hostile_images import HANDLED, REFUSED, png, png_chunk
+from tests.processing_llava.hostile_images import HANDLED, OF_ANY_SIZE, REFUSED
 from tests.processing_llava.hostile_texts import TEMPLATES, TEXTS, TOKENIZERS, check_texts, load_any_tokenizer
-from tests.processing_llava.test_image_containers import FILES
+from tests.processing_llava.image_encoders import png, png_chunk
+from tests.processing_llava.test_image_limits import FILES
 from tests.tiny import tiny_processor
 
 MAX_SECONDS = 2.0
@@ -44,6 +45,7 @@ LIMITS = ImageLimits(max_pixels=4_000_000)
 EXAMPLES = 100
 
 SEEDS = [build() for build in FILES.values()]
+SEEDS += [build(60, 40) for build in OF_ANY_SIZE.values()]
 SEEDS += [data for data in (build() for build in {**HANDLED, **REFUSED}.values()) if len(data) < 20_000]
 NUMBERS = [0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF]
 

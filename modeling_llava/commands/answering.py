@@ -16,8 +16,8 @@ from pathlib import Path
 from PIL import Image
 
 from processing_llava.data.conversations import ADDRESS
-from processing_llava.image_limits import ImageLimits, read_limits
-from processing_llava.image_loading import FORMATS, OTHER_FORMATS, load_images
+from processing_llava.image_limits import DEFAULT_LIMITS, ImageLimits
+from processing_llava.image_loading import FORMATS, OTHER_FORMATS, load_image, naming_picture
 
 from .errors import one_line
 
@@ -169,16 +169,24 @@ _BY_PILLOW = (
     "modes = ('1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'I', 'I;16'); "
     "(image if image.mode in modes else image.convert('RGB')).save(argv[2])",
 )
-_PYTHON_HINT = re.compile(r"ImageLimits\((\w+)=\.\.\.\)")
+_PYTHON_HINT = re.compile(r"ImageLimits\((\w+)=\.\.\.\)(?: or --image-limit \1=\.\.\.)?")
 
 
-def read_image_limits(settings: list[str]) -> ImageLimits:
-    """The limits that `--image-limit` sets; Pillow's own, which no option sets, gives way.
+def read_image_limits(settings: list[str], default: ImageLimits = DEFAULT_LIMITS) -> ImageLimits:
+    """The limits that `--image-limit` sets by texts such as "max_pixels=200000000", and the others as they are by
+    default; Pillow's own, which no option sets, gives way.
 
     Raises:
         ValueError: naming the text that sets none.
     """
-    limits = read_limits(settings)
+    kinds, chosen = {field.name: field.type for field in dataclasses.fields(ImageLimits)}, {}
+    for setting in settings:
+        name, _, number = setting.partition("=")
+        try:
+            chosen[name] = kinds[name](number)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"got {setting!r}; expected NAME=NUMBER with one of {', '.join(kinds)}") from error
+    limits = dataclasses.replace(default, **chosen)
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, limits.max_pixels)
     return limits
 
@@ -188,8 +196,10 @@ def name_option(text: str) -> str:
     return _PYTHON_HINT.sub(r"--image-limit \1=NUMBER", text)
 
 
-def open_pictures(sources: list[str], *, limits: ImageLimits, standard_input: bool = False) -> list[Image.Image]:
-    """Pictures of paths and data URIs, and of "-" if that means the standard input.
+def open_pictures(
+    sources: list[str], *, limits: ImageLimits, standard_input: bool = False
+) -> list[Path | str | bytes]:
+    """Pictures of paths and data URIs, and of "-" if that means the standard input, which a model can be given.
 
     Raises:
         FileNotFoundError: there is no file at a path.
@@ -198,7 +208,7 @@ def open_pictures(sources: list[str], *, limits: ImageLimits, standard_input: bo
     # What the user of a terminal types may name any file of theirs.
     opened = [source if ADDRESS.match(source) else Path(os.path.expanduser(source)) for source in sources]
     if standard_input:
-        opened = [sys.stdin.buffer if path == Path("-") else path for path in opened]
+        opened = [sys.stdin.buffer.read(limits.max_bytes + 1) if path == Path("-") else path for path in opened]
     for path in opened:
         if isinstance(path, Path) and (kind := find_kind(path)):
             command = write_conversion(path, kind)
@@ -206,9 +216,12 @@ def open_pictures(sources: list[str], *, limits: ImageLimits, standard_input: bo
                 f"{path}: got a file of {kind}; expected one of {', '.join(FORMATS)}; convert it: {command}"
             )
     try:
-        return load_images(opened, limits=limits)
+        for number, source in enumerate(opened, start=1):
+            with naming_picture(number, len(opened)):
+                load_image(source, limits=limits, shortest_edge=1)
     except ValueError as error:
         raise ValueError(name_option(str(error))) from error
+    return opened
 
 
 def find_kind(path: Path) -> str | None:

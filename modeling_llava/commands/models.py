@@ -32,7 +32,7 @@ def run_check_data(options: argparse.Namespace) -> int:
     from modeling_llava.checkpoints.model_names import load_training_processor
     from modeling_llava.inference.loading import EMBEDDED_MODEL
     from processing_llava.data.data_check import RecordCheck, check_sources
-    from processing_llava.data.data_sources import DataSource
+    from processing_llava.data.data_sources import PICTURE_LIMITS, DataSource
     from processing_llava.data.preview import make_printable
     from processing_llava.prompt_ids import check_learn_tokens
 
@@ -41,7 +41,7 @@ def run_check_data(options: argparse.Namespace) -> int:
     kept = {name: getattr(options, name) for name in ("image_folder", "follow_links", "name", "split", "streaming")}
     sources = [DataSource(path=path, **kept) for path in options.sources]
     processor = load_training_processor(options.model or EMBEDDED_MODEL, template=options.template)
-    processor.image_processor.limits = read_image_limits(options.image_limit)
+    processor.image_processor.limits = read_image_limits(options.image_limit, PICTURE_LIMITS)
     if options.learn_token:
         check_learn_tokens(options.learn_token, processor.tokenizer, image_token=processor.image_token)
         processor.learn_tokens = options.learn_token

@@ -8,7 +8,8 @@ then begins with other pieces than the original LLaVA's. `_changes_ids` finds ou
 The code is for those who load a repository with `trust_remote_code=True` and without this package. Both packages lie
 flat side by side in it, because transformers looks for such code in one folder and follows relative imports of one dot
 (transformers 5.23, dynamic_module_utils.py). The two mixins that read the layouts of other code are left empty, which
-halves what a stranger has to read before trusting it.
+halves what a stranger has to read before trusting it; so are lists of arguments, results and errors, which the package
+has.
 """
 
 import json
@@ -321,6 +322,7 @@ SEAMS = {
         '    """Empty: the package reads folders of the original LLaVA here."""\n'
     ),
 }
+_SECTIONS = re.compile(r'\n\n( +)(?:Args|Returns|Raises):\n(?:(?: *|\1 +.*|\1(?:Args|Returns|Raises):)\n)*\1"""')
 _SIBLING = re.compile(r"^from (?:\.|(?:modeling|processing)_llava\.)(?:\w+\.)*(\w+) import", flags=re.MULTILINE)
 
 
@@ -345,7 +347,7 @@ def collect_modules() -> dict[str, str]:
         name = waiting.pop()
         if name in modules:
             continue
-        text = SEAMS.get(name) or _read_module(name)
+        text = SEAMS.get(name) or _SECTIONS.sub(r'\n\1"""', _read_module(name))
         waiting += _SIBLING.findall(text)
         modules[name] = _SIBLING.sub(r"from .\1 import", text)
     return modules

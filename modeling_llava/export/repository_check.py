@@ -18,6 +18,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from modeling_llava.records.training_record import LICENSES
 from modeling_llava.records.yaml_fields import ACCESS_TOKEN
+from processing_llava.data.data_sources import PICTURE_LIMITS
 from processing_llava.image_loading import clean_image
 
 MAX_FILE_BYTES = 500_000_000_000
@@ -93,7 +94,7 @@ def find_file_problems(folder: Path) -> Iterator[str]:
         if path.stat().st_size > MAX_FILE_BYTES:
             size, limit = f"{path.stat().st_size:,}", f"{MAX_FILE_BYTES:,}"
             yield f"{name} has {size} bytes, and the Hub takes at most {limit} in one file: split it"
-        if path.suffix.lower() in IMAGE_FILES and clean_image(path) != path.read_bytes():
+        if path.suffix.lower() in IMAGE_FILES and clean_image(path, limits=PICTURE_LIMITS) != path.read_bytes():
             yield f"{name} holds more than pixels, such as text; export it again"
         if path.suffix in _PICKLES:
             yield f"{name} can hold code that runs when it is loaded; save it as safetensors"
@@ -116,7 +117,7 @@ def clean_images_in_files(folder: Path) -> None:
     """
     for path in folder.rglob("*"):
         if path.is_file() and path.suffix.lower() in IMAGE_FILES:
-            cleaned = clean_image(path)
+            cleaned = clean_image(path, limits=PICTURE_LIMITS)
             if cleaned != path.read_bytes():
                 path.write_bytes(cleaned)
 

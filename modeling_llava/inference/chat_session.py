@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from modeling_llava.acceleration.cpu_layers import use_cpu_attention
 from modeling_llava.checkpoints.shared_values import check_pair
-from processing_llava.image_loading import load_images
+from processing_llava.image_loading import naming_picture
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .cached_generation import CachedGeneration, check_compiles
@@ -111,9 +111,11 @@ class ChatSession:
                 f"got a {type(question).__name__} and a {type(images).__name__}; expected a question and a list of "
                 "pictures"
             )
-        image_processor = self.processor.image_processor
-        pictures = load_images(images, limits=image_processor.limits, urls=image_processor.urls)
-        content = [{"type": "image", "image": picture} for picture in pictures]
+        content = []
+        for number, image in enumerate(images, start=1):
+            with naming_picture(number, len(images)):
+                # Later turns read it again, and need no more than its tiles.
+                content.append({"type": "image", "image": self.processor.image_processor.cut_picture(image)})
         question_message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
         # `reset` begins another list meanwhile.
         messages, pieces = self.messages, []

@@ -19,7 +19,7 @@ from peft import LoraConfig
 from trl import SFTConfig
 
 from modeling_llava.records.yaml_fields import ACCESS_TOKEN, build, check_fields, load_yaml, read_yaml
-from processing_llava.data.data_sources import DataSource
+from processing_llava.data.data_sources import PICTURE_LIMITS, DataSource
 from processing_llava.data.row_lengths import ON_BAD_ROW, check_length_options
 from processing_llava.image_limits import ImageLimits
 from processing_llava.messages import shorten
@@ -71,8 +71,8 @@ class Recipe:
     image_backend: str | None = None
     """"torch" prepares pictures faster than "pil" (BENCHMARKS.md, Preprocessing), and within two levels of it.
     Default: "pil", whose pixels are those of the original LLaVA. It is not stored with the model."""
-    image_limits: ImageLimits = ImageLimits()
-    """Sizes above which a picture is refused before it is decoded: any field of `ImageLimits`."""
+    image_limits: ImageLimits = PICTURE_LIMITS
+    """Costs above which a picture is refused before it is decoded: any field of `ImageLimits`."""
     max_length: int | None = None
     """Longest row in tokens, image features counted."""
     too_long: str = "drop"
@@ -139,7 +139,9 @@ def read_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
         if isinstance(fields.get(name), list):
             fields[name] = [build(DataSource, source, where=f"{name} of {path}") for source in fields[name]]
     if "image_limits" in fields:
-        fields["image_limits"] = build(ImageLimits, fields["image_limits"], where=f"image_limits of {path}")
+        limits = fields["image_limits"]
+        limits = dataclasses.asdict(PICTURE_LIMITS) | limits if isinstance(limits, dict) else limits
+        fields["image_limits"] = build(ImageLimits, limits, where=f"image_limits of {path}")
     trainer = fields.get("trainer", {})
     if isinstance(trainer, dict):
         # Before their types, whose messages hold values: a token that is to send something would be printed.

@@ -14,6 +14,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from processing_llava.image_limits import ImageLimits
+
 from .data_bounds import bound_record, check_card, check_inside, check_parquet, check_saved
 from .json_records import stream_records
 
@@ -24,6 +26,9 @@ _JSON = (".json", ".jsonl")
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 ROW_FILES = (*_JSON, *_BUILDERS)
 """Endings of files that hold rows; pictures lie beside them."""
+
+PICTURE_LIMITS = ImageLimits(max_bytes=50_000_000, max_memory=400_000_000, max_milliseconds=2000)
+"""What pictures may cost whose owner chose them; a run that stops at one costs more."""
 
 
 @dataclass(frozen=True)

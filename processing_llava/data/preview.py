@@ -108,7 +108,7 @@ def _headline(measured: MeasuredRow) -> str:
 
 def _make_thumbnail(source: str | bytes, limits: ImageLimits) -> str:
     """A data URI."""
-    image = load_image(source, limits=limits).copy()
+    image = load_image(source, limits=limits, shortest_edge=THUMBNAIL_SIDE).copy()
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     file = io.BytesIO()
     image.save(file, "JPEG")

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from processing_llava.image_limits import ImageLimits
-from processing_llava.image_loading import load_image, read_image_size
+from processing_llava.image_loading import open_picture, read_image_size
 from processing_llava.processing_llava import AnyLlavaProcessor
 from processing_llava.prompt_ids import encode_prompt
 from processing_llava.user_text import compile_literals
@@ -94,7 +94,8 @@ def read_image_sizes(row: dict[str, Any], *, decode: bool, limits: ImageLimits) 
     for number, image in enumerate(row["images"], start=1):
         try:
             if decode:
-                sizes.append(load_image(image, limits=limits).size[::-1])
+                with open_picture(image, limits=limits, need=lambda height, width: (1, 1, 0)) as picture:
+                    sizes.append((picture.height, picture.width))
             else:
                 sizes.append(read_image_size(image, limits=limits))
         except FileNotFoundError as error:

@@ -1,12 +1,11 @@
 """Images that strangers send: `python -m tests.processing_llava.hostile_images` prints what each costs, as JSON.
 
-Every image is loaded in a process of its own, forked from one that has imported everything, so that its memory is its
-own. Time is that of the processor: other work on the machine does not count.
+They are loaded one after the other in this process; before each, what others freed goes back to the system. Time is
+that of the processor: other work on the machine does not count.
 """
 
-import io
+import ctypes
 import json
-import os
 import struct
 import sys
 import time
@@ -18,23 +17,23 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-
-def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def png_chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def png(width: int, height: int, *, before: bytes = b"", pixels: bytes | None = None) -> bytes:
-    """Black, with other chunks in front of the pixels."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    pixels = zlib.compress(bytes((1 + width) * height)) if pixels is None else pixels
-    end = png_chunk(b"IDAT", pixels) + png_chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + before + end
+from tests.processing_llava.image_encoders import (
+    JPEG_QUANTA,
+    animated_webp,
+    arithmetic_jpeg,
+    bmp,
+    encode,
+    gif_canvas,
+    jpeg_frame,
+    jpeg_scan,
+    lossless_webp,
+    png,
+    png_chunk,
+    progressive_jpeg,
+    riff_chunk,
+    sequential_jpeg,
+    vp8l,
+)
 
 
 def jpeg(*, segments: bytes = b"", scans: int = 0) -> bytes:
@@ -83,6 +82,16 @@ def grey_with_alpha_palette() -> Image.Image:
     return image
 
 
+def exif_orientation(value: int, *, kind: int = 3, count: int = 1, order: str = "<") -> bytes:
+    """A block with the orientation as an entry of any form."""
+    entry = struct.pack(f"{order}HHLHH", 0x0112, kind, count, value, 0)
+    return {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}LH", 8, 1) + entry + bytes(4)
+
+
+def turn_jpeg(data: bytes, block: bytes) -> bytes:
+    return data[:2] + exif_segments(block) + data[2:]
+
+
 TRUNCATED = encode(Image.effect_noise((512, 512), 80), "JPEG")
 HANDLED: dict[str, Callable[[], bytes]] = {
     "1 x 1": lambda: png(1, 1),
@@ -94,6 +103,11 @@ HANDLED: dict[str, Callable[[], bytes]] = {
     "EXIF of 5 MB in a PNG": lambda: png(8, 8, before=png_chunk(b"eXIf", exif_that_points_at_itself(5_000_000))),
     "compressed texts": lambda: png(8, 8, before=png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**6))) * 9000),
     "7900 x 400": lambda: encode(Image.new("L", (7900, 400))),
+    "orientations of other types": lambda: png(
+        9, 6, before=b"".join(png_chunk(b"eXIf", exif_orientation(6, kind=kind)) for kind in (1, 4, 5, 7, 12))
+    ),
+    "orientation of a million values": lambda: png(9, 6, before=png_chunk(b"eXIf", exif_orientation(6, count=10**6))),
+    "orientation of 65535": lambda: turn_jpeg(sequential_jpeg(9, 6), exif_orientation(65_535, order=">")),
     "compressed profile": lambda: png(8, 8, before=png_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**8)))),
 }
 REFUSED: dict[str, Callable[[], bytes]] = {
@@ -102,6 +116,22 @@ REFUSED: dict[str, Callable[[], bytes]] = {
     "13000 x 13000, header": lambda: png(13_000, 13_000, pixels=b""),
     "169 megapixels in 164 KB": lambda: png(13_000, 13_000),
     "WebP of 268 megapixels": lambda: b"RIFF\x1a\0\0\0WEBPVP8L\x0d\0\0\0\x2f\xfe\xff\xff\x0f" + bytes(8),
+    "palette that is missing": lambda: png(100, 100, colour=3),
+    "palette that is missing, with transparency": lambda: png(100, 100, colour=3, before=png_chunk(b"tRNS", bytes(9))),
+    "JPEG of many tables": lambda: jpeg(segments=JPEG_QUANTA * 20_000),
+    "JPEG of large tables": lambda: jpeg(segments=(b"\xff\xdb\xff\xdd" + (bytes(1) + bytes([1]) * 64) * 1007) * 300),
+    "JPEG of segments between its scans": lambda: jpeg_frame(
+        0xC0, 100, 100, jpeg_scan(range(1, 2)) + b"\xff\xfe\0\2" * 10**6 + jpeg_scan(range(2, 4))
+    ),
+    "lossless JPEG": lambda: jpeg_frame(0xC3, 100, 100, jpeg_scan(range(1, 4))),
+    "JPEG of two frames": lambda: jpeg_frame(0xC0, 9, 9, jpeg_frame(0xC0, 8000, 8000, jpeg_scan(range(1, 4)))[2:]),
+    "JPEG of impossible factors": lambda: jpeg_frame(0xC0, 100, 100, jpeg_scan(range(1, 2)), factors=(0x00,)),
+    "lossless WebP of 64 megapixels in 34 bytes": lambda: lossless_webp(8000, 8000),
+    "GIF of 64 megapixels with one pixel": lambda: gif_canvas(8000, 8000),
+    "arithmetic CMYK JPEG of 64 megapixels": lambda: arithmetic_jpeg(8000, 8000, scans=50, components=4),
+    "grey PNG of 64 megapixels with a transparent level": lambda: png(
+        8000, 8000, depth=16, before=png_chunk(b"tRNS", bytes(2))
+    ),
     "truncated": lambda: TRUNCATED[: len(TRUNCATED) // 2],
     "EPS": lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n" + b"0 0 moveto\n" * 1000,
     "SVG": lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>',
@@ -122,39 +152,83 @@ REFUSED: dict[str, Callable[[], bytes]] = {
 }
 
 
-def prepare(data: bytes, *, backend: str, image_aspect_ratio: str) -> tuple[int, ...]:
+TRANSPARENT_COLOUR = png_chunk(b"tRNS", bytes(6))
+PALETTE = png_chunk(b"PLTE", bytes(768))
+OF_ANY_SIZE: dict[str, Callable[[int, int], bytes]] = {
+    "arithmetic JPEG": arithmetic_jpeg,
+    "arithmetic JPEG of one component": partial(arithmetic_jpeg, components=1),
+    "arithmetic CMYK JPEG of 50 scans": partial(arithmetic_jpeg, scans=50, components=4),
+    "progressive JPEG of averages": partial(progressive_jpeg, scans=1),
+    "JPEG of 50 scans": partial(progressive_jpeg, scans=50),
+    "CMYK JPEG of 50 scans": partial(progressive_jpeg, scans=50, components=4),
+    "grey JPEG of 50 scans that refine": partial(progressive_jpeg, scans=50, components=1, refines=True),
+    "JPEG whose components come one by one": sequential_jpeg,
+    "GIF of one pixel on a canvas": gif_canvas,
+    "lossless WebP of one colour": lossless_webp,
+    "animated WebP of few pixels on a canvas": lambda width, height: animated_webp(
+        width, height, riff_chunk(b"VP8L", vp8l(8, 8)), (8, 8)
+    ),
+    "animated WebP": lambda width, height: animated_webp(
+        width, height, riff_chunk(b"VP8L", vp8l(width, height)), (width, height)
+    ),
+    "BMP of one bit": partial(bmp, bits=1),
+    "BMP of 24 bits": bmp,
+    "BMP of 32 bits": partial(bmp, bits=32),
+    "BMP without rows": partial(bmp, rows=b""),
+    "grey PNG of one bit": partial(png, depth=1),
+    "grey PNG of 16 bits": partial(png, depth=16),
+    "grey PNG of 16 bits with a transparent level": partial(png, depth=16, before=png_chunk(b"tRNS", bytes(2))),
+    "grey PNG of 16 bits with alpha": partial(png, depth=16, colour=4),
+    "RGB PNG, every filter the slowest": partial(png, colour=2, filter=4),
+    "RGB PNG with a transparent colour": partial(png, colour=2, before=TRANSPARENT_COLOUR),
+    "RGBA PNG of 16 bits, every filter the slowest": partial(png, depth=16, colour=6, filter=4),
+    "interlaced PNG": partial(png, colour=2, interlace=1),
+    "interlaced RGBA PNG of 16 bits": partial(png, depth=16, colour=6, interlace=1, filter=4),
+    "PNG with a palette of transparency": partial(png, colour=3, before=PALETTE + png_chunk(b"tRNS", bytes(256))),
+    "PNG that is turned": lambda width, height: png(
+        width, height, colour=2, before=png_chunk(b"eXIf", exif_orientation(6))
+    ),
+    "JPEG that is turned": lambda width, height: turn_jpeg(sequential_jpeg(width, height), exif_orientation(5)),
+}
+"""What a picture of each kind costs is known before it is decoded; a size is refused, or cheap."""
+MEGAPIXELS = (24, 12, 8, 6, 4, 2, 1, 0.5, 0.1)
+
+
+def prepare(data: bytes, *, backend: str, image_aspect_ratio: str, **limits: int) -> tuple[int, ...]:
     """The shape of what a model gets."""
+    from processing_llava.image_limits import ImageLimits
     from processing_llava.processing_llava import IMAGE_BACKENDS
 
     pinpoints = [[336, 672], [672, 336], [672, 672]] if image_aspect_ratio == "anyres" else None
-    processor = IMAGE_BACKENDS[backend](image_aspect_ratio=image_aspect_ratio, image_grid_pinpoints=pinpoints)
+    processor = IMAGE_BACKENDS[backend](
+        image_aspect_ratio=image_aspect_ratio, image_grid_pinpoints=pinpoints, limits=ImageLimits(**limits)
+    )
     return tuple(processor(data)["pixel_values"].shape)
 
 
-def load(data: bytes) -> tuple[int, int]:
+def load(data: bytes, **limits: int) -> tuple[int, int]:
+    from processing_llava.image_limits import ImageLimits
     from processing_llava.image_loading import load_image
 
-    return load_image(data).size
+    return load_image(data, limits=ImageLimits(**limits)).size
+
+
+HALF_THE_TIME = {"max_milliseconds": 100}
+"""What is allowed by it takes less than all of it on a machine that is twice as slow."""
 
 
 def measure(data: bytes, work: Callable[[bytes], object] = load) -> dict[str, object]:
     """Seconds and bytes that an image takes, and how it ends."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        before, start = read_memory("VmRSS"), time.process_time()
-        try:
-            outcome = str(work(data))
-        except Exception as error:
-            outcome = f"{type(error).__name__}: {error}"
-        seconds, num_bytes = time.process_time() - start, read_memory("VmHWM") - before
-        os.write(writer, json.dumps({"seconds": seconds, "bytes": num_bytes, "outcome": outcome}).encode())
-        os._exit(0)
-    os.close(writer)
-    with open(reader, "rb") as results:
-        result = results.read()
-    os.waitpid(child, 0)
-    return json.loads(result)
+    # What was freed before would be taken without being seen; 5 makes Linux forget the most memory until here.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before, start = read_memory("VmRSS"), time.process_time()
+    try:
+        outcome = str(work(data))
+    except Exception as error:
+        outcome = f"{type(error).__name__}: {error}"
+    seconds, num_bytes = time.process_time() - start, read_memory("VmHWM") - before
+    return {"seconds": seconds, "bytes": num_bytes, "outcome": outcome}
 
 
 PREPARED = {
@@ -177,6 +251,16 @@ def main() -> None:
         work(png(400, 400))
     Image.init()
     results = {name: measure(build()) for name, build in {**HANDLED, **REFUSED}.items()}
+    for name, build in OF_ANY_SIZE.items():
+        for megapixels in MEGAPIXELS:
+            height = int((megapixels * 750_000) ** 0.5)
+            data = build(height * 4 // 3, height)
+            results[f"{name}, {megapixels} megapixels"] = result = measure(data, partial(load, **HALF_THE_TIME))
+            if result["outcome"].startswith("("):
+                for kind in ("pil pad", "torch anyres"):
+                    work = partial(PREPARED[kind], **HALF_THE_TIME)
+                    results[f"{name}, {megapixels} megapixels, {kind}"] = measure(data, work)
+                break
     for name, build in HANDLED.items():
         results |= {f"{name}, {kind}": measure(build(), work) for kind, work in PREPARED.items()}
     sys.stdout.write(json.dumps(results, indent=1))

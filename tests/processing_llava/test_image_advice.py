@@ -16,7 +16,8 @@ from PIL import Image
 from transformers.utils.logging import warning_once
 
 from modeling_llava.cli import main
-from processing_llava.image_limits import DEFAULT_LIMITS, ImageLimits, read_limits
+from modeling_llava.commands.answering import read_image_limits
+from processing_llava.image_limits import DEFAULT_LIMITS, ImageLimits
 from processing_llava.image_loading import OTHER_FORMATS, clean_image, load_image, read_image_size
 
 LEVELS = np.linspace(0, 65535, 40 * 30).reshape(30, 40).astype(np.uint16)
@@ -132,7 +133,7 @@ def test_fewer_bits_than_the_file_has_are_a_line(caplog, num_bits, format):
 
 def warn(action) -> str:
     """What is logged, though it was before."""
-    logger = logging.getLogger("processing_llava.image_loading")
+    logger = logging.getLogger("processing_llava.image_decoding")
     records = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
@@ -185,5 +186,5 @@ def test_limits_name_the_option_and_it_works(tmp_path, capsys):
     Image.new("RGB", (300, 10)).save(tmp_path / "thin.png")
     assert main(["ask", str(tmp_path / "thin.png"), "What?"]) == 2
     option = re.search(r"(--image-limit) (max_aspect_ratio)=", capsys.readouterr().err)
-    assert load_image(tmp_path / "thin.png", limits=read_limits([f"{option[2]}=40"])).size == (300, 10)
+    assert load_image(tmp_path / "thin.png", limits=read_image_limits([f"{option[2]}=40"])).size == (300, 10)
     assert ImageLimits(max_aspect_ratio=40) != DEFAULT_LIMITS

@@ -10,7 +10,7 @@ import torch
 
 from processing_llava import AnyLlavaProcessor, ImageLimits
 from processing_llava.templates import load_template
-from tests.processing_llava.hostile_images import encode
+from tests.processing_llava.image_encoders import encode
 from tests.tiny import tiny_processor
 
 pytestmark = pytest.mark.core
@@ -153,7 +153,7 @@ def test_images_of_messages_are_limited_as_the_image_processor_says():
 def test_urls_are_fetched_where_a_policy_allows_them():
     class Policy:
         def fetch(self, url: str, *, max_bytes: int) -> bytes:
-            assert (url, max_bytes) == ("https://pictures.test/a.png", 50_000_000)
+            assert (url, max_bytes) == ("https://pictures.test/a.png", 30_000_000)
             return encode(PICTURE)
 
     processor = tiny_processor()

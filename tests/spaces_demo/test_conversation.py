@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from modeling_llava.inference.chat_session import AnswerStatistics
+from processing_llava.image_loading import load_image
 from spaces_demo.conversation import Answer, Conversation, Turn
 from spaces_demo.feedback import FeedbackFile
 from spaces_demo.models import Settings
@@ -31,7 +32,7 @@ def test_a_model_reads_its_own_answers_and_where_it_was_not_asked_the_other_ones
     assert texts(talk.list_messages(0)) == ["What?", "red", "Sure?", "red", "And now?"]
     assert texts(talk.list_messages(1)) == ["What?", "red", "Sure?", "blue", "And now?"]
     picture = talk.list_messages(1)[0]["content"][0]["image"]
-    assert picture.getpixel((0, 0)) == (255, 0, 0)
+    assert load_image(picture).getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_the_last_answer_is_left_out_unless_it_is_asked_for(talk):

@@ -48,7 +48,7 @@ def test_ask_gives_one_answer_from_every_kind_of_source(checkpoint, picture, cap
     stream = io.BytesIO(data + bytes(60_000_000))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stream))
     assert main(["ask", "-", "What is this?", "--model", checkpoint]) == 2
-    assert "expected at most 50000000" in capsys.readouterr().err and stream.tell() == 50_000_001
+    assert "expected at most 30000000" in capsys.readouterr().err and stream.tell() == 30_000_001
     record = json.loads(ask(picture, "What is this?", "--model", checkpoint, "--json", capsys=capsys))
     assert record["answer"].strip() == expected
     assert record["images"] == [picture]

@@ -59,6 +59,14 @@ def test_sampling_repeats_with_its_seed_as_in_generate_and_leaves_the_global_gen
     assert answers[0] == answers[2] != answers[1]
 
 
+def test_a_session_keeps_what_the_tower_sees_of_pictures():
+    session = ChatSession(*load("llama"))
+    read(session.ask("What?", images=[CAT, CAT.resize((900, 700))], **SETTINGS))
+    kept = [item["image"] for item in session.messages[0]["content"] if item["type"] == "image"]
+    assert [type(picture).__name__ for picture in kept] == ["CutImage"] * 2
+    assert [picture.size for picture in kept] == [(CAT.height, CAT.width), (700, 900)]
+
+
 def test_a_closed_answer_stops_within_a_token_and_is_not_remembered(watched):
     seen = watched("llama")
     session = ChatSession(seen.model, seen.processor)

@@ -15,7 +15,7 @@ from PIL import Image
 from processing_llava.data.image_urls import UrlPolicy
 from processing_llava.image_limits import ImageLimits
 from processing_llava.image_loading import load_image
-from tests.processing_llava.hostile_images import encode
+from tests.processing_llava.image_encoders import encode
 
 PICTURE = encode(Image.new("RGB", (6, 4), "red"))
 LOOPBACK = ("127.0.0.0/8", "::1/128")

@@ -6,7 +6,7 @@ import struct
 import pytest
 from PIL import ExifTags, Image
 
-from processing_llava.image_containers import MAX_JPEG_SCANS, read_orientation, strip_metadata
+from processing_llava.image_limits import MAX_JPEG_SCANS, read_orientation, strip_metadata
 from processing_llava.image_loading import load_image
 from tests.processing_llava.hostile_images import encode, exif_that_points_at_itself, gif, jpeg, png_chunk
 
