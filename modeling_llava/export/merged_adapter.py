@@ -15,11 +15,13 @@ from transformers import AutoProcessor, BatchFeature, PreTrainedModel, Processor
 
 from modeling_llava.acceleration.quantization import four_bit_config
 from modeling_llava.auto import AutoModelForVision2Seq
+from modeling_llava.checkpoints.fit import refuse_unfit_weights
 from modeling_llava.checkpoints.original_adapters import has_original_names, needs_our_class, read_adapter
-from modeling_llava.checkpoints.weight_files import has_model, refuse_unfit_weights
+from modeling_llava.checkpoints.weight_files import has_model
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.records.run_files import RECORD_FILE
-from processing_llava.original.original_folder import OriginalFolder, find_installed, read_json, resolve_beside
+from processing_llava.original.original_folder import OriginalFolder, find_installed, resolve_beside
+from processing_llava.original.stored_files import read_json
 
 MAX_RELATIVE_DIFFERENCE = 0.1
 """Share of the largest logit. Rounding to 16 bits stays far below; an adapter of another base does not."""
