@@ -206,6 +206,12 @@ def read_original_tokenizer(folder: OriginalFolder, text_config: PreTrainedConfi
         added += ["<im_start>", "<im_end>"]
     missing = [token for token in added if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
+    if "<im_end>" in added and tokenizer.get_vocab()["<im_end>"] >= text_config.vocab_size:
+        raise ValueError(
+            f"got {folder.name} with mm_use_im_start_end={shorten(folder.config['mm_use_im_start_end'])} and "
+            f"vocab_size={text_config.vocab_size}, without a place for <im_end>; expected {len(tokenizer)}: correct "
+            "config.json"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
