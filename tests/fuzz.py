@@ -2,9 +2,8 @@
 
 Whatever comes, an image is loaded or refused with a ValueError, a record is used or refused, and messages become ids
 or a ValueError: within 2 seconds and 256 MB. No text of a message becomes a control token, in every template with
-every tokenizer; large vocabularies are read anew there, which takes longer. A checkpoint loads, or is refused in one
-line. The seed of a failure is printed with the
-smallest input that fails.
+every tokenizer; large vocabularies are read anew there, which takes longer. A folder loads, or is refused in one line,
+and nobody is asked. The seed of a failure is printed with the smallest input that fails.
 Memory is capped by the system, so that asking for more is an error too; what does not end within a minute is stopped
 with a traceback.
 """
