@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from modeling_llava import AnyLlavaForConditionalGeneration
@@ -63,8 +63,9 @@ def write_adapter(folder: Path) -> None:
     """An adapter of PEFT in `model`, its base beside it."""
     save_tiny_checkpoint(folder / "base")
     model = AnyLlavaForConditionalGeneration.from_pretrained(folder / "base")
-    model.add_adapter(LoraConfig(target_modules=r"model\.language_model\..*\.(q_proj|v_proj)"))
-    model.save_pretrained(folder / "model")
+    # transformers' own add_adapter asks for a PEFT that is not published (5.24).
+    adapted = get_peft_model(model, LoraConfig(target_modules=r"model\.language_model\..*\.(q_proj|v_proj)"))
+    adapted.save_pretrained(folder / "model")
     change_json(folder / "model", "adapter_config.json", base_model_name_or_path="../base")
 
 
