@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 
 from modeling_llava import AnyLlavaForConditionalGeneration
 from tests import original_folders as folders
+from tests.conftest import GOLDENS
 from tests.tiny import PINPOINTS, save_tiny_checkpoint, tiny_model, tiny_processor
 
 MIB = 2**20
@@ -236,6 +238,15 @@ def change_pictures(folder: Path, **fields) -> None:
     config = json.loads((folder / "processor_config.json").read_text())
     config["image_processor"].update(fields)
     (folder / "processor_config.json").write_text(json.dumps(config))
+
+
+def write_pieces(folder: Path, *pieces: str) -> None:
+    """A tokenizer.model with further pieces, which an original folder reads before its tokenizer.json."""
+    model = sentencepiece_model.ModelProto()
+    model.ParseFromString((GOLDENS / "tokenizer.model").read_bytes())
+    for piece in pieces:
+        model.pieces.add(piece=piece, score=0.0)
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
 
 
 def write_archive(path: Path) -> None:

@@ -51,6 +51,7 @@ from tests.modeling_llava.checkpoints.folder_changes import (
     weight_file,
     write_archive,
     write_code,
+    write_pieces,
 )
 
 HUGE = 10**5
@@ -256,6 +257,9 @@ ADAPTER_CHANGES: dict[str, Callable[[Path], None]] = {
     "a base with a hidden_size of 1e5": lambda f: change_text(f.parent / "base", hidden_size=HUGE),
 }
 PART_CHANGES: dict[str, Callable[[Path], None]] = {
+    "tokenizer.model of garbage": lambda f: replace(f, "tokenizer.model", b"\xff" * 1000),
+    "tokenizer.model with a piece of 1 MB": lambda f: write_pieces(f, "a" * MIB),
+    "tokenizer.model with a million pieces": lambda f: write_pieces(f, *map(str, range(10**6))),
     "a tower without weights": lambda f: (f.parent / "tower" / "model.safetensors").unlink(),
     "a tower with its config.json a pipe": lambda f: make_special(f.parent / "tower", "config.json", "pipe"),
     "a tower with its config.json a list": lambda f: replace(f.parent / "tower", "config.json", "[]"),
