@@ -119,7 +119,7 @@ def _refuse_other_shapes(source: Path, base: str) -> None:
     """
     local = find_adapter_base(str(source), {}) or base
     try:
-        config = AutoConfig.from_pretrained(local)
+        config = AutoConfig.from_pretrained(local, trust_remote_code=False)
     except OSError:
         return
     with torch.device("meta"):

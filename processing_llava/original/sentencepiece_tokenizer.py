@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 _SPACE = "\u2581"
 MAX_PIECES, MAX_PIECE_LENGTH = 500_000, 256
-"""Every way to cut a piece in two is tried; SentencePiece makes none of more than 16 characters unless it is told to."""
+"""Every way to cut a piece in two is tried. SentencePiece makes none of more than 16 characters unless told to."""
 _NAMED_TOKENS = ("unk_token", "bos_token", "eos_token", "pad_token")
 
 
