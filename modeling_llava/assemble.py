@@ -48,7 +48,9 @@ def assemble(
     with explain_missing(vision_tower, part="vision_tower", kind=""):
         vision_config = read_vision_config(vision_tower)
         vision_tower_family(vision_config)
-        tower = AutoModel.from_pretrained(vision_tower, config=vision_config, dtype=torch.float32)
+        tower = AutoModel.from_pretrained(
+            vision_tower, config=vision_config, dtype=torch.float32, trust_remote_code=False
+        )
         image_processor = read_image_processor(
             vision_tower,
             vision_config,
@@ -56,7 +58,7 @@ def assemble(
             image_grid_pinpoints=image_grid_pinpoints,
         )
     with explain_missing(language_model, part="language_model", kind=""):
-        text_model = AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32)
+        text_model = AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32, trust_remote_code=False)
         tokenizer = read_tokenizer(language_model)
     processor = AnyLlavaProcessor(
         image_processor,

@@ -25,18 +25,18 @@ from processing_llava.original.original_folder import (
     TRANSFORMERS_CONFIGS,
     find_layout,
     read_built_in,
-    read_json,
     recognise,
-    select_download,
 )
+from processing_llava.original.stored_files import read_json, select_download
 from processing_llava.processing_llava import AnyLlavaProcessor
 from processing_llava.transformers_versions import AutoImageProcessor, warn_of_other_versions
 
 from .checkpoints.checkpoint_mixin import refuse_bit_arguments, refuse_parts
+from .checkpoints.fit import check_fit, check_generation_config, refuse_unfit_weights
 from .checkpoints.layouts import find_changed_fields, read_transformers_config, translate_config
 from .checkpoints.original_adapters import load_adapted, needs_our_class
 from .checkpoints.original_weights import is_left_out
-from .checkpoints.weight_files import Weight, has_model, read_model, refuse_integers, refuse_unfit_weights
+from .checkpoints.weight_files import Weight, has_model, read_model, refuse_integers
 from .checkpoints.weight_names import rename_to_ours
 from .configuration_llava import AnyLlavaConfig
 from .modeling_llava import AnyLlavaForConditionalGeneration, AnyLlavaModel
@@ -69,8 +69,10 @@ class AutoModelForVision2Seq(_BaseAutoModelClass):
             merge = kwargs.pop("merge_adapter", True)
             loader = ours if needs_our_class(name, download) else cls
             return load_adapted(loader, found.base, name, download, *model_args, merge=merge, **kwargs)
+        kwargs["trust_remote_code"] = found.layout is None and bool(kwargs.get("trust_remote_code"))
         if found.layout != "transformers":
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        check_generation_config(name, download)
         refuse_parts(
             {part: kwargs.get(part) for part in ("base_model", "delta", "vision_tower")}, "transformers", name
         )
@@ -84,6 +86,12 @@ class AutoModelForVision2Seq(_BaseAutoModelClass):
         wants_info = kwargs.pop("output_loading_info", False)
         takes_any_shape = kwargs.pop("ignore_mismatched_sizes", False)
         checks = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        if weights:
+            config = read_built_in(found.raw)
+            is_exact = not (found.raw.get("quantization_config") or wants_info)
+            renamed = {rename_to_ours(key, "transformers"): weight for key, weight in weights.items()}
+            model_class = cls._model_mapping[type(config)]
+            check_fit(model_class, config, renamed, name, is_exact=is_exact, takes_any_shape=takes_any_shape)
         with naming_config(f"{name}/config.json"):
             model, info = super().from_pretrained(name, *model_args, **checks, **kwargs)
         if takes_any_shape:
@@ -162,6 +170,7 @@ def load_processor(load_upstream: Callable[..., ProcessorMixin], name: str, **kw
     # transformers takes a ValueError of a configuration for an unknown model, and goes on to build a bare tokenizer
     # (5.17 to 5.24, models/auto/processing_auto.py); and it knows no processor of an adapter.
     name, download = str(name), select_download(kwargs)
+    kwargs.setdefault("trust_remote_code", False)
     if read_json(name, "processor_config.json", download) is None:
         found = recognise(name, download, base_model=kwargs.get("base_model"))
         if found.layout == "adapter":

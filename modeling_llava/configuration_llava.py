@@ -45,7 +45,7 @@ class AnyLlavaConfig(PreTrainedConfig):
         vision_config: Configuration (or its dict) of the vision tower: CLIP, SigLIP or DINOv2.
         text_config: Configuration (or its dict) of any causal language model of transformers.
         image_token_id: Id that stands for one image feature in `input_ids`.
-        projector_type: "linear", "mlpNx_gelu" for any N >= 1, or "identity".
+        projector_type: "linear", "mlpNx_gelu" for any N from 1 to 99, or "identity".
         vision_feature_layer: Index, or list of indices, of the hidden states that are projected. Features of several
             layers are concatenated along the channels.
         vision_feature_select_strategy: "patch" drops the prefix tokens of the tower (class token, registers);

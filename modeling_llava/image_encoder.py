@@ -120,7 +120,7 @@ def prune_vision_tower(tower: PreTrainedModel, *, num_layers: int) -> None:
 
 # Projectors.
 
-MLP_PATTERN = re.compile(r"mlp([1-9]\d*)x_gelu")
+MLP_PATTERN = re.compile(r"mlp([1-9]\d?)x_gelu")
 
 
 def check_projector_type(projector_type: str, *, in_size: int, out_size: int) -> None:
@@ -137,7 +137,7 @@ def check_projector_type(projector_type: str, *, in_size: int, out_size: int) ->
             )
     elif projector_type != "linear" and MLP_PATTERN.fullmatch(projector_type) is None:
         raise ValueError(
-            f"got projector_type={projector_type!r}; expected 'linear', 'identity' or 'mlpNx_gelu' with N >= 1"
+            f"got projector_type={projector_type!r}; expected 'linear', 'identity' or 'mlpNx_gelu' with N from 1 to 99"
         )
 
 

@@ -164,7 +164,10 @@ def check_part(part: str, config: PreTrainedConfig) -> None:
     rope = fields.get("rope_parameters") or {}
     # One for each kind of layer in some models.
     for parameters in (rope, *rope.values()) if isinstance(rope, dict) else ():
-        rope_type = parameters.get("rope_type", "default") if isinstance(parameters, dict) else "default"
+        parameters = parameters if isinstance(parameters, dict) else {}
+        rope_type, theta = parameters.get("rope_type", "default"), parameters.get("rope_theta", 1)
+        if type(theta) not in (int, float) or not theta > 0:
+            _refuse(part, "rope_parameters.rope_theta", theta, "a number above 0")
         if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
             _refuse(part, "rope_parameters.rope_type", rope_type, f"one of {', '.join(sorted(ROPE_TYPES))}")
 

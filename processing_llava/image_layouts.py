@@ -17,6 +17,9 @@ PATCH_MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 """What becomes of the features of the detail tiles. "flat": one tile after the other, whole. "spatial": the rows of
 the joined map. "spatial_unpad": those rows without the black borders, each closed by a newline feature."""
 
+MAX_TILES = 100
+"""Most detail tiles of an image; no published LLaVA has more than 36."""
+
 
 @dataclass(frozen=True)
 class ImageLayout:
@@ -85,10 +88,14 @@ def check_pinpoints(pinpoints: Sequence[Sequence[int]], *, tile_size: int) -> No
         tile_size: Side of a tile in pixels.
 
     Raises:
-        ValueError: the list is empty, an entry is not a pair, or a side is not a positive multiple of `tile_size`.
+        ValueError: the list is empty, an entry is not a pair, a side is not a positive multiple of `tile_size`, or
+            there are more than `MAX_TILES` tiles, or as many pairs.
     """
     if not pinpoints:
         raise ValueError("got no pinpoints; expected at least one (height, width) pair; set image_grid_pinpoints")
+    most = max(len(pinpoints), *(math.prod(pinpoint) // tile_size**2 for pinpoint in pinpoints))
+    if most > MAX_TILES:
+        raise ValueError(f"got pinpoints for {most} tiles; expected at most {MAX_TILES}; correct image_grid_pinpoints")
     for pinpoint in pinpoints:
         if len(pinpoint) != 2 or any(side < 1 or side % tile_size for side in pinpoint):
             raise ValueError(

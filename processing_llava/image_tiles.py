@@ -34,6 +34,10 @@ class TileShape:
     """Pillow's number of the filter."""
 
 
+MAX_EDGE = 4096
+"""Of an image that a tower takes, in pixels."""
+
+
 def read_tile_shape(size: SizeDict, crop_size: SizeDict | None, do_center_crop: bool, resample: int) -> TileShape:
     """The fields of an image processor as what they say of tiles.
 
@@ -46,6 +50,10 @@ def read_tile_shape(size: SizeDict, crop_size: SizeDict | None, do_center_crop: 
         raise ValueError(
             f"got size={dict(size)}; expected {{'shortest_edge': n}} or {{'height': n, 'width': n}}; set it to the "
             "side that the vision tower takes"
+        )
+    if edge > MAX_EDGE:
+        raise ValueError(
+            f"got size={dict(size)}; expected at most {MAX_EDGE}, as no tower takes more: correct the image processor"
         )
     if keeps_ratio and not do_center_crop:
         raise ValueError(

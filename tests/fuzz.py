@@ -1,9 +1,9 @@
-"""Random files, records and texts: `python -m tests.fuzz images|records|messages|texts [--seconds 60] [--seed 0]`.
+"""Random files, records, texts and folders: `python -m tests.fuzz images|records|messages|texts|folders`.
 
 Whatever comes, an image is loaded or refused with a ValueError, a record is used or refused, and messages become ids
 or a ValueError: within 2 seconds and 256 MB. No text of a message becomes a control token, in every template with
-every tokenizer; large vocabularies are read anew there, which takes longer. The seed of a failure is printed with the
-smallest input that fails.
+every tokenizer; large vocabularies are read anew there, which takes longer. A folder loads, or is refused in one line,
+and nobody is asked. The seed of a failure is printed with the smallest input that fails.
 Memory is capped by the system, so that asking for more is an error too; what does not end within a minute is stopped
 with a traceback.
 """
@@ -31,6 +31,7 @@ from processing_llava.image_limits import ImageLimits
 from processing_llava.image_loading import load_image, read_image_size
 from processing_llava.templates import load_template
 from tests.conftest import GOLDENS
+from tests.fuzz_folders import FOLDERS, build_folder_check
 from tests.processing_llava.hostile_images import HANDLED, OF_ANY_SIZE, REFUSED
 from tests.processing_llava.hostile_texts import TEMPLATES, TEXTS, TOKENIZERS, check_texts, load_any_tokenizer
 from tests.processing_llava.image_encoders import png, png_chunk
@@ -246,6 +247,8 @@ TARGETS = {
     "messages": Target(MESSAGES | st.lists(MESSAGES, max_size=3), build_message_check),
     # Encoders of Gemma 3 take a gigabyte while they are made, and seconds.
     "texts": Target(HOSTILE, build_text_check, max_seconds=30.0, max_bytes=6 * 2**30),
+    # Mapped files and threads of torch take addresses, if no memory.
+    "folders": Target(FOLDERS, build_folder_check, max_bytes=2**30),
 }
 
 

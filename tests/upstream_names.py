@@ -48,7 +48,8 @@ UPSTREAM_NAMES = (
     UpstreamName(
         f"{_MODEL}_hf_peft_config_loaded", VALUE,
         ("modeling_llava/checkpoints/checkpoint_mixin.py", "modeling_llava/checkpoints/original_adapters.py",
-         "modeling_llava/inference/loading.py", "modeling_llava/acceleration/cpu_layers.py",
+         "modeling_llava/checkpoints/saving_mixin.py", "modeling_llava/inference/loading.py",
+         "modeling_llava/acceleration/cpu_layers.py",
          "modeling_llava/acceleration/quantization.py"),
         "whether a model holds an adapter", "a public question for it",
     ),
@@ -105,6 +106,11 @@ UPSTREAM_NAMES = (
         "transformers.conversion_mapping.register_checkpoint_conversion_mapping",
         {"5.17": "model_type_or_class_name, mapping, overwrite"},
         ("modeling_llava/image_encoder.py",), "DINOv2's names in 5.17", "5.18 as the oldest version",
+    ),
+    UpstreamName(
+        "transformers.conversion_mapping.get_model_conversion_mapping",
+        {"5.17": "model, key_mapping, hf_quantizer, add_legacy"}, ("modeling_llava/checkpoints/fit.py",),
+        "which names transformers translates", "a check of names and shapes before weights are read",
     ),
     UpstreamName(
         "transformers.core_model_loading.WeightRenaming", {"5.17": "source_patterns, target_patterns"},
@@ -251,7 +257,7 @@ UPSTREAM_NAMES = (
     ),
     UpstreamName(
         "transformers.utils.hub.cached_file", {"5.17": "path_or_repo_id, filename, kwargs"},
-        ("processing_llava/original/original_folder.py",), "one file of a folder or repository",
+        ("processing_llava/original/stored_files.py",), "one file of a folder or repository",
         "huggingface_hub, without folders",
     ),
     UpstreamName(

@@ -5,47 +5,27 @@ one state dict whose tensors are not read yet, and a LoRA adapter is attached an
 a dtype, a slow CPU gets float32 (`acceleration.devices`); fewer bits have names (`acceleration.quantization`).
 """
 
-import contextlib
-import copy
-import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.integrations import peft as integration
 from transformers.utils import logging
 
-from modeling_llava.acceleration.cpu_layers import Int8Linear, PackedLinear
 from modeling_llava.acceleration.devices import with_default_dtype
-from modeling_llava.acceleration.fused_layers import Columns
 from modeling_llava.acceleration.quantization import (
     ON_CPU,
     quantize_to_int8,
     refuse_unchanged,
     with_quantization,
 )
-from processing_llava.original.original_folder import (
-    DOWNLOAD_KWARGS,
-    OriginalFolder,
-    check_model_type,
-    find_file,
-    override_tower,
-    recognise,
-    select_download,
-)
+from processing_llava.original.original_folder import OriginalFolder, check_model_type, override_tower, recognise
+from processing_llava.original.stored_files import DOWNLOAD_KWARGS, find_file, select_download
 
-from .layouts import (
-    merge_ids,
-    refuse_changes,
-    restore_written,
-    translate_config,
-    write_original_config,
-    write_transformers_config,
-)
+from .fit import check_fit, check_generation_config, refuse_unfit
+from .layouts import merge_ids, restore_written, translate_config
 from .original_adapters import (
     PEFT_PREFIX,
     add_original_adapter,
@@ -55,20 +35,13 @@ from .original_adapters import (
     load_adapted,
     load_original_adapter,
     read_adapter,
+    read_adapter_config,
     refuse_unfit_state,
 )
-from .original_weights import TOWER, complete_tower, gather_original_weights, is_used, refuse_missing_source
-from .weight_files import (
-    Weight,
-    find_base_dtype,
-    has_model,
-    read_as,
-    read_model,
-    refuse_integers,
-    refuse_quantized,
-    refuse_unfit_weights,
-)
-from .weight_names import add_transformers_only_weights, check_layout, rename_from_ours, rename_to_ours
+from .original_weights import gather_original_weights, is_used
+from .saving_mixin import SavingMixin
+from .weight_files import Weight, find_base_dtype, has_model, read_as, read_model, refuse_integers, refuse_quantized
+from .weight_names import rename_to_ours
 
 logger = logging.get_logger(__name__)
 
@@ -76,17 +49,8 @@ logger = logging.get_logger(__name__)
 _NOT_FOR_CONFIG = ("dtype", "torch_dtype", "attn_implementation", "quantization_config")
 
 
-class CheckpointMixin:
-    """Reads and writes the layouts of other code; to be listed before PreTrainedModel."""
-
-    checkpoint_layout = "any_llava"
-    """The layout that was loaded, which saving writes unless it is told another one."""
-    source_folder: OriginalFolder | None = None
-    """The original folder that a model was loaded from, which saving in that layout reads once more."""
-
-    def __init__(self, config: PreTrainedConfig, *args, **kwargs) -> None:
-        super().__init__(config, *args, **kwargs)
-        self._built_config = copy.deepcopy(self.config)
+class CheckpointMixin(SavingMixin):
+    """Reads the layouts of other code, and writes them; to be listed before PreTrainedModel."""
 
     @classmethod
     def from_pretrained(
@@ -151,6 +115,7 @@ class CheckpointMixin:
     ) -> Any:
         """Recognise the layout, and load by it."""
         download = select_download(kwargs)
+        check_generation_config(name, download)
         if config is None:
             found = recognise(name, download, base_model=parts["base_model"])
             if found.layout == "adapter":
@@ -174,8 +139,8 @@ class CheckpointMixin:
         if adapter is None and layout != "original" and find_file(name, "adapter_config.json", download) is not None:
             adapter = name
         if layout == "any_llava" and adapter != name:
-            if not raw.get("quantization_config") and has_model(name, download):
-                refuse_integers(name, read_model(name, download))
+            if has_model(name, download):
+                cls._check_own(name, config if isinstance(config, cls.config_class) else raw, **kwargs)
             stored = config.dtype if isinstance(config, cls.config_class) else raw.get("dtype", raw.get("torch_dtype"))
             model, info, wants_info = cls._load_own(name, *args, config=config, stored=stored, **kwargs)
         else:
@@ -194,6 +159,24 @@ class CheckpointMixin:
         if adapter is not None:
             model.load_adapter(adapter)
         return (model, info) if wants_info else model
+
+    @classmethod
+    def _check_own(cls, name: str, config: PreTrainedConfig | dict[str, Any], **kwargs) -> None:
+        """Refuse weights in our own layout that are not those of a configuration.
+
+        Raises:
+            ValueError: naming file, weight and shapes.
+        """
+        weights = read_model(name, select_download(kwargs))
+        if isinstance(config, dict):
+            fields = {key: value for key, value in kwargs.items() if key not in _NOT_FOR_CONFIG}
+            config, _ = cls.config_class.from_dict(dict(config), return_unused_kwargs=True, **fields)
+        is_quantized = bool(getattr(config, "quantization_config", None))
+        if not is_quantized:
+            refuse_integers(name, weights)
+        _, wants_info, takes_any_shape = _take_checks(kwargs)
+        is_exact = not (is_quantized or wants_info)
+        check_fit(cls, config, weights, name, is_exact=is_exact, takes_any_shape=takes_any_shape)
 
     @classmethod
     def _load_own(cls, name: str, *args, stored: Any, **kwargs) -> tuple[PreTrainedModel, dict[str, Any], bool]:
@@ -227,6 +210,8 @@ class CheckpointMixin:
                 refuse_quantized(name, folder.config, weights)
                 weights = {rename_to_ours(key, "transformers"): item for key, item in weights.items()}
             weights = {key: item for key, item in weights.items() if is_used(key, config)}
+        is_exact = not (folder.config.get("quantization_config") or wants_info)
+        check_fit(cls, config, weights, name, is_exact=is_exact, takes_any_shape=takes_any_shape)
         config.dtype = config.dtype or find_base_dtype(weights)
         kwargs = with_default_dtype(kwargs, stored=config.dtype)
         # A GPU converts by itself, what it is sent in fewer bytes.
@@ -244,106 +229,6 @@ class CheckpointMixin:
             model.source_folder = replace(folder, name=str(Path(name).resolve()) if Path(name).is_dir() else name)
         return model, info, wants_info
 
-    def save_pretrained(
-        self, save_directory: str | Path, *args, layout: str | None = None, state_dict: dict | None = None, **kwargs
-    ) -> None:
-        """As in transformers, in a layout of choice.
-
-        Args:
-            layout: "any_llava", "original" (that of haotian-liu/LLaVA) or "transformers" (that of transformers' own
-                `llava` and `llava_next`). Default: the layout that was loaded.
-
-        Raises:
-            ValueError: naming the field that the layout cannot express; and for packed or int8 weights, which no
-                layout has.
-        """
-        if any(isinstance(module, (Int8Linear, PackedLinear, Columns)) for module in self.modules()):
-            raise ValueError(
-                "got a model whose weights are fused, packed or in int8, for answering; expected its own: load "
-                "it with from_pretrained and without quantization, and save that"
-            )
-        layout = layout or self.checkpoint_layout
-        check_layout(layout)
-        kwargs["save_original_format"] = False
-        if not self._hf_peft_config_loaded:
-            self._refuse_unwritable(layout)
-        if layout == "any_llava" or self._hf_peft_config_loaded:
-            with accept_any_peft():
-                return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
-        if self.base_model is self:
-            raise ValueError(
-                f"got a {type(self).__name__}, which has no output layer; expected a model with one to write the "
-                f"layout {layout!r}"
-            )
-        state_dict = dict(self.state_dict() if state_dict is None else state_dict)
-        if self.config.tie_word_embeddings:
-            state_dict.pop("lm_head.weight", None)
-        if layout == "original":
-            source = self.source_folder if self.checkpoint_layout == "original" else None
-            vision_tower = self.config.vision_config.name_or_path
-            if source is not None:
-                refuse_missing_source(source, vision_tower)
-            written_config = write_original_config(self.config, source=source)
-            if source is not None:
-                complete_tower(state_dict, source, vision_tower)
-            if Path(vision_tower).is_dir():
-                # As seen from there; a path of this machine stays here.
-                written_config["mm_vision_tower"] = os.path.relpath(vision_tower, save_directory)
-            if any(key.startswith(TOWER) for key in state_dict):
-                written_config["unfreeze_mm_vision_tower"] = True
-        else:
-            built_in = write_transformers_config(self.config)
-            add_transformers_only_weights(
-                state_dict,
-                vocab_size=built_in.text_config.vocab_size,
-                vision_size=built_in.vision_config.hidden_size,
-            )
-            written_config = built_in.to_dict()
-        renamed = {rename_from_ours(key, layout): value for key, value in state_dict.items()}
-        super().save_pretrained(save_directory, *args, state_dict=renamed, **kwargs)
-        text = json.dumps(written_config, indent=2, sort_keys=True) + "\n"
-        (Path(save_directory) / "config.json").write_text(text, encoding="utf-8")
-
-    def _refuse_unwritable(self, layout: str) -> None:
-        """Refuse weights that a layout would not give back.
-
-        Raises:
-            ValueError: if they are quantized, or the configuration was changed to say what is not computed.
-        """
-        if layout != "any_llava" and getattr(self, "is_quantized", False):
-            raise ValueError(
-                f"got a model quantized by {self.quantization_method.value} for the layout {layout!r}; expected 16 or "
-                "32 bits, as that layout has no place for other weights: save with layout='any_llava'"
-            )
-        # bitsandbytes 0.50 reorders the weights of 4 bits on a CPU when they first compute, and saves them so.
-        if any(getattr(item, "packing_format_for_cpu", False) for item in self._quantization_states()):
-            raise ValueError(
-                "got a model in 4 bits that has computed on a CPU, for which bitsandbytes has reordered its "
-                "weights; expected them as they were loaded: load it again, and save it before it computes"
-            )
-        refuse_changes(self.config, self._built_config)
-        self.config.check()
-        vocab_size, num_rows = self.config.text_config.vocab_size, self.get_input_embeddings().num_embeddings
-        if vocab_size != num_rows:
-            raise ValueError(
-                f"got text_config.vocab_size={vocab_size} in the configuration of a model with {num_rows} embeddings; "
-                f"expected {num_rows}: call resize_token_embeddings, which sets both"
-            )
-        output_layer = self.get_output_embeddings()
-        is_tied = output_layer is not None and output_layer.weight is self.get_input_embeddings().weight
-        if output_layer is not None and is_tied != self.config.tie_word_embeddings:
-            raise ValueError(
-                f"got tie_word_embeddings={self.config.tie_word_embeddings} in the configuration of a model whose "
-                f"output layer {'shares' if is_tied else 'does not share'} its input embeddings; expected "
-                f"{is_tied}: set it before the model is loaded"
-            )
-
-    def _quantization_states(self) -> list[Any]:
-        """What bitsandbytes keeps of each weight of 4 bits."""
-        if not getattr(self, "is_quantized", False):
-            return []
-        return [getattr(parameter, "quant_state", None) for parameter in self.parameters()]
-
     def load_adapter(
         self,
         peft_model_id: str | None = None,
@@ -358,7 +243,7 @@ class CheckpointMixin:
             ValueError: naming the weight of the adapter that has no place in this model, the place that has no weight
                 in the adapter, or two shapes; the model is as before.
         """
-        peft = import_peft()
+        import_peft()
         is_known = self._hf_peft_config_loaded and (adapter_name or "default") in self.peft_config
         if is_known or (peft_model_id is None and (peft_config is None or adapter_state_dict is None)):
             # Weights to exchange, or too little: transformers knows what to do.
@@ -374,7 +259,7 @@ class CheckpointMixin:
             if has_original_names(weights):
                 return add_original_adapter(self, folder, merge=False, **settings)
         if peft_config is None:
-            peft_config = peft.PeftConfig.from_pretrained(folder.name, **folder.download)
+            peft_config = read_adapter_config(folder.name, folder.download)
         settings["is_trainable"] = kwargs.get("is_trainable", False)
         attach_adapter(self, peft_config, weights, folder.name, **settings)
 
@@ -406,17 +291,6 @@ class CheckpointMixin:
                 for key, value in state_dict.items()
             }
         return super().load_state_dict(state_dict, *args, **kwargs)
-
-
-@contextlib.contextmanager
-def accept_any_peft() -> Iterator[None]:
-    """Let transformers read an adapter of a model whatever PEFT is installed: 5.24 asks for 0.22, which is not
-    published (integrations/peft.py)."""
-    wanted, integration.MIN_PEFT_VERSION = integration.MIN_PEFT_VERSION, "0"
-    try:
-        yield
-    finally:
-        integration.MIN_PEFT_VERSION = wanted
 
 
 def _take_checks(kwargs: dict[str, Any]) -> tuple[dict[str, bool], bool, bool]:
@@ -457,41 +331,6 @@ def refuse_bit_arguments(kwargs: dict[str, Any]) -> None:
                 f"got {argument}=True; expected quantization_config=BitsAndBytesConfig({argument}=True), or "
                 "quantization= with a name, such as 'int8' on a CPU or 'nf4' on a GPU"
             )
-
-
-def refuse_unfit(
-    model: PreTrainedModel,
-    info: dict[str, Any],
-    name: str,
-    *,
-    weights: dict[str, Weight] | None = None,
-    download: dict[str, Any] | None = None,
-    takes_any_shape: bool = False,
-) -> None:
-    """Refuse a model of which a part was not loaded, and weights without a place in it.
-
-    Args:
-        weights: What was read, by our name; None to look it up in the files of `name`.
-        takes_any_shape: The caller wants new weights where shapes differ.
-
-    Raises:
-        ValueError: naming file, weight and shapes.
-    """
-    is_whole = model.base_model is not model
-    found = {
-        "missing_keys": info["missing_keys"],
-        "mismatched_keys": [] if takes_any_shape else info["mismatched_keys"],
-        "unexpected_keys": [
-            key
-            for key in info["unexpected_keys"]
-            if is_used(key, model.config) and (is_whole or not key.startswith("lm_head."))
-        ],
-    }
-    if any(found.values()):
-        weights = read_model(name, download or {}) if weights is None else weights
-        if not is_whole:
-            weights = {key.removeprefix("model."): weight for key, weight in weights.items()}
-        refuse_unfit_weights(found, weights, name)
 
 
 def read_generation_config(name: str, config: PreTrainedConfig, download: dict[str, Any]) -> GenerationConfig:

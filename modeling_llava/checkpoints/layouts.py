@@ -21,7 +21,6 @@ from processing_llava.original.original_folder import (
     check_model_type,
     override_tower,
     read_built_in,
-    select_download,
 )
 from processing_llava.original.original_processor import (
     TURN_END_TOKENS,
@@ -30,6 +29,7 @@ from processing_llava.original.original_processor import (
     read_pinpoints,
     read_text_config,
 )
+from processing_llava.original.stored_files import select_download
 
 SIGLIP_LAYER = -2
 """The last layer that the original keeps of a SigLIP tower."""

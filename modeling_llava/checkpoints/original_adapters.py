@@ -7,17 +7,24 @@ of a model without weights, before the adapter is attached.
 """
 
 import copy
+import re
+import time
 from types import ModuleType
 from typing import Any
 
+import regex
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from processing_llava.original.original_folder import OriginalFolder, find_file, read_json
+from processing_llava.config_fields import naming_config
+from processing_llava.messages import shorten
+from processing_llava.original.original_folder import OriginalFolder
+from processing_llava.original.stored_files import find_file, read_json
 
+from .fit import refuse_unfit_weights
 from .original_weights import is_used, read_trained_parts
-from .weight_files import Weight, read_file, refuse_unfit_weights
+from .weight_files import Weight, read_file
 from .weight_names import rename_from_ours, rename_to_ours
 
 logger = logging.get_logger(__name__)
@@ -28,6 +35,9 @@ PROJECTOR = "mm_projector"
 PEFT_PREFIX = "base_model.model."
 """How every name in an adapter's file begins."""
 _ORIGINAL_LAYERS = ("model.layers.", "transformer.blocks.")
+_PLAIN_PATTERN = re.compile(r"[\w.^$\\|-]*")
+"""Regular expressions whose time grows with what they are matched with, and no faster."""
+_MATCHING_SECONDS = 1.0
 _TUNER_PREFIXES = {
     "LORA": "lora_",
     "IA3": "ia3_",
@@ -64,7 +74,7 @@ def load_adapted(
         folder = OriginalFolder(name=name, config={}, base_model=base, download=download)
         model = add_original_adapter(model, folder, merge=merge)
     else:
-        attach_adapter(model, import_peft().PeftConfig.from_pretrained(name, **download), weights, name)
+        attach_adapter(model, read_adapter_config(name, download), weights, name)
     return (model, loaded[1]) if isinstance(loaded, tuple) else model
 
 
@@ -79,6 +89,48 @@ def import_peft() -> ModuleType:
     except ImportError as error:
         raise ImportError("got an adapter, and PEFT is not installed; expected it: pip install peft") from error
     return peft
+
+
+def read_adapter_config(name: str, download: dict[str, Any]) -> Any:
+    """The configuration of an adapter of PEFT.
+
+    Raises:
+        ValueError: naming the file, if none can be made of it, or it holds a pattern that may match forever.
+    """
+    fields = read_json(name, "adapter_config.json", download) or {}
+    for field in ("rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save"):
+        patterns = fields.get(field) or ()
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            if not isinstance(pattern, str) or not _PLAIN_PATTERN.fullmatch(pattern):
+                raise ValueError(
+                    f"got {field}={shorten(patterns)} in {name}/adapter_config.json; expected names of modules, which "
+                    "repeat nothing: write them out"
+                )
+    with naming_config(f"{name}/adapter_config.json"):
+        return import_peft().PeftConfig.from_pretrained(name, **download)
+
+
+def write_out_patterns(model: PreTrainedModel, peft_config: Any, name: str) -> None:
+    """Give an adapter, in place, the modules that its patterns match: PEFT would match them without an end.
+
+    Raises:
+        ValueError: naming the pattern, if it takes too long or is none.
+    """
+    names = [module_name for module_name, _ in model.named_modules()]
+    end = time.monotonic() + _MATCHING_SECONDS
+    for field in ("target_modules", "exclude_modules", "feedforward_modules"):
+        pattern = vars(peft_config).get(field)
+        if not isinstance(pattern, str) or pattern == "all-linear":
+            continue
+        try:
+            left = (max(end - time.monotonic(), 1e-3) for _ in names)
+            found = {item for item in names if regex.fullmatch(pattern, item, timeout=next(left))}
+        except (TimeoutError, regex.error) as error:
+            raise ValueError(
+                f"got {field}={shorten(pattern)} in {name}/adapter_config.json, a pattern that cannot be matched "
+                f"({error}); expected names of modules: write them out"
+            ) from error
+        setattr(peft_config, field, found)
 
 
 def needs_our_class(name: str, download: dict[str, Any]) -> bool:
@@ -108,7 +160,7 @@ def load_original_adapter(
     weights = {
         rename_to_ours(key, "original"): item for key, item in read_adapter(folder.name, folder.download).items()
     }
-    peft_config = peft.PeftConfig.from_pretrained(folder.name, **folder.download)
+    peft_config = read_adapter_config(folder.name, folder.download)
     if not isinstance(peft_config, peft.LoraConfig):
         raise ValueError(f"got adapter {folder.name} of type {peft_config.peft_type}; expected LORA")
     check_adapter(model, weights)
@@ -225,6 +277,7 @@ def attach_adapter(
     with torch.device("meta"):
         skeleton = type(model)(copy.deepcopy(model.config))
     check_adapter_weights(skeleton, peft_config, weights, name)
+    write_out_patterns(model, peft_config, name)
     peft_config.inference_mode = not is_trainable
     peft.inject_adapter_in_model(peft_config, model, adapter_name)
     peft.set_peft_model_state_dict(model, {key: item.data[...] for key, item in weights.items()}, adapter_name)
@@ -243,13 +296,15 @@ def check_adapter_file(model: PreTrainedModel, name: str) -> None:
     Raises:
         ValueError: naming file, weight and shapes.
     """
-    check_adapter_weights(model, import_peft().PeftConfig.from_pretrained(name), read_adapter(name, {}), name)
+    check_adapter_weights(model, read_adapter_config(name, {}), read_adapter(name, {}), name)
 
 
 def check_adapter_weights(model: PreTrainedModel, peft_config: Any, weights: dict[str, Weight], name: str) -> None:
     """As `check_adapter_file`, for an adapter that was read."""
-    adapter_name = "default"
-    import_peft().inject_adapter_in_model(copy.deepcopy(peft_config), model, adapter_name, low_cpu_mem_usage=True)
+    adapter_name, peft_config = "default", copy.deepcopy(peft_config)
+    write_out_patterns(model, peft_config, name)
+    with naming_config(f"{name}/adapter_config.json"), torch.device("meta"):
+        import_peft().inject_adapter_in_model(peft_config, model, adapter_name)
     empty = {key: torch.empty(item.shape, dtype=item.dtype, device="meta") for key, item in weights.items()}
     try:
         found = find_unfit(model, rename_for_model(model, empty, adapter_name), adapter_name)

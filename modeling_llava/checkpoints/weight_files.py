@@ -1,7 +1,6 @@
 """Weights of a folder or Hub repository, by name, unread until they are needed; and what is wrong with a file."""
 
-import pickle
-import zipfile
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +9,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from modeling_llava.acceleration.devices import release_mapped
-from processing_llava.original.original_folder import find_file, read_json
+from processing_llava.messages import shorten
+from processing_llava.original.stored_files import find_file, read_json
 
+from .torch_files import load_torch_file
+
+MAX_HEADER_BYTES = 2**23
+"""Of a safetensors file, about 100 for each weight; safetensors itself reads up to 100 MB (0.8)."""
 MODEL_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -21,6 +25,7 @@ MODEL_FILES = (
 """What a complete model may be stored as; the first that exists is read."""
 
 
+_SHARD = re.compile(r"[^/\\\0]+\.(safetensors|bin)")
 COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 """How the names of buffers end that old checkpoints hold."""
 QUANTIZED_PARTS = {
@@ -111,13 +116,35 @@ def read_model(name: str, download: dict[str, Any]) -> dict[str, Weight]:
         if not filename.endswith(".index.json"):
             return read_file(path)
         weights: dict[str, Weight] = {}
-        for shard in sorted(set(read_json(name, filename, download)["weight_map"].values())):
+        for shard in list_shards(name, filename, download):
             shard_path = find_file(name, shard, download)
             if shard_path is None:
                 raise ValueError(f"got {path}, which lists {shard}; expected that file beside it: download it again")
             weights |= read_file(shard_path)
         return weights
     raise ValueError(f"got {name!r} without weights; expected one of {', '.join(MODEL_FILES)}")
+
+
+def list_shards(name: str, filename: str, download: dict[str, Any]) -> list[str]:
+    """The files that an index names, which lie beside it.
+
+    Raises:
+        ValueError: naming index and file, if it would be read from somewhere else.
+    """
+    weight_map = read_json(name, filename, download).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(
+            f"got {name}/{filename} with weight_map={shorten(weight_map)}; expected the file of each weight: download "
+            "it again"
+        )
+    shards = {shard if isinstance(shard, str) else repr(shard) for shard in weight_map.values()}
+    for shard in sorted(shards):
+        if not _SHARD.fullmatch(shard):
+            raise ValueError(
+                f"got {name}/{filename}, which names {shorten(shard)}; expected a .safetensors or .bin file beside "
+                "it: download it again"
+            )
+    return sorted(shards)
 
 
 def refuse_quantized(name: str, config: dict[str, Any] | None, weights: dict[str, Weight]) -> None:
@@ -158,42 +185,6 @@ def refuse_integers(name: str, weights: dict[str, Weight]) -> None:
             )
 
 
-def refuse_unfit_weights(found: dict[str, Any], weights: dict[str, Weight], name: str) -> None:
-    """Refuse a model or adapter of which a part was not loaded, or weights that have no place.
-
-    Args:
-        found: `mismatched_keys` (name, found and expected shape), `missing_keys` and `unexpected_keys`, as
-            transformers reports them.
-        weights: What was read, by the names in `found` as far as they are the same.
-        name: Folder or Hub id.
-
-    Raises:
-        ValueError: naming file, weight and shapes.
-    """
-
-    def place(key: str) -> str:
-        return f"{weights[key].key} in {weights[key].file}" if key in weights else f"{key} in {name}"
-
-    for key, shape, expected in sorted(found["mismatched_keys"]):
-        stored = weights[key].key if key in weights else key
-        where = weights[key].file if key in weights else name
-        raise ValueError(
-            f"got {stored} of shape {list(shape)} in {where}; expected {list(expected)} as the configuration of the "
-            f"model says: this weight belongs to another model than {name}"
-        )
-    missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
-    if missing:
-        raise ValueError(
-            f"got {name} without {len(missing)} weights, {missing[0]} among them; expected all: a file is incomplete "
-            "or of another model"
-        )
-    if unexpected:
-        raise ValueError(
-            f"got {len(unexpected)} weights without a place in the model, {place(unexpected[0])} among them; expected "
-            "those of this architecture alone: they are of another model"
-        )
-
-
 def read_file(path: str) -> dict[str, Weight]:
     """The weights of one file; torch files are read without running any code in them.
 
@@ -204,37 +195,31 @@ def read_file(path: str) -> dict[str, Weight]:
 
 
 def _read_pairs(path: str) -> Iterator[tuple[str, Any]]:
-    if path.endswith(".safetensors"):
-        try:
-            # The slices keep the file open.
-            file = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(
-                f"got {path}, which is damaged ({error}); expected a whole file: download it again"
-            ) from error
-        for key in file.keys():  # noqa: SIM118 (it is no dict)
-            yield key, file.get_slice(key)
+    if not path.endswith(".safetensors"):
+        yield from load_torch_file(path).items()
         return
     try:
-        content = _load_torch_file(path)
-    except pickle.UnpicklingError as error:
+        _check_header(path)
+        # The slices keep the file open.
+        file = safe_open(path, framework="pt")
+        for key in file.keys():  # noqa: SIM118 (it is no dict)
+            yield key, file.get_slice(key)
+    except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"got {path}, which holds more than tensors and would run code; expected tensors only: ask its author for "
-            "safetensors"
+            f"got {path}, which is damaged ({' '.join(str(error).split())}); expected a whole file: download it again"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"got {path}, which is damaged ({reason}); expected a whole file: download it again"
-        ) from error
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ValueError(f"got {path}, which is no dict of tensors; expected the weights of a model")
-    yield from content.items()
 
 
-def _load_torch_file(path: str) -> Any:
-    # Files from before torch 1.6 are no zip archives and cannot be mapped.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+def _check_header(path: str) -> None:
+    """Refuse a header that takes much more memory than any model needs, before safetensors reads it.
+
+    Raises:
+        SafetensorError: with its size.
+    """
+    with open(path, "rb") as file:
+        num_bytes = int.from_bytes(file.read(8), "little")
+    if num_bytes > MAX_HEADER_BYTES:
+        raise SafetensorError(f"a header of {num_bytes:,} bytes, of at most {MAX_HEADER_BYTES:,}")
 
 
 def find_base_dtype(weights: dict[str, Weight]) -> torch.dtype:

@@ -18,7 +18,8 @@ from modeling_llava.auto import AutoModelForVision2Seq
 from modeling_llava.checkpoints.original_adapters import PROJECTOR, check_adapter_file
 from modeling_llava.records.figures import add_source
 from modeling_llava.records.training_record import read_run_files
-from processing_llava.original.original_folder import find_adapter_base, find_installed, find_layout, read_json
+from processing_llava.original.original_folder import find_adapter_base, find_installed, find_layout
+from processing_llava.original.stored_files import read_json
 
 from .export_settings import Exported, ExportSettings
 from .model_repository import add_card, find_model_metadata_problems, write_prompt
@@ -118,7 +119,7 @@ def _refuse_other_shapes(source: Path, base: str) -> None:
     """
     local = find_adapter_base(str(source), {}) or base
     try:
-        config = AutoConfig.from_pretrained(local)
+        config = AutoConfig.from_pretrained(local, trust_remote_code=False)
     except OSError:
         return
     with torch.device("meta"):

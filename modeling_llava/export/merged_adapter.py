@@ -4,6 +4,7 @@ What is surprising: an adapter that was trained on a 4-bit base corrects the rou
 into the 4-bit weights written out as 16 bits, not into the weights they were rounded from.
 """
 
+import copy
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +16,19 @@ from transformers import AutoProcessor, BatchFeature, PreTrainedModel, Processor
 
 from modeling_llava.acceleration.quantization import four_bit_config
 from modeling_llava.auto import AutoModelForVision2Seq
-from modeling_llava.checkpoints.original_adapters import has_original_names, needs_our_class, read_adapter
-from modeling_llava.checkpoints.weight_files import has_model, refuse_unfit_weights
+from modeling_llava.checkpoints.original_adapters import (
+    check_adapter_weights,
+    has_original_names,
+    needs_our_class,
+    read_adapter,
+    read_adapter_config,
+    write_out_patterns,
+)
+from modeling_llava.checkpoints.weight_files import has_model
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.records.training_record import RECORD_FILE
-from processing_llava.original.original_folder import OriginalFolder, find_installed, read_json, resolve_beside
+from processing_llava.original.original_folder import OriginalFolder, find_installed, resolve_beside
+from processing_llava.original.stored_files import read_json
 
 MAX_RELATIVE_DIFFERENCE = 0.1
 """Share of the largest logit. Rounding to 16 bits stays far below; an adapter of another base does not."""
@@ -115,28 +124,34 @@ def _merge(
         merged = AutoModelForVision2Seq.from_pretrained(adapter, dtype="auto", **base)
         return _compute_logits(apart, processor), merged, processor
 
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
     processor = AutoProcessor.from_pretrained(adapter)
-    config = PeftConfig.from_pretrained(adapter)
+    config = read_adapter_config(adapter, {})
     base_model = find_installed(base_model) if base_model else resolve_beside(adapter, config.base_model_name_or_path)
     # transformers' own class, which "auto" takes for its layout, has another name for our projector; PEFT would leave
     # the trained one out without an error (peft 0.21, peft_model.py).
     is_ours = needs_our_class(adapter, {})
     model_class = AnyLlavaForConditionalGeneration if is_ours else AutoModelForVision2Seq
-    if base_bits == 16:
-        model = PeftModel.from_pretrained(model_class.from_pretrained(base_model, dtype="auto"), adapter)
-        before = _compute_logits(model, processor)
-    else:
-        before = _compute_logits(PeftModel.from_pretrained(_load_4_bits(model_class, base_model), adapter), processor)
-        model = PeftModel.from_pretrained(_load_4_bits(model_class, base_model).dequantize(), adapter)
-    # Of the two, only load_adapter returns the keys that found no place (peft 0.21, peft_model.py).
-    found = model.load_adapter(adapter, "default")
-    refuse_unfit_weights(found._asdict() | {"mismatched_keys": []}, weights, adapter)
+    load = _load_4_bits if base_bits == 4 else _load_16_bits
+    model = load(model_class, base_model)
+    with torch.device("meta"):
+        skeleton = type(model)(copy.deepcopy(model.config))
+    check_adapter_weights(skeleton, config, weights, adapter)
+    write_out_patterns(model, config, adapter)
+    model = PeftModel.from_pretrained(model, adapter, config=copy.deepcopy(config))
+    before = _compute_logits(model, processor)
+    if base_bits == 4:
+        model = load(model_class, base_model).dequantize()
+        model = PeftModel.from_pretrained(model, adapter, config=config)
     merged = model.merge_and_unload(safe_merge=True)
     if is_ours:
         merged.checkpoint_layout = "any_llava"  # the layout that fits the processor, whatever the base had
     return before, merged, processor
+
+
+def _load_16_bits(model_class: type, base_model: str) -> PreTrainedModel:
+    return model_class.from_pretrained(base_model, dtype="auto")
 
 
 def _load_4_bits(model_class: type, base_model: str) -> PreTrainedModel:

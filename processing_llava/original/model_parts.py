@@ -18,8 +18,10 @@ from processing_llava.config_fields import check_part, naming_config, use_one_si
 from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
 from processing_llava.transformers_versions import AutoImageProcessor
 
-from .original_folder import find_file, is_hub_id, limit_download, naming_file
+from .config_bounds import log_ignored_code
+from .original_folder import read_config_file
 from .sentencepiece_tokenizer import load_sentencepiece_tokenizer
+from .stored_files import find_file, is_hub_id, limit_download, naming_file, read_json
 
 logger = logging.get_logger(__name__)
 
@@ -62,7 +64,9 @@ def read_vision_config(vision_tower: str, **download) -> PreTrainedConfig:
         config.name_or_path = vision_tower
         return config
     with explain_tower(vision_tower), naming_config(f"vision tower {vision_tower!r}"):
-        config = AutoConfig.from_pretrained(vision_tower, **limit_download(vision_tower, download))
+        read_config_file(vision_tower, download)
+        download = limit_download(vision_tower, download)
+        config = AutoConfig.from_pretrained(vision_tower, trust_remote_code=False, **download)
     if "vision_config" in config.sub_configs:
         config = config.vision_config
     config.name_or_path = vision_tower
@@ -120,7 +124,10 @@ def read_image_processor(
         download = limit_download(vision_tower, download or {})
     try:
         with naming_file(vision_tower, download):
-            tower_fields = AutoImageProcessor.from_pretrained(vision_tower, backend="pil", **download).to_dict()
+            log_ignored_code(read_json(vision_tower, "preprocessor_config.json", download), vision_tower)
+            tower_fields = AutoImageProcessor.from_pretrained(
+                vision_tower, backend="pil", trust_remote_code=False, **download
+            ).to_dict()
     except OSError as error:
         raise ValueError(
             f"got vision tower {vision_tower!r} without preprocessor_config.json; expected one with size, image_mean "
@@ -191,7 +198,8 @@ def read_tokenizer(
     config = {} if is_original_file else {"config": text_config}
     try:
         with naming_file(name, download):
-            tokenizer = tokenizer_class.from_pretrained(name, **config, **download)
+            log_ignored_code(read_json(name, "tokenizer_config.json", download), f"{name}/tokenizer_config.json")
+            tokenizer = tokenizer_class.from_pretrained(name, trust_remote_code=False, **config, **download)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(

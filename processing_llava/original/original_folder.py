@@ -7,43 +7,26 @@ Nothing is read from the name of a folder. What is surprising:
   come from the base model.
 """
 
-import functools
-import json
 import re
-import socket
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
-from huggingface_hub import constants, try_to_load_from_cache
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, GenerationConfig, LlavaConfig, LlavaNextConfig, PreTrainedConfig
 from transformers.utils import logging
-from transformers.utils.hub import cached_file
 
 from processing_llava.config_fields import build_config, check_dtype, check_part, check_sub_configs, use_one_side
 from processing_llava.messages import shorten
 
+from .config_bounds import check_numbers, log_ignored_code
 from .model_types import TEXT_MODEL_OF_CLASS, TEXT_MODEL_OF_TYPE
+from .stored_files import find_file, read_json, select_download
 
 logger = logging.get_logger(__name__)
-
-DOWNLOAD_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-"""What decides where files come from, in every `from_pretrained`."""
 
 TRANSFORMERS_CONFIGS = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
 """transformers' own configurations that AnyLlavaConfig can express, by model_type."""
 _ORIGINAL_CLASS = re.compile(r"Llava\w*ForCausalLM")
-
-
-def select_download(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments of a `from_pretrained` that decide where files come from."""
-    return {name: kwargs[name] for name in DOWNLOAD_KWARGS if kwargs.get(name) is not None}
 
 
 def override_tower(config: dict[str, Any], vision_tower: str | None) -> dict[str, Any]:
@@ -75,7 +58,7 @@ def recognise(name: str, download: dict[str, Any], *, base_model: str | None = N
         ValueError: config.json is no JSON or lacks a part, or nothing says which model is under an adapter.
         OSError: in one line, if there is no such folder or repository.
     """
-    raw = read_json(name, "config.json", download)
+    raw = read_config_file(name, download)
     if raw is not None:
         layout = find_layout(raw)
         if layout is not None:
@@ -89,6 +72,19 @@ def recognise(name: str, download: dict[str, Any], *, base_model: str | None = N
     return Recognised(None if base is None else "adapter", {}, base)
 
 
+def read_config_file(name: str, download: dict[str, Any]) -> dict[str, Any] | None:
+    """The config.json of a folder or Hub repository, with numbers that a model can have; None if there is none.
+
+    Raises:
+        ValueError: naming the file, and the field.
+    """
+    raw = read_json(name, "config.json", download)
+    if raw is not None:
+        check_numbers(raw, f"{name}/config.json")
+        log_ignored_code(raw, f"{name}/config.json")
+    return raw
+
+
 def find_layout(raw: dict[str, Any]) -> str | None:
     """The layout of a checkpoint by its config.json; None for a model of another kind.
 
@@ -99,6 +95,11 @@ def find_layout(raw: dict[str, Any]) -> str | None:
     for name, value, kind in (("model_type", model_type, str), ("architectures", architectures, list)):
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"got {name}={shorten(value)}; expected a {kind.__name__}: correct config.json")
+    if architectures and not all(isinstance(item, str) for item in architectures):
+        raise ValueError(f"got architectures={shorten(architectures)}; expected texts: correct config.json")
+    quantization = raw.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise ValueError(f"got quantization_config={shorten(quantization)}; expected an object: correct config.json")
     if model_type == "any_llava":
         return "any_llava"
     is_named = any(_ORIGINAL_CLASS.fullmatch(str(name)) for name in architectures or [])
@@ -139,122 +140,6 @@ def check_model_type(raw: dict[str, Any]) -> str:
     return layout or "any_llava"
 
 
-def find_file(name: str, filename: str, download: dict[str, Any]) -> str | None:
-    """The path of a file of a folder or Hub repository, downloaded if need be; None if there is no such file.
-
-    Raises:
-        OSError: in one line, if there is no such folder or repository, or it cannot be looked for.
-    """
-    return cached_file(
-        name,
-        filename,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=True,
-        **limit_download(name, download),
-    )
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name can be that of a repository on the Hub; a path of several parts cannot."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
-def limit_download(name: str, download: dict[str, Any]) -> dict[str, Any]:
-    """The download settings with which a name can be read: of the cache alone, where the Hub does not answer.
-
-    Raises:
-        OSError: in one line, if there is no such folder, or the Hub cannot be asked and nothing of it is in the cache.
-    """
-    if Path(name).is_dir():
-        return download
-    if not is_hub_id(name):
-        raise FileNotFoundError(f"there is no folder {name!r} on this machine")
-    if constants.HF_HUB_OFFLINE:
-        reason = "HF_HUB_OFFLINE forbids to ask the Hub"
-    elif download.get("local_files_only"):
-        reason = "local_files_only=True forbids to ask the Hub"
-    elif not _hub_answers(int(time.monotonic() // 60)):
-        reason = f"{constants.ENDPOINT} cannot be reached"
-    else:
-        return download
-    kept = {key: download[key] for key in ("cache_dir", "revision") if key in download}
-    folder = f"{download['subfolder']}/" if download.get("subfolder") else ""
-    files = (f"{folder}{filename}" for filename in ("config.json", "adapter_config.json", "preprocessor_config.json"))
-    if not any(isinstance(try_to_load_from_cache(name, file, **kept), str) for file in files):
-        raise FileNotFoundError(f"{name} is neither a folder nor in the cache of the Hub, and {reason}")
-    return download | {"local_files_only": True}
-
-
-@functools.lru_cache(maxsize=1)
-def _hub_answers(minute: int) -> bool:
-    """Whether the Hub, or the proxy before it, takes a connection; asked once a minute.
-
-    huggingface_hub 2.4 tries six times for each of a dozen files (http_backoff in utils/_http.py), 23 s every time.
-    """
-    hub = urlsplit(constants.ENDPOINT)
-    proxy = None if proxy_bypass(hub.hostname) else getproxies().get(hub.scheme)
-    address = urlsplit(proxy) if proxy else hub
-    try:
-        port = address.port or {"http": 80, "https": 443}[address.scheme]
-        socket.create_connection((address.hostname, port), timeout=constants.HF_HUB_ETAG_TIMEOUT).close()
-    except OSError as error:
-        logger.warning(f"{constants.ENDPOINT} cannot be reached ({error}); only what is in the cache is used")
-        return False
-    return True
-
-
-def read_json(name: str, filename: str, download: dict[str, Any]) -> dict[str, Any] | None:
-    """The content of a JSON file of a folder or Hub repository; None if there is no such file.
-
-    Raises:
-        ValueError: naming the file, if it is not JSON, or no object.
-    """
-    path = find_file(name, filename, download)
-    if path is None:
-        return None
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"got {path}, which is not JSON; expected one object: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"got {path}, which holds {shorten(content)}; expected one object: copy the file again")
-    return content
-
-
-PROCESSOR_FILES = (
-    "processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "tokenizer.json", "vocab.json", "chat_template.json",
-)  # fmt: skip
-
-
-@contextmanager
-def naming_file(name: str, download: dict[str, Any]) -> Iterator[None]:
-    """Tells which file of a processor is broken, where reading them fails inside.
-
-    Raises:
-        ValueError: in place of what the readers raise, which may be anything (tokenizers 0.23 has no error of its
-            own); other ValueErrors and OSErrors stay, where each file is an object.
-    """
-    try:
-        yield
-    except ImportError:
-        raise
-    except Exception as error:
-        for filename in PROCESSOR_FILES:
-            read_json(name, filename, download)
-        if isinstance(error, (OSError, ValueError)) and not isinstance(error, UnicodeError):
-            raise
-        found = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(
-            f"got {name}, of whose files no processor can be made ({found}); expected those of its tokenizer and "
-            "image processor: copy them again"
-        ) from error
-
-
 def find_adapter_base(name: str, download: dict[str, Any], *, base_model: str | None = None) -> str | None:
     """Folder or Hub id of the model under a folder that holds an adapter and no model; None for any other folder.
 
@@ -270,13 +155,47 @@ def find_adapter_base(name: str, download: dict[str, Any], *, base_model: str | 
     adapter = read_json(name, "adapter_config.json", download)
     if adapter is None:
         return None
-    base = base_model or adapter.get("base_model_name_or_path")
-    if not base:
+    named = read_base_name(adapter, name)
+    if not base_model and not named:
         raise ValueError(
             f"got adapter {name} without base_model_name_or_path; expected base_model=: the folder or Hub id of the "
             "model that it was trained on"
         )
-    return find_installed(str(base)) if base_model else resolve_beside(name, base)
+    found = find_installed(str(base_model)) if base_model else resolve_beside(name, named)
+    _refuse_circle(name, found)
+    return found
+
+
+def _refuse_circle(name: str, base: str) -> None:
+    """Refuse adapters on this machine that name each other as their base.
+
+    Raises:
+        ValueError: naming them.
+    """
+    seen = [Path(name).resolve()]
+    while Path(base).is_dir() and not Path(base, "config.json").exists():
+        seen.append(Path(base).resolve())
+        if seen[-1] in seen[:-1]:
+            raise ValueError(f"got adapter {name} on {base}, an adapter on itself; expected a model: give base_model=")
+        named = read_base_name(read_json(base, "adapter_config.json", {}), base)
+        if not named:
+            return
+        base = resolve_beside(base, named)
+
+
+def read_base_name(adapter: dict[str, Any] | None, name: str) -> str | None:
+    """What the adapter_config.json of a folder or Hub repository names as the model under it, if anything.
+
+    Raises:
+        ValueError: if it is no text.
+    """
+    base = (adapter or {}).get("base_model_name_or_path")
+    if base is not None and (not isinstance(base, str) or "\0" in base):
+        raise ValueError(
+            f"got base_model_name_or_path={shorten(base)} in {name}/adapter_config.json; expected the folder or "
+            "Hub id of a model: correct it, or give base_model="
+        )
+    return base
 
 
 def resolve_beside(folder: str, name: str) -> str:
@@ -307,7 +226,7 @@ class OriginalFolder:
     ) -> "OriginalFolder | None":
         """The original checkpoint of that name, or None if there is no config.json or it is another layout."""
         download = select_download(kwargs)
-        config = read_json(name, "config.json", download)
+        config = read_config_file(name, download)
         if config is None or find_layout(config) != "original":
             return None
         config = override_tower(config, vision_tower)
@@ -342,7 +261,7 @@ class OriginalFolder:
             ValueError: if the configuration names none.
         """
         name = self.config.get("mm_vision_tower")
-        if not name or not isinstance(name, str):
+        if not name or not isinstance(name, str) or "\0" in name:
             raise ValueError(
                 f"got {self.name} with mm_vision_tower={shorten(name)}; expected the Hub id or path of its vision "
                 "tower: add it to config.json"
@@ -354,8 +273,7 @@ class OriginalFolder:
         """Folder or Hub id of the base model: what the caller gave, else what the LoRA adapter says."""
         if self.base_model is not None:
             return str(self.base_model)
-        adapter = read_json(self.name, "adapter_config.json", self.download)
-        base = (adapter or {}).get("base_model_name_or_path")
+        base = read_base_name(read_json(self.name, "adapter_config.json", self.download), self.name)
         return resolve_beside(self.name, base) if base else None
 
     @property

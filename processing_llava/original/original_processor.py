@@ -6,14 +6,15 @@ transformers' processor keeps values of its own that the model has too (patch si
 configuration of the model decides, and a processor that contradicts it is refused.
 """
 
-import ast
+import json
 import re
 from typing import Any
 
 from transformers import (
     AddedToken,
     AutoConfig,
-    AutoProcessor,
+    LlavaNextProcessor,
+    LlavaProcessor,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -21,23 +22,20 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 from processing_llava.config_fields import build_config, check_part
+from processing_llava.image_layouts import MAX_TILES
+from processing_llava.messages import shorten
 from processing_llava.templates import change_template, load_template
 
+from .config_bounds import log_ignored_code
 from .model_parts import has_tokenizer, read_image_fields, read_image_processor, read_tokenizer, read_vision_config
 from .older_versions import read_old_activation
-from .original_folder import (
-    OriginalFolder,
-    check_fields,
-    check_model_type,
-    naming_file,
-    override_tower,
-    read_built_in,
-    read_json,
-    recognise,
-    select_download,
-)
+from .original_folder import OriginalFolder, check_fields, check_model_type, override_tower, read_built_in, recognise
+from .stored_files import naming_file, read_json, select_download
 
 logger = logging.get_logger(__name__)
+
+
+_PROCESSORS = {"llava": LlavaProcessor, "llava_next": LlavaNextProcessor}
 
 
 def read_transformers_parts(name: str, raw: dict[str, Any], download: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +50,8 @@ def read_transformers_parts(name: str, raw: dict[str, Any], download: dict[str, 
         ValueError: naming the values in which its processor contradicts its model.
     """
     config = read_built_in(raw)
-    theirs = AutoProcessor.from_pretrained(name, backend="pil", **download)
+    # AutoProcessor would follow the files, which may name ours.
+    theirs = _PROCESSORS[config.model_type].from_pretrained(name, backend="pil", trust_remote_code=False, **download)
     tokenizer, token = theirs.tokenizer, theirs.image_token
     # Folders of before transformers 4.46 lack fields of the processor, and the token in the tokenizer.
     if token not in tokenizer.get_vocab() and len(tokenizer) == config.image_token_id:
@@ -154,7 +153,10 @@ class OriginalProcessorMixin(ProcessorMixin):
             config = override_tower(found.raw, vision_tower)
             folder = OriginalFolder(name=name, config=config, base_model=base_model, download=download)
             return cls(**read_original_parts(folder, template=template))
+        kwargs["trust_remote_code"] = False
         with naming_file(name, download):
+            for filename in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+                log_ignored_code(read_json(name, filename, download), f"{name}/{filename}")
             if found.layout == "transformers" and (stored or {}).get("processor_class") != cls.__name__:
                 processor = cls(**read_transformers_parts(name, found.raw, download))
             else:
@@ -204,6 +206,12 @@ def read_original_tokenizer(folder: OriginalFolder, text_config: PreTrainedConfi
         added += ["<im_start>", "<im_end>"]
     missing = [token for token in added if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
+    if "<im_end>" in added and tokenizer.get_vocab()["<im_end>"] >= text_config.vocab_size:
+        raise ValueError(
+            f"got {folder.name} with mm_use_im_start_end={shorten(folder.config['mm_use_im_start_end'])} and "
+            f"vocab_size={text_config.vocab_size}, without a place for <im_end>; expected {len(tokenizer)}: correct "
+            "config.json"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
@@ -247,17 +255,19 @@ def read_pinpoints(folder: OriginalFolder, *, tile_size: int) -> list[list[int]]
     try:
         if isinstance(sizes, str) and "x" in sizes:
             (rows, columns), (last_rows, last_columns) = (map(int, ends) for ends in _PINPOINT_RANGE.findall(sizes))
+            if max(last_rows, last_columns) > MAX_TILES:
+                raise ValueError("too many tiles")
             sizes = [
                 [row * tile_size, column * tile_size]
                 for row in range(rows, last_rows + 1)
                 for column in range(columns, last_columns + 1)
             ]
         elif isinstance(sizes, str):
-            sizes = ast.literal_eval(sizes)
+            sizes = json.loads(sizes.replace("(", "[").replace(")", "]"))
         return [[int(height), int(width)] for width, height in sizes]
-    except (TypeError, ValueError, SyntaxError) as error:
+    except (ArithmeticError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(
-            f"got {folder.name} with image_grid_pinpoints={sizes!r}; expected a list of [width, height]"
+            f"got {folder.name} with image_grid_pinpoints={shorten(sizes)}; expected a list of [width, height]"
         ) from error
 
 

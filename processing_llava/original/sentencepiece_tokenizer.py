@@ -23,6 +23,8 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 _SPACE = "\u2581"
+MAX_PIECES, MAX_PIECE_LENGTH = 500_000, 256
+"""Every way to cut a piece in two is tried. SentencePiece makes none of more than 16 characters unless told to."""
 _NAMED_TOKENS = ("unk_token", "bos_token", "eos_token", "pad_token")
 
 
@@ -70,6 +72,12 @@ def _read_model(folder: Path) -> sentencepiece_model.ModelProto:
         )
     model = sentencepiece_model.ModelProto()
     model.ParseFromString(path.read_bytes())
+    longest = max((len(piece.piece) for piece in model.pieces), default=0)
+    if len(model.pieces) > MAX_PIECES or longest > MAX_PIECE_LENGTH:
+        raise ValueError(
+            f"got {path} with {len(model.pieces)} pieces, the longest of {longest} characters; expected at most "
+            f"{MAX_PIECES} of at most {MAX_PIECE_LENGTH}: no model needs more, take another one"
+        )
     found = {
         "model_type": sentencepiece_model.TrainerSpec.ModelType.Name(model.trainer_spec.model_type),
         "byte_fallback": model.trainer_spec.byte_fallback,

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +14,40 @@ from transformers import AutoConfig, AutoProcessor
 from modeling_llava import AnyLlavaConfig, AutoModelForVision2Seq
 from modeling_llava.inference.loading import load_for_inference
 from processing_llava import AnyLlavaProcessor
-from tests.original_folders import write_v15
-from tests.tiny import TILE_SIZE, save_tiny_checkpoint, tiny_model, tiny_processor
+from tests.modeling_llava.checkpoints import folder_changes
+from tests.tiny import TILE_SIZE
 
+LAYOUTS = ("any_llava", "llava", "original")
 WRONG = (None, "a", -1, 0, [], {})
-ELSEWHERE = {"image_token_index": "image_token_id", "torch_dtype": "dtype"}
+ELSEWHERE = {
+    "image_token_index": "image_token_id",
+    "torch_dtype": "dtype",
+    "mm_vision_tower": "vision tower",
+    "mm_projector_type": "projector_type",
+    "mm_patch_merge_type": "patch_merge_type",
+    "mm_vision_select_feature": "vision_feature_select_strategy",
+}
 """What messages call a field."""
 
 
-def save_ours(folder: Path) -> Path:
-    return save_tiny_checkpoint(folder / "model")
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """A folder for each layout, in which `model` is the checkpoint."""
+    root = tmp_path_factory.mktemp("broken_configs")
+    for layout in LAYOUTS:
+        folder_changes.LAYOUTS[layout](root / layout)
+    return root
 
 
-def save_theirs(folder: Path) -> Path:
-    processor = tiny_processor()
-    tiny_model(image_token_id=processor.image_token_id).save_pretrained(folder / "model", layout="transformers")
-    processor.save_pretrained(folder / "model")
-    return folder / "model"
+@pytest.fixture
+def copied(prepared, tmp_path):
+    """Copies one of them, to be changed."""
 
+    def copy_layout(layout: str) -> Path:
+        shutil.copytree(prepared / layout, tmp_path / layout)
+        return tmp_path / layout / "model"
 
-def save_original(folder: Path) -> Path:
-    write_v15(folder)
-    return folder / "checkpoint"
-
-
-LAYOUTS = {"any_llava": save_ours, "transformers": save_theirs, "original": save_original}
+    return copy_layout
 
 
 def answer(folder: Path) -> None:
@@ -62,34 +72,55 @@ def change(fields: dict[str, Any], place: tuple[str, ...], value: Any) -> dict[s
     return fields
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("layout", ["any_llava", pytest.param("transformers", marks=pytest.mark.slow)])
-def test_every_field_of_a_config_is_right_or_named(layout, tmp_path):
-    folder = LAYOUTS[layout](tmp_path)
+def list_broken(folder: Path) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Writes a config.json with each value in each place, one after the other."""
     fields = json.loads((folder / "config.json").read_text())
     places = [(name,) for name in fields]
     places += [(name, inner) for name, value in fields.items() if isinstance(value, dict) for inner in value]
-    doors = [answer, AutoConfig.from_pretrained]
-    if layout == "transformers":  # whose own class it is that loads
-        doors.append(AutoModelForVision2Seq.from_pretrained)
-    faults = []
     for place in places:
         for value in WRONG:
             (folder / "config.json").write_text(json.dumps(change(fields, place, value)))
-            for door in doors:
-                if place == ("model_type",) and door is not answer:
-                    continue  # transformers says itself that it knows no such model
-                try:
-                    door(folder)
-                except (ValueError, OSError) as error:
-                    names = {place[-1], ELSEWHERE.get(place[-1], place[-1])}
-                    # A tower of another depth lacks weights, which are named.
-                    is_named = "weights" in str(error) or any(name in str(error) for name in names)
-                    if "\n" in str(error) or (door is answer and not is_named):
-                        faults.append((place, value, str(error)))
-                except Exception as error:
-                    faults.append((place, value, repr(error)))
-    assert faults == []
+            yield place, value
+
+
+def find_fault(door: Callable[[Path], Any], folder: Path, place: tuple[str, ...], *, names: bool) -> str | None:
+    """What is wrong with how a door takes a config.json with a value in a place."""
+    try:
+        door(folder)
+    except (ValueError, OSError) as error:
+        known = {place[-1], ELSEWHERE.get(place[-1], place[-1])}
+        # A tower of another depth lacks weights, which are named.
+        is_named = "weights" in str(error) or any(name in str(error) for name in known)
+        return str(error) if "\n" in str(error) or (names and not is_named) else None
+    except Exception as error:
+        return repr(error)
+    return None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_field_of_a_config_is_read_or_named(layout, copied):
+    """By the configuration alone; and of the values of each field, another one each time is answered with."""
+    folder, faults = copied(layout), []
+    for number, (place, value) in enumerate(list_broken(folder)):
+        if place != ("model_type",):  # transformers says itself that it knows no such model
+            faults.append((place, value, find_fault(AutoConfig.from_pretrained, folder, place, names=False)))
+        if layout != "llava" and number % len(WRONG) == number // len(WRONG) % len(WRONG):
+            faults.append((place, value, find_fault(answer, folder, place, names=True)))
+    assert [fault for fault in faults if fault[-1] is not None] == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_field_of_a_config_is_right_or_named(layout, copied):
+    folder, faults = copied(layout), []
+    for place, value in list_broken(folder):
+        faults.append((place, value, find_fault(answer, folder, place, names=True)))
+        if layout == "llava" and place != ("model_type",):  # whose own class it is that loads
+            door = AutoModelForVision2Seq.from_pretrained
+            faults.append((place, value, find_fault(door, folder, place, names=False)))
+    assert [fault for fault in faults if fault[-1] is not None] == []
 
 
 @pytest.mark.parametrize(
@@ -109,8 +140,8 @@ def test_every_field_of_a_config_is_right_or_named(layout, tmp_path):
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_values_of_the_right_type_are_named_too(part, field, value, tmp_path):
-    folder = save_ours(tmp_path)
+def test_values_of_the_right_type_are_named_too(part, field, value, copied):
+    folder = copied("any_llava")
     fields = json.loads((folder / "config.json").read_text())
     place = (field,) if part is None else (part, field)
     (folder / "config.json").write_text(json.dumps(change(fields, place, value)))
@@ -118,9 +149,9 @@ def test_values_of_the_right_type_are_named_too(part, field, value, tmp_path):
         load_for_inference(str(folder))
 
 
-@pytest.mark.parametrize("layout", ["any_llava", "transformers"])
-def test_equal_sides_are_one(layout, tmp_path):
-    folder = LAYOUTS[layout](tmp_path)
+@pytest.mark.parametrize("layout", ["any_llava", "llava"])
+def test_equal_sides_are_one(layout, copied):
+    folder = copied(layout)
     fields = json.loads((folder / "config.json").read_text())
     sides = change(fields, ("vision_config", "image_size"), [TILE_SIZE, TILE_SIZE])
     (folder / "config.json").write_text(json.dumps(sides))
@@ -134,8 +165,8 @@ def test_a_config_without_a_part_is_no_model():
 
 
 @pytest.mark.parametrize("value", ["a", ["../tower"], 3, None])
-def test_a_tower_is_named_by_a_text(value, tmp_path):
-    folder = save_original(tmp_path)
+def test_a_tower_is_named_by_a_text(value, copied):
+    folder = copied("original")
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(fields | {"mm_vision_tower": value}))
     with pytest.raises(ValueError, match="tower"):
@@ -144,21 +175,20 @@ def test_a_tower_is_named_by_a_text(value, tmp_path):
 
 @pytest.mark.parametrize("content", ["[]", "{", "null", '"x"', "\xff"])
 @pytest.mark.parametrize("layout", ["any_llava", "original"])
-def test_broken_files_are_named(layout, content, tmp_path):
-    folder = LAYOUTS[layout](tmp_path)
+def test_broken_files_are_named(layout, content, copied):
+    folder = copied(layout)
     names = {"config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json", "added_tokens.json"}
     for name in sorted(names & {path.name for path in folder.iterdir()}):
-        broken = tmp_path / "broken"
-        shutil.copytree(folder, broken)
-        (broken / name).write_bytes(content.encode("latin1"))
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(content.encode("latin1"))
         for door in (AnyLlavaProcessor.from_pretrained, AutoProcessor.from_pretrained, load_for_inference):
             with pytest.raises(ValueError, match=f"^got [^\n]*{name}[^\n]*$"):
-                door(str(broken))
-        shutil.rmtree(broken)
+                door(str(folder))
+        (folder / name).write_bytes(whole)
 
 
-def test_the_image_processor_of_a_tower_is_named(tmp_path):
-    folder = save_original(tmp_path)
-    (tmp_path / "tower" / "preprocessor_config.json").write_text("[]")
+def test_the_image_processor_of_a_tower_is_named(copied):
+    folder = copied("original")
+    (folder.parent / "tower" / "preprocessor_config.json").write_text("[]")
     with pytest.raises(ValueError, match="preprocessor_config.json"):
         AnyLlavaProcessor.from_pretrained(str(folder))

@@ -250,6 +250,23 @@ def test_a_missing_part_is_refused_at_every_door(ours, tmp_path, kind):
     assert main(command("merge", tmp_path / "adapter", tmp_path / "merged")) == 2
 
 
+@pytest.mark.parametrize("kind", ["all biases", "biases of its layers"])
+def test_missing_biases_on_a_base_of_transformers_own_class(ours, tmp_path, kind):
+    model = AutoModelForVision2Seq.from_pretrained(ours / "start")
+    model.save_pretrained(tmp_path / "base", layout="transformers")
+    tiny_processor().save_pretrained(tmp_path / "base")
+    expected = save_kind(kind, tmp_path / "base", tmp_path / "adapter")
+    assert main(command("merge", tmp_path / "adapter", tmp_path / "merged")) == 0
+    merged = AutoModelForVision2Seq.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(compute(merged), expected, rtol=1e-4, atol=1e-4)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(path)
+    kept = {key: value for key, value in weights.items() if not key.endswith(".bias")}
+    assert kept.keys() != weights.keys()
+    save_file(kept, path, metadata={"format": "pt"})
+    assert main(command("merge", tmp_path / "adapter", tmp_path / "again")) == 2
+
+
 def test_an_adapter_on_a_model_without_output_layer(ours, tmp_path):
     """`lm_head` apart, its names are those of the whole model without "model."."""
     save_kind("ranks", ours / "start", tmp_path / "adapter")

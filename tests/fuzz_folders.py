@@ -1,0 +1,118 @@
+"""Folders of small checkpoints with random changes, for `tests/fuzz.py`."""
+
+import builtins
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from hypothesis import strategies as st
+
+from tests.modeling_llava.checkpoints.folder_changes import LAYOUTS
+from tests.modeling_llava.checkpoints.hostile_folders import load
+
+NAMES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json",
+    "added_tokens.json", "adapter_config.json", "model.safetensors", "adapter_model.safetensors", "mm_projector.bin",
+    "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin", "../tower/config.json", "../base/config.json",
+    "../tower/preprocessor_config.json", "../tower/model.safetensors",
+)  # fmt: skip
+TARGETS = ("/dev/zero", "/etc/hostname", "..", ".", "config.json", "../tower/config.json", "nothing", "/proc/self/mem")
+NUMBERS = st.sampled_from([0, -1, 1, 2, 7, 255, 256, 10**5, 2**31, 2**63, 10**30, 1e308, float("inf"), float("nan")])
+TEXTS = st.sampled_from(["", "a", "..", "/", "gelu", "llava", "llama", "true", "\0", "\ud800", "(.*)*x"])
+VALUES = st.recursive(
+    NUMBERS | TEXTS | st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(TEXTS, values, max_size=3),
+    max_leaves=6,
+)
+PLACES = st.integers(0, 10**6)
+CHANGES = st.one_of(
+    st.tuples(st.just("value"), PLACES, VALUES),
+    st.tuples(st.just("remove"), PLACES, st.none()),
+    st.tuples(st.just("bytes"), PLACES, st.binary(min_size=1, max_size=8)),
+    st.tuples(st.just("cut"), PLACES, st.none()),
+    st.tuples(st.just("content"), PLACES, VALUES),
+    st.tuples(st.just("link"), PLACES, st.sampled_from(TARGETS)),
+)
+FOLDERS = st.tuples(
+    st.sampled_from(list(LAYOUTS)), st.lists(st.tuples(st.sampled_from(NAMES), CHANGES), min_size=1, max_size=3)
+)
+
+
+def change_value(content: Any, place: int, value: Any, *, remove: bool) -> None:
+    """Put a value into one of the places of JSON, in place; or take out what is there."""
+    places, open_parts = [], [content]
+    while open_parts:
+        part = open_parts.pop()
+        inner = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
+        for key, item in inner:
+            places.append((part, key))
+            open_parts.append(item)
+    if places:
+        part, key = places[place % len(places)]
+        if remove:
+            del part[key]
+        else:
+            part[key] = value
+
+
+def change_file(path: Path, kind: str, place: int, value: Any) -> None:
+    """Change a file in place, if there is one of that kind."""
+    if kind in ("value", "remove"):
+        if path.suffix == ".json" and path.is_file():
+            try:
+                content = json.loads(path.read_text())
+            except ValueError:
+                return  # another change was there before
+            change_value(content, place, value, remove=kind == "remove")
+            path.write_text(json.dumps(content))
+    elif kind == "content":
+        path.unlink(missing_ok=True)
+        path.write_text(json.dumps(value))
+    elif kind == "link":
+        path.unlink(missing_ok=True)
+        path.symlink_to(value)
+    elif path.is_file() and not path.is_symlink() and (data := bytearray(path.read_bytes())):
+        start = place % len(data)
+        if kind == "cut":
+            del data[start:]
+        else:
+            data[start : start + len(value)] = value
+        path.write_bytes(data)
+
+
+class AskedError(BaseException):
+    """Somebody was asked, whatever is caught in between."""
+
+
+def refuse_to_answer(*arguments: object) -> str:
+    raise AskedError(arguments)
+
+
+def build_folder_check() -> Callable[[object], None]:
+    """What loads a changed folder: it does, or a line says why not."""
+    root = tempfile.TemporaryDirectory()
+    for layout, write in LAYOUTS.items():
+        write(Path(root.name) / layout)
+    numbers = count()
+    builtins.input = refuse_to_answer
+
+    def check_folder(value: object) -> None:
+        layout, changes = value or ("any_llava", [])
+        copied = Path(root.name) / f"copy{next(numbers)}"
+        shutil.copytree(Path(root.name) / layout, copied)
+        for name, change in changes:
+            path = copied / "model" / name
+            if path.parent.is_dir():
+                change_file(path, *change)
+        try:
+            load(layout, copied / "model")
+        except (ValueError, OSError) as error:
+            assert "\n" not in str(error), str(error)
+        finally:
+            shutil.rmtree(copied)
+
+    return check_folder
