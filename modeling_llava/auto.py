@@ -21,21 +21,21 @@ from transformers.utils import logging
 from processing_llava.config_fields import naming_config
 from processing_llava.image_processing_fast import AnyLlavaImageProcessor
 from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
+from processing_llava.original.file_checks import read_json, select_download
 from processing_llava.original.original_folder import (
     TRANSFORMERS_CONFIGS,
     find_layout,
     read_built_in,
     recognise,
 )
-from processing_llava.original.stored_files import read_json, select_download
 from processing_llava.processing_llava import AnyLlavaProcessor
 from processing_llava.transformers_versions import AutoImageProcessor, warn_of_other_versions
 
 from .checkpoints.checkpoint_mixin import refuse_bit_arguments, refuse_parts
-from .checkpoints.fit import check_fit, check_generation_config, refuse_unfit_weights
 from .checkpoints.layouts import find_changed_fields, read_transformers_config, translate_config
 from .checkpoints.original_adapters import load_adapted, needs_our_class
 from .checkpoints.original_weights import is_left_out
+from .checkpoints.weight_checks import check_fit, check_generation_config, refuse_unfit_weights
 from .checkpoints.weight_files import Weight, has_model, read_model, refuse_integers
 from .checkpoints.weight_names import rename_to_ours
 from .configuration_llava import AnyLlavaConfig

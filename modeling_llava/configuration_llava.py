@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from processing_llava.anyres_layout import check_merge_type, check_pinpoints, check_visual_tokens
 from processing_llava.config_fields import (
     build_config,
     check_dtype,
@@ -18,7 +19,6 @@ from processing_llava.config_fields import (
     naming_config,
     use_one_side,
 )
-from processing_llava.image_layouts import check_merge_type, check_pinpoints, check_visual_tokens
 from processing_llava.messages import shorten
 
 from .image_encoder import check_projector_type, vision_tower_family

@@ -2,7 +2,7 @@
 
 The forward pass:
 1. the pruned vision tower encodes tiles, and the projector maps their features to text embeddings;
-2. the features of an image's tiles are merged to one sequence (`merge_tiles`, planned by `image_layouts`), of which
+2. the features of an image's tiles are merged to one sequence (`merge_tiles`, planned by `anyres_layout`), of which
    some are kept where the config asks for fewer (`visual_tokens`);
 3. each position of `input_ids` that holds `image_token_id` is given one feature, in reading order;
 4. the language model runs on the embeddings.
@@ -28,8 +28,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from processing_llava.anyres_layout import ImageLayout, plan_image
 from processing_llava.config_fields import naming_config
-from processing_llava.image_layouts import ImageLayout, plan_image
 from processing_llava.transformers_versions import CAN_CAPTURE_LAYERS, KV_CACHE
 
 from .checkpoints.checkpoint_mixin import CheckpointMixin

@@ -16,9 +16,9 @@ from torch.nn.functional import interpolate
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 
+from .anyres_layout import fit_inside, select_grid
 from .image_arrays import view_pixels
 from .image_decoding import Picture
-from .image_layouts import fit_inside, select_grid
 from .image_loading import ImageSource
 from .image_processing_llava import AnyLlavaImageProcessorKwargs, AnyLlavaImageProcessorPil, CutImage
 from .image_tiles import TileShape, fit_shorter_side, pad_to_tile, read_tile_shape, shrinks_columns_first

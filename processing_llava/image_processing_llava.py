@@ -31,9 +31,9 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
+from .anyres_layout import check_pinpoints
 from .image_arrays import image_from_levels, read_levels
 from .image_decoding import Picture
-from .image_layouts import check_pinpoints
 from .image_limits import DEFAULT_LIMITS, ImageLimits
 from .image_loading import ImageSource, UrlReader, load_image, open_picture
 from .image_tiles import cut_anyres, measure_need, pad_to_tile, read_tile_shape, resize_to_tile

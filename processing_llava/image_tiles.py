@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 from transformers.image_utils import SizeDict
 
+from .anyres_layout import fit_inside, select_grid
 from .image_decoding import MIN_RATIO, Picture
-from .image_layouts import fit_inside, select_grid
 
 BAND_PIXELS = 250_000
 """Rows are padded and resized in bands of about this many pixels, 1 MB in Pillow's four bytes each."""

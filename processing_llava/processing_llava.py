@@ -22,7 +22,7 @@ from transformers.processing_utils import (
 )
 from transformers.utils import logging
 
-from .image_layouts import check_visual_tokens, plan_image
+from .anyres_layout import check_visual_tokens, plan_image
 from .image_processing_fast import AnyLlavaImageProcessor
 from .image_processing_llava import AnyLlavaImageProcessorPil, flatten_images, naming_setting
 from .messages import check_messages, is_missing, list_pictures, shorten

@@ -1,4 +1,6 @@
-"""What people typed: marked, so that it shows in a prompt who wrote what, and kept from looking like a turn.
+"""What keeps the text of a user from being control: it is marked, so that a prompt shows who wrote what, and it is
+kept from looking like a turn. `prompts.py` renders with the marks, and `prompt_ids.py` encodes what is between them
+without control tokens.
 
 **Marks.** A text is put between two private-use characters that occur nowhere in the input, and each pair of them that
 comes out of the template holds a text. What is surprising: that alone would trust the template. Python's `repr`,

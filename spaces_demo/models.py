@@ -19,8 +19,8 @@ from modeling_llava.checkpoints.model_names import explain_missing
 from modeling_llava.inference.attention_map import AnswerAttention, read_attention
 from modeling_llava.inference.chat_cache import ChatCache
 from modeling_llava.inference.chat_session import AnswerStatistics, ChatSession
-from modeling_llava.inference.generation_memory import choose_dtype, read_config
-from modeling_llava.inference.loading import EMBEDDED_MODEL, find_device, load_for_inference
+from modeling_llava.inference.generation_memory import read_config
+from modeling_llava.inference.loading import EMBEDDED_MODEL, choose_dtype, find_device, load_for_inference
 from processing_llava.processing_llava import AnyLlavaProcessor
 from processing_llava.templates import change_template
 

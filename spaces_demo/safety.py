@@ -1,5 +1,5 @@
 """What keeps visitors private: no metadata in stored pictures, no request to other hosts, no text read as markup, and
-nothing of what they send in the log.
+nothing of what they send in the log; and how much they may send (`handlers.py` and `routes.py` ask here).
 
 What is surprising: Gradio fetches pictures that programs name by a URL, after a look at whether its host is public,
 for which it may ask a name server of Google (Gradio 6.31, processing_utils.py, through safehttpx); and it decodes data

@@ -109,7 +109,7 @@ UPSTREAM_NAMES = (
     ),
     UpstreamName(
         "transformers.conversion_mapping.get_model_conversion_mapping",
-        {"5.17": "model, key_mapping, hf_quantizer, add_legacy"}, ("modeling_llava/checkpoints/fit.py",),
+        {"5.17": "model, key_mapping, hf_quantizer, add_legacy"}, ("modeling_llava/checkpoints/weight_checks.py",),
         "which names transformers translates", "a check of names and shapes before weights are read",
     ),
     UpstreamName(
@@ -257,7 +257,7 @@ UPSTREAM_NAMES = (
     ),
     UpstreamName(
         "transformers.utils.hub.cached_file", {"5.17": "path_or_repo_id, filename, kwargs"},
-        ("processing_llava/original/stored_files.py",), "one file of a folder or repository",
+        ("processing_llava/original/file_checks.py",), "one file of a folder or repository",
         "huggingface_hub, without folders",
     ),
     UpstreamName(
@@ -283,7 +283,7 @@ UPSTREAM_NAMES = (
     UpstreamName(
         "transformers.trainer_pt_utils.BatchRebalanceSampler",
         {"5.17": "lengths, effective_batch_size, dp_size, grad_accum, shuffle, seed, rank, drop_last"},
-        ("modeling_llava/training/batches.py",), "batches of like size", "a public name for it",
+        ("modeling_llava/training/packed_batches.py",), "batches of like size", "a public name for it",
     ),
     UpstreamName(
         "transformers.CompileConfig._compile_all_devices", VALUE, ("modeling_llava/inference/cached_generation.py",),

@@ -21,10 +21,9 @@ from modeling_llava.acceleration.quantization import (
     refuse_unchanged,
     with_quantization,
 )
+from processing_llava.original.file_checks import DOWNLOAD_KWARGS, find_file, select_download
 from processing_llava.original.original_folder import OriginalFolder, check_model_type, override_tower, recognise
-from processing_llava.original.stored_files import DOWNLOAD_KWARGS, find_file, select_download
 
-from .fit import check_fit, check_generation_config, refuse_unfit
 from .layouts import merge_ids, restore_written, translate_config
 from .original_adapters import (
     PEFT_PREFIX,
@@ -40,6 +39,7 @@ from .original_adapters import (
 )
 from .original_weights import gather_original_weights, is_used
 from .saving_mixin import SavingMixin
+from .weight_checks import check_fit, check_generation_config, refuse_unfit
 from .weight_files import Weight, find_base_dtype, has_model, read_as, read_model, refuse_integers, refuse_quantized
 from .weight_names import rename_to_ours
 

@@ -12,6 +12,7 @@ from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig
 
 from modeling_llava.configuration_llava import AnyLlavaConfig
 from processing_llava.config_fields import check_sub_configs
+from processing_llava.original.file_checks import select_download
 from processing_llava.original.model_parts import has_tokenizer, read_vision_config
 from processing_llava.original.older_versions import is_older, read_old_activation, scales_image_features
 from processing_llava.original.original_folder import (
@@ -29,7 +30,6 @@ from processing_llava.original.original_processor import (
     read_pinpoints,
     read_text_config,
 )
-from processing_llava.original.stored_files import select_download
 
 SIGLIP_LAYER = -2
 """The last layer that the original keeps of a SigLIP tower."""

@@ -19,11 +19,11 @@ from transformers.utils import logging
 
 from processing_llava.config_fields import naming_config
 from processing_llava.messages import shorten
+from processing_llava.original.file_checks import find_file, read_json
 from processing_llava.original.original_folder import OriginalFolder
-from processing_llava.original.stored_files import find_file, read_json
 
-from .fit import refuse_unfit_weights
 from .original_weights import is_used, read_trained_parts
+from .weight_checks import refuse_unfit_weights
 from .weight_files import Weight, read_file
 from .weight_names import rename_from_ours, rename_to_ours
 

@@ -18,9 +18,9 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from processing_llava.original.file_checks import find_file, read_json
 from processing_llava.original.model_parts import explain_tower
 from processing_llava.original.original_folder import OriginalFolder
-from processing_llava.original.stored_files import find_file, read_json
 
 from .model_names import explain_missing
 from .weight_files import COMPUTED, Sum, Weight, has_model, read_file, read_model, refuse_quantized

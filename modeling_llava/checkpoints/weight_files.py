@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from modeling_llava.acceleration.devices import release_mapped
 from processing_llava.messages import shorten
-from processing_llava.original.stored_files import find_file, read_json
+from processing_llava.original.file_checks import find_file, read_json
 
 from .torch_files import load_torch_file
 

@@ -105,12 +105,11 @@ def _generation_needs(
     from modeling_llava.checkpoints.model_names import explain_missing
     from modeling_llava.inference.chat_cache import DEFAULT_MAX_BYTES
     from modeling_llava.inference.generation_memory import (
-        choose_dtype,
         predict_generation,
         predict_loading,
         read_config,
     )
-    from modeling_llava.inference.loading import Precision, choose_precision
+    from modeling_llava.inference.loading import Precision, choose_dtype, choose_precision
     from modeling_llava.inference.token_stream import limit_new_tokens
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -18,8 +18,8 @@ from modeling_llava.auto import AutoModelForVision2Seq
 from modeling_llava.checkpoints.original_adapters import PROJECTOR, check_adapter_file
 from modeling_llava.records.figures import add_source
 from modeling_llava.records.training_record import read_run_files
+from processing_llava.original.file_checks import read_json
 from processing_llava.original.original_folder import find_adapter_base, find_installed, find_layout
-from processing_llava.original.stored_files import read_json
 
 from .export_settings import Exported, ExportSettings
 from .model_repository import add_card, find_model_metadata_problems, write_prompt

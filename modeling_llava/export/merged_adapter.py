@@ -27,8 +27,8 @@ from modeling_llava.checkpoints.original_adapters import (
 from modeling_llava.checkpoints.weight_files import has_model
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.records.training_record import RECORD_FILE
+from processing_llava.original.file_checks import read_json
 from processing_llava.original.original_folder import OriginalFolder, find_installed, resolve_beside
-from processing_llava.original.stored_files import read_json
 
 MAX_RELATIVE_DIFFERENCE = 0.1
 """Share of the largest logit. Rounding to 16 bits stays far below; an adapter of another base does not."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from processing_llava.data.data_sources import ROW_FILES
+from processing_llava.original.file_checks import read_json
 from processing_llava.original.original_folder import find_layout
-from processing_llava.original.stored_files import read_json
 
 from .adapter_repository import find_adapter_problems, write_adapter_repository
 from .dataset_repository import find_dataset_problems, write_dataset_repository

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from modeling_llava.checkpoints.shared_values import check_pair
 from modeling_llava.configuration_llava import AnyLlavaConfig
 from modeling_llava.visual_tokens import check_image_tokens, choose_features
-from processing_llava.image_layouts import ImageLayout, fit_inside, plan_image, select_grid
+from processing_llava.anyres_layout import ImageLayout, fit_inside, plan_image, select_grid
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 QUERIES_PER_STEP = 32

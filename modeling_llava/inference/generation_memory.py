@@ -27,13 +27,12 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import DynamicCache
 
-from modeling_llava.acceleration.devices import is_slow_on_cpu
 from modeling_llava.acceleration.fused_layers import fuse_projections
 from modeling_llava.checkpoints.layouts import translate_config
 from modeling_llava.configuration_llava import AnyLlavaConfig
 from modeling_llava.generation import count_spare_tokens
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
-from processing_llava.image_layouts import ImageLayout
+from processing_llava.anyres_layout import ImageLayout
 from processing_llava.original.original_folder import find_installed, recognise
 from processing_llava.transformers_versions import KV_CACHE
 
@@ -86,15 +85,6 @@ def read_config(
 
 WEIGHT_BITS = {"int8": 8, "fp8": 8, "int4": 4.25, "nf4": 4.13}
 """Bits of a parameter of a quantized language model, with its share of the scale of 128 or 64 parameters."""
-
-
-def choose_dtype(config: AnyLlavaConfig, device: torch.device, *, quantization: str | None = None) -> torch.dtype:
-    """The dtype in which `load_for_inference` loads a model, or the part of it that is not quantized."""
-    if quantization is not None:
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if config.dtype is None or (device.type == "cpu" and is_slow_on_cpu(config.dtype)):
-        return torch.float32
-    return config.dtype
 
 
 def count_weight_bytes(config: AnyLlavaConfig, *, dtype: torch.dtype, quantization: str | None = None) -> int:

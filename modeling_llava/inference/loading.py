@@ -24,7 +24,7 @@ from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
 from processing_llava.original.original_folder import EMBEDDED_NAME, find_installed
 from processing_llava.processing_llava import AnyLlavaProcessor
 
-from .generation_memory import choose_dtype, count_weight_bytes, predict_generation, predict_loading, read_config
+from .generation_memory import count_weight_bytes, predict_generation, predict_loading, read_config
 
 logger = logging.get_logger(__name__)
 
@@ -181,6 +181,15 @@ def read_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if found is None:
         raise ValueError(f"got dtype={str(dtype)!r}; expected one of {', '.join(known)}")
     return found
+
+
+def choose_dtype(config: AnyLlavaConfig, device: torch.device, *, quantization: str | None = None) -> torch.dtype:
+    """The dtype in which `load_for_inference` loads a model, or the part of it that is not quantized."""
+    if quantization is not None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if config.dtype is None or (device.type == "cpu" and is_slow_on_cpu(config.dtype)):
+        return torch.float32
+    return config.dtype
 
 
 def choose_precision(

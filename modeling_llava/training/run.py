@@ -22,8 +22,8 @@ from modeling_llava.checkpoints.shared_values import check_processor
 from processing_llava.data.collator import LlavaDataCollator
 from processing_llava.transformers_versions import CHECKPOINTING_FIELD
 
-from .batches import plan_batches, read_rows, report_shared_rows
 from .feature_cache import FeatureCache
+from .packed_batches import plan_batches, read_rows, report_shared_rows
 from .recipe import Recipe
 from .run_folder import (
     EarlierRun,

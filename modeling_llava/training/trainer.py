@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
-from .batches import TokenBudgetBatchSampler
+from .packed_batches import TokenBudgetBatchSampler
 from .recipe import Recipe
 from .run_folder import FILES_FILE, SETTINGS_FILE, describe_settings, seal_checkpoint
 from .run_log import ProgressLine, RunLog

@@ -1,7 +1,7 @@
 """What a config.json of strangers may ask for: bounds of its numbers, and no code.
 
-What a number makes is compared with the weights later (`modeling_llava/checkpoints/fit.py`). Here is what would cost
-time or memory before that, in lists and loops over layers, heads and experts.
+What a number makes is compared with the weights later (`modeling_llava/checkpoints/weight_checks.py`). Here is what
+would cost time or memory before that, in lists and loops over layers, heads and experts.
 """
 
 import re

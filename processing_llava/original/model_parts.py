@@ -19,9 +19,9 @@ from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
 from processing_llava.transformers_versions import AutoImageProcessor
 
 from .config_bounds import log_ignored_code
+from .file_checks import find_file, is_hub_id, limit_download, naming_file, read_json
 from .original_folder import read_config_file
 from .sentencepiece_tokenizer import load_sentencepiece_tokenizer
-from .stored_files import find_file, is_hub_id, limit_download, naming_file, read_json
 
 logger = logging.get_logger(__name__)
 

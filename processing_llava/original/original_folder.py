@@ -19,8 +19,8 @@ from processing_llava.config_fields import build_config, check_dtype, check_part
 from processing_llava.messages import shorten
 
 from .config_bounds import check_numbers, log_ignored_code
+from .file_checks import find_file, read_json, select_download
 from .model_types import TEXT_MODEL_OF_CLASS, TEXT_MODEL_OF_TYPE
-from .stored_files import find_file, read_json, select_download
 
 logger = logging.get_logger(__name__)
 

@@ -21,16 +21,16 @@ from transformers import (
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
+from processing_llava.anyres_layout import MAX_TILES
 from processing_llava.config_fields import build_config, check_part
-from processing_llava.image_layouts import MAX_TILES
 from processing_llava.messages import shorten
 from processing_llava.templates import change_template, load_template
 
 from .config_bounds import log_ignored_code
+from .file_checks import naming_file, read_json, select_download
 from .model_parts import has_tokenizer, read_image_fields, read_image_processor, read_tokenizer, read_vision_config
 from .older_versions import read_old_activation
 from .original_folder import OriginalFolder, check_fields, check_model_type, override_tower, read_built_in, recognise
-from .stored_files import naming_file, read_json, select_download
 
 logger = logging.get_logger(__name__)
 

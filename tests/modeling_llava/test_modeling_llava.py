@@ -11,7 +11,7 @@ from transformers import (
 
 from modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.configuration_llava import AnyLlavaConfig
-from processing_llava.image_layouts import plan_image
+from processing_llava.anyres_layout import plan_image
 from tests.tiny import (
     IMAGE_TOKEN_ID,
     PATCH_SIZE,

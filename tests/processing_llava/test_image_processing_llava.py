@@ -15,7 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from processing_llava import AnyLlavaImageProcessor, image_processing_llava
-from processing_llava.image_layouts import plan_image
+from processing_llava.anyres_layout import plan_image
 from processing_llava.image_limits import ImageLimits
 from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
 from tests.conftest import GOLDENS

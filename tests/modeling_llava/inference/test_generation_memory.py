@@ -11,10 +11,10 @@ from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
 from modeling_llava.cli import main
 from modeling_llava.inference.generation_memory import (
     _LiveBytes,
-    choose_dtype,
     predict_generation,
     read_config,
 )
+from modeling_llava.inference.loading import choose_dtype
 from tests.conftest import ROOT
 from tests.tiny import (
     IMAGE_TOKEN_ID,

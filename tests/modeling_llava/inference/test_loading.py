@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.acceleration import devices
-from modeling_llava.inference import generation_memory, loading
+from modeling_llava.inference import loading
 from modeling_llava.inference.generation_memory import count_weight_bytes, predict_generation, predict_loading
 from modeling_llava.inference.loading import (
     EMBEDDED_MODEL,
@@ -85,8 +85,7 @@ def has_units(request, monkeypatch):
         name = str(dtype).removeprefix("torch.")
         return name == "float16" or (name == "bfloat16" and not request.param)
 
-    for module in (generation_memory, loading):
-        monkeypatch.setattr(module, "is_slow_on_cpu", is_slow)
+    monkeypatch.setattr(loading, "is_slow_on_cpu", is_slow)
     return request.param
 
 

@@ -12,8 +12,8 @@ from trl import SFTConfig
 
 from modeling_llava import AutoModelForVision2Seq
 from modeling_llava.cli import main
-from modeling_llava.training import batches, run
-from modeling_llava.training.batches import plan_batches
+from modeling_llava.training import packed_batches, run
+from modeling_llava.training.packed_batches import plan_batches
 from modeling_llava.training.recipe import Recipe, read_recipe
 from modeling_llava.training.run import build_trainer, train, trainer_settings
 from modeling_llava.training.run_preview import preview
@@ -179,7 +179,7 @@ def test_norms_are_fused_on_a_gpu(workspace, tmp_path, monkeypatch, device, is_s
     monkeypatch.setattr(run, "is_sharded", lambda arguments: is_sharded)
     # A run that believes it has a GPU goes no further than its rows.
     monkeypatch.setattr(SFTConfig, "device", torch.device(device))
-    monkeypatch.setattr(batches, "load_rows", lambda *args, **settings: ([], {}))
+    monkeypatch.setattr(packed_batches, "load_rows", lambda *args, **settings: ([], {}))
     with pytest.raises(ValueError, match="got no row in data"):
         build_trainer(read_recipe(write_recipe(workspace, output_dir=str(tmp_path / "out"))))
     assert len(fused) == is_fused

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.image_processing_utils import select_best_resolution
 
-from processing_llava.image_layouts import check_pinpoints, fit_inside, plan_image, select_grid
+from processing_llava.anyres_layout import check_pinpoints, fit_inside, plan_image, select_grid
 
 # as the released checkpoints write them, (width, height), and as this package does
 ORIGINAL_PINPOINTS = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]

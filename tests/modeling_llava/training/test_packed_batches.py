@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_llava.training.batches import TokenBudgetBatchSampler
+from modeling_llava.training.packed_batches import TokenBudgetBatchSampler
 
 
 @settings(max_examples=100, deadline=None)

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from processing_llava.config_fields import naming_config
-from processing_llava.original.stored_files import read_json
+from processing_llava.original.file_checks import read_json
 
 from .original_weights import is_left_out, is_used
 from .weight_files import Weight, read_model
