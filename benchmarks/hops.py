@@ -6,6 +6,7 @@ A file counts if a function of it is called; that it is imported does not count.
 `llava export` are run on the embedded model.
 """
 
+import inspect
 import json
 import sys
 import tempfile
@@ -29,9 +30,10 @@ def list_files(arguments: list[str]) -> list[str]:
     files: set[str] = set()
 
     def note(frame, event, argument) -> None:
-        code = frame.f_code
-        if event == "call" and code.co_name != "<module>" and code.co_filename.startswith(PACKAGES):
-            files.add(code.co_filename)
+        # Bodies of modules and classes, and what they call, run when a file is imported.
+        runs = frame.f_code.co_flags & inspect.CO_OPTIMIZED and frame.f_back.f_code.co_flags & inspect.CO_OPTIMIZED
+        if event == "call" and runs and frame.f_code.co_filename.startswith(PACKAGES):
+            files.add(frame.f_code.co_filename)
 
     threading.setprofile(note)
     sys.setprofile(note)

@@ -148,7 +148,7 @@ def check_folder(folder: Path, *, subfolder: str = "") -> None:
 
 
 def _find_roots(folder: Path) -> tuple[Path, ...]:
-    """Where the files of a folder may be: in it, or in the blobs of the Hub's cache, if it is a snapshot there."""
+    """Where the files of a folder may be: in it, or in the blobs of the repository of which it is a snapshot."""
     real = folder.resolve()
     for parent in (real, *real.parents):
         if parent.parent.name == "snapshots" and parent.parent.parent.name.startswith("models--"):
@@ -162,7 +162,9 @@ def _check_file(path: Path, roots: tuple[Path, ...], max_bytes: int, max_values:
         found = real.stat()
     except (OSError, RuntimeError) as error:  # a loop is the latter before Python 3.13
         raise ValueError(f"got {path}, a link to nothing; expected a file: copy it there") from error
-    if not any(real.is_relative_to(root) for root in roots):
+    # `huggingface-cli download --local-dir` made links into the cache (huggingface_hub before 0.23).
+    is_cached = real.parent.name == "blobs" and real.parents[2:3] == (Path(constants.HF_HUB_CACHE).resolve(),)
+    if not is_cached and not any(real.is_relative_to(root) for root in roots):
         raise ValueError(f"got {path}, a link out of its folder; expected a file: copy it there")
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"got {path}, which is no plain file; expected one: take another checkpoint")
