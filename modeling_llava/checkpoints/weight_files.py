@@ -93,7 +93,8 @@ class Cast:
 
 
 def read_as(weight: Weight, dtype: Any) -> Any:
-    """What holds a weight, in a dtype if it is one."""
+    """What holds a weight, in a dtype if it is one, or the name of one."""
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     is_other = isinstance(dtype, torch.dtype) and weight.dtype.is_floating_point and weight.dtype != dtype
     return Cast(weight, dtype) if is_other else weight.data
 

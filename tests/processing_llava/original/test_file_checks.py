@@ -27,7 +27,5 @@ def test_a_link_leads_into_the_folder_or_the_cache(tmp_path, monkeypatch, place,
     if is_read:
         assert read_json(str(folder), "config.json", {}) == {"model_type": "llava"}
     else:
-        with pytest.raises(
-            ValueError, match=r"config\.json, a link out of its folder; expected a file"
-        ):
+        with pytest.raises(ValueError, match=r"config\.json, a link out of its folder; expected a file"):
             read_json(str(folder), "config.json", {})
