@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -21,6 +20,7 @@ from transformers.utils import logging
 from processing_llava.config_fields import naming_config
 from processing_llava.image_processing_fast import AnyLlavaImageProcessor
 from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
+from processing_llava.original.config_bounds import check_values
 from processing_llava.original.file_checks import read_json, select_download
 from processing_llava.original.original_folder import (
     TRANSFORMERS_CONFIGS,
@@ -128,13 +128,14 @@ def read_config(model_type: str, config_dict: dict[str, Any], **kwargs) -> PreTr
     An original one becomes an AnyLlavaConfig. For a model_type that transformers knows too ("llava"), every other one
     gives transformers' own class.
     """
+    name = kwargs.get("name_or_path", config_dict.get("_name_or_path", ""))
+    check_values(config_dict, f"{name}/config.json" if name else "config.json")
     if model_type == AnyLlavaConfig.model_type:
         return AnyLlavaConfig.from_dict(config_dict, **kwargs)
     built_in = TRANSFORMERS_CONFIGS.get(model_type)
     if built_in is not None and find_layout(config_dict) == "transformers":
         read_built_in(config_dict)
         return built_in.from_dict(config_dict, **kwargs)
-    name = kwargs.get("name_or_path", config_dict.get("_name_or_path", ""))
     return AnyLlavaConfig.from_dict(translate_config(config_dict, **kwargs | {"name": name}), **kwargs)
 
 
@@ -186,7 +187,6 @@ def load_processor(load_upstream: Callable[..., ProcessorMixin], name: str, **kw
 def register_classes() -> None:
     """Register with the Auto classes; calling it again changes nothing."""
     warn_of_other_versions()
-    AutoConfig.register(AnyLlavaConfig.model_type, AnyLlavaConfig, exist_ok=True)
     AutoModel.register(AnyLlavaConfig, AnyLlavaModel, exist_ok=True)
     AutoModelForImageTextToText.register(AnyLlavaConfig, AnyLlavaForConditionalGeneration, exist_ok=True)
     AutoModelForMultimodalLM.register(AnyLlavaConfig, AnyLlavaForConditionalGeneration, exist_ok=True)

@@ -24,7 +24,7 @@ from processing_llava.original.original_folder import OriginalFolder
 
 from .original_weights import is_used, read_trained_parts
 from .weight_checks import refuse_unfit_weights
-from .weight_files import Weight, read_file
+from .weight_files import Weight, read_file, refuse_integers
 from .weight_names import rename_from_ours, rename_to_ours
 
 logger = logging.get_logger(__name__)
@@ -110,13 +110,15 @@ def read_adapter_config(name: str, download: dict[str, Any]) -> Any:
         return import_peft().PeftConfig.from_pretrained(name, **download)
 
 
-def write_out_patterns(model: PreTrainedModel, peft_config: Any, name: str) -> None:
+def write_out_patterns(names: list[str], peft_config: Any, name: str) -> None:
     """Give an adapter, in place, the modules that its patterns match: PEFT would match them without an end.
+
+    Args:
+        names: Names of all modules, as the adapter calls them.
 
     Raises:
         ValueError: naming the pattern, if it takes too long or is none.
     """
-    names = [module_name for module_name, _ in model.named_modules()]
     end = time.monotonic() + _MATCHING_SECONDS
     for field in ("target_modules", "exclude_modules", "feedforward_modules"):
         pattern = vars(peft_config).get(field)
@@ -164,12 +166,14 @@ def load_original_adapter(
     if not isinstance(peft_config, peft.LoraConfig):
         raise ValueError(f"got adapter {folder.name} of type {peft_config.peft_type}; expected LORA")
     check_adapter(model, weights)
+    write_out_patterns([rename_from_ours(key, "original") for key in list_modules(model)], peft_config, folder.name)
     check_targets(model, peft_config, weights, folder.name)
-    peft_config.target_modules = {key.rsplit(".lora_", 1)[0] for key in weights}
+    peft_config.target_modules, peft_config.exclude_modules = {key.rsplit(".lora_", 1)[0] for key in weights}, None
     peft_config.base_model_name_or_path = folder.base_name
     if not merge:
         attach_adapter(model, peft_config, weights, folder.name, adapter_name=adapter_name)
         return model
+    check_adapter_weights(build_without_weights(model), peft_config, weights, folder.name)
     peft_model = peft.PeftModel(model, peft_config)
     state_dict = {f"{PEFT_PREFIX}{key}": weight.data[...] for key, weight in weights.items()}
     peft.set_peft_model_state_dict(peft_model, state_dict)
@@ -216,6 +220,7 @@ def read_adapter(name: str, download: dict[str, Any]) -> dict[str, Weight]:
         if path is None:
             continue
         weights = read_file(path)
+        refuse_integers(name, weights)
         for key in weights:
             if not key.startswith(PEFT_PREFIX):
                 raise ValueError(
@@ -274,16 +279,23 @@ def attach_adapter(
     peft = import_peft()
     if model.base_model is model:  # without an output layer, its names are one word shorter
         weights = {key.removeprefix(f"{model.base_model_prefix}."): item for key, item in weights.items()}
-    with torch.device("meta"):
-        skeleton = type(model)(copy.deepcopy(model.config))
-    check_adapter_weights(skeleton, peft_config, weights, name)
-    write_out_patterns(model, peft_config, name)
+    check_adapter_weights(build_without_weights(model), peft_config, weights, name)
+    write_out_patterns(list_modules(model), peft_config, name)
     peft_config.inference_mode = not is_trainable
     peft.inject_adapter_in_model(peft_config, model, adapter_name)
     peft.set_peft_model_state_dict(model, {key: item.data[...] for key, item in weights.items()}, adapter_name)
     model._hf_peft_config_loaded = True
     if not is_trainable:
         model.eval()
+
+
+def build_without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    with torch.device("meta"):
+        return type(model)(copy.deepcopy(model.config))
+
+
+def list_modules(model: PreTrainedModel) -> list[str]:
+    return [name for name, _ in model.named_modules()]
 
 
 def check_adapter_file(model: PreTrainedModel, name: str) -> None:
@@ -302,7 +314,7 @@ def check_adapter_file(model: PreTrainedModel, name: str) -> None:
 def check_adapter_weights(model: PreTrainedModel, peft_config: Any, weights: dict[str, Weight], name: str) -> None:
     """As `check_adapter_file`, for an adapter that was read."""
     adapter_name, peft_config = "default", copy.deepcopy(peft_config)
-    write_out_patterns(model, peft_config, name)
+    write_out_patterns(list_modules(model), peft_config, name)
     with naming_config(f"{name}/adapter_config.json"), torch.device("meta"):
         import_peft().inject_adapter_in_model(peft_config, model, adapter_name)
     empty = {key: torch.empty(item.shape, dtype=item.dtype, device="meta") for key, item in weights.items()}

@@ -23,7 +23,7 @@ from processing_llava.original.model_parts import explain_tower
 from processing_llava.original.original_folder import OriginalFolder
 
 from .model_names import explain_missing
-from .weight_files import COMPUTED, Sum, Weight, has_model, read_file, read_model, refuse_quantized
+from .weight_files import COMPUTED, Sum, Weight, has_model, read_file, read_model, refuse_integers, refuse_quantized
 from .weight_names import grow_rows, rename_to_ours
 
 logger = logging.get_logger(__name__)
@@ -92,7 +92,9 @@ def read_trained_parts(name: str, download: dict[str, Any]) -> dict[str, Weight]
     for filename in ("mm_projector.bin", "non_lora_trainables.bin"):
         path = find_file(name, filename, download)
         if path is not None:
-            weights |= _rename(read_file(path))
+            parts = read_file(path)
+            refuse_integers(name, parts)
+            weights |= _rename(parts)
     return weights
 
 

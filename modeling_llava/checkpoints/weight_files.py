@@ -179,7 +179,8 @@ def refuse_integers(name: str, weights: dict[str, Weight]) -> None:
         ValueError: naming file and weight.
     """
     for weight in weights.values():
-        if not weight.dtype.is_floating_point and weight.key.endswith((".weight", ".bias", "image_newline")):
+        is_computed_with = weight.key.endswith((".weight", ".bias", "image_newline")) or ".lora_" in weight.key
+        if is_computed_with and not weight.dtype.is_floating_point:
             raise ValueError(
                 f"got {weight.key} in {weight.file}, of {weight.dtype}; expected 16 or 32 bits, since nothing in "
                 f"{name} says how to scale it: take the unquantized checkpoint"

@@ -19,6 +19,7 @@ from modeling_llava.auto import AutoModelForVision2Seq
 from modeling_llava.checkpoints.original_adapters import (
     check_adapter_weights,
     has_original_names,
+    list_modules,
     needs_our_class,
     read_adapter,
     read_adapter_config,
@@ -138,7 +139,7 @@ def _merge(
     with torch.device("meta"):
         skeleton = type(model)(copy.deepcopy(model.config))
     check_adapter_weights(skeleton, config, weights, adapter)
-    write_out_patterns(model, config, adapter)
+    write_out_patterns(list_modules(model), config, adapter)
     model = PeftModel.from_pretrained(model, adapter, config=copy.deepcopy(config))
     before = _compute_logits(model, processor)
     if base_bits == 4:

@@ -1,4 +1,4 @@
-"""What a config.json of strangers may ask for: bounds of its numbers, and no code.
+"""What a config.json of strangers may ask for: bounds of its numbers, and no code, kernels of the Hub included.
 
 What a number makes is compared with the weights later (`modeling_llava/checkpoints/weight_checks.py`). Here is what
 would cost time or memory before that, in lists and loops over layers, heads and experts.
@@ -16,13 +16,17 @@ logger = logging.get_logger(__name__)
 
 MAX_SIZE = 2**25
 """Of any size; the longest context so far has 10,485,760 tokens."""
+MAX_LABELS = 10_000
+"""transformers writes a name for each (5.23, configuration_utils.py)."""
+_KERNELS = re.compile(r"_?(attn|experts)_implementation(_\w+)?")
+"""Fields that choose code by name; a name with a slash is a repository of the Hub, from which code would be run."""
 MAX_COUNTS = {"layers": 256, "heads": 4096, "experts": 4096, "depth": 256, "blocks": 256}
 """Most of what is built one after the other, by a word in the name of its field."""
 _COUNT = re.compile(rf"({'|'.join(MAX_COUNTS)}|layer)s?(?![a-z])")
 
 
-def check_numbers(fields: Any, file: str) -> None:
-    """Refuse numbers of a config.json that no model has, wherever they stand in it.
+def check_values(fields: Any, file: str) -> None:
+    """Refuse numbers of a config.json that no model has, and kernels of the Hub, wherever they stand in it.
 
     Args:
         fields: Its content.
@@ -38,6 +42,11 @@ def check_numbers(fields: Any, file: str) -> None:
             open_values += [(f"{place}.{key}" if place else str(key), inner) for key, inner in value.items()]
         elif isinstance(value, list):
             open_values += [(place, inner) for inner in value]
+        elif isinstance(value, str) and "/" in value and _KERNELS.fullmatch(place.rsplit(".", 1)[-1]):
+            raise ValueError(
+                f"got {place}={shorten(value)} in {file}, which would run code of the Hub; expected a name such as "
+                "sdpa: take the field out"
+            )
         elif isinstance(value, (int, float)) and value > (most := _find_most(place.rsplit(".", 1)[-1])):
             raise ValueError(
                 f"got {place}={shorten(value)} in {file}; expected at most {most}, as no model has more: correct it"
@@ -46,6 +55,8 @@ def check_numbers(fields: Any, file: str) -> None:
 
 def _find_most(name: str) -> float:
     """The largest value of a field."""
+    if name == "num_labels":
+        return MAX_LABELS
     if name in SIZES and not name.endswith(("layers", "heads")):
         return MAX_SIZE
     found = _COUNT.search(name) if name.startswith(("num_", "n_")) or name.endswith(("layers", "depth")) else None

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from processing_llava.config_fields import build_config, check_dtype, check_part, check_sub_configs, use_one_side
 from processing_llava.messages import shorten
 
-from .config_bounds import check_numbers, log_ignored_code
+from .config_bounds import check_values, log_ignored_code
 from .file_checks import find_file, read_json, select_download
 from .model_types import TEXT_MODEL_OF_CLASS, TEXT_MODEL_OF_TYPE
 
@@ -80,7 +80,7 @@ def read_config_file(name: str, download: dict[str, Any]) -> dict[str, Any] | No
     """
     raw = read_json(name, "config.json", download)
     if raw is not None:
-        check_numbers(raw, f"{name}/config.json")
+        check_values(raw, f"{name}/config.json")
         log_ignored_code(raw, f"{name}/config.json")
     return raw
 

@@ -231,3 +231,22 @@ def test_the_tower_is_where_scripts_for_the_original_look(checkpoint):
     model = AutoModelForVision2Seq.from_pretrained(checkpoint)
     assert model.vision_tower is model.model.vision_tower
     assert not any(name.startswith("vision_tower") for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("auto_class", [AutoConfig, AutoModelForVision2Seq, AutoModelForImageTextToText])
+@pytest.mark.parametrize(
+    ("place", "fields", "message"),
+    [
+        (None, {"num_labels": 10**9}, "got num_labels=1000000000 in .*; expected at most 10000"),
+        ("text_config", {"num_labels": 10**7}, "got text_config.num_labels=10000000 in"),
+        (None, {"_attn_implementation": "evil/kernel"}, "which would run code of the Hub"),
+        ("text_config", {"attn_implementation": "kernels-community/flash-attn2"}, "which would run code of the Hub"),
+    ],
+)
+def test_a_config_can_ask_for_no_memory_and_no_code(tmp_path, auto_class, place, fields, message):
+    folder = save_tiny_checkpoint(tmp_path)
+    raw = json.loads((folder / "config.json").read_text())
+    (raw if place is None else raw[place]).update(fields)
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=message):
+        auto_class.from_pretrained(folder)

@@ -179,6 +179,55 @@ def test_wrong_base(run):
         AutoModelForVision2Seq.from_pretrained(folder / "result", base_model=str(folder / "other"))
 
 
+def change_adapter(folder, **fields) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize("merge_adapter", [True, False])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rank_pattern": {"q_proj": 10**7}},
+        {"r": 10**9},
+        {"r": 64},
+        {"r": "a"},
+        {"lora_alpha": "a"},
+        {"modules_to_save": ["embed_tokens"]},
+    ],
+    ids=str,
+)
+def test_settings_that_are_not_those_of_the_weights(run, fields, merge_adapter):
+    """Found before PEFT builds layers of that size, or matches without an end."""
+    folder, model = run
+    write_lora(folder / "result", model)
+    change_adapter(folder / "result", **fields)
+    with pytest.raises(ValueError, match="^got .*; expected "):
+        AutoModelForVision2Seq.from_pretrained(folder / "result", merge_adapter=merge_adapter)
+
+
+@pytest.mark.parametrize("merge_adapter", [True, False])
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+def test_a_pattern_that_python_would_match_without_an_end(run, field, merge_adapter):
+    folder, model = run
+    write_lora(folder / "result", model)
+    change_adapter(folder / "result", **{field: "(.*)*(.*)*x"})
+    AutoModelForVision2Seq.from_pretrained(folder / "result", merge_adapter=merge_adapter)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
+@pytest.mark.parametrize("filename", ["adapter_model.bin", "non_lora_trainables.bin"])
+def test_integers_are_no_weights_of_an_adapter_or_a_projector(run, filename, dtype):
+    folder, model = run
+    write_lora(folder / "result", model)
+    path = folder / "result" / filename
+    torch.save({key: value.to(dtype) for key, value in torch.load(path).items()}, path)
+    with pytest.raises(
+        ValueError, match=rf"got .* in .*{filename}, of torch.{'int8' if dtype == torch.int8 else 'bool'}"
+    ):
+        AutoModelForVision2Seq.from_pretrained(folder / "result")
+
+
 def test_peft_adapters_of_this_package_are_left_to_peft(run, tmp_path):
     folder, model = run
     model.save_pretrained(tmp_path / "full", layout="any_llava")
