@@ -16,6 +16,7 @@ import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from processing_llava.config_fields import naming_config
 from processing_llava.original.file_checks import read_json
@@ -44,7 +45,8 @@ def check_fit(
 ) -> None:
     """Refuse weights that are not those of a model, by the headers of their files.
 
-    What the files hold under names that transformers itself translates is left to it, and to `refuse_unfit`.
+    What the files hold under names that transformers itself translates is left to it, and to `refuse_unfit`. So is a
+    run that DeepSpeed's ZeRO-3 shards: there transformers shards whatever is built, which "meta" has nothing of.
 
     Args:
         model_class: Ours, or transformers' own.
@@ -57,6 +59,8 @@ def check_fit(
     Raises:
         ValueError: naming file, weight and shapes.
     """
+    if is_deepspeed_zero3_enabled():
+        return
     with naming_config(f"{name}/config.json"), torch.device("meta"), bounding_parameters(len(weights), name):
         model = model_class(copy.deepcopy(config))
     if model.base_model is model:  # names are one word shorter there

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_llava.inference import generation_memory
+from modeling_llava.inference import loading
 from modeling_llava.inference.loading import EMBEDDED_MODEL, load_for_inference
 from spaces_demo import models
 from spaces_demo.models import GIB, HEADROOM, ModelMenu, Settings, estimate_bytes
@@ -54,7 +54,7 @@ def test_the_estimate_is_what_the_weights_take(folders, tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": folders[0]}))
     assert estimate_bytes(str(tmp_path), CPU) == estimate_bytes(folders[0], CPU)
     for is_slow in (True, False):
-        monkeypatch.setattr(generation_memory, "is_slow_on_cpu", Mock(return_value=is_slow))
+        monkeypatch.setattr(loading, "is_slow_on_cpu", Mock(return_value=is_slow))
         stored = estimate_bytes(EMBEDDED_MODEL, torch.device("cuda"))
         assert estimate_bytes(EMBEDDED_MODEL, CPU) == stored * (2 if is_slow else 1)
     with pytest.raises(ValueError, match="got model 'no/such-model'"):
