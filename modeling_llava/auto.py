@@ -22,8 +22,8 @@ from processing_llava.image_processing_fast import AnyLlavaImageProcessor
 from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
 from processing_llava.original.config_bounds import check_values
 from processing_llava.original.file_checks import read_json, select_download
+from processing_llava.original.model_types import TRANSFORMERS_CONFIGS
 from processing_llava.original.original_folder import (
-    TRANSFORMERS_CONFIGS,
     find_layout,
     read_built_in,
     recognise,

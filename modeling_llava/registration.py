@@ -18,10 +18,10 @@ from typing import Any
 
 import transformers
 import transformers.models.auto
-from transformers import AutoConfig, LlavaConfig, LlavaNextConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
-from processing_llava.original.model_types import TEXT_MODEL_OF_TYPE
+from processing_llava.original.model_types import TEXT_MODEL_OF_TYPE, TRANSFORMERS_CONFIGS
 
 MODEL_TYPE = "any_llava"
 _CLASS, _BASE = "AnyLlavaForConditionalGeneration", "AnyLlavaModel"
@@ -30,7 +30,6 @@ EXPORTED = (
     "AutoModelForVision2Seq",
 )  # fmt: skip
 """What `transformers` has under the same name."""
-_BUILT_IN = {config.model_type: config for config in (LlavaConfig, LlavaNextConfig)}
 
 
 def load_classes() -> ModuleType:
@@ -44,7 +43,7 @@ def build_dispatch_config(model_type: str) -> type[PreTrainedConfig]:
     It becomes an AnyLlavaConfig. For a model_type that transformers knows too ("llava"), every use but an original
     config.json gives transformers' own class.
     """
-    built_in = _BUILT_IN.get(model_type)
+    built_in = TRANSFORMERS_CONFIGS.get(model_type)
 
     class DispatchConfig(built_in or PreTrainedConfig):
         def __new__(cls, *args, **kwargs) -> PreTrainedConfig:

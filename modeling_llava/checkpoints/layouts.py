@@ -14,9 +14,9 @@ from modeling_llava.configuration_llava import AnyLlavaConfig
 from processing_llava.config_fields import check_sub_configs
 from processing_llava.original.file_checks import select_download
 from processing_llava.original.model_parts import has_tokenizer, read_vision_config
+from processing_llava.original.model_types import TRANSFORMERS_CONFIGS
 from processing_llava.original.older_versions import is_older, read_old_activation, scales_image_features
 from processing_llava.original.original_folder import (
-    TRANSFORMERS_CONFIGS,
     OriginalFolder,
     check_fields,
     check_model_type,

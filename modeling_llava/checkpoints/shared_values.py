@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from modeling_llava.configuration_llava import AnyLlavaConfig
-from processing_llava.original.original_folder import TRANSFORMERS_CONFIGS
+from processing_llava.original.model_types import TRANSFORMERS_CONFIGS
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .layouts import read_transformers_config

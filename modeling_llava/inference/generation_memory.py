@@ -89,9 +89,7 @@ WEIGHT_BITS = {"int8": 8, "fp8": 8, "int4": 4.25, "nf4": 4.13}
 
 def count_weight_bytes(config: AnyLlavaConfig, *, dtype: torch.dtype, quantization: str | None = None) -> int:
     """Bytes of the parameters and buffers of a model; arguments as those of `predict_generation`."""
-    with torch.device("meta"):
-        # `_from_config` writes the dtype into the configuration (transformers 5.23, modeling_utils.py).
-        model = AnyLlavaForConditionalGeneration._from_config(copy.deepcopy(config), dtype=dtype)
+    model = _build_without_memory(config, dtype)
     return _count_weights(model, quantization)
 
 
@@ -109,8 +107,7 @@ def predict_loading(
         quantization: As `predict_generation` takes it.
         num_threads: Threads that round weights.
     """
-    with torch.device("meta"):
-        model = AnyLlavaForConditionalGeneration._from_config(copy.deepcopy(config), dtype=dtype)
+    model = _build_without_memory(config, dtype)
     weights = _count_weights(model, quantization)
     if quantization is None:
         return weights + max(parameter.nbytes for parameter in model.parameters())
@@ -160,9 +157,7 @@ def predict_generation(
         if number < smallest:
             raise ValueError(f"got {name}={number}; expected at least {smallest}")
     try:
-        with torch.device("meta"):
-            # `_from_config` writes the dtype into the configuration (transformers 5.23, modeling_utils.py).
-            model = AnyLlavaForConditionalGeneration._from_config(copy.deepcopy(config), dtype=dtype).eval()
+        model = _build_without_memory(config, dtype).eval()
         with FakeTensorMode(allow_non_fake_inputs=True), _LiveBytes() as live, torch.no_grad():
             model.to_empty(device="cpu").tie_weights()
             size, layout = _plan_largest_image(model)
@@ -198,6 +193,12 @@ def predict_generation(
         activations=max(0, max(peaks) - start - num_cached),
         num_prompt_tokens=num_prompt_tokens,
     )
+
+
+def _build_without_memory(config: AnyLlavaConfig, dtype: torch.dtype) -> AnyLlavaForConditionalGeneration:
+    with torch.device("meta"):
+        # `_from_config` writes the dtype into the configuration (transformers 5.23, modeling_utils.py).
+        return AnyLlavaForConditionalGeneration._from_config(copy.deepcopy(config), dtype=dtype)
 
 
 def _count_weights(model: AnyLlavaForConditionalGeneration, quantization: str | None) -> int:

@@ -1,5 +1,9 @@
-"""Which text model an original LLaVA is built on. Nothing is imported here: these names are needed to register."""
+"""What each model_type of a LLaVA means. These names are needed to register, so that nothing slow is imported here."""
 
+from transformers import LlavaConfig, LlavaNextConfig
+
+TRANSFORMERS_CONFIGS = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
+"""transformers' own configurations that AnyLlavaConfig can express, by model_type."""
 # fmt: off
 TEXT_MODEL_OF_CLASS = {
     "LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral", "LlavaMixtralForCausalLM": "mixtral",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoConfig, GenerationConfig, LlavaConfig, LlavaNextConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from processing_llava.config_fields import build_config, check_dtype, check_part, check_sub_configs, use_one_side
@@ -20,12 +20,10 @@ from processing_llava.messages import shorten
 
 from .config_bounds import check_values, log_ignored_code
 from .file_checks import find_file, read_json, select_download
-from .model_types import TEXT_MODEL_OF_CLASS, TEXT_MODEL_OF_TYPE
+from .model_types import TEXT_MODEL_OF_CLASS, TEXT_MODEL_OF_TYPE, TRANSFORMERS_CONFIGS
 
 logger = logging.get_logger(__name__)
 
-TRANSFORMERS_CONFIGS = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
-"""transformers' own configurations that AnyLlavaConfig can express, by model_type."""
 _ORIGINAL_CLASS = re.compile(r"Llava\w*ForCausalLM")
 
 
