@@ -113,9 +113,11 @@ def returning_memory() -> Iterator[None]:
     """Have blocks above 1 MiB go back to the system when they are freed.
 
     glibc keeps what is below a threshold, which grows to 32 MiB by itself (mallopt(3)): a model of 1 billion weights
-    that were converted one by one took 30 % more memory than it has.
+    that were converted one by one took 30 % more memory than it has. Who set MALLOC_TRIM_THRESHOLD_ or
+    MALLOC_MMAP_THRESHOLD_ has chosen, and setting it here would undo that.
     """
-    if platform.libc_ver()[0] != "glibc":
+    chosen = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & set(os.environ)
+    if platform.libc_ver()[0] != "glibc" or chosen:
         yield
         return
     mallopt, m_mmap_threshold = ctypes.CDLL(None).mallopt, -3
