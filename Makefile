@@ -34,12 +34,12 @@ CORE := -m pytest -m 'core and not gpu' -W default $(shell grep -rl --include='t
 
 test-floor:  ## the core tests with the oldest versions that setup.cfg allows
 	$(PYTHON) -m venv --clear $(FLOOR)
-	$(FLOOR)/bin/python -m pip install --quiet --constraint .ci/constraints-floor.txt --editable '.[train,demo]' pytest
+	$(FLOOR)/bin/python -m pip install --quiet --constraint .ci/constraints-floor.txt --editable '.[train,demo,serve]' pytest
 	HF_HUB_OFFLINE=1 $(FLOOR)/bin/python $(CORE)
 
 test-newest:  ## the core tests with the newest of everything
 	$(PYTHON) -m venv --clear $(NEWEST)
-	$(NEWEST)/bin/python -m pip install --quiet --upgrade --editable '.[train,demo]' pytest
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --editable '.[train,demo,serve]' pytest
 	HF_HUB_OFFLINE=1 $(NEWEST)/bin/python $(CORE)
 
 test-gpu: $(READY)  ## the tests that need a GPU

@@ -25,7 +25,8 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedModel
 
 from modeling_llava import AnyLlavaConfig
-from modeling_llava.inference.batched_generation import AnswerRequest, generate_answers
+from modeling_llava.inference.answer_requests import AnswerRequest
+from modeling_llava.inference.batched_generation import generate_answers
 from modeling_llava.inference.loading import prepare_for_answering
 from processing_llava import AnyLlavaProcessor
 

@@ -9,9 +9,10 @@ from typing import Any
 
 _MODULES = {
     "EMBEDDED_MODEL": "loading",
-    "AnswerRequest": "batched_generation",
+    "AnswerRequest": "answer_requests",
     "ChatCache": "chat_cache",
     "ChatSession": "chat_session",
+    "Constraint": "constraints",
     "generate_answers": "batched_generation",
     "load_for_inference": "loading",
     "prepare_for_answering": "loading",

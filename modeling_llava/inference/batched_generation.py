@@ -16,24 +16,22 @@ image features (transformers 5.23, generation/continuous_batching/input_outputs.
 import copy
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
 
 import torch
-from transformers import BatchFeature, LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_llava.checkpoints.shared_values import check_pair
-from modeling_llava.generation import ForbidImageToken, forbid_image_token
+from modeling_llava.generation import forbid_image_token
 from processing_llava.processing_llava import AnyLlavaProcessor
 
+from .answer_requests import AnswerRequest, BatchedAnswer, PreparedRequest
 from .cached_generation import build_cache, build_compile_config, check_compiles
-from .chat_cache import ChatCache, PromptImage, load_features, read_images
-from .row_cache import RowCache, check_row_attention, use_row_attention
+from .chat_cache import ChatCache, iterate_unknown, key_tokens, load_features, read_images
+from .constraints import ConstrainTokens
+from .row_cache import NewRow, RowCache, check_row_attention, use_row_attention
 from .token_stream import (
     build_sampler,
-    check_sampling,
     cut_at_end,
     decode_answer,
     encode_question,
@@ -45,30 +43,6 @@ from .token_stream import (
 
 MAX_PASS_TOKENS = 2048
 """No request joins a pass that has this many tokens of prompts: it bounds activations, and the wait of the others."""
-
-
-@dataclass(frozen=True)
-class AnswerRequest:
-    """A conversation to answer, with the settings of `ChatSession.answer`."""
-
-    messages: list[dict[str, Any]]
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    """Seed of the request's own sampler: its tokens do not depend on the other requests."""
-
-
-@dataclass(frozen=True)
-class BatchedAnswer:
-    index: int
-    """The number that the request was added with."""
-    text: str = ""
-    ids: list[int] = field(default_factory=list)
-    """Tokens of the answer, with the one that ends it."""
-    error: Exception | None = None
-    """Why there is no answer: a ValueError says what is wrong with the request; any other error came from a pass, and
-    all requests of that pass have it."""
 
 
 def generate_answers(
@@ -119,8 +93,9 @@ class BatchedGeneration:
             multiple of the longest one (prompt and `max_new_tokens`). One token of a 7B model takes 0.5 MB in 16 bits,
             so the default is 8 GB; it is taken as it is needed on a CPU and at once on a GPU. While rows are made
             longer, those of one layer exist twice.
-        cache: A cache for image features, of 256 MB by default. Its lock is held during a step, so that ChatSessions
-            of the same cache may run in other threads. Nothing else may use the model during a step.
+        cache: A cache for image features, of 256 MB by default, and for keys and values of requests with a scope. Its
+            lock is held during a step, so that ChatSessions of the same cache may run in other threads. Nothing else
+            may use the model during a step.
         compile: For a GPU: steps in which no request joins run as CUDA graphs over `max_rows` slots, each of at most
             `max_cache_tokens / max_rows` tokens. The first of them takes some minutes. All steps must then be taken in
             one thread.
@@ -177,7 +152,8 @@ class BatchedGeneration:
         )
         ends = self._generation_config.eos_token_id
         self._end = find_answer_end(processor)
-        self._end_ids = {*(ends if isinstance(ends, list) else [ends]), find_end_token(processor.tokenizer, self._end)}
+        end_ids = {*(ends if isinstance(ends, list) else [ends]), find_end_token(processor.tokenizer, self._end)}
+        self._end_ids = frozenset(end_ids - {None})
         self._rows: list[PreparedRequest] = []
         self._waiting: deque[PreparedRequest] = deque()
 
@@ -185,6 +161,11 @@ class BatchedGeneration:
     def num_requests(self) -> int:
         """Requests that have no answer yet."""
         return len(self._rows) + len(self._waiting)
+
+    @property
+    def running(self) -> list[PreparedRequest]:
+        """Requests that have a part of their answer."""
+        return list(self._rows)
 
     @property
     def is_full(self) -> bool:
@@ -202,18 +183,25 @@ class BatchedGeneration:
             ValueError: if a picture or a setting is refused, or the request is too long for the model or the limits.
             FileNotFoundError: if there is no picture at a path.
         """
-        row = self._prepare(index, request)
-        if row.largest_length > self._row_cache.largest_length:
-            raise ValueError(
-                f"got a request of {row.largest_length} tokens, max_new_tokens included; expected at most "
-                f"{self._row_cache.largest_length}: raise max_cache_tokens"
-            )
+        self.join(self.prepare(index, request))
+
+    def join(self, row: PreparedRequest) -> None:
+        """Let a request that `prepare` has made join one of the next steps."""
         self._waiting.append(row)
+
+    def leave(self, index: int) -> None:
+        """Drop the request with this number, of which nobody wants the rest; one that has ended is no mistake."""
+        self._waiting = deque(row for row in self._waiting if row.index != index)
+        for place, row in enumerate(self._rows):
+            if row.index == index:
+                self._drop(place)
+                break
 
     def step(self) -> list[BatchedAnswer]:
         """Compute the next token of every request that there is room for.
 
         If a pass fails, for example because memory is short, its requests are answered with the error; others go on.
+        If a constraint can be followed no further, its request alone is.
 
         Returns:
             The answers that this token completes.
@@ -235,27 +223,37 @@ class BatchedGeneration:
             # A traceback would keep the tensors of the pass alive.
             return [BatchedAnswer(row.index, error=error.with_traceback(None)) for row in failed]
         self._rows += new_rows
-        for row, token in zip(self._rows, tokens):
-            row.ids.append(token)
+        for row, token, logits_V in zip(self._rows, tokens, logits):
+            row.add(token, logits_V)
         answers = []
         for place in reversed(range(len(self._rows))):
             row = self._rows[place]
-            is_longest = len(row.ids) == row.max_new_tokens
-            if row.ids[-1] in self._end_ids or is_longest or self._has_ended(row.ids):
-                text = decode_answer(row.ids, self.processor.tokenizer, learn_tokens=self.processor.learn_tokens)
-                answers.append(BatchedAnswer(row.index, cut_at_end(text, self._end), row.ids))
-                self._row_cache.remove(place)
-                self._rows[place] = self._rows[-1]
-                self._rows.pop()
+            if row.error is not None:
+                answers.append(BatchedAnswer(row.index, error=row.error))
+                self._drop(place)
+                continue
+            has_ended = row.ids[-1] in self._end_ids or self._has_ended(row)
+            if has_ended or len(row.ids) == row.max_new_tokens:
+                answers.append(self._finish(row, "stop" if has_ended else "length"))
+                if row.keys:
+                    # The last token of an answer has never been an input.
+                    with self.cache.lock:
+                        self.cache.store_prefix([*row.keys, *row.ids[:-1]], self._row_cache.read(place))
+                self._drop(place)
         return answers[::-1]
 
-    def _prepare(self, index: int, request: AnswerRequest) -> "PreparedRequest":
-        """Encode a request, and settle how its tokens are chosen and how many there may be."""
+    def prepare(self, index: int, request: AnswerRequest) -> PreparedRequest:
+        """Encode a request, and settle how its tokens are chosen and how many there may be.
+
+        It changes nothing here, so that another thread can do it during a step, one request after the other.
+
+        Raises:
+            ValueError, FileNotFoundError: as `add`.
+        """
         if not isinstance(request, AnswerRequest):
             raise ValueError(f"got a {type(request).__name__} as a request; expected an AnswerRequest")
-        sampling = {"temperature": request.temperature, "top_p": request.top_p, "seed": request.seed}
-        check_sampling(max_new_tokens=request.max_new_tokens, **sampling)
-        sampler = build_sampler(**sampling, device=self.model.device)
+        request.check()
+        device = self.model.device
         inputs = encode_question(request.messages, self.processor)
         prompt_ids = inputs["input_ids"][0].tolist()
         max_new_tokens = limit_new_tokens(
@@ -263,26 +261,49 @@ class BatchedGeneration:
         )
         config = copy.deepcopy(self._generation_config)
         config.max_new_tokens, config.max_length = max_new_tokens, len(prompt_ids) + max_new_tokens
-        self.model._prepare_special_tokens(config, device=self.model.device)
-        # As `generate` gets them: what the generation config asks for, then the sampler.
+        self.model._prepare_special_tokens(config, device=device)
+        choosing = LogitsProcessorList()
+        if request.constraint is not None:
+            choosing.append(
+                ConstrainTokens(
+                    request.constraint,
+                    self.processor.tokenizer,
+                    end_ids=self._end_ids,
+                    num_prompt_tokens=len(prompt_ids),
+                )
+            )
+        choosing += build_sampler(
+            temperature=request.temperature, top_p=request.top_p, seed=request.seed, device=device
+        )
+        # As `generate` gets them: what the generation config asks for, then the constraint and the sampler.
         processors = self.model._get_logits_processor(
             generation_config=config,
             input_ids_seq_length=len(prompt_ids),
             encoder_input_ids=inputs["input_ids"],
-            logits_processor=sampler,
-            device=self.model.device,
+            logits_processor=choosing,
+            device=device,
             model_kwargs={},
         )
-        return PreparedRequest(
+        scope = request.scope or b""
+        images = read_images(self.model, inputs, scope=scope)
+        row = PreparedRequest(
             index=index,
+            request=request,
             prompt_ids=prompt_ids,
             max_new_tokens=max_new_tokens,
             processors=processors,
             inputs=inputs,
-            images=read_images(self.model, inputs),
+            images=images,
+            keys=[] if request.scope is None else key_tokens(prompt_ids, images, scope),
         )
+        if row.largest_length > self._row_cache.largest_length:
+            raise ValueError(
+                f"got a request of {row.largest_length} tokens, max_new_tokens included; expected at most "
+                f"{self._row_cache.largest_length}: raise max_cache_tokens"
+            )
+        return row
 
-    def _choose(self) -> list["PreparedRequest"]:
+    def _choose(self) -> list[PreparedRequest]:
         """The waiting rows that can join the next pass, in their order."""
         chosen, num_tokens = [], 0
         for row in self._waiting:
@@ -294,17 +315,24 @@ class BatchedGeneration:
         return chosen
 
     @torch.no_grad()
-    def _compute_pass(self, new_rows: list["PreparedRequest"]) -> torch.Tensor:
+    def _compute_pass(self, new_rows: list[PreparedRequest]) -> torch.Tensor:
         """Logits `[N, vocabulary]` after the newest token of every row, the new ones last."""
         device = self.model.device
-        images = [(image, row.inputs) for row in new_rows for image in row.images]
-        features = load_features(self.model, self.cache, images)
-        prompt_lengths = [len(row.prompt_ids) for row in new_rows]
-        positions = self._row_cache.begin_pass(prompt_lengths, [row.largest_length for row in new_rows])
+        joining, unknown = [], []
+        for row in new_rows:
+            # The last token is always computed: the answer begins with its logits.
+            row.num_reused_tokens, known = self.cache.find_prefix(row.keys[:-1])
+            joining.append(NewRow(len(row.prompt_ids), row.largest_length, row.num_reused_tokens, known))
+            unknown += [
+                (image, row.inputs, start) for image, start in iterate_unknown(row.images, row.num_reused_tokens)
+            ]
+        features = load_features(self.model, self.cache, [(image, inputs) for image, inputs, _ in unknown])
+        features = [image_features[start:] for image_features, (_, _, start) in zip(features, unknown)]
+        positions = self._row_cache.begin_pass(joining)
         ids = [row.ids[-1] for row in self._rows]
         newest = list(range(len(ids)))
         for row in new_rows:
-            ids += row.prompt_ids
+            ids += row.prompt_ids[row.num_reused_tokens :]
             newest.append(len(ids) - 1)
             row.inputs = None
         encoded = {}
@@ -332,38 +360,41 @@ class BatchedGeneration:
         # A copy: the next step writes to the same memory.
         return outputs.logits[0, : len(self._rows)].to(torch.float32, copy=True)
 
-    def _sample_tokens(self, logits_NV: torch.Tensor, rows: list["PreparedRequest"]) -> list[int]:
+    def _sample_tokens(self, logits_NV: torch.Tensor, rows: list[PreparedRequest]) -> list[int]:
         tokens_N = forbid_image_token(logits_NV, self.model.config.image_token_id).argmax(dim=-1)
         for place, row in enumerate(rows):
             if not row.is_greedy:
                 ids_1L = torch.tensor([row.prompt_ids + row.ids], device=logits_NV.device)
-                tokens_N[place] = row.processors(ids_1L, logits_NV[place : place + 1])[0].argmax()
+                try:
+                    tokens_N[place] = row.processors(ids_1L, logits_NV[place : place + 1])[0].argmax()
+                except ValueError as error:
+                    row.error = error.with_traceback(None)
         return tokens_N.tolist()
 
-    def _has_ended(self, ids: list[int]) -> bool:
+    def _has_ended(self, row: PreparedRequest) -> bool:
+        """Whether the text of an answer holds its end."""
         # A token is at least a byte; twice as many tokens leave room for some that decode to no text.
         num_tokens = 2 * len(self._end.encode())
-        return num_tokens > 0 and self._end in self.processor.tokenizer.decode(ids[-num_tokens:])
+        if num_tokens > 0 and self._end in self.processor.tokenizer.decode(row.ids[-num_tokens:]):
+            return True
+        text = self._decode(row) if row.request.stop else ""
+        return any(stop in text for stop in row.request.stop)
 
+    def _decode(self, row: PreparedRequest) -> str:
+        return decode_answer(row.ids, self.processor.tokenizer, learn_tokens=self.processor.learn_tokens)
 
-@dataclass(eq=False)
-class PreparedRequest:
-    """A request as the passes take it, and its answer so far."""
+    def _finish(self, row: PreparedRequest, finish_reason: str) -> BatchedAnswer:
+        return BatchedAnswer(
+            row.index,
+            cut_at_end(self._decode(row), self._end, *row.request.stop),
+            row.ids,
+            finish_reason=finish_reason,
+            logprobs=row.logprobs,
+            num_prompt_tokens=len(row.prompt_ids),
+            num_reused_tokens=row.num_reused_tokens,
+        )
 
-    index: int
-    prompt_ids: list[int]
-    max_new_tokens: int
-    processors: LogitsProcessorList
-    inputs: BatchFeature | None
-    """What the processor returned; None once the prompt was computed."""
-    images: list[PromptImage]
-    ids: list[int] = field(default_factory=list)
-
-    @property
-    def largest_length(self) -> int:
-        return len(self.prompt_ids) + self.max_new_tokens
-
-    @cached_property
-    def is_greedy(self) -> bool:
-        """Whether each token is that of the largest logit, image tokens left out."""
-        return all(isinstance(processor, ForbidImageToken) for processor in self.processors)
+    def _drop(self, place: int) -> None:
+        self._row_cache.remove(place)
+        self._rows[place] = self._rows[-1]
+        self._rows.pop()

@@ -35,7 +35,7 @@ from modeling_llava.acceleration.cpu_layers import Int8Linear, PackedLinear
 from modeling_llava.generation import preallocate
 from processing_llava.transformers_versions import KV_CACHE
 
-from .chat_cache import ChatCache, PromptImage, TokenKey, load_features, read_images
+from .chat_cache import ChatCache, PromptImage, TokenKey, iterate_unknown, key_tokens, load_features, read_images
 
 LENGTH_DEPENDENT_ROPE_TYPES = {"dynamic", "longrope"}
 """Position embeddings of the first tokens change when a conversation grows long (transformers 5.23,
@@ -78,11 +78,7 @@ class CachedGeneration:
         settings |= {"max_new_tokens": max_new_tokens, "use_cache": True, "do_sample": False}
         device = self.model.device
         images = read_images(self.model, self.inputs, scope=self.scope)
-        keys: list[TokenKey] = self.inputs["input_ids"][0].tolist()
-        for image in images:
-            keys[image.start : image.start + image.num_tokens] = [image.digest] * image.num_tokens
-        # Conversations with different first keys share no part of the cache's tree.
-        keys[0] = self.scope + str(keys[0]).encode()
+        keys = key_tokens(self.inputs["input_ids"][0].tolist(), images, self.scope)
         past = self._recall(keys, max_new_tokens=max_new_tokens)
         if past is not None:
             settings[KV_CACHE] = past
@@ -124,10 +120,9 @@ class CachedGeneration:
 
     def _load_features(self, images: list[PromptImage]) -> list[torch.Tensor]:
         """Features of the image tokens whose keys and values are not reused, in reading order."""
-        images = [image for image in images if image.start + image.num_tokens > self.num_reused_tokens]
-        features = load_features(self.model, self.cache, [(image, self.inputs) for image in images])
-        starts = [max(0, self.num_reused_tokens - image.start) for image in images]
-        return [image_features[start:] for image_features, start in zip(features, starts)]
+        unknown = list(iterate_unknown(images, self.num_reused_tokens))
+        features = load_features(self.model, self.cache, [(image, self.inputs) for image, _ in unknown])
+        return [image_features[start:] for image_features, (_, start) in zip(features, unknown)]
 
 
 def build_cache(model: PreTrainedModel) -> DynamicCache | None:

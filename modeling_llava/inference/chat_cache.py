@@ -218,6 +218,23 @@ def read_images(model: PreTrainedModel, inputs: BatchFeature, *, scope: bytes = 
     return images
 
 
+def key_tokens(prompt_ids: list[int], images: list[PromptImage], scope: bytes) -> list[TokenKey]:
+    """Keys of a prompt in the tree of a ChatCache, where equal pictures of one scope match, and nothing of two."""
+    keys: list[TokenKey] = list(prompt_ids)
+    for image in images:
+        keys[image.start : image.start + image.num_tokens] = [image.digest] * image.num_tokens
+    # Conversations with different first keys share no part of the tree.
+    keys[0] = scope + str(keys[0]).encode()
+    return keys
+
+
+def iterate_unknown(images: list[PromptImage], num_known: int) -> Iterator[tuple[PromptImage, int]]:
+    """Images of which tokens follow the known ones, and how many tokens of each are known."""
+    for image in images:
+        if image.start + image.num_tokens > num_known:
+            yield image, max(0, num_known - image.start)
+
+
 def load_features(
     model: PreTrainedModel, cache: ChatCache, images: list[tuple[PromptImage, BatchFeature]]
 ) -> list[torch.Tensor]:

@@ -1,18 +1,21 @@
 """RowCache: the KV cache of rows that are generated together, and the attention function that reads it.
 
-One pass of the language model takes one packed row `[1, T]`: the newest token of every running row, then the whole
-prompts of new rows, end to end. So no layer computes padding. Each row attends to its own keys and values only, which
-lie in a slot of their own; a row that leaves gives its slot to the last one.
+One pass of the language model takes one packed row `[1, T]`: the newest token of every running row, then the prompts
+of new rows, end to end. So no layer computes padding. Each row attends to its own keys and values only, which lie in a
+slot of their own; a row that leaves gives its slot to the last one. Of a prompt whose beginning is known, keys and
+values of that are copied into the slot, and the pass takes the rest.
 
 What is surprising: the language model updates no cache. The cache travels as a keyword argument to the attention
 function, as that of transformers' own continuous batching does (transformers 5.23, integrations/sdpa_attention.py).
 """
 
 # Shape suffixes: S slots, N running rows, H heads, K key/value heads, G heads that share one, C tokens a slot has room
-#                 for, L tokens of a prompt, T tokens of the packed row, D width of a head
+#                 for, or of a prompt, L tokens of a prompt that a pass takes, T tokens of the packed row, D width of
+#                 a head
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -25,6 +28,18 @@ SLOT_STEP = 64
 """Slots have room for a multiple of this, so that they are seldom allocated anew."""
 NAME = "any_llava_rows"
 """The `attn_implementation` of a language model during a pass."""
+
+
+class NewRow(NamedTuple):
+    """A prompt that joins a pass."""
+
+    length: int
+    largest_length: int
+    """Tokens of the prompt and of the longest answer."""
+    num_known: int = 0
+    """Tokens from the beginning on whose keys and values are given, and which the pass leaves out."""
+    known: Iterator[torch.Tensor] = iter(())
+    """Keys and values `[1, K, num_known, D]` of one layer after the other."""
 
 
 class RowCache:
@@ -51,7 +66,7 @@ class RowCache:
         """Tokens of each row, those of the running pass included."""
         self.num_running = 0
         """Number of rows before the new ones; all slots in a step."""
-        self._new_lengths: list[int] = []
+        self._new_rows: list[NewRow] = []
         self._seen_length = 0
         self._largest_lengths: list[int] = []
         self._room = 0
@@ -70,21 +85,21 @@ class RowCache:
         room = self._plan_room([*self._largest_lengths, *largest_lengths])
         return num_rows <= self.max_rows and num_rows * room <= self.max_tokens
 
-    def begin_pass(self, lengths: list[int], largest_lengths: list[int]) -> torch.LongTensor:
-        """Let every row grow by a token, and rows with prompts of these lengths join behind them.
+    def begin_pass(self, new_rows: list[NewRow]) -> torch.LongTensor:
+        """Let every row grow by a token, and new rows join behind them.
 
         Returns:
             The positions `[1, T]` of the packed row.
         """
-        self.num_running, self._new_lengths = len(self.lengths), lengths
-        self.lengths = [length + 1 for length in self.lengths] + lengths
+        self.num_running, self._new_rows = len(self.lengths), new_rows
+        self.lengths = [length + 1 for length in self.lengths] + [row.length for row in new_rows]
         self._seen_length = max(self.lengths[: self.num_running], default=0)
-        self._largest_lengths += largest_lengths
+        self._largest_lengths += [row.largest_length for row in new_rows]
         self._make_room(self._plan_room(self._largest_lengths))
         newest = [length - 1 for length in self.lengths[: self.num_running]]
         self._newest_N = torch.tensor(newest, dtype=torch.long, device=self.device)
         self._masks = {}
-        prompts = [torch.arange(length, device=self.device) for length in lengths]
+        prompts = [torch.arange(row.num_known, row.length, device=self.device) for row in new_rows]
         return torch.cat([self._newest_N, *prompts])[None]
 
     def begin_step(self) -> torch.LongTensor:
@@ -93,7 +108,7 @@ class RowCache:
         Returns:
             The positions `[1, S]` of the packed row; those of slots without a row are 0.
         """
-        self.num_running, self._new_lengths = self._num_slots, []
+        self.num_running, self._new_rows = self._num_slots, []
         self.lengths = [length + 1 for length in self.lengths]
         self._seen_length = self._room
         newest = [length - 1 for length in self.lengths] + [0] * (self._num_slots - len(self.lengths))
@@ -101,6 +116,11 @@ class RowCache:
         # Built here: a CUDA graph keeps what is built inside of it in memory of its own.
         self._masks = {None: self._build_mask(None)}
         return self._newest_N[None]
+
+    def read(self, row: int) -> list[torch.Tensor]:
+        """Keys and values `[1, K, L, D]` of a row, of one layer after the other; they are views."""
+        layers = [self._layers[layer] for layer in sorted(self._layers)]
+        return [cached_SKCD[row : row + 1, :, : self.lengths[row]] for layer in layers for cached_SKCD in layer]
 
     def remove(self, row: int) -> None:
         """Give the slot of a row to the last one."""
@@ -151,11 +171,17 @@ class RowCache:
             query_NKGD = query_HTD[:, :num_running].transpose(0, 1).unflatten(1, (len(key_KTD), -1))
             attended += self._attend_running(query_NKGD, keys_SKCD, values_SKCD, scaling, window)
         start = num_running
-        for row, length in enumerate(self._new_lengths, start=num_running):
-            query, key, value = (packed[None, :, start : start + length] for packed in (query_HTD, key_KTD, value_KTD))
-            keys_SKCD[row, :, :length], values_SKCD[row, :, :length] = key[0], value[0]
+        for row, new in enumerate(self._new_rows, start=num_running):
+            end = start + new.length - new.num_known
+            query, key, value = (packed[None, :, start:end] for packed in (query_HTD, key_KTD, value_KTD))
+            for cached_SKCD, computed in ((keys_SKCD, key), (values_SKCD, value)):
+                if new.num_known:
+                    cached_SKCD[row, :, : new.num_known] = next(new.known)[0]
+                cached_SKCD[row, :, new.num_known : new.length] = computed[0]
+            if new.num_known:
+                key, value = keys_SKCD[row : row + 1, :, : new.length], values_SKCD[row : row + 1, :, : new.length]
             attended.append(_attend_prompt(query, key, value, scaling, window)[0].transpose(0, 1))
-            start += length
+            start = end
         return torch.cat(attended)[None]
 
     def _attend_running(
@@ -224,23 +250,27 @@ class RowCache:
 
 def _attend_prompt(
     query_1HLD: torch.Tensor,
-    key_1KLD: torch.Tensor,
-    value_1KLD: torch.Tensor,
+    key_1KCD: torch.Tensor,
+    value_1KCD: torch.Tensor,
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    length = query_1HLD.shape[2]
-    mask_LL = None
-    if window is not None and length > window:
-        mask_LL = torch.ones(length, length, dtype=torch.bool, device=query_1HLD.device).tril().triu(1 - window)
+    """What the last L of C tokens attend to."""
+    length, num_seen = query_1HLD.shape[2], key_1KCD.shape[2]
+    is_whole = length == num_seen
+    mask_LC = None
+    if not is_whole or (window is not None and length > window):
+        mask_LC = torch.ones(length, num_seen, dtype=torch.bool, device=query_1HLD.device).tril(num_seen - length)
+        if window is not None:
+            mask_LC = mask_LC.triu(num_seen - length + 1 - window)
     return scaled_dot_product_attention(
         query_1HLD,
-        key_1KLD,
-        value_1KLD,
-        attn_mask=mask_LL,
-        is_causal=mask_LL is None,
+        key_1KCD,
+        value_1KCD,
+        attn_mask=mask_LC,
+        is_causal=mask_LC is None,
         scale=scaling,
-        enable_gqa=query_1HLD.shape[1] != key_1KLD.shape[1],
+        enable_gqa=query_1HLD.shape[1] != key_1KCD.shape[1],
     )
 
 

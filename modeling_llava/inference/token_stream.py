@@ -246,9 +246,9 @@ def decode_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase, *, learn_t
     return tokenizer.decode([id for id in ids if id not in hidden]).lstrip()
 
 
-def cut_at_end(text: str, end: str) -> str:
-    """The text before its end, which may be empty; all of it where there is none."""
-    return text.partition(end)[0] if end else text
+def cut_at_end(text: str, *ends: str) -> str:
+    """The text before the first of its ends, of which some may be empty; all of it where there is none."""
+    return text[: min((text.find(end) for end in ends if end and end in text), default=len(text))]
 
 
 class StreamedText:
@@ -259,13 +259,21 @@ class StreamedText:
     Args:
         tokenizer: The tokenizer of the model.
         end: The text or special token before which the answer ends; see `find_answer_end`.
+        stop: Other texts before which it ends.
         learn_tokens: As in `decode_answer`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, end: str = "", learn_tokens: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        end: str = "",
+        stop: Sequence[str] = (),
+        learn_tokens: Sequence[str] = (),
+    ) -> None:
         self.tokenizer = tokenizer
         self.learn_tokens = learn_tokens
-        self.end = end
+        self.ends = tuple(filter(None, (end, *stop)))
         self.end_token = find_end_token(tokenizer, end)
         self.ids: list[int] = []
         self.given = ""
@@ -275,16 +283,16 @@ class StreamedText:
         """The text that this token makes certain."""
         self.ids.append(token)
         text = self._decode()
-        self.has_ended = token == self.end_token or (bool(self.end) and self.end in text)
+        self.has_ended = token == self.end_token or any(end in text for end in self.ends)
         text = text.rstrip("\ufffd")
         if not self.has_ended:
-            parts = (self.end[:length] for length in range(len(self.end) - 1, 0, -1))
-            text = text.removesuffix(next(filter(text.endswith, parts), ""))
-        return self._give(cut_at_end(text, self.end))
+            parts = [end[:length] for end in self.ends for length in range(1, len(end))]
+            text = text.removesuffix(max(filter(text.endswith, parts), key=len, default=""))
+        return self._give(cut_at_end(text, *self.ends))
 
     def finish(self) -> str:
         """What was held back."""
-        return self._give(cut_at_end(self._decode(), self.end))
+        return self._give(cut_at_end(self._decode(), *self.ends))
 
     def _decode(self) -> str:
         return decode_answer(self.ids, self.tokenizer, learn_tokens=self.learn_tokens)

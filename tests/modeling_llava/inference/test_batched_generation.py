@@ -13,11 +13,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.inference import batched_generation
-from modeling_llava.inference.batched_generation import AnswerRequest, BatchedGeneration, generate_answers
+from modeling_llava.inference.answer_requests import AnswerRequest
+from modeling_llava.inference.batched_generation import BatchedGeneration, generate_answers
 from modeling_llava.inference.chat_cache import ChatCache
 from modeling_llava.inference.chat_session import ChatSession
 from modeling_llava.inference.loading import load_for_inference
-from modeling_llava.inference.row_cache import RowCache
+from modeling_llava.inference.row_cache import NewRow, RowCache
 from processing_llava.templates import load_template
 from tests.conftest import GOLDENS
 from tests.modeling_llava.inference.session_models import (
@@ -372,7 +373,7 @@ def test_keys_and_values_stay_those_of_their_row_and_within_the_bound(row_by_row
         if not rows and not new:
             continue
         num_running = len(rows)
-        positions = row_cache.begin_pass([length for length, _ in new], [largest for _, largest in new])
+        positions = row_cache.begin_pass([NewRow(*lengths) for lengths in new])
         lengths = [1] * num_running + [length for length, _ in new]
         query = torch.randn(heads, sum(lengths), width)
         key, value = torch.randn(2, kv_heads, sum(lengths), width)

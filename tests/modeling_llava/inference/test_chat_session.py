@@ -8,7 +8,8 @@ import time
 import pytest
 import torch
 
-from modeling_llava.inference.batched_generation import AnswerRequest, generate_answers
+from modeling_llava.inference.answer_requests import AnswerRequest
+from modeling_llava.inference.batched_generation import generate_answers
 from modeling_llava.inference.chat_cache import ChatCache
 from modeling_llava.inference.chat_session import ChatSession
 from processing_llava.image_limits import ImageLimits

@@ -13,7 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 from modeling_llava.acceleration.cpu_layers import PackedLinear
 from modeling_llava.acceleration.quantization import quantize_to_int8
 from modeling_llava.inference import batched_generation, cached_generation
-from modeling_llava.inference.batched_generation import AnswerRequest, generate_answers
+from modeling_llava.inference.answer_requests import AnswerRequest
+from modeling_llava.inference.batched_generation import generate_answers
 from modeling_llava.inference.cached_generation import (
     CachedGeneration,
     build_compile_config,

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from modeling_llava.cli import main
-from modeling_llava.inference.batched_generation import AnswerRequest, generate_answers
+from modeling_llava.inference.answer_requests import AnswerRequest
+from modeling_llava.inference.batched_generation import generate_answers
 from modeling_llava.inference.chat_session import ChatSession
 from modeling_llava.inference.loading import load_for_inference
 from processing_llava import AnyLlavaProcessor

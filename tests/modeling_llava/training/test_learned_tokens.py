@@ -8,7 +8,8 @@ from transformers import AutoProcessor
 
 from modeling_llava import AutoModelForVision2Seq
 from modeling_llava.cli import main
-from modeling_llava.inference.batched_generation import AnswerRequest, generate_answers
+from modeling_llava.inference.answer_requests import AnswerRequest
+from modeling_llava.inference.batched_generation import generate_answers
 from modeling_llava.inference.chat_session import ChatSession
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import train
