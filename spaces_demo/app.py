@@ -18,7 +18,7 @@ from spaces_demo.attention_view import LAYERS
 from spaces_demo.conversation import Conversation
 from spaces_demo.feedback import OPTIONS, FeedbackFile
 from spaces_demo.handlers import Handlers
-from spaces_demo.models import AS_TRAINED, ModelMenu
+from spaces_demo.models import AS_TRAINED, DemoMenu
 from spaces_demo.routes import build_middleware
 from spaces_demo.safety import MAX_CHARACTERS, MAX_PICTURE_BYTES, MAX_SYSTEM_CHARACTERS, PrivatePage
 from spaces_demo.theme import build_theme
@@ -54,7 +54,7 @@ PRIVACY = (
 STORED = " If you rate an answer, your question, the answer and your rating are stored."
 
 
-def build_page(menu: ModelMenu, *, feedback: FeedbackFile | None = None) -> PrivatePage:
+def build_page(menu: DemoMenu, *, feedback: FeedbackFile | None = None) -> PrivatePage:
     """The page, ready for `launch`."""
     examples = json.loads((EXAMPLES / "examples.json").read_text())
     examples = [example | {"image": str(EXAMPLES / example["image"])} for example in examples[:NUM_CARDS]]
@@ -193,7 +193,7 @@ def _build_settings() -> list[gr.components.Component]:
 
 
 def launch(
-    menu: ModelMenu,
+    menu: DemoMenu,
     *,
     feedback: FeedbackFile | None = None,
     queue: int = 32,
@@ -240,4 +240,4 @@ def launch(
 
 
 if __name__ == "__main__":
-    launch(ModelMenu(os.environ.get("LLAVA_MODELS", "").split()))
+    launch(DemoMenu(os.environ.get("LLAVA_MODELS", "").split()))

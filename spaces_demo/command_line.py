@@ -1,4 +1,4 @@
-"""`llava ...`: ask, chat, demo, doctor, assemble, check-data, train, merge, export, push, and what each of them takes.
+"""`llava ...`: ask, chat, demo, serve, assemble, check-data, train, merge, export, push, and what each of them takes.
 
 What they do is in modeling_llava/commands, which is imported when it runs; what `llava demo` does stands at the end
 of this file. The command starts here because importing anything of modeling_llava imports torch and transformers and
@@ -42,6 +42,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_answering(commands)
     _add_demo(commands)
+    _add_serve(commands)
     _add_models(commands)
     _add_training(commands)
     _add_hub(commands)
@@ -125,6 +126,47 @@ def _add_demo(commands) -> None:
     demo.add_argument("--feedback", metavar="FILE", help="store visitors' opinions of answers as JSON Lines")
     demo.add_argument("--terminal", action="store_true", help="no page: print answers about the example pictures")
     demo.set_defaults(run="spaces_demo.command_line:run_demo")
+
+
+def _add_serve(commands) -> None:
+    serve = commands.add_parser("serve", help="a server that OpenAI's clients talk to")
+    serve.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="folder, adapter or Hub id; several are loaded when they are asked for (default: the embedded model)",
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
+    serve.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
+    serve.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="who may ask; may be repeated (default: LLAVA_API_KEY of the environment)",
+    )
+    serve.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="a name of this machine; may be repeated"
+    )
+    serve.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    serve.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the fastest that fits)")
+    serve.add_argument("--quantization", help="fewer bits: int8 on a CPU; int4, fp8 or nf4 on a GPU")
+    serve.add_argument("--memory", metavar="SIZE", help="what all models and caches may take, such as 8GiB")
+    serve.add_argument("--max-rows", type=int, default=16, help="answers at a time, of each model (default: 16)")
+    serve.add_argument("--max-cache-tokens", type=int, default=16384, help="of these answers (default: 16384)")
+    serve.add_argument("--max-new-tokens", type=int, default=4096, help="most that one may ask for (default: 4096)")
+    serve.add_argument("--queue", type=int, default=64, help="requests that may wait (default: 64)")
+    serve.add_argument("--timeout", type=float, default=600, help="most seconds of an answer (default: 600)")
+    serve.add_argument(
+        "--allow-image-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a host whose pictures may be fetched by URL, over https (default: none); may be repeated",
+    )
+    _add_image_limit(serve)
+    serve.set_defaults(run="modeling_llava.commands.serve:run_serve")
 
 
 def _add_models(commands) -> None:
@@ -273,12 +315,12 @@ def run_demo(options: argparse.Namespace) -> None:
     from . import telemetry  # noqa: F401
 
     # isort: split
-    from .models import ModelMenu
+    from .models import DemoMenu
 
     auth = [tuple(pair.split(":", 1)) for pair in options.auth]
     if any(len(pair) != 2 or not all(pair) for pair in auth):
         raise ValueError("got --auth without a name or a password; expected NAME:PASSWORD")
-    menu = ModelMenu(options.model, device=options.device)
+    menu = DemoMenu(options.model, device=options.device)
     if options.terminal:
         answer_examples(menu)
         return

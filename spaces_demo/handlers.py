@@ -6,7 +6,7 @@ streams, and `finish`, which runs whatever happened and gives a question without
 
 import html
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,11 +16,12 @@ import gradio as gr
 from modeling_llava.inference.attention_map import AnswerAttention
 from modeling_llava.inference.chat_session import AnswerStatistics
 from modeling_llava.serving.guard import log_error
+from modeling_llava.serving.model_menu import LoadedModel, MemoryShort
 
 from .attention_view import Looked
 from .conversation import Answer, Conversation, Turn, open_picture
 from .feedback import FeedbackFile
-from .models import LoadedModel, MemoryShort, ModelMenu, Settings
+from .models import DemoMenu, Settings
 from .safety import (
     MAX_CHARACTERS,
     MAX_CONVERSATION_CHARACTERS,
@@ -45,7 +46,7 @@ class Handlers:
 
     def __init__(
         self,
-        menu: ModelMenu,
+        menu: DemoMenu,
         *,
         examples: list[dict[str, str]],
         feedback: FeedbackFile | None,
@@ -171,7 +172,7 @@ class Handlers:
             for label in filter(None, (left, right)):
                 if label not in self.menu.loaded:
                     progress(0, desc=f"Loading {label}")
-                loaded = self._load(label, beside=left)
+                loaded = self._load(label, keep=[left])
                 descriptions.append(f"<b>{html.escape(label)}</b> {loaded.describe()}")
         except ValueError as error:
             gr.Warning(html.escape(f"Not loaded: {error}"))
@@ -230,10 +231,10 @@ class Handlers:
             self._load(label)
             return self.menu.look(label, messages, settings)
 
-    def _load(self, label: str, *, beside: str | None = None) -> LoadedModel:
+    def _load(self, label: str, *, keep: Collection[str] = ()) -> LoadedModel:
         """As the menu, but what went wrong is told without the folders of the machine."""
         try:
-            return self.menu.load(label, beside=beside)
+            return self.menu.load(label, keep=keep)
         except MemoryShort:
             raise
         except Exception as error:

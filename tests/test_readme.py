@@ -64,7 +64,19 @@ def run(command: list[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def python_output() -> dict[str, str]:
+def server():
+    """The server that README starts, which its Python blocks ask."""
+    (command,) = (line for line in all_commands() if line.startswith("llava serve"))
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    process = subprocess.Popen(shlex.split(command), stdout=subprocess.PIPE, cwd=ROOT, env=environment)
+    with process:
+        assert process.stdout.readline().startswith(b"embedded at http://127.0.0.1:8000/v1")
+        yield
+        process.terminate()
+
+
+@pytest.fixture(scope="module")
+def python_output(server) -> dict[str, str]:
     """What the Python blocks of each README print; they also write the files that commands read."""
     # A model that an earlier test trained is not written over.
     shutil.rmtree(ROOT / "runs" / "own_pictures", ignore_errors=True)
@@ -76,15 +88,16 @@ def python_output() -> dict[str, str]:
 
 def test_python_blocks_run(python_output):
     assert python_output["README.md"].startswith("a guitara musical instrument")
+    assert python_output["README.md"].endswith("a strawberry\n")
     answers = python_output["modeling_llava/README.md"]
     assert answers.startswith("a penguin\n")
-    for answer in ("0 a guitar\n", "1 a penguin\n", "2 a strawberry\n"):
+    for answer in ("0 a guitar\n", "1 a penguin\n", "2 a strawberry\n", "\nyes\n"):
         assert answer in answers
     assert python_output["processing_llava/README.md"].startswith("RGB ")
     assert python_output["tests/README.md"].startswith("torch.Size(")
 
 
-def llava_commands() -> list[str]:
+def all_commands() -> list[str]:
     return [
         line
         for name in READMES
@@ -92,6 +105,11 @@ def llava_commands() -> list[str]:
         for line in block.splitlines()
         if line.startswith("llava ")
     ]
+
+
+def llava_commands() -> list[str]:
+    """Those that end."""
+    return [line for line in all_commands() if not line.startswith("llava serve")]
 
 
 def test_the_first_commands_are_answered_right():

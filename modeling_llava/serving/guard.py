@@ -54,6 +54,7 @@ class Guard:
         body_limits: Bytes of a body by the end of the path.
         login_path: End of the path whose refusals count as failed logins.
         attempts: What these cost.
+        describe: The JSON of a refusal, by its status and reason.
     """
 
     def __init__(
@@ -66,8 +67,10 @@ class Guard:
         body_limits: Mapping[str, int] | None = None,
         login_path: str | None = None,
         attempts: "AttemptLimit | None" = None,
+        describe: Callable[[int, str], object] = lambda status, reason: {"detail": reason},
     ) -> None:
         self.app = app
+        self.describe = describe
         self.hosts = hosts
         self.origins = frozenset(origins)
         self.headers = SECURITY_HEADERS | dict(headers or {})
@@ -87,7 +90,9 @@ class Guard:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].rstrip("/")
         limits = (limit for end, limit in self.body_limits.items() if path.endswith(end))
-        exchange = _Exchange(scope, receive, send, max_body=next(limits, MAX_BODY), headers=self.headers)
+        exchange = _Exchange(
+            scope, receive, send, max_body=next(limits, MAX_BODY), headers=self.headers, describe=self.describe
+        )
         refusal = self._find_refusal(scope, exchange)
         if refusal is not None:
             await exchange.refuse(*refusal)
@@ -126,7 +131,7 @@ class Guard:
             if address is None or not self._is_own_name(address[0], scope):
                 return 403, (
                     f"got a request for the host {address[0] if address else '(malformed)'}; expected one of this "
-                    "server; its operator can allow it (llava demo: --allow-host NAME)"
+                    "server; its operator can allow it (--allow-host NAME)"
                 )
         if not exchange.request.getlist("host"):
             return 400, "got a request without Host; expected one"
@@ -136,7 +141,7 @@ class Guard:
             if address is None or not (address in addresses or address[0] in self._list_named()):
                 return 403, (
                     "got a request from a page of another site; expected one of this server; where a proxy gives it "
-                    "another name, its operator can allow that (llava demo: --allow-host NAME)"
+                    "another name, its operator can allow that (--allow-host NAME)"
                 )
         if exchange.length > exchange.max_body:
             return exchange.too_large
@@ -187,9 +192,17 @@ class _Exchange:
     """A request that is read up to its limits, and an answer with headers: the app's, or a refusal."""
 
     def __init__(
-        self, scope: Scope, receive: Receive, send: Send, *, max_body: int, headers: Mapping[str, str]
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        max_body: int,
+        headers: Mapping[str, str],
+        describe: Callable[[int, str], object],
     ) -> None:
         self.request = Headers(scope=scope)
+        self.describe = describe
         self.max_body = max_body
         self.headers = headers
         length = self.request.get("content-length", "0")
@@ -250,7 +263,7 @@ class _Exchange:
     async def refuse(self, status: int, reason: str, headers: Mapping[str, str] | None = None) -> None:
         self._is_refused = True
         self.status = status
-        body = json.dumps({"detail": reason}).encode()
+        body = json.dumps(self.describe(status, reason)).encode()
         told = {
             "Content-Type": "application/json",
             "Content-Length": str(len(body)),

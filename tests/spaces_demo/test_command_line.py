@@ -120,14 +120,14 @@ AN_HOUR_LATER = """
 import datetime, pathlib, sys
 from gradio import route_utils
 from spaces_demo.app import build_page
-from spaces_demo.models import ModelMenu
+from spaces_demo.models import DemoMenu
 
 class InAnHour(datetime.datetime):
     @classmethod
     def now(cls):
         return datetime.datetime.now() + datetime.timedelta(seconds=3660)
 
-page = build_page(ModelMenu([]))
+page = build_page(DemoMenu([]))
 frequency, age = page.delete_cache
 assert (frequency, age) == (600, 3600)
 picture = pathlib.Path(sys.argv[1])

@@ -11,7 +11,7 @@ import pytest
 from modeling_llava.inference.loading import EMBEDDED_MODEL
 from spaces_demo.conversation import Answer, Conversation, Turn
 from spaces_demo.handlers import Handlers
-from spaces_demo.models import AS_TRAINED, ModelMenu, Settings
+from spaces_demo.models import AS_TRAINED, DemoMenu, Settings
 
 pytestmark = pytest.mark.core
 
@@ -19,7 +19,7 @@ PENGUIN = str(Path(__file__).parents[2] / "spaces_demo" / "examples" / "twemoji-
 
 
 def build_handlers(*names: str) -> Handlers:
-    return Handlers(ModelMenu(list(names)), examples=[], feedback=None, on_gpu=lambda function: function)
+    return Handlers(DemoMenu(list(names)), examples=[], feedback=None, on_gpu=lambda function: function)
 
 
 def stream(handlers: Handlers, conversation: Conversation, *, right: str = "", **changes) -> Iterator[tuple]:

@@ -9,7 +9,7 @@ import pytest
 from modeling_llava.inference.chat_session import ChatSession
 from modeling_llava.inference.loading import load_for_inference
 from processing_llava.image_loading import load_image
-from spaces_demo.models import ModelMenu, Settings
+from spaces_demo.models import DemoMenu, Settings
 from tests.spaces_demo.conftest import EXAMPLES, start_demo
 
 pytestmark = pytest.mark.slow
@@ -99,7 +99,7 @@ def test_every_setting_of_a_call_reaches_the_model(demo):
     }
     path, question = EXAMPLES / "twemoji-bus.png", "What do you see in this picture?"
     content = [{"type": "image", "image": load_image(path)}, {"type": "text", "text": question}]
-    menu = ModelMenu([])
+    menu = DemoMenu([])
     *_, (expected, statistics) = menu.answer("embedded", [{"role": "user", "content": content}], Settings(**chosen))
     text, caption = ask(demo.url, question, path, **chosen)
     assert text == expected
@@ -111,14 +111,14 @@ WITHOUT_MEMORY = """
 import sys
 import torch
 from modeling_llava.cli import main
-from spaces_demo import models
+from modeling_llava.serving import model_menu
 
-load = models.load_for_inference
+load = model_menu.load_for_inference
 
 def run_out(name, **settings):
-    return load(name, **settings) if name == models.EMBEDDED_MODEL else torch.empty(2**50)
+    return load(name, **settings) if name == model_menu.EMBEDDED_MODEL else torch.empty(2**50)
 
-models.load_for_inference = run_out
+model_menu.load_for_inference = run_out
 sys.exit(main(["demo", *sys.argv[1:]]))
 """
 
