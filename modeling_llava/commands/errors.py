@@ -26,6 +26,7 @@ EXTRAS = {
     "spaces": "spaces",
     "bitsandbytes": "bitsandbytes",
     "deepspeed": "deepspeed",
+    "gguf": "'anyllava[gguf]'",
     "fastapi": "'transformers[serving]'",
     "torchao": "torchao",
 }
