@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: help demo test test-slow test-floor test-newest test-gpu test-transformers test-deepspeed test-vllm test-clients fuzz bench check format tiny-llava
+.PHONY: help demo test test-slow test-floor test-newest test-gpu test-transformers test-deepspeed test-vllm test-clients test-llama-cpp fuzz bench check format tiny-llava
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -34,12 +34,12 @@ CORE := -m pytest -m 'core and not gpu' -W default $(shell grep -rl --include='t
 
 test-floor:  ## the core tests with the oldest versions that setup.cfg allows
 	$(PYTHON) -m venv --clear $(FLOOR)
-	$(FLOOR)/bin/python -m pip install --quiet --constraint .ci/constraints-floor.txt --editable '.[train,demo,serve]' pytest
+	$(FLOOR)/bin/python -m pip install --quiet --constraint .ci/constraints-floor.txt --editable '.[train,demo,serve,gguf]' pytest
 	HF_HUB_OFFLINE=1 $(FLOOR)/bin/python $(CORE)
 
 test-newest:  ## the core tests with the newest of everything
 	$(PYTHON) -m venv --clear $(NEWEST)
-	$(NEWEST)/bin/python -m pip install --quiet --upgrade --editable '.[train,demo,serve]' pytest
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --editable '.[train,demo,serve,gguf]' pytest
 	HF_HUB_OFFLINE=1 $(NEWEST)/bin/python $(CORE)
 
 test-gpu: $(READY)  ## the tests that need a GPU
@@ -63,11 +63,18 @@ test-vllm: $(READY)  ## vLLM reads an exported checkpoint; installs it into an e
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # built for CUDA, and not needed
 	ANYLLAVA_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/vllm_suite
 
-CLIENTS := .venv-clients
+CLIENTS := $(CURDIR)/.venv-clients
 test-clients: $(READY)  ## OpenAI's, LlamaIndex's and other clients ask llava serve, 64 at a time, and 10,000 times
-	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip install --quiet haystack-ai==3.4.1 langchain-openai litellm llama-index-llms-openai-like llm
-	ANYLLAVA_CLIENTS_PYTHON=$(CURDIR)/$(CLIENTS)/bin/python HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -s tests/clients_suite
+	for client in haystack-ai==3.4.1 langchain-openai==1.7.4 litellm llama-index-llms-openai-like==0.8.1 llm==0.36; do \
+		$(PYTHON) -m venv $(CLIENTS)/$${client%%==*} && \
+		$(CLIENTS)/$${client%%==*}/bin/python -m pip install --quiet $$client || exit 1; done
+	ANYLLAVA_CLIENTS=$(CLIENTS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -s tests/clients_suite
+
+LLAMA_CPP := .venv-llama-cpp
+test-llama-cpp: $(READY)  ## llama.cpp reads exported GGUF files; installs it into an environment of its own
+	$(PYTHON) -m venv $(LLAMA_CPP)
+	$(LLAMA_CPP)/bin/python -m pip install --quiet xllamacpp==2026.10.11549
+	ANYLLAVA_LLAMA_CPP_PYTHON=$(CURDIR)/$(LLAMA_CPP)/bin/python HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/llama_cpp_suite
 
 fuzz: $(READY)  ## random image files, records, messages, texts, folders and requests to the page, a minute each
 	for target in images records messages texts folders; do \

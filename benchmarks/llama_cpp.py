@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from modeling_llava.acceleration.quantization import quantize_to_int8
+from modeling_llava.export.gguf_text import interleave_halves
 from modeling_llava.inference.loading import prepare_for_answering
 
 from .generation_times import compile_ours, time_decoding, time_prefill
@@ -93,12 +94,6 @@ def write_gguf(model: PreTrainedModel, path: Path, *, weights: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def interleave_halves(weight: torch.Tensor, width: int) -> torch.Tensor:
-    """Rows of queries or keys as llama.cpp wants them: it turns neighbours where transformers turns halves."""
-    heads, half = len(weight) // width, width // 2
-    return weight.reshape(heads, 2, half, -1).transpose(1, 2).reshape(weight.shape)
 
 
 class LlamaCpp:

@@ -260,10 +260,17 @@ def _add_training(commands) -> None:
 
 
 def _add_hub(commands) -> None:
-    export = commands.add_parser("export", help="write a folder as it goes to the Hub")
+    export = commands.add_parser("export", help="write a folder as it goes to the Hub, or as llama.cpp takes it")
     export.add_argument("source", metavar="DIR", help="model, adapter, Space, or data (folder or file)")
     export.add_argument("--out", required=True, help="folder to write")
     export.add_argument("--repo-id", help="for the card: OWNER/NAME on the Hub (default: the name of --out)")
+    export.add_argument("--quantize", help="with --layout gguf: q8_0 or q4_k_m, for the language model")
+    export.add_argument(
+        "--for-llama-cpp-with-issue-25814",
+        action="store_true",
+        help="with --layout gguf and a CLIP tower: files that are right, but for one patch, in a llama.cpp with that "
+        "fault alone",
+    )
     _add_export_options(export)
     export.set_defaults(run="modeling_llava.commands.models:run_export")
 
@@ -281,7 +288,9 @@ def _add_hub(commands) -> None:
 
 
 def _add_export_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--layout", help="any_llava, original or transformers (default: transformers' if possible)")
+    parser.add_argument(
+        "--layout", help="any_llava, original, transformers (the default, if possible), or gguf, for llama.cpp"
+    )
     parser.add_argument(
         "--with-code",
         action=argparse.BooleanOptionalAction,

@@ -151,6 +151,7 @@ RUNS = (
     ),
     (["train", "recipe.yaml"], 2, "pip install 'anyllava[train]'"),
     (["merge", "adapter", "--out", "merged"], 2, "pip install 'anyllava[train]'"),
+    (["export", "MODEL", "--out", "out", "--layout", "gguf"], 2, "pip install 'anyllava[gguf]'"),
     (["demo", "--model", "MODEL"], 2, "pip install 'anyllava[demo]'"),
 )
 

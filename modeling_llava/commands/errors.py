@@ -29,6 +29,7 @@ EXTRAS = {
     "spaces": "spaces",
     "bitsandbytes": "bitsandbytes",
     "deepspeed": "deepspeed",
+    "gguf": "'anyllava[gguf]'",
     "fastapi": "'transformers[serving]'",
     "torchao": "torchao",
 }

@@ -111,9 +111,33 @@ def run_merge(options: argparse.Namespace) -> None:
 
 
 def run_export(options: argparse.Namespace) -> None:
+    if options.layout == "gguf":
+        _show_exported(_export_gguf(options))
+        return
     from modeling_llava.export.repository import export_repository
 
+    if options.quantize is not None or options.for_llama_cpp_with_issue_25814:
+        raise ValueError("got an option for GGUF files without --layout gguf; expected both or neither: add it")
     _show_exported(export_repository(_find_source(options), Path(options.out), _export_settings(options)))
+
+
+def _export_gguf(options: argparse.Namespace):
+    from modeling_llava.export.gguf_files import GgufSettings, export_gguf
+
+    for name in ("with_code", "base_model", "card", "keep_card", "data_manifest", "image_folder"):
+        if getattr(options, name):
+            raise ValueError(
+                f"got --{name.replace('_', '-')} with --layout gguf, where it has no effect; expected --repo-id, "
+                "--license, --quantize or none: leave it out"
+            )
+    out = Path(options.out)
+    settings = GgufSettings(
+        name=(options.repo_id or out.resolve().name).split("/")[-1],
+        quantize=options.quantize,
+        for_issue_25814=options.for_llama_cpp_with_issue_25814,
+        license=options.license,
+    )
+    return export_gguf(_find_source(options), out, settings)
 
 
 def run_push(options: argparse.Namespace) -> None:
@@ -122,6 +146,11 @@ def run_push(options: argparse.Namespace) -> None:
     from modeling_llava.export.hub_upload import push_repository
     from modeling_llava.export.repository import prepare_repository
 
+    if options.layout == "gguf":
+        raise ValueError(
+            "got --layout gguf for push; expected another layout: write the files with llava export, and send "
+            "them with hf upload"
+        )
     if "/" not in options.repo_id:
         raise ValueError(f"got repo-id {options.repo_id!r}; expected OWNER/NAME")
     validate_repo_id(options.repo_id)

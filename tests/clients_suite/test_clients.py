@@ -1,5 +1,5 @@
-"""`llava serve` with the clients that people have. Opt-in, since they want an environment of their own:
-`make test-clients` makes it and names its Python in ANYLLAVA_CLIENTS_PYTHON.
+"""`llava serve` with the clients that people have. Opt-in, since each wants an environment of its own:
+`make test-clients` makes them in the folder ANYLLAVA_CLIENTS, by the name of the distribution.
 
 Each script asks the same question about the same picture as OpenAI's own client does here, and must get its answer.
 """
@@ -14,7 +14,7 @@ import pytest
 
 from tests.modeling_llava.serving.servers import EXAMPLES, KEY, ask, serve
 
-PYTHON = os.environ.get("ANYLLAVA_CLIENTS_PYTHON")
+ENVIRONMENTS = os.environ.get("ANYLLAVA_CLIENTS")
 PICTURE = str(EXAMPLES[0])
 QUESTION = "What is in the picture?"
 SCHEMA = {
@@ -36,7 +36,7 @@ content = [
 ]
 """
 SCRIPTS = {
-    "llama_index": """
+    "llama-index-llms-openai-like": """
 from llama_index.core.llms import ChatMessage, ImageBlock, TextBlock
 from llama_index.llms.openai_like import OpenAILike
 
@@ -44,7 +44,7 @@ model = OpenAILike(model="embedded", api_base=url, api_key=key, is_chat_model=Tr
 message = ChatMessage(role="user", blocks=[ImageBlock(path=picture), TextBlock(text=question)])
 print(json.dumps([model.chat([message]).message.content, "".join(p.delta for p in model.stream_chat([message]))]))
 """,
-    "langchain": """
+    "langchain-openai": """
 from langchain_openai import ChatOpenAI
 
 model = ChatOpenAI(model="embedded", base_url=url, api_key=key, temperature=0)
@@ -63,7 +63,7 @@ form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schem
 formed = litellm.completion(**settings, response_format=form).choices[0].message.content
 print(json.dumps([whole, streamed, json.loads(formed)]))
 """,
-    "haystack": """
+    "haystack-ai": """
 from haystack.components.generators.chat import OpenAIChatGenerator
 from haystack.dataclasses import ChatMessage, ImageContent
 from haystack.utils import Secret
@@ -103,10 +103,19 @@ def expected(server) -> str:
     return answer.choices[0].message.content
 
 
-@pytest.mark.skipif(PYTHON is None, reason="needs the clients: make test-clients")
+@pytest.mark.skipif(ENVIRONMENTS is None, reason="needs the clients: make test-clients")
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_client_gets_the_answer(name, server, expected, tmp_path):
-    command = [PYTHON, "-c", BEGIN + SCRIPTS[name], f"{server.url}/v1", KEY, PICTURE, QUESTION, json.dumps(SCHEMA)]
+    command = [
+        f"{ENVIRONMENTS}/{name}/bin/python",
+        "-c",
+        BEGIN + SCRIPTS[name],
+        f"{server.url}/v1",
+        KEY,
+        PICTURE,
+        QUESTION,
+        json.dumps(SCHEMA),
+    ]
     environment = os.environ | {"HAYSTACK_TELEMETRY_ENABLED": "False", "HOME": str(tmp_path)}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]

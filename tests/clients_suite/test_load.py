@@ -18,7 +18,7 @@ import pytest
 
 from tests.modeling_llava.serving.servers import EXAMPLES, KEY, OTHER_KEY, Server, ask, serve
 
-pytestmark = pytest.mark.skipif("ANYLLAVA_CLIENTS_PYTHON" not in os.environ, reason="takes minutes: make test-clients")
+pytestmark = pytest.mark.skipif("ANYLLAVA_CLIENTS" not in os.environ, reason="takes minutes: make test-clients")
 
 NUM_CLIENTS = 64
 SECONDS = 60
