@@ -250,7 +250,8 @@ def _read_messages(value: Any, name: str, *, texts: tuple[str, ...], limits: Req
     messages, num_characters, num_pictures = [], 0, 0
     for number, message in enumerate(value):
         place = f"{name}[{number}]"
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
+        # A list has no hash.
+        if not isinstance(message, dict) or message.get("role") not in tuple(ROLES):
             raise RequestError(
                 f"got {_describe(message)} as {place}; expected a message with one of the roles {', '.join(ROLES)}",
                 param=place,
@@ -326,7 +327,7 @@ def _read_format(value: Any, name: str, *, inner: str | None) -> Constraint | No
         "json_object": Constraint.follow_schema,
         "json_schema": lambda: Constraint.follow_schema(_find_schema(value, name, inner=inner)),
     }
-    if kind not in readers:
+    if kind not in tuple(readers):
         raise RequestError(
             f"got {_describe(kind)} as the type of {name}; expected one of {', '.join(readers)}", param=name
         )
