@@ -28,8 +28,9 @@ from jinja2.visitor import NodeTransformer
 
 MAX_LENGTH, MAX_NODES, MAX_DEPTH = 100_000, 10_000, 100
 """Bounds of a template. The largest of 148 published ones has 19,572 characters and 1,404 nodes, 22 deep."""
-BASE_STEPS, STEPS_PER_SIZE = 50_000, 40
-"""Steps of a rendering; the second for each character that it is given, and 16 times for each value."""
+BASE_STEPS, STEPS_PER_CHARACTER, STEPS_PER_VALUE = 50_000, 32, 4_096
+"""Steps of a rendering, and more for what it is given: Gemma 4's template reads all messages
+anew for each of them, and SmolVLM's each character of a text."""
 _VALUE, _CHARS = 16, 16
 _MAX_BITS = 10_000
 _VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
@@ -64,7 +65,9 @@ class _Run:
     """What is left to a rendering, and the spans of `{% generation %}` in what it wrote so far."""
 
     def __init__(self, given: Any) -> None:
-        self.limit = self.steps = BASE_STEPS + STEPS_PER_SIZE * _measure(given, 10**9)
+        self.limit = self.steps = BASE_STEPS + STEPS_PER_CHARACTER * _measure(
+            given, 10**9, STEPS_PER_VALUE // STEPS_PER_CHARACTER
+        )
         self.length, self.spans = 0, []
 
     def take(self, steps: int) -> None:
@@ -97,17 +100,17 @@ def _running(given: Any) -> Iterator[_Run]:
         _run.reset(token)
 
 
-def _measure(value: Any, most: int) -> int:
-    """The characters of a value and of all in it, and `_VALUE` for each; counting ends beyond `most`."""
-    size, waiting = _VALUE, [value]
+def _measure(value: Any, most: int, each: int = _VALUE) -> int:
+    """The characters of a value and of all in it, and `each` for itself and those; counting ends beyond `most`."""
+    size, waiting = each, [value]
     while waiting and size <= most:
         value = waiting.pop()
         if isinstance(value, str):
             size += len(value)
         elif isinstance(value, range):
-            size += _VALUE * len(value)
+            size += each * len(value)
         elif isinstance(value, (dict, list, tuple, *_VIEWS)):
-            size += _VALUE * len(value)
+            size += each * len(value)
             waiting += value
             waiting += value.values() if isinstance(value, dict) else ()
     return size
@@ -314,7 +317,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         return run.charge(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        function = partial(super().call, __context, __obj)
+        # Jinja's own, which do not reach what is called.
+        hidden = {name: kwargs.pop(name) for name in ("_loop_vars", "_block_vars") if name in kwargs}
+        function = partial(super().call, __context, __obj, **hidden)
         if isinstance(__obj, (Macro, LoopContext)):
             _run.get().take(1 + len(args) + len(kwargs))
             return function(*args, **kwargs)

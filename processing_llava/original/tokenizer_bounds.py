@@ -2,7 +2,7 @@
 
 Each part of it turns a character into at most so many, and what follows on each other multiplies. The constants are
 those of Unicode, for normal forms, and of bytes; the rest stands in the file. Patterns have a bound of form, since a
-repeated group that repeats something itself can take a time that doubles with each character.
+repeated group of repetitions or choices can take a time that doubles with each character.
 """
 
 import base64
@@ -163,17 +163,17 @@ def _check_strings(value: Any, name: str) -> None:
             most = {"precompiled_charsmap": MAX_CHARSMAP, "Regex": MAX_PATTERN}.get(key, MAX_STRING)
             if len(value) > most:
                 raise _FaultError(f"{name} of {len(value):,} characters; expected at most {most:,}")
-            if key == "Regex" and _repeats_repeats(value):
+            if key == "Regex" and _can_double(value):
                 raise _FaultError(
-                    f"{name} whose pattern {shorten(value)} repeats a group that repeats something; expected one that "
-                    "takes no longer than a text is long"
+                    f"{name} whose pattern {shorten(value)} repeats a group of repetitions or choices; expected one "
+                    "with a single way to match"
                 )
 
 
-def _repeats_repeats(pattern: str) -> bool:
-    """Whether a group that is repeated holds something that is repeated."""
+def _can_double(pattern: str) -> bool:
+    """Whether a group that is repeated holds something that is repeated, or a choice: there are many ways to match."""
     holds = [False]
-    for sign in re.finditer(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(|\)|[*+{]|.", pattern, flags=re.DOTALL):
+    for sign in re.finditer(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", pattern, flags=re.DOTALL):
         if sign[0] == "(":
             holds.append(False)
         elif sign[0] == ")" and len(holds) > 1:
@@ -181,6 +181,6 @@ def _repeats_repeats(pattern: str) -> bool:
             if inner and pattern[sign.end() : sign.end() + 1] in ("*", "+", "{"):
                 return True
             holds[-1] |= inner
-        elif sign[0] in "*+{":
+        elif sign[0] in "*+{|":
             holds[-1] = True
     return False

@@ -87,6 +87,7 @@ TOKENIZER_CHANGES: dict[str, Callable[[Path], None]] = {
     "a table that is no text": normalize(precompile(struct.pack("<I", 4) + bytes(4) + b"\xff\xff\0")),
     "a pattern that takes forever": cut(split("(a+)+$")),
     "a pattern that takes forever, in a normalizer": normalize(swap("((a|b)*c?)*d", "", form="Regex")),
+    "a pattern of choices that takes forever": cut(split("(a|aa)+[^a]")),
     "a pattern of 1 MB": cut(split("a" * MIB)),
     "bytes of bytes": cut(*[BYTES] * 12),
     "a pre-tokenizer of 1e5 parts": cut(*[{"type": "Whitespace"}] * 10**5),
