@@ -251,8 +251,9 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
                 **self.tokenizer.special_tokens_map | variables,
             )
         except (TemplateError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]
             raise ValueError(
-                f"got messages that the chat template cannot write ({error}); expected what it knows; change the "
+                f"got messages that the chat template cannot write ({reason}); expected what it knows; change the "
                 "messages, or choose another template"
             ) from error
 

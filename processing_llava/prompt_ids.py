@@ -12,6 +12,7 @@ the original LLaVA tokenises the pieces around its images one by one.
 import json
 import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -41,6 +42,25 @@ _MANY_TOKENS = 256
 """Most added tokens whose flags are compared for the same reason."""
 
 
+@contextmanager
+def refusing_panics() -> Iterator[None]:
+    """Tells the panics of tokenizers, which are no Exceptions (0.23), as errors of the tokenizer.
+
+    Raises:
+        ValueError: in their place.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"got a tokenizer whose rules fail ({reason}); expected a whole tokenizer.json: take another one"
+        ) from None
+
+
+@refusing_panics()
 def encode_prompt(
     prompt: str,
     tokenizer: PreTrainedTokenizerFast,

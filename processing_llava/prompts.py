@@ -14,9 +14,10 @@ from itertools import chain
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils import get_json_schema
 
 from .messages import open_value, shorten
+from .template_bounds import CostlyTemplateError, write_template
 from .user_text import (
     InertTexts,
     TemplateSource,
@@ -30,8 +31,6 @@ from .user_text import (
     replace_texts,
 )
 
-_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
 Span = tuple[int, int]
 Variables = tuple[tuple[str, str], ...]
 Render = Callable[[Wrap], tuple[str, list[Span]]]
@@ -42,6 +41,8 @@ _TOOL = {"role": "tool", "content": ".", "name": "a", "tool_call_id": "a"}
 _SAMPLES = ([_SYSTEM, _USER, _ASSISTANT, _USER], [_USER, _ASSISTANT, _USER], [_USER], [_USER, _ASSISTANT, _TOOL])
 _CAPTIONED = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "."}]}
 
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+_END = "CONTINUE_FINAL_MESSAGE_TAG "
 _MAX_TRUSTED = 4096
 _trusted: set[tuple[Any, ...]] = set()
 """What templates wrote around the texts of conversations, where inert texts had shown that it is theirs."""
@@ -106,7 +107,7 @@ def render_prompt(
 
     Args:
         messages: `[{"role": ..., "content": text or [{"type": "image"}, {"type": "text", "text": ...}]}]`.
-        template: Jinja text, rendered by transformers' own sandbox.
+        template: Jinja text, rendered within the bounds of `template_bounds.py`.
         add_generation_prompt: End where the assistant begins to write.
         continue_final_message: End inside the last message, for the model to go on with.
         learn_tokens: Tokens that count as such where the assistant wrote them, inside `{% generation %}`.
@@ -187,6 +188,8 @@ def _render_samples(template: str, variables: Variables) -> tuple[Prompt, ...]:
     for messages in _SAMPLES:
         try:
             text, user_spans, _ = _render(messages, template, {"add_generation_prompt": True}, dict(variables))
+        except CostlyTemplateError:
+            raise
         except (TemplateError, TypeError, ValueError):
             continue
         samples.append(Prompt(text, user_spans=user_spans))
@@ -200,17 +203,9 @@ def _render(
     source = read_source(template)
     # An end token can be a word.
     names = source.names.difference(value for _, value in _pick_strings(variables))
-    is_supervised = _GENERATION_TAG.search(template) is not None
 
     def render(wrap: Wrap) -> tuple[str, list[Span]]:
-        rendered, generation_spans = render_jinja_template(
-            conversations=[replace_texts(messages, wrap, names)],
-            chat_template=template,
-            return_assistant_tokens_mask=is_supervised,
-            **options,
-            **variables,
-        )
-        return rendered[0], list(chain.from_iterable(generation_spans))
+        return _write(replace_texts(messages, wrap, names), template, **options, **variables)
 
     marks = choose_marks(chain(list_texts(messages), list_texts(variables)), template)
     cores = set()
@@ -243,6 +238,61 @@ def _render(
     return text, _find_number_spans(text, user_spans, messages), assistant_spans
 
 
+def _write(
+    messages: list[dict[str, Any]],
+    template: str,
+    *,
+    tools: list[Any] | None = None,
+    documents: list[dict[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
+    continue_final_message: bool | str = False,
+    **variables: Any,
+) -> tuple[str, list[Span]]:
+    """What a template writes of messages that nobody else has, as transformers has it written (5.24,
+    utils/chat_template_utils.py: render_jinja_template); and the spans of `{% generation %}`.
+
+    Raises:
+        ValueError: the template does not write the message that it shall end in.
+    """
+    messages = list(map(_name_thoughts, messages))
+    last = _mark_end(messages[-1], continue_final_message) if continue_final_message else ""
+    if tools is not None:
+        tools = [tool if isinstance(tool, dict) else get_json_schema(tool) for tool in tools]
+    given = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt, **variables}
+    written, spans = write_template(template, {"messages": messages, **replace_texts(given, str, frozenset())})
+    if continue_final_message:
+        end = written.rfind(_END.strip())
+        if end < 0 or last.strip() not in written:
+            raise ValueError(
+                "got a chat template that does not write the whole last message; expected one that does, with "
+                "continue_final_message: leave that out, or choose another template"
+            )
+        written = written[:end] if written.startswith(_END, end) else written[:end].rstrip()
+    return written, spans
+
+
+def _name_thoughts(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with its thoughts by each name that templates know them by."""
+    thoughts = next((message[name] for name in _THOUGHTS if message.get(name) is not None), None)
+    return message if thoughts is None else {"thinking": thoughts, **message, "reasoning_content": thoughts}
+
+
+def _mark_end(message: dict[str, Any], field: str | bool) -> str:
+    """Puts `_END` behind the text that the model goes on with, which is returned."""
+    holder, name = message, field if isinstance(field, str) else "content"
+    if isinstance(holder.get(name), list):
+        holder, name = next((item for item in reversed(holder[name]) if "text" in item), {}), "text"
+    text = holder.get(name)
+    if not isinstance(text, str):
+        raise ValueError(
+            "got a last message without a text; expected one to go on with: give one, or leave "
+            "continue_final_message out"
+        )
+    names = [other for other in _THOUGHTS if holder.get(other) == text] if name in _THOUGHTS else [name]
+    holder |= dict.fromkeys(names, text + _END)
+    return text
+
+
 def _check_pieces(
     pieces: list[str],
     messages: list[dict[str, Any]],
@@ -268,6 +318,8 @@ def _check_pieces(
     inert = InertTexts(source)
     try:
         rendered, _ = render(lambda core: marks.wrap(inert(core)))
+    except CostlyTemplateError:
+        raise
     except (TemplateError, TypeError, ValueError):
         return False
     if _join_skeleton(marks.split(rendered), marks) != skeleton:
@@ -371,11 +423,13 @@ def _is_for_captions(template: str, variables: Variables) -> bool:
     for user in (_USER, _CAPTIONED):
         conversation = replace_texts([user, {**_ASSISTANT, "content": "a"}], marks.wrap, names)
         try:
-            rendered, _ = render_jinja_template([conversation], chat_template=template, **dict(variables))
+            rendered, _ = _write(conversation, template, **dict(variables))
+        except CostlyTemplateError:
+            raise
         except (TemplateError, TypeError, ValueError):
             continue
-        is_written = marks.wrap("a") in rendered[0]
-        if marks.wrap(".") in rendered[0] or not is_written:
+        is_written = marks.wrap("a") in rendered
+        if marks.wrap(".") in rendered or not is_written:
             return False
     return is_written
 

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment
 
 from .messages import open_value
+from .template_bounds import compile_template
 
 Wrap = Callable[[str], str]
 
@@ -68,8 +69,10 @@ def read_source(template: str) -> TemplateSource:
     """The words of a template.
 
     Raises:
+        CostlyTemplateError: it is too large for a chat template.
         jinja2.TemplateError: it is no Jinja text.
     """
+    compile_template(template)
     tokens = [(token.type, token.value) for token in _LEXER.tokenize(template) if isinstance(token.value, str)]
     constants = [value for kind, value in tokens if kind == "string"]
     # Of plain letters, since constants can be control tokens.

@@ -5,14 +5,17 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
 
+from processing_llava.processing_llava import AnyLlavaProcessor
 from tests.modeling_llava.checkpoints.folder_changes import LAYOUTS
 from tests.modeling_llava.checkpoints.hostile_folders import load
+from tests.modeling_llava.checkpoints.hostile_tokenizers import BYTES, chain, frame, precompile, split, swap
 
 NAMES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json",
@@ -28,6 +31,18 @@ VALUES = st.recursive(
     lambda values: st.lists(values, max_size=3) | st.dictionaries(TEXTS, values, max_size=3),
     max_leaves=6,
 )
+FILTERS = (
+    " | length",
+    " | list",
+    " | join",
+    " | string",
+    " | tojson",
+    " | sort",
+    " | map('string') | list",
+    " | upper",
+)
+METHODS = (".strip()", ".upper()", ".split()", ".items()", " | replace('a', 'bbbb')", " | indent(999)", "[0]")
+CALLS = (" | join({})", ".split({})", ".replace('', {})", ".join({})", " | indent({})", " | default({})", ".strip({})")
 PLACES = st.integers(0, 10**6)
 CHANGES = st.one_of(
     st.tuples(st.just("value"), PLACES, VALUES),
@@ -37,9 +52,85 @@ CHANGES = st.one_of(
     st.tuples(st.just("content"), PLACES, VALUES),
     st.tuples(st.just("link"), PLACES, st.sampled_from(TARGETS)),
 )
-FOLDERS = st.tuples(
-    st.sampled_from(list(LAYOUTS)), st.lists(st.tuples(st.sampled_from(NAMES), CHANGES), min_size=1, max_size=3)
+
+COUNTS = st.sampled_from([0, 1, 3, 60, 999, 99_999, 10**9])
+STRINGS = st.sampled_from(
+    ["'ab'", "'\\n'", "''", "x", "n.x", "messages", "messages[0].content", "range(9)", "[1]", "{}"]
 )
+EXPRESSIONS = st.recursive(
+    STRINGS | COUNTS.map(str),
+    lambda inner: st.one_of(
+        st.tuples(inner, st.sampled_from(["+", "*", "**", "%", "//", "~", "==", "in", "and"]), inner).map(" ".join),
+        st.tuples(inner, st.sampled_from([*FILTERS, *METHODS])).map("".join).map("({})".format),
+        st.tuples(inner, st.sampled_from(CALLS), inner).map(lambda part: f"({part[0]}{part[1].format(part[2])})"),
+        st.tuples(inner, inner).map("[{0[0]}, {0[1]}]".format),
+        inner.map("({})[1:]".format),
+        inner.map("f({})".format),
+    ),
+    max_leaves=8,
+)
+STATEMENTS = st.recursive(
+    st.one_of(
+        EXPRESSIONS.map("{{{{ {} }}}}".format),
+        EXPRESSIONS.map("{{% set n.x = {} %}}".format),
+        EXPRESSIONS.map("{{% set x = {} %}}".format),
+        st.integers(0, 5000).map("y".__mul__),
+    ),
+    lambda inner: st.one_of(
+        st.tuples(inner, inner).map("".join),
+        st.tuples(COUNTS, inner).map("{{% for a in range({0[0]}) %}}{0[1]}{{% endfor %}}".format),
+        st.tuples(EXPRESSIONS, inner).map("{{% for a in {0[0]} %}}{0[1]}{{% endfor %}}".format),
+        st.tuples(EXPRESSIONS, inner).map("{{% if {0[0]} %}}{0[1]}{{% endif %}}".format),
+        inner.map("{{% set x %}}{}{{% endset %}}".format),
+        inner.map("{{% macro f(x) %}}{}{{% endmacro %}}".format),
+    ),
+    max_leaves=6,
+)
+TEMPLATES = STATEMENTS.map(
+    "{{% set n = namespace(x='ab') %}}{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}{}".format
+)
+REPLACEMENTS = st.builds(
+    lambda form, pattern, size: swap(pattern, "a" * size, form=form),
+    st.sampled_from(["String", "Regex"]),
+    st.sampled_from(["", "a", ".", "(a+)+b", " "]),
+    st.sampled_from([0, 1, 2, 9, 80, 999]),
+)
+NAMED = st.sampled_from(["NFKD", "NFC", "Lowercase", "ByteLevel", "Nmt", "Digits", "Fuse"]).map(
+    lambda name: {"type": name}
+)
+PARTS = {
+    "normalizer": REPLACEMENTS
+    | st.integers(0, 200).map(lambda size: {"type": "Prepend", "prepend": "a" * size})
+    | st.binary(max_size=40).map(precompile),
+    "pre_tokenizer": st.sampled_from(["(a|b)*c", "a*a*a*b", "", "\\s+(?!\\S)"]).map(split) | st.just(BYTES),
+    "decoder": REPLACEMENTS,
+    "post_processor": st.builds(
+        lambda ids, copies: frame(*ids, copies=copies),
+        st.lists(st.just(1), max_size=9),
+        st.sampled_from([1, 2, 9, 999]),
+    ),
+}
+INNER = {
+    **{"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"},
+    **{"decoder": "decoders", "post_processor": "processors"},
+}
+PROGRAMS = st.one_of(
+    st.tuples(st.just("chat_template.jinja"), st.tuples(st.just("text"), st.just(0), TEMPLATES)),
+    *(
+        st.lists(PARTS[section] | NAMED, min_size=1, max_size=4).map(
+            lambda parts, section=section: (
+                "tokenizer.json",
+                ("section", section, chain(INNER[section], tuple(parts))),
+            )
+        )
+        for section in PARTS
+    ),
+)
+FOLDERS = st.tuples(
+    st.sampled_from(list(LAYOUTS)),
+    st.lists(st.tuples(st.sampled_from(NAMES), CHANGES) | PROGRAMS, min_size=1, max_size=3),
+)
+"""A folder, and what is changed in it; among that templates and tokenizers that are programs."""
 
 
 def change_value(content: Any, place: int, value: Any, *, remove: bool) -> None:
@@ -59,8 +150,17 @@ def change_value(content: Any, place: int, value: Any, *, remove: bool) -> None:
             part[key] = value
 
 
-def change_file(path: Path, kind: str, place: int, value: Any) -> None:
+def change_file(path: Path, kind: str, place: int | str, value: Any) -> None:
     """Change a file in place, if there is one of that kind."""
+    if kind == "text":
+        path.unlink(missing_ok=True)
+        path.write_text(value)
+        return
+    if kind == "section":
+        if path.is_file() and not path.is_symlink():
+            with suppress(ValueError, TypeError):  # another change was there before
+                path.write_text(json.dumps(json.loads(path.read_text()) | {place: value}))
+        return
     if kind in ("value", "remove"):
         if path.suffix == ".json" and path.is_file():
             try:
@@ -110,6 +210,10 @@ def build_folder_check() -> Callable[[object], None]:
                 change_file(path, *change)
         try:
             load(layout, copied / "model")
+            if layout == "any_llava" and any(name in ("chat_template.jinja", "tokenizer.json") for name, _ in changes):
+                processor = AnyLlavaProcessor.from_pretrained(copied / "model")
+                messages = [{"role": "user", "content": "What is the aab?\n" * 20}]
+                processor.tokenizer.decode(processor.apply_chat_template(messages, tokenize=True)[0])
         except (ValueError, OSError) as error:
             assert "\n" not in str(error), str(error)
         finally:

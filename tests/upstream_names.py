@@ -250,12 +250,6 @@ UPSTREAM_NAMES = (
         "arguments without effect are refused", "a public name for it",
     ),
     UpstreamName(
-        "transformers.utils.chat_template_utils.render_jinja_template",
-        {"5.17": "conversations, tools, documents, chat_template, return_assistant_tokens_mask, "
-                 "continue_final_message, add_generation_prompt, kwargs"},
-        ("processing_llava/prompts.py",), "templates run in transformers' sandbox", "a public name for it",
-    ),
-    UpstreamName(
         "transformers.utils.hub.cached_file", {"5.17": "path_or_repo_id, filename, kwargs"},
         ("processing_llava/original/file_checks.py",), "one file of a folder or repository",
         "huggingface_hub, without folders",

@@ -322,7 +322,8 @@ SEAMS = {
         '    """Empty: the package reads folders of the original LLaVA here."""\n'
     ),
 }
-_SECTIONS = re.compile(r'\n\n( +)(?:Args|Returns|Raises):\n(?:(?: *|\1 +.*|\1(?:Args|Returns|Raises):)\n)*\1"""')
+# What follows the first paragraph of a docstring is for readers of the package.
+_PARAGRAPHS = re.compile(r'^( *)"""((?:(?!.*""").+\n)+)\n(?:(?!.*""").*\n)*?\1"""$', flags=re.MULTILINE)
 _SIBLING = re.compile(r"^from (?:\.|(?:modeling|processing)_llava\.)(?:\w+\.)*(\w+) import", flags=re.MULTILINE)
 
 
@@ -347,7 +348,7 @@ def collect_modules() -> dict[str, str]:
         name = waiting.pop()
         if name in modules:
             continue
-        text = SEAMS.get(name) or _SECTIONS.sub(r'\n\1"""', _read_module(name))
+        text = SEAMS.get(name) or _PARAGRAPHS.sub(r'\1"""\2\1"""', _read_module(name))
         waiting += _SIBLING.findall(text)
         modules[name] = _SIBLING.sub(r"from .\1 import", text)
     return modules

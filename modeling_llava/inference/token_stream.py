@@ -33,6 +33,7 @@ from transformers.generation.streamers import BaseStreamer
 from modeling_llava.generation import read_max_length
 from processing_llava.messages import list_pictures
 from processing_llava.processing_llava import AnyLlavaProcessor
+from processing_llava.prompt_ids import refusing_panics
 
 
 def read_greedy_config(model: PreTrainedModel) -> GenerationConfig:
@@ -234,6 +235,7 @@ def find_end_token(tokenizer: PreTrainedTokenizerBase, end: str) -> int | None:
     return tokenizer.convert_tokens_to_ids(end) if end in tokenizer.all_special_tokens else None
 
 
+@refusing_panics()
 def decode_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase, *, learn_tokens: Sequence[str] = ()) -> str:
     """The text of an answer, without special tokens except those in `learn_tokens`.
 

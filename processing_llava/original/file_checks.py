@@ -27,6 +27,9 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from processing_llava.messages import shorten
+from processing_llava.prompt_ids import refusing_panics
+
+from .tokenizer_bounds import check_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -248,6 +251,23 @@ PROCESSOR_FILES = (
 )  # fmt: skip
 
 
+def check_tokenizer_files(name: str, download: dict[str, Any]) -> None:
+    """Refuse a tokenizer.json that costs more than a tokenizer does, whichever of them transformers reads.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
+    # Where others are listed, it may be one of them (transformers 5.24, tokenization_utils_base.py).
+    listed = (read_json(name, "tokenizer_config.json", download) or {}).get("fast_tokenizer_files")
+    others = [other for other in listed if isinstance(other, str)] if isinstance(listed, list) else []
+    for filename in (
+        "tokenizer.json",
+        *(other for other in others if re.fullmatch(r"tokenizer\.[\w.]+\.json", other)),
+    ):
+        if (path := find_file(name, filename, download)) is not None:
+            check_tokenizer(Path(path))
+
+
 @contextmanager
 def naming_file(name: str, download: dict[str, Any]) -> Iterator[None]:
     """Tells which file of a processor is broken, where reading them fails inside.
@@ -257,7 +277,8 @@ def naming_file(name: str, download: dict[str, Any]) -> Iterator[None]:
             own); our own and OSErrors stay, where each file is an object.
     """
     try:
-        yield
+        with refusing_panics():
+            yield
     except ImportError:
         raise
     except Exception as error:

@@ -16,10 +16,11 @@ from transformers.utils import logging
 
 from processing_llava.config_fields import check_part, naming_config, use_one_side
 from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
+from processing_llava.prompt_ids import refusing_panics
 from processing_llava.transformers_versions import AutoImageProcessor
 
 from .config_bounds import log_ignored_code
-from .file_checks import find_file, is_hub_id, limit_download, naming_file, read_json
+from .file_checks import check_tokenizer_files, find_file, is_hub_id, limit_download, naming_file, read_json
 from .original_folder import read_config_file
 from .sentencepiece_tokenizer import load_sentencepiece_tokenizer
 
@@ -197,6 +198,7 @@ def read_tokenizer(
     tokenizer_class = PreTrainedTokenizerFast if is_original_file else AutoTokenizer
     config = {} if is_original_file else {"config": text_config}
     try:
+        check_tokenizer_files(name, download)
         with naming_file(name, download):
             log_ignored_code(read_json(name, "tokenizer_config.json", download), f"{name}/tokenizer_config.json")
             tokenizer = tokenizer_class.from_pretrained(name, trust_remote_code=False, **config, **download)
@@ -205,7 +207,9 @@ def read_tokenizer(
         raise ValueError(
             f"got {name!r} without a usable tokenizer; expected one beside the model: {reason}"
         ) from error
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+    with refusing_panics():
+        ids = tokenizer("a", add_special_tokens=False)["input_ids"]
+    if not ids:
         raise ValueError(
             f"got tokenizer files in {name!r} from which transformers builds a tokenizer that encodes every text to "
             "nothing; expected tokenizer.model or tokenizer.json"

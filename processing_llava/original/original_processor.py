@@ -24,10 +24,12 @@ from transformers.utils import logging
 from processing_llava.anyres_layout import MAX_TILES
 from processing_llava.config_fields import build_config, check_part
 from processing_llava.messages import shorten
+from processing_llava.prompts import list_turn_texts
+from processing_llava.template_bounds import CostlyTemplateError
 from processing_llava.templates import change_template, load_template
 
 from .config_bounds import log_ignored_code
-from .file_checks import naming_file, read_json, select_download
+from .file_checks import check_tokenizer_files, find_file, naming_file, read_json, select_download
 from .model_parts import has_tokenizer, read_image_fields, read_image_processor, read_tokenizer, read_vision_config
 from .older_versions import read_old_activation
 from .original_folder import OriginalFolder, check_fields, check_model_type, override_tower, read_built_in, recognise
@@ -154,6 +156,7 @@ class OriginalProcessorMixin(ProcessorMixin):
             folder = OriginalFolder(name=name, config=config, base_model=base_model, download=download)
             return cls(**read_original_parts(folder, template=template))
         kwargs["trust_remote_code"] = False
+        check_tokenizer_files(name, download)
         with naming_file(name, download):
             for filename in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
                 log_ignored_code(read_json(name, filename, download), f"{name}/{filename}")
@@ -161,9 +164,33 @@ class OriginalProcessorMixin(ProcessorMixin):
                 processor = cls(**read_transformers_parts(name, found.raw, download))
             else:
                 processor = super().from_pretrained(name, **kwargs)
+            _check_template(name, processor, download)
         if template is not None:
             processor.chat_template = change_template(processor.chat_template, template)
         return processor
+
+
+def _check_template(name: str, processor: ProcessorMixin, download: dict[str, Any]) -> None:
+    """Refuse a chat template that costs more than one that writes messages; what else is wrong is told by `render`.
+
+    Raises:
+        ValueError: naming its file.
+    """
+    template = processor.chat_template
+    if template is None:
+        return
+    if not isinstance(template, str):
+        raise ValueError(
+            f"got {name} with several chat templates ({shorten(template)}); expected one: remove the others"
+        )
+    try:
+        list_turn_texts(template, processor.tokenizer.special_tokens_map)
+    except CostlyTemplateError as error:
+        files = ("processor_config.json", "chat_template.json", "tokenizer_config.json")
+        holders = (file for file in files if (read_json(name, file, download) or {}).get("chat_template") == template)
+        file = "chat_template.jinja" if find_file(name, "chat_template.jinja", download) else next(holders, None)
+        place = f"{name}/{file}" if file else f"the chat template of {name}"
+        raise ValueError(str(error).replace("the chat template", place, 1)) from None
 
 
 def read_text_config(folder: OriginalFolder) -> PreTrainedConfig:

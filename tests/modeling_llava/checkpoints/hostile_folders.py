@@ -53,6 +53,7 @@ from tests.modeling_llava.checkpoints.folder_changes import (
     write_code,
     write_pieces,
 )
+from tests.modeling_llava.checkpoints.hostile_tokenizers import TEMPLATE_CHANGES, TOKENIZER_CHANGES
 
 HUGE = 10**5
 CONFIG_CHANGES: dict[str, Callable[[Path], None]] = {
@@ -286,6 +287,8 @@ CHANGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {}
 for _changes, _layouts in (
     (CONFIG_CHANGES, WHOLE),
     (FILE_CHANGES, ("any_llava", "original")),
+    (TOKENIZER_CHANGES, ("any_llava", "original")),
+    (TEMPLATE_CHANGES, ("any_llava",)),
     (PROCESSOR_CHANGES, PROCESSORS),
     (WEIGHT_CHANGES, tuple(LAYOUTS)),
     (INDEX_CHANGES, ("any_llava", "llava", "original")),
