@@ -25,6 +25,7 @@ from PIL import Image, ImageFile
 from transformers.utils import logging
 
 from .image_limits import ImageLimits, check_costs, read_jpeg
+from .image_webp import read_webp_costs
 
 logger = logging.get_logger(__name__)
 
@@ -233,7 +234,8 @@ def _read_costs(image: Image.Image, file: EncodedFile, limits: ImageLimits) -> t
         return _read_costs_of_jpeg(file, num_stored, limits)
     if image.format == "WEBP":
         # Two canvases, a frame as bytes, libwebp's own pixels, and two copies of the file.
-        return 2 * num_bytes, 27e-9 * num_bytes, 17, 22e-9
+        code_bytes, code_seconds = read_webp_costs(file.data)
+        return 2 * num_bytes + code_bytes, 27e-9 * num_bytes + code_seconds, 17, 22e-9
     if image.format == "PNG":
         # Half of the worst, as photographs are; where the time is over, the decoder stops.
         return 0, 0, num_stored, 4.2e-9 * len(image.getbands()) * (1 + _has_16_bits(image))

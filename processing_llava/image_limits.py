@@ -11,6 +11,8 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
+from .image_webp import keep_first_picture, walk_webp
+
 MAX_JPEG_SCANS = 50
 """Each scan of a progressive JPEG is a pass over the whole image; encoders write about ten."""
 MAX_JPEG_HEADER = 200_000
@@ -140,7 +142,7 @@ def strip_metadata(data: bytes, *, max_pieces: int, max_frames: int) -> tuple[by
     """
     pieces = list(_limit(_walk(data), max_pieces))
     frame, exif = _OTHER, iter([b""])
-    kept = pieces
+    kept, header = pieces, b""
     if data.startswith(b"\x89PNG"):
         frame = b"fcTL"
         exif = (data[start + 8 : stop - 4] for kind, start, stop in pieces if kind == b"eXIf")
@@ -159,10 +161,14 @@ def strip_metadata(data: bytes, *, max_pieces: int, max_frames: int) -> tuple[by
     elif data.startswith(b"GIF8"):
         frame = _GIF_FRAME
         kept = _keep_first_picture(pieces)
-    else:
-        # libwebp skips the chunks of a WebP that it does not need.
+    elif data.startswith(b"RIFF"):
         frame = b"ANMF"
         exif = (data[start + 8 : stop] for kind, start, stop in pieces if kind == b"EXIF")
+        kept = keep_first_picture(pieces)
+        # The size of what follows, which is less now.
+        num_bytes = 4 + sum(stop - start for _, start, stop in kept)
+        header = b"RIFF" + struct.pack("<L", num_bytes) + b"WEBP"
+    else:
         kept = [(_START, 0, len(data))]
     num_frames = sum(kind == frame for kind, _, _ in pieces)
     if frame and num_frames > max_frames:
@@ -171,11 +177,11 @@ def strip_metadata(data: bytes, *, max_pieces: int, max_frames: int) -> tuple[by
             f"{_allow('max_frames')}"
         )
     orientation = read_orientation(next(exif, b""))
-    if sum(stop - start for _, start, stop in kept) == len(data):
+    if len(header) + sum(stop - start for _, start, stop in kept) == len(data):
         # A copy would take memory for nothing.
         return data, orientation
     view = memoryview(data)
-    return b"".join(view[start:stop] for _, start, stop in kept), orientation
+    return b"".join([header, *(view[start:stop] for _, start, stop in kept)]), orientation
 
 
 def cut_to_pixels(data: bytes, *, max_pieces: int) -> bytes | None:
@@ -250,14 +256,6 @@ def _walk_png(data: bytes) -> Iterator[Piece]:
         if kind == b"IEND":
             return
         position += 12 + length
-
-
-def _walk_webp(data: bytes) -> Iterator[Piece]:
-    position = 12
-    while position + 8 <= len(data):
-        kind, length = struct.unpack_from("<4sL", data, position)
-        yield kind, position, position + 8 + length
-        position += 8 + length + length % 2
 
 
 def _walk_gif(data: bytes) -> Iterator[Piece]:
@@ -391,5 +389,5 @@ _WALKS: dict[bytes, Callable[[bytes], Iterator[Piece]]] = {
     b"\x89PNG": _walk_png,
     b"\xff\xd8": _walk_jpeg,
     b"GIF8": _walk_gif,
-    b"RIFF": _walk_webp,
+    b"RIFF": walk_webp,
 }
