@@ -24,7 +24,8 @@ import numpy as np
 from PIL import Image, ImageFile
 from transformers.utils import logging
 
-from .image_limits import ImageLimits, check_costs, read_jpeg
+from .image_arrays import ArrayImage
+from .image_limits import ImageLimits, check_costs, read_jpeg, shorten
 from .image_webp import read_webp_costs
 
 logger = logging.get_logger(__name__)
@@ -36,8 +37,8 @@ MAX_DECODING = 128_000_000
 BAND_PIXELS = 125_000
 TILES = 2_000_000
 """Bytes of what is made for a model."""
-PNG_PIECE = 2048
-"""Bytes, which inflate to 2 MB at most: 20 ms."""
+PNG_PIECE, PNG_SHARE = 2048, 0.95
+"""Bytes, which inflate to 2 MB at most, and the share of the time after which none follows."""
 
 Need = Callable[[int, int], tuple[float, float, float]]
 """Of an upright picture of this height and width: how many rows and columns suffice, and how many pixels are read, at
@@ -109,14 +110,16 @@ class EncodedFile(io.BytesIO):
     Args:
         data: The encoded image.
         is_copy: Whether it takes memory beside what the caller holds.
+        seconds: What it took to get the bytes.
     """
 
     deadline = math.inf
 
-    def __init__(self, data: bytes, *, is_copy: bool) -> None:
+    def __init__(self, data: bytes, *, is_copy: bool, seconds: float = 0.0) -> None:
         super().__init__(data)
         self.data = data
         self.is_copy = is_copy
+        self.seconds = seconds
 
     def read(self, size: int | None = -1) -> bytes:
         if time.thread_time() > self.deadline:
@@ -126,7 +129,7 @@ class EncodedFile(io.BytesIO):
 
 @contextmanager
 def decode(
-    image: Image.Image,
+    image: Image.Image | ArrayImage,
     file: EncodedFile | None,
     orientation: int,
     owned: Image.Image | None,
@@ -150,7 +153,8 @@ def decode(
     _check_mode(image)
     width, height = image.size
     upright = (width, height) if orientation >= 5 else (height, width)
-    is_changed = orientation != 1 or image.mode != "RGB" or "transparency" in image.info
+    is_array = isinstance(image, ArrayImage)
+    is_changed = is_array or orientation != 1 or image.mode != "RGB" or "transparency" in image.info
     draft, factor, memory, rest = _plan(image, file, upright, is_changed=is_changed, limits=limits, need=need)
     with _memory.take(memory):
         has_16_bits, start = _has_16_bits(image), time.thread_time()
@@ -161,7 +165,7 @@ def decode(
                 image.draft(None, (width // draft, height // draft))
             if image.format == "PNG" and file is not None:
                 image.decodermaxblock = PNG_PIECE
-                file.deadline = start + limits.max_milliseconds / 1000 - rest
+                file.deadline = start + PNG_SHARE * limits.max_milliseconds / 1000 - rest - file.seconds
             image.load()
             if image.mode == "P" and image.palette is None:
                 raise ValueError("no palette")
@@ -172,7 +176,8 @@ def decode(
             elif factor > 1:
                 image = image.reduce(factor)
         except TimeoutError:
-            check_costs(*upright, {"max_milliseconds": 1000 * (time.thread_time() - start + rest)}, limits=limits)
+            seconds = time.thread_time() - start + rest + file.seconds
+            check_costs(*upright, {"max_milliseconds": 1000 * seconds / PNG_SHARE}, limits=limits)
         except MemoryError:
             raise
         except Exception as error:
@@ -185,7 +190,7 @@ def decode(
 
 
 def _plan(
-    image: Image.Image,
+    image: Image.Image | ArrayImage,
     file: EncodedFile | None,
     upright: tuple[int, int],
     *,
@@ -206,9 +211,13 @@ def _plan(
         # All rows, of fewer columns, are in memory, of which Pillow or the system keep as much again; and tiles.
         narrowed = 8 * width * upright[0]
     num_bytes = seconds = pixel_bytes = pixel_seconds = 0
+    is_plain_array = isinstance(image, ArrayImage) and image.mode == "RGB"
+    if isinstance(image, ArrayImage):
+        seconds = image.seconds
     if file is not None:
         num_bytes, seconds, pixel_bytes, pixel_seconds = _read_costs(image, file, limits)
         num_bytes += file.is_copy * len(file.data)
+        seconds += file.seconds
     drafts = (1, 2, 4, 8) if image.format == "JPEG" and file is not None else (1,)
     # One that is averaged is nearer to the whole picture than one that is decoded at a part of its size.
     for scale, draft in product(range(1, largest + 1), drafts):
@@ -218,7 +227,8 @@ def _plan(
         num_shown, is_copied = num_pixels / scale**2, is_changed or scale > draft
         memory = num_bytes + pixel_bytes * num_decoded + 4 * num_shown * is_copied
         memory += narrowed / scale + min(TILES, narrowed)
-        rest = 1e-9 * ((4 if is_changed else 1.2 * is_copied) * num_decoded + 6 * work / scale**2)
+        pixel_rest = 2 if is_plain_array else 4 if is_changed else 1.2 * is_copied
+        rest = 1e-9 * (pixel_rest * num_decoded + 6 * work / scale**2)
         milliseconds = 1000 * (seconds + pixel_seconds * num_decoded + rest)
         if memory <= limits.max_memory and milliseconds <= limits.max_milliseconds:
             return draft, scale // draft, int(memory), rest
@@ -248,11 +258,14 @@ def _read_costs_of_jpeg(file: EncodedFile, num_stored: int, limits: ImageLimits)
     num_blocks, seconds = parts.num_blocks, 0
     if parts.is_arithmetic:
         # Nearly no bytes may hold a hundred decisions.
-        seconds += 50e-9 * parts.num_bytes + sum(1e-6 * num for num, _ in parts.scans)
+        seconds += 50e-9 * parts.num_bytes + sum(1e-6 * num for num, *_ in parts.scans)
     if not parts.keeps_coefficients:
         return 0, seconds + 20e-9 * num_blocks + 7.5e-9 * parts.num_bytes, num_stored, 4e-9
     # Refinement looks at every coefficient; other scans pass over blocks.
-    seconds += sum((50e-9 if is_refinement else 5e-9) * num for num, is_refinement in parts.scans)
+    rates = (
+        (num, 50e-9 if refines else 20e-9 if has_averages else 5e-9) for num, refines, has_averages in parts.scans
+    )
+    seconds += sum(num * rate for num, rate in rates)
     return 128 * num_blocks, seconds + 130e-9 * num_blocks + 25e-9 * parts.num_bytes, num_stored, 4e-9
 
 
@@ -344,9 +357,3 @@ def _scale_levels(image: Image.Image) -> Image.Image:
     if isinstance(transparent, int):
         grey.paste(255, mask=Image.fromarray(np.asarray(wide) == transparent))
     return grey
-
-
-def shorten(value: object) -> str:
-    """At most 80 characters on one line: sources may be whole files."""
-    line = " ".join(str(value)[:200].split())
-    return line if len(line) <= 80 else f"{line[:77]}..."

@@ -17,6 +17,10 @@ MAX_JPEG_SCANS = 50
 """Each scan of a progressive JPEG is a pass over the whole image; encoders write about ten."""
 MAX_JPEG_HEADER = 200_000
 """Bytes before the first scan, which Pillow reads in Python; encoders write 1,000 of tables, 65,000 of a preview."""
+MAX_JPEG_SEGMENTS = 1000
+"""Those before the first scan; encoders write about 20."""
+MAX_PNG_TABLES = 2000
+"""Bytes beside the pixels; a header, 256 colours and their transparency take 1,085."""
 
 Piece = tuple[bytes, int, int]
 """Kind, and the range of bytes [start, stop). `_OTHER` are bytes that a decoder passes over one by one."""
@@ -72,6 +76,12 @@ class ImageLimits:
 
 
 DEFAULT_LIMITS = ImageLimits()
+
+
+def shorten(value: object) -> str:
+    """At most 80 characters on one line: sources may be whole files."""
+    line = " ".join(str(value)[:200].split())
+    return line if len(line) <= 80 else f"{line[:77]}..."
 
 
 def check_num_bytes(num_bytes: int, *, limits: ImageLimits = DEFAULT_LIMITS) -> None:
@@ -147,16 +157,22 @@ def strip_metadata(data: bytes, *, max_pieces: int, max_frames: int) -> tuple[by
         frame = b"fcTL"
         exif = (data[start + 8 : stop - 4] for kind, start, stop in pieces if kind == b"eXIf")
         kept = [piece for piece in pieces if piece[0] in _PNG_KEPT]
+        num_bytes = sum(stop - start for kind, start, stop in kept if kind not in (_START, b"IDAT"))
+        if num_bytes > MAX_PNG_TABLES:
+            raise ValueError(
+                f"got a PNG whose tables take {num_bytes} bytes; expected at most {MAX_PNG_TABLES}; save the image "
+                "again"
+            )
     elif data.startswith(b"\xff\xd8"):
         _check_scans(data, max_pieces=max_pieces)
         segments = (data[start + 4 : stop] for kind, start, stop in pieces if kind == _APP1)
         exif = (segment for segment in segments if segment.startswith(b"Exif\0\0"))
         kept = [piece for piece in pieces if piece[0] not in _JPEG_DROPPED]
         num_bytes = sum(stop - start for kind, start, stop in kept if kind != _START_OF_SCAN)
-        if num_bytes > MAX_JPEG_HEADER:
+        if num_bytes > MAX_JPEG_HEADER or len(kept) > MAX_JPEG_SEGMENTS:
             raise ValueError(
-                f"got a JPEG whose tables take {num_bytes} bytes; expected at most {MAX_JPEG_HEADER}; save the image "
-                "again"
+                f"got a JPEG whose tables are {len(kept)} segments of {num_bytes} bytes; expected at most "
+                f"{MAX_JPEG_SEGMENTS} of {MAX_JPEG_HEADER} bytes; save the image again"
             )
     elif data.startswith(b"GIF8"):
         frame = _GIF_FRAME
@@ -339,8 +355,8 @@ class JpegParts:
 
     num_blocks: int
     """Blocks of 8 x 8 samples, of all components."""
-    scans: list[tuple[int, bool]]
-    """Blocks of each scan, and whether it refines what earlier ones told."""
+    scans: list[tuple[int, bool, bool]]
+    """Blocks of each scan, whether it refines what earlier ones told, and whether each block has bits of its own."""
     is_arithmetic: bool
     keeps_coefficients: bool
     """Those of all blocks are in memory, since several scans make the image."""
@@ -371,8 +387,10 @@ def read_jpeg(data: bytes, *, max_pieces: int) -> JpegParts:
     scans, stop, is_progressive = [], 0, kind in (b"\xc2", b"\xca")
     for marker, start, stop in _limit(_walk_scans(data), max_pieces):
         if marker == _START_OF_SCAN:
-            names, is_refinement = data[start + 5 : stop - 3 : 2], data[stop - 1 : stop] > b"\x0f"
-            scans.append((sum(num for name, num in blocks if name in names), is_refinement))
+            # From the average on, which no run of empty blocks skips.
+            has_averages, is_refinement = data[stop - 3 : stop - 2] == b"\0", data[stop - 1 : stop] > b"\x0f"
+            names = data[start + 5 : stop - 3 : 2]
+            scans.append((sum(num for name, num in blocks if name in names), is_refinement, has_averages))
             if not is_progressive and len(names) == len(blocks):
                 break
     end = _MARKER.search(data, stop)

@@ -10,23 +10,21 @@ pixels become white (a bare `convert("RGB")` shows the colour that hides below t
 (Pillow 12.3 clips it, so that nearly everything turns white).
 """
 
-import base64
-import binascii
 import io
 import os
 import re
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageFile
 
-from .image_arrays import image_from_levels, read_levels
-from .image_decoding import EncodedFile, Need, Picture, decode, shorten
+from .image_arrays import ArrayImage
+from .image_decoding import EncodedFile, Need, Picture, decode
 from .image_limits import (
     DEFAULT_LIMITS,
     ImageLimits,
@@ -34,12 +32,13 @@ from .image_limits import (
     check_num_bytes,
     cut_to_pixels,
     read_orientation,
+    shorten,
     strip_metadata,
 )
-from .messages import unwrap_picture
+from .messages import Base64File, unwrap_picture
 
 Pixels = Image.Image | np.ndarray | torch.Tensor
-ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Pixels | dict
+ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Pixels | ArrayImage | dict
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _SAVE = "save it as PNG or JPEG"
@@ -60,9 +59,12 @@ OTHER_FORMATS = {
 
 # Opening a pipe would wait for a writer; Windows has no pipes, and would change line ends.
 _OPEN_FLAGS = os.O_RDONLY | (os.O_NONBLOCK if os.name == "posix" else os.O_BINARY)
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://")
 _READING = threading.Lock()
 """Two rows of a batch may hold the same file."""
+MAX_LINE = 1000
+"""Characters of a message."""
+SECONDS_OF_BASE64 = 3e-9
 
 
 class UrlReader(Protocol):
@@ -96,8 +98,8 @@ def load_image(
         returned itself.
 
     Raises:
-        FileNotFoundError: there is no file at the path.
-        ValueError: the source is not allowed, of an unknown kind or format, damaged, or above a limit.
+        ValueError: the source is not allowed, of an unknown kind or format, damaged, or above a limit; if there is no
+            file at the path, it is a FileNotFoundError, too.
     """
 
     def need(height: int, width: int) -> tuple[float, float, int]:
@@ -126,8 +128,11 @@ def open_picture(
 
     Until then, it counts as one of those that are decoded at a time. `need` tells how many of its pixels suffice.
     """
-    # What is opened has no name here, so that it goes once it is converted.
-    with _naming(source), decode(*_open(source, limits=limits, urls=urls), limits=limits, need=need) as picture:
+    with ExitStack() as stack:
+        # What is opened has no name here, so that it goes once it is converted.
+        with _naming(source):
+            opened = decode(*_open(source, limits=limits, urls=urls), limits=limits, need=need)
+            picture = stack.enter_context(opened)
         yield picture
 
 
@@ -176,27 +181,53 @@ def read_image_size(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS
     return image.size if orientation >= 5 else image.size[::-1]
 
 
+class MissingImage(FileNotFoundError, ValueError):
+    """There is no file at a path."""
+
+
 @contextmanager
 def _naming(source: ImageSource) -> Iterator[None]:
-    """Errors name the file, where there is one, without its folders: a stranger may read them."""
-    path = source
-    if isinstance(source, dict):
-        path = source.get("path")
-    elif isinstance(source, ImageFile.ImageFile):
-        path = source.filename
-    is_path = isinstance(path, os.PathLike) or (isinstance(path, str) and path is not source)
-    name = shorten(os.path.basename(os.fsdecode(path))) if is_path else ""
+    """Whatever goes wrong is a ValueError of one line, which names the file, where there is one, without its folders:
+    a stranger may read it."""
     try:
         yield
-    except ValueError as error:
-        if not name or name in str(error):
+    except MemoryError:
+        # Of the machine: what a picture may take was checked.
+        raise
+    except Exception as error:
+        line = " ".join(str(error)[: 2 * MAX_LINE].split())
+        # What breaks a line, or a terminal, is spelled.
+        line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+        if not line.startswith("got "):
+            line = (
+                f"got an image of type {type(source).__name__} that cannot be read ({shorten(line)}); expected an "
+                "image as load_image takes it; convert it"
+            )
+        name = _read_name(source)
+        if name and name not in line:
+            line = f"{line}; the file is {name!r}"
+        if line == str(error):
             raise
-        raise ValueError(f"{error}; the file is {name!r}") from error
+        raise (MissingImage if isinstance(error, MissingImage) else ValueError)(line[:MAX_LINE]) from error
+
+
+def _read_name(source: ImageSource) -> str:
+    try:
+        path = source
+        if isinstance(source, dict):
+            path = source.get("path")
+        elif isinstance(source, ImageFile.ImageFile):
+            path = source.filename
+        is_path = isinstance(path, os.PathLike) or (isinstance(path, str) and path is not source)
+        return shorten(os.path.basename(os.fsdecode(path))) if is_path else ""
+    except Exception:
+        # What it is that cannot be read was said.
+        return ""
 
 
 def _open(
     source: ImageSource, *, limits: ImageLimits, urls: UrlReader | None = None
-) -> tuple[Image.Image, EncodedFile | None, int, Image.Image | None]:
+) -> tuple[Image.Image | ArrayImage, EncodedFile | None, int, Image.Image | None]:
     """The image with its header read and its size checked, what it is read from, and its EXIF orientation; and the
     same image as its owner opened it from a path, which reading closes."""
     source = unwrap_picture(source)
@@ -212,9 +243,10 @@ def _open(
         owned = source if source.filename else None
         image, file, orientation = _open_file(read_file_object(source.fp, limits=limits), limits=limits)
     elif isinstance(source, Image.Image):
-        image, orientation = source, read_orientation(source.info.get("exif", b""))
-    elif isinstance(source, (np.ndarray, torch.Tensor)):
-        image, orientation = image_from_levels(read_levels(source, limits=limits)[0]), 1
+        exif = source.info.get("exif")
+        image, orientation = source, read_orientation(exif if isinstance(exif, bytes) else b"")
+    elif isinstance(source, (np.ndarray, torch.Tensor, ArrayImage)):
+        image, orientation = source if isinstance(source, ArrayImage) else ArrayImage(source, limits=limits), 1
     else:
         image, file, orientation = _open_file(_read_bytes(source, limits=limits, urls=urls), source, limits=limits)
     check_image_size(image.height, image.width, limits=limits)
@@ -224,6 +256,8 @@ def _open(
 def _read_bytes(source: ImageSource, *, limits: ImageLimits, urls: UrlReader | None) -> bytes:
     """The encoded image, never reading more than one byte above the limit."""
     if isinstance(source, (bytes, bytearray, memoryview)):
+        # A view may show the same bytes again and again.
+        check_num_bytes(memoryview(source).nbytes, limits=limits)
         data = bytes(source)
     elif isinstance(source, str) and source[:5].lower() == "data:":
         data = _decode_data_uri(source, limits=limits)
@@ -238,7 +272,6 @@ def _read_bytes(source: ImageSource, *, limits: ImageLimits, urls: UrlReader | N
         data = _read_file(os.fspath(source), limits=limits)
     else:
         data = read_file_object(source, limits=limits)
-    check_num_bytes(len(data), limits=limits)
     return data
 
 
@@ -256,7 +289,7 @@ def _read_file(path: str, *, limits: ImageLimits) -> bytes:
     try:
         descriptor = os.open(path, _OPEN_FLAGS)
     except FileNotFoundError:
-        raise FileNotFoundError(f"got the path {place}; expected an image file there; correct it") from None
+        raise MissingImage(f"got the path {place}; expected an image file there; correct it") from None
     except (OSError, ValueError) as error:
         reason = shorten(error.strerror if isinstance(error, OSError) else error)
         raise ValueError(f"got the path {place} ({reason}); expected an image file; correct the path") from None
@@ -282,30 +315,37 @@ def read_file_object(source: BinaryIO, *, limits: ImageLimits = DEFAULT_LIMITS) 
     Raises:
         ValueError: this is no such file.
     """
+    data = None
     try:
         with _READING:
+            # A stream begins where it is.
             with suppress(AttributeError, OSError):
                 source.seek(0)
             data = source.read(limits.max_bytes + 1)
     except AttributeError:
-        data = None
+        pass
+    except Exception as error:
+        raise ValueError(
+            f"got a file object that cannot be read ({shorten(error) or type(error).__name__}); expected an image in "
+            "it; open it again"
+        ) from error
     if not isinstance(data, bytes):
         raise ValueError(
-            f"got an image of type {type(source).__name__}; expected bytes, a pathlib.Path, a data URI, a file "
-            "object opened as binary, an array or a PIL image; convert it"
+            f"got an image of type {shorten(type(source).__name__)}; expected bytes, a pathlib.Path, a data URI, a "
+            "file object opened as binary, an array or a PIL image; convert it"
         )
     return data
 
 
 def _decode_data_uri(uri: str, *, limits: ImageLimits) -> bytes:
-    header, comma, payload = uri.partition(",")
-    if not comma or not header.lower().endswith(";base64"):
+    comma = uri.find(",", 0, 1000)
+    if comma < 0 or not uri[:comma].lower().endswith(";base64"):
         raise ValueError(f"got the data URI {shorten(uri)}; expected 'data:image/png;base64,...'; encode it so")
     # Four characters carry three bytes; half leaves room for line breaks, and the exact check follows.
-    check_num_bytes(len(payload) // 2, limits=limits)
+    check_num_bytes((len(uri) - comma) // 2, limits=limits)
     try:
-        return base64.b64decode(payload.encode("ascii").translate(None, b" \t\r\n"), validate=True)
-    except (binascii.Error, ValueError) as error:
+        return Base64File(uri, comma + 1).read(limits.max_bytes + 1)
+    except ValueError as error:
         raise ValueError(
             f"got the data URI {shorten(uri)} ({error}); expected base64 after the comma; encode it again"
         ) from None
@@ -315,8 +355,10 @@ def _open_file(
     data: bytes, source: ImageSource = None, *, limits: ImageLimits
 ) -> tuple[Image.Image, EncodedFile, int]:
     """Reads the header only."""
+    check_num_bytes(len(data), limits=limits)
     stripped, orientation = strip_metadata(data, max_pieces=limits.max_pieces, max_frames=limits.max_frames)
-    file = EncodedFile(stripped, is_copy=stripped is not source)
+    text = source if isinstance(source, (str, Base64File)) else ""
+    file = EncodedFile(stripped, is_copy=stripped is not source, seconds=SECONDS_OF_BASE64 * len(text))
     try:
         image = Image.open(file, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

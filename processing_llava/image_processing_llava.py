@@ -27,12 +27,11 @@ from transformers.image_utils import (
     ChannelDimension,
     PILImageResampling,
     SizeDict,
-    make_flat_list_of_images,
 )
 from transformers.processing_utils import ImagesKwargs
 
 from .anyres_layout import check_pinpoints
-from .image_arrays import image_from_levels, read_levels
+from .image_arrays import ArrayImage
 from .image_decoding import Picture
 from .image_limits import DEFAULT_LIMITS, ImageLimits
 from .image_loading import ImageSource, UrlReader, load_image, open_picture
@@ -215,13 +214,10 @@ class AnyLlavaImageProcessorPil(PilBackend):
             )
 
         # An array may hold several.
-        is_array = isinstance(source, (np.ndarray, torch.Tensor))
+        is_batch = isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 4
         cuts = []
-        for image in make_flat_list_of_images(source) if is_array else [source]:
+        for image in source if is_batch else [source]:
             image, scale = self.process_image(image, **settings)
-            if isinstance(image, torch.Tensor):
-                cuts.append(self.cut_image(image, scale, **settings))
-                continue
             with open_picture(image, limits=self.limits, urls=self.urls, need=need) as picture:
                 cuts.append(self.cut_image(picture, scale, **settings))
         return cuts
@@ -254,9 +250,10 @@ class AnyLlavaImageProcessorPil(PilBackend):
         """
         scale = rescale_factor if do_rescale else 1.0
         if isinstance(image, (np.ndarray, torch.Tensor)):
-            levels, scale = self._read_levels(image, input_data_format, scale)
-            image = image_from_levels(levels)
-        if isinstance(image, Image.Image) and not do_convert_rgb and image.mode != "RGB":
+            channels = None if input_data_format is None else ChannelDimension(input_data_format).name.lower()
+            image = ArrayImage(image, channels=channels, limits=self.limits)
+            scale = 1 / 255 if image.is_rescaled else scale
+        if isinstance(image, (Image.Image, ArrayImage)) and not do_convert_rgb and image.mode != "RGB":
             raise ValueError(f"got an image of mode {image.mode}; expected RGB; convert it or set do_convert_rgb=True")
         return image, scale
 
@@ -290,13 +287,6 @@ class AnyLlavaImageProcessorPil(PilBackend):
         else:
             tiles = [resize_to_tile(picture, shape)]
         return CutImage(tiles, scale, (picture.height, picture.width))
-
-    def _read_levels(
-        self, array: np.ndarray | torch.Tensor, input_data_format: str | ChannelDimension | None, scale: float
-    ) -> tuple[np.ndarray, float]:
-        channels = None if input_data_format is None else ChannelDimension(input_data_format).name.lower()
-        levels, is_rescaled = read_levels(array, channels=channels, limits=self.limits)
-        return levels, 1 / 255 if is_rescaled else scale
 
     def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
         kwargs["size"] = _read_size("size", kwargs["size"], to_square=bool(kwargs["default_to_square"]))

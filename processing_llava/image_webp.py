@@ -1,9 +1,9 @@
 """What a WebP holds: its first picture alone, and what its codes cost.
 
 A lossless picture, or transparency that is compressed as such, has groups of prefix codes, up to one for every 16
-pixels: kilobytes and microseconds each, which no header tells. The number stands behind small pictures of what was done
-to the pixels, so these are read here as libwebp reads them (RFC 9649, sections 3.7 and 4): without their pixels, as
-those that are copied name no new group.
+pixels: kilobytes and microseconds each, which no header tells. The number stands behind small pictures of what was
+done to the pixels, so these are read here as libwebp reads them (RFC 9649, sections 3.7 and 4): without their pixels,
+as those that are copied name no new group.
 """
 
 import struct
