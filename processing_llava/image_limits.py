@@ -28,9 +28,7 @@ Piece = tuple[bytes, int, int]
 _START, _OTHER = b"start", b""
 _PNG_KEPT = {_START, b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 # JFIF and Adobe segments say how colours are meant; those of other applications and comments do not count.
-_JPEG_DROPPED = {_OTHER, b"\xfe", *(bytes([marker]) for marker in (*range(0xE1, 0xEE), 0xEF))}
-_JPEG_COLOURS, _JPEG_COLOURS_SIZE = (b"\xe0", b"\xee"), 18
-"""JFIF and Adobe, and the size of the former without a preview."""
+JPEG_DROPPED = {_OTHER, b"\xfe", *(bytes([marker]) for marker in (*range(0xE1, 0xEE), 0xEF))}
 # Markers without content for Pillow 12.3 (JpegImagePlugin.py): reserved ones, restarts, start and end.
 _LONE_MARKERS = {bytes([marker]) for marker in (0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE))}
 _APP1, _START_OF_SCAN, _END_OF_IMAGE = b"\xe1", b"\xda", b"\xd9"
@@ -38,7 +36,7 @@ _FRAMES = {bytes([marker]) for marker in range(0xC0, 0xD0)} - {b"\xc4", b"\xc8",
 _DECODED_FRAMES = (b"\xc0", b"\xc1", b"\xc2", b"\xc9", b"\xca")
 """Baseline, extended, progressive, and the last two in arithmetic coding; not lossless or hierarchical."""
 # In a scan, FF is followed by 00 or the number of a restart. 01 has no content.
-_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
+MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
 _GIF_FRAME, _GIF_CONTROL = b",", b"!\xf9"
 _ORIENTATION, _SHORT = 0x0112, 3
 
@@ -78,10 +76,15 @@ class ImageLimits:
 DEFAULT_LIMITS = ImageLimits()
 
 
-def shorten(value: object) -> str:
-    """At most 80 characters on one line: sources may be whole files."""
-    line = " ".join(str(value)[:200].split())
-    return line if len(line) <= 80 else f"{line[:77]}..."
+def shorten(value: object, most: int = 80) -> str:
+    """At most so many characters on one line, all of which can be shown: sources may be whole files."""
+    try:
+        text = str(value)
+    except Exception:
+        text = type(value).__name__
+    line = " ".join(text[: 2 * most + 40].split())
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+    return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
 def check_num_bytes(num_bytes: int, *, limits: ImageLimits = DEFAULT_LIMITS) -> None:
@@ -150,7 +153,7 @@ def strip_metadata(data: bytes, *, max_pieces: int, max_frames: int) -> tuple[by
     Raises:
         ValueError: too many pieces, pictures or scans.
     """
-    pieces = list(_limit(_walk(data), max_pieces))
+    pieces = list(limit_pieces(_walk(data), max_pieces))
     frame, exif = _OTHER, iter([b""])
     kept, header = pieces, b""
     if data.startswith(b"\x89PNG"):
@@ -167,7 +170,7 @@ def strip_metadata(data: bytes, *, max_pieces: int, max_frames: int) -> tuple[by
         _check_scans(data, max_pieces=max_pieces)
         segments = (data[start + 4 : stop] for kind, start, stop in pieces if kind == _APP1)
         exif = (segment for segment in segments if segment.startswith(b"Exif\0\0"))
-        kept = [piece for piece in pieces if piece[0] not in _JPEG_DROPPED]
+        kept = [piece for piece in pieces if piece[0] not in JPEG_DROPPED]
         num_bytes = sum(stop - start for kind, start, stop in kept if kind != _START_OF_SCAN)
         if num_bytes > MAX_JPEG_HEADER or len(kept) > MAX_JPEG_SEGMENTS:
             raise ValueError(
@@ -200,32 +203,6 @@ def strip_metadata(data: bytes, *, max_pieces: int, max_frames: int) -> tuple[by
     return b"".join([header, *(view[start:stop] for _, start, stop in kept)]), orientation
 
 
-def cut_to_pixels(data: bytes, *, max_pieces: int) -> bytes | None:
-    """A JPEG or PNG with its pixels alone; None if it has to be encoded again for that.
-
-    What `strip_metadata` leaves may still hold what no decoder reads: the film behind a phone's photograph, or a
-    preview of the whole picture beside the part that was cut out.
-
-    Args:
-        data: From `strip_metadata`.
-        max_pieces: As in `strip_metadata`.
-
-    Raises:
-        ValueError: too many pieces.
-    """
-    if data.startswith(b"\x89PNG"):
-        return data
-    if not data.startswith(b"\xff\xd8"):
-        return None
-    segments = list(_limit(_walk_scans(data), max_pieces))
-    end = _MARKER.search(data, segments[-1][2]) if segments else None
-    has_more = any(
-        kind in _JPEG_DROPPED or (kind in _JPEG_COLOURS and stop - start > _JPEG_COLOURS_SIZE)
-        for kind, start, stop in segments
-    )
-    return None if end is None or has_more else data[: end.end()]
-
-
 def read_orientation(exif: bytes) -> int:
     """The EXIF orientation, 1 to 8; 1, as stored, where the block is absent or broken.
 
@@ -246,7 +223,7 @@ def read_orientation(exif: bytes) -> int:
     return 1
 
 
-def _limit(pieces: Iterator[Piece], max_pieces: int) -> Iterator[Piece]:
+def limit_pieces(pieces: Iterator[Piece], max_pieces: int) -> Iterator[Piece]:
     for number, piece in enumerate(pieces):
         if number >= max_pieces:
             raise ValueError(
@@ -336,15 +313,15 @@ def _check_scans(data: bytes, *, max_pieces: int) -> None:
     # What follows the image, such as the film of a phone's photograph, can hold the same bytes by chance.
     if data.count(b"\xff" + _START_OF_SCAN) <= MAX_JPEG_SCANS:
         return
-    num_scans = sum(kind == _START_OF_SCAN for kind, _, _ in _limit(_walk_scans(data), max_pieces))
+    num_scans = sum(kind == _START_OF_SCAN for kind, _, _ in limit_pieces(walk_scans(data), max_pieces))
     if num_scans > MAX_JPEG_SCANS:
         raise ValueError(f"got a JPEG of {num_scans} scans; expected at most {MAX_JPEG_SCANS}; save the image again")
 
 
-def _walk_scans(data: bytes) -> Iterator[Piece]:
+def walk_scans(data: bytes) -> Iterator[Piece]:
     """Segments up to the end of the image, as libjpeg finds them."""
     position = 2
-    while (found := _MARKER.search(data, position)) and found[1] != _END_OF_IMAGE:
+    while (found := MARKER.search(data, position)) and found[1] != _END_OF_IMAGE:
         position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
         yield found[1], found.start(), position
 
@@ -385,7 +362,7 @@ def read_jpeg(data: bytes, *, max_pieces: int) -> JpegParts:
     rows = -(-height // (8 * max(down for _, _, down in components)))
     blocks = [(name, columns * across * rows * down) for name, across, down in components]
     scans, stop, is_progressive = [], 0, kind in (b"\xc2", b"\xca")
-    for marker, start, stop in _limit(_walk_scans(data), max_pieces):
+    for marker, start, stop in limit_pieces(walk_scans(data), max_pieces):
         if marker == _START_OF_SCAN:
             # From the average on, which no run of empty blocks skips.
             has_averages, is_refinement = data[stop - 3 : stop - 2] == b"\0", data[stop - 1 : stop] > b"\x0f"
@@ -393,7 +370,7 @@ def read_jpeg(data: bytes, *, max_pieces: int) -> JpegParts:
             scans.append((sum(num for name, num in blocks if name in names), is_refinement, has_averages))
             if not is_progressive and len(names) == len(blocks):
                 break
-    end = _MARKER.search(data, stop)
+    end = MARKER.search(data, stop)
     return JpegParts(
         num_blocks=sum(num for _, num in blocks),
         scans=scans,

@@ -10,7 +10,6 @@ pixels become white (a bare `convert("RGB")` shows the colour that hides below t
 (Pillow 12.3 clips it, so that nearly everything turns white).
 """
 
-import io
 import os
 import re
 import stat
@@ -30,7 +29,6 @@ from .image_limits import (
     ImageLimits,
     check_image_size,
     check_num_bytes,
-    cut_to_pixels,
     read_orientation,
     shorten,
     strip_metadata,
@@ -130,7 +128,7 @@ def open_picture(
     """
     with ExitStack() as stack:
         # What is opened has no name here, so that it goes once it is converted.
-        with _naming(source):
+        with naming_source(source):
             opened = decode(*_open(source, limits=limits, urls=urls), limits=limits, need=need)
             picture = stack.enter_context(opened)
         yield picture
@@ -147,27 +145,6 @@ def naming_picture(number: int, total: int) -> Iterator[None]:
         raise ValueError(f"picture {number} of {total}: {error}") from error
 
 
-def clean_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """An image, encoded before, that holds nothing but the pixels of `load_image`, for files that leave the machine.
-
-    JPEG and PNG lose their metadata and stay as they were encoded; all else becomes PNG, which changes no pixel.
-
-    Raises:
-        FileNotFoundError: there is no file at the path.
-        ValueError: as `load_image`.
-    """
-    with _naming(source):
-        data = _read_bytes(source, limits=limits, urls=None)
-        image = load_image(data, limits=limits)
-    stripped, orientation = strip_metadata(data, max_pieces=limits.max_pieces, max_frames=limits.max_frames)
-    kept = cut_to_pixels(stripped, max_pieces=limits.max_pieces) if orientation == 1 else None
-    if kept is not None:
-        return kept
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
 def read_image_size(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
     """(height, width) that `load_image` would give, from the header: damaged pixels go unseen.
 
@@ -175,7 +152,7 @@ def read_image_size(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS
         FileNotFoundError: there is no file at the path.
         ValueError: as `load_image`, except for pixels that cannot be decoded.
     """
-    with _naming(source):
+    with naming_source(source):
         image, _, orientation, _ = _open(source, limits=limits)
     # Orientations from 5 on exchange the sides.
     return image.size if orientation >= 5 else image.size[::-1]
@@ -186,7 +163,7 @@ class MissingImage(FileNotFoundError, ValueError):
 
 
 @contextmanager
-def _naming(source: ImageSource) -> Iterator[None]:
+def naming_source(source: ImageSource) -> Iterator[None]:
     """Whatever goes wrong is a ValueError of one line, which names the file, where there is one, without its folders:
     a stranger may read it."""
     try:
@@ -195,34 +172,22 @@ def _naming(source: ImageSource) -> Iterator[None]:
         # Of the machine: what a picture may take was checked.
         raise
     except Exception as error:
-        line = " ".join(str(error)[: 2 * MAX_LINE].split())
-        # What breaks a line, or a terminal, is spelled.
-        line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+        line = shorten(error, MAX_LINE)
         if not line.startswith("got "):
             line = (
-                f"got an image of type {type(source).__name__} that cannot be read ({shorten(line)}); expected an "
-                "image as load_image takes it; convert it"
+                f"got an image of type {shorten(type(source).__name__)} that cannot be read ({shorten(line)}); "
+                "expected what load_image takes; convert it"
             )
-        name = _read_name(source)
-        if name and name not in line:
-            line = f"{line}; the file is {name!r}"
-        if line == str(error):
-            raise
-        raise (MissingImage if isinstance(error, MissingImage) else ValueError)(line[:MAX_LINE]) from error
-
-
-def _read_name(source: ImageSource) -> str:
-    try:
         path = source
-        if isinstance(source, dict):
-            path = source.get("path")
-        elif isinstance(source, ImageFile.ImageFile):
-            path = source.filename
-        is_path = isinstance(path, os.PathLike) or (isinstance(path, str) and path is not source)
-        return shorten(os.path.basename(os.fsdecode(path))) if is_path else ""
-    except Exception:
-        # What it is that cannot be read was said.
-        return ""
+        with suppress(Exception):
+            if isinstance(source, dict):
+                path = source.get("path")
+            elif isinstance(source, ImageFile.ImageFile):
+                path = source.filename
+            if isinstance(path, os.PathLike) or (isinstance(path, str) and path is not source):
+                name = shorten(os.path.basename(os.fsdecode(path)))
+                line += f"; the file is {name!r}" if name and name not in line else ""
+        raise (MissingImage if isinstance(error, MissingImage) else ValueError)(line) from error
 
 
 def _open(
@@ -248,31 +213,29 @@ def _open(
     elif isinstance(source, (np.ndarray, torch.Tensor, ArrayImage)):
         image, orientation = source if isinstance(source, ArrayImage) else ArrayImage(source, limits=limits), 1
     else:
-        image, file, orientation = _open_file(_read_bytes(source, limits=limits, urls=urls), source, limits=limits)
+        image, file, orientation = _open_file(read_bytes(source, limits=limits, urls=urls), source, limits=limits)
     check_image_size(image.height, image.width, limits=limits)
     return image, file, orientation, owned
 
 
-def _read_bytes(source: ImageSource, *, limits: ImageLimits, urls: UrlReader | None) -> bytes:
+def read_bytes(source: ImageSource, *, limits: ImageLimits, urls: UrlReader | None) -> bytes:
     """The encoded image, never reading more than one byte above the limit."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         # A view may show the same bytes again and again.
         check_num_bytes(memoryview(source).nbytes, limits=limits)
-        data = bytes(source)
-    elif isinstance(source, str) and source[:5].lower() == "data:":
-        data = _decode_data_uri(source, limits=limits)
-    elif isinstance(source, str) and _URL.match(source):
-        data = _fetch(source, limits=limits, urls=urls)
-    elif isinstance(source, str):
+        return bytes(source)
+    if isinstance(source, Base64File) or (isinstance(source, str) and source[:5].lower() == "data:"):
+        return _decode_base64(source, limits=limits)
+    if isinstance(source, str) and _URL.match(source):
+        return _fetch(source, limits=limits, urls=urls)
+    if isinstance(source, str):
         raise ValueError(
             f"got the text {shorten(source)!r} for an image; expected bytes, a data URI or a PIL image, because no "
             "text opens a file here; if it is your own path, pass pathlib.Path(...)"
         )
-    elif isinstance(source, os.PathLike):
-        data = _read_file(os.fspath(source), limits=limits)
-    else:
-        data = read_file_object(source, limits=limits)
-    return data
+    if isinstance(source, os.PathLike):
+        return _read_file(os.fspath(source), limits=limits)
+    return read_file_object(source, limits=limits)
 
 
 def _fetch(url: str, *, limits: ImageLimits, urls: UrlReader | None) -> bytes:
@@ -315,39 +278,36 @@ def read_file_object(source: BinaryIO, *, limits: ImageLimits = DEFAULT_LIMITS) 
     Raises:
         ValueError: this is no such file.
     """
-    data = None
+    problem = ""
     try:
         with _READING:
             # A stream begins where it is.
             with suppress(AttributeError, OSError):
                 source.seek(0)
             data = source.read(limits.max_bytes + 1)
-    except AttributeError:
-        pass
     except Exception as error:
-        raise ValueError(
-            f"got a file object that cannot be read ({shorten(error) or type(error).__name__}); expected an image in "
-            "it; open it again"
-        ) from error
+        data, problem = None, f" ({shorten(error) or type(error).__name__})"
     if not isinstance(data, bytes):
         raise ValueError(
-            f"got an image of type {shorten(type(source).__name__)}; expected bytes, a pathlib.Path, a data URI, a "
-            "file object opened as binary, an array or a PIL image; convert it"
+            f"got an image of type {shorten(type(source).__name__)}{problem}; expected bytes, a pathlib.Path, a data "
+            "URI, a file object opened as binary, an array or a PIL image; convert it"
         )
     return data
 
 
-def _decode_data_uri(uri: str, *, limits: ImageLimits) -> bytes:
-    comma = uri.find(",", 0, 1000)
-    if comma < 0 or not uri[:comma].lower().endswith(";base64"):
-        raise ValueError(f"got the data URI {shorten(uri)}; expected 'data:image/png;base64,...'; encode it so")
+def _decode_base64(source: str | Base64File, *, limits: ImageLimits) -> bytes:
+    if isinstance(source, str):
+        comma = source.find(",", 0, 1000)
+        if comma < 0 or not source[:comma].lower().endswith(";base64"):
+            raise ValueError(f"got the data URI {shorten(source)}; expected 'data:image/png;base64,...'; encode it so")
+        source = Base64File(source, comma + 1)
     # Four characters carry three bytes; half leaves room for line breaks, and the exact check follows.
-    check_num_bytes((len(uri) - comma) // 2, limits=limits)
+    check_num_bytes((len(source) - source.start) // 2, limits=limits)
     try:
-        return Base64File(uri, comma + 1).read(limits.max_bytes + 1)
+        return source.read(limits.max_bytes + 1)
     except ValueError as error:
         raise ValueError(
-            f"got the data URI {shorten(uri)} ({error}); expected base64 after the comma; encode it again"
+            f"got the data URI {shorten(source.text)} ({error}); expected base64 after the comma; encode it again"
         ) from None
 
 

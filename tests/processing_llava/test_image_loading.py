@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
+from processing_llava.data.clean_images import clean_image
 from processing_llava.image_limits import ImageLimits, check_image_size
-from processing_llava.image_loading import clean_image, load_image, read_image_size
+from processing_llava.image_loading import load_image, read_image_size
 from tests.conftest import ROOT
 from tests.processing_llava.hostile_images import encode, png, png_chunk
 
