@@ -15,12 +15,8 @@ from .image_webp import keep_first_picture, walk_webp
 
 MAX_JPEG_SCANS = 50
 """Each scan of a progressive JPEG is a pass over the whole image; encoders write about ten."""
-MAX_JPEG_HEADER = 200_000
-"""Bytes before the first scan, which Pillow reads in Python; encoders write 1,000 of tables, 65,000 of a preview."""
-MAX_JPEG_SEGMENTS = 1000
-"""Those before the first scan; encoders write about 20."""
-MAX_PNG_TABLES = 2000
-"""Bytes beside the pixels; a header, 256 colours and their transparency take 1,085."""
+MAX_TABLES = {b"\x89": ("PNG", 100, 2000), b"\xff": ("JPEG", 1000, 200_000)}
+"""Pieces and bytes beside the pixels, which Pillow reads in Python; encoders write 20 of 1,000, a preview has 65,000."""
 
 Piece = tuple[bytes, int, int]
 """Kind, and the range of bytes [start, stop). `_OTHER` are bytes that a decoder passes over one by one."""
@@ -160,23 +156,11 @@ def strip_metadata(data: bytes, *, max_pieces: int, max_frames: int) -> tuple[by
         frame = b"fcTL"
         exif = (data[start + 8 : stop - 4] for kind, start, stop in pieces if kind == b"eXIf")
         kept = [piece for piece in pieces if piece[0] in _PNG_KEPT]
-        num_bytes = sum(stop - start for kind, start, stop in kept if kind not in (_START, b"IDAT"))
-        if num_bytes > MAX_PNG_TABLES:
-            raise ValueError(
-                f"got a PNG whose tables take {num_bytes} bytes; expected at most {MAX_PNG_TABLES}; save the image "
-                "again"
-            )
     elif data.startswith(b"\xff\xd8"):
         _check_scans(data, max_pieces=max_pieces)
         segments = (data[start + 4 : stop] for kind, start, stop in pieces if kind == _APP1)
         exif = (segment for segment in segments if segment.startswith(b"Exif\0\0"))
         kept = [piece for piece in pieces if piece[0] not in JPEG_DROPPED]
-        num_bytes = sum(stop - start for kind, start, stop in kept if kind != _START_OF_SCAN)
-        if num_bytes > MAX_JPEG_HEADER or len(kept) > MAX_JPEG_SEGMENTS:
-            raise ValueError(
-                f"got a JPEG whose tables are {len(kept)} segments of {num_bytes} bytes; expected at most "
-                f"{MAX_JPEG_SEGMENTS} of {MAX_JPEG_HEADER} bytes; save the image again"
-            )
     elif data.startswith(b"GIF8"):
         frame = _GIF_FRAME
         kept = _keep_first_picture(pieces)
@@ -189,6 +173,13 @@ def strip_metadata(data: bytes, *, max_pieces: int, max_frames: int) -> tuple[by
         header = b"RIFF" + struct.pack("<L", num_bytes) + b"WEBP"
     else:
         kept = [(_START, 0, len(data))]
+    sizes = [stop - start for kind, start, stop in kept if kind not in (_START, b"IDAT", _START_OF_SCAN)]
+    name, max_tables, max_bytes = MAX_TABLES.get(data[:1], ("", len(sizes), sum(sizes)))
+    if len(sizes) > max_tables or sum(sizes) > max_bytes:
+        raise ValueError(
+            f"got a {name} with {sum(sizes)} bytes of tables in {len(sizes)} pieces; expected at most {max_bytes} in "
+            f"{max_tables}; save the image again"
+        )
     num_frames = sum(kind == frame for kind, _, _ in pieces)
     if frame and num_frames > max_frames:
         raise ValueError(

@@ -248,7 +248,8 @@ def _fetch(url: str, *, limits: ImageLimits, urls: UrlReader | None) -> bytes:
 
 
 def _read_file(path: str, *, limits: ImageLimits) -> bytes:
-    place = _shorten_path(path)
+    # The end, where its name is.
+    place = shorten(str(path)[-77:])
     try:
         descriptor = os.open(path, _OPEN_FLAGS)
     except FileNotFoundError:
@@ -344,9 +345,3 @@ def _open_file(
             "got a BMP that is compressed by run lengths; expected one without compression; save the image again"
         )
     return image, file, orientation
-
-
-def _shorten_path(path: str) -> str:
-    """At most 110 characters on one line: the end, where the name of the file is."""
-    line = " ".join(str(path)[-200:].split())
-    return line if len(line) <= 110 else f"...{line[-107:]}"

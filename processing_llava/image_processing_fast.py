@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import PILImageResampling, SizeDict
+from transformers.image_utils import PILImageResampling
 
 from .anyres_layout import fit_inside, select_grid
 from .image_arrays import view_pixels
 from .image_decoding import Picture
-from .image_processing_llava import AnyLlavaImageProcessorKwargs, AnyLlavaImageProcessorPil, CutImage
+from .image_processing_llava import SHAPE_FIELDS, AnyLlavaImageProcessorKwargs, AnyLlavaImageProcessorPil, CutImage
 from .image_tiles import TileShape, fit_shorter_side, read_tile_shape, shrinks_columns_first
 
 # C 3 channels, or 4 of which the last is padding · H height · W width · S side of a tile
@@ -49,44 +49,22 @@ class AnyLlavaImageProcessor(AnyLlavaImageProcessorPil):
     def backend(self) -> str:
         return "torch"
 
-    def cut_image(
-        self,
-        picture: Picture,
-        scale: float,
-        *,
-        image_aspect_ratio: str,
-        image_grid_pinpoints: list[list[int]] | None,
-        size: SizeDict,
-        crop_size: SizeDict | None,
-        do_center_crop: bool,
-        resample: int,
-        image_mean: Sequence[float],
-        **kwargs: Any,
-    ) -> CutImage:
+    def cut_image(self, picture: Picture, scale: float, **settings: Any) -> CutImage:
         """As in the twin, which cuts those that would take much memory here."""
-        side, short_side = max(picture.height, picture.width), min(picture.height, picture.width)
-        is_costly = side * (side if image_aspect_ratio == "pad" else short_side) > MAX_SQUARE_PIXELS
+        mode, height, width = settings["image_aspect_ratio"], picture.height, picture.width
+        side, short_side = max(height, width), min(height, width)
+        is_costly = side * (side if mode == "pad" else short_side) > MAX_SQUARE_PIXELS
         if is_costly or picture.is_reduced or side > MAX_RATIO * short_side:
-            cut = super().cut_image(
-                picture,
-                scale,
-                image_aspect_ratio=image_aspect_ratio,
-                image_grid_pinpoints=image_grid_pinpoints,
-                size=size,
-                crop_size=crop_size,
-                do_center_crop=do_center_crop,
-                resample=resample,
-                image_mean=image_mean,
-            )
+            cut = super().cut_image(picture, scale, **settings)
             tiles = [torch.from_numpy(np.require(tile, requirements="W")).permute(2, 0, 1) for tile in cut.tiles]
             return CutImage(tiles, scale, cut.size)
         image_CHW = view_pixels(picture.image).permute(2, 0, 1)
-        shape = read_tile_shape(size, crop_size, do_center_crop, resample)
-        height, width = picture.height, picture.width
-        if image_aspect_ratio == "anyres":
-            tiles = _cut_anyres(image_CHW, shape, select_grid(height, width, image_grid_pinpoints))
-        elif image_aspect_ratio == "pad":
-            tiles = [_pad_to_tile(image_CHW, shape, tuple(int(level * 255) for level in image_mean))]
+        shape = read_tile_shape(*(settings[name] for name in SHAPE_FIELDS))
+        if mode == "anyres":
+            tiles = _cut_anyres(image_CHW, shape, select_grid(height, width, settings["image_grid_pinpoints"]))
+        elif mode == "pad":
+            fill = tuple(int(level * 255) for level in settings["image_mean"])
+            tiles = [_pad_to_tile(image_CHW, shape, fill)]
         else:
             tiles = [_resize_to_tile(image_CHW, shape)]
         return CutImage(tiles, scale, (height, width))

@@ -40,6 +40,8 @@ from .messages import shorten
 
 IMAGE_ASPECT_RATIOS = ("pad", "square", "anyres")
 
+SHAPE_FIELDS = ("size", "crop_size", "do_center_crop", "resample")
+"""What `read_tile_shape` reads."""
 MACHINE_FIELDS = ("limits", "urls", "num_threads")
 """Fields that are never saved."""
 
@@ -204,11 +206,10 @@ class AnyLlavaImageProcessorPil(PilBackend):
             return [source]
 
         def need(height: int, width: int) -> tuple[float, float, float]:
-            names = ("size", "crop_size", "do_center_crop", "resample")
             return measure_need(
                 height,
                 width,
-                shape=read_tile_shape(*(settings[name] for name in names)),
+                shape=read_tile_shape(*(settings[name] for name in SHAPE_FIELDS)),
                 image_aspect_ratio=settings["image_aspect_ratio"],
                 pinpoints=settings["image_grid_pinpoints"],
             )
@@ -257,33 +258,20 @@ class AnyLlavaImageProcessorPil(PilBackend):
             raise ValueError(f"got an image of mode {image.mode}; expected RGB; convert it or set do_convert_rgb=True")
         return image, scale
 
-    def cut_image(
-        self,
-        picture: Picture,
-        scale: float,
-        *,
-        image_aspect_ratio: str,
-        image_grid_pinpoints: list[list[int]] | None,
-        size: SizeDict,
-        crop_size: SizeDict | None,
-        do_center_crop: bool,
-        resample: int,
-        image_mean: Sequence[float],
-        **kwargs: Any,
-    ) -> CutImage:
+    def cut_image(self, picture: Picture, scale: float, **settings: Any) -> CutImage:
         """A picture as tiles.
 
         Args:
             picture: With as many pixels as the tiles need, or more.
             scale: Factor of its levels.
-            image_aspect_ratio: As in the class, like the settings after it.
-            **kwargs: The other settings of the call, not needed here.
+            **settings: All of the call.
         """
-        shape = read_tile_shape(size, crop_size, do_center_crop, resample)
-        if image_aspect_ratio == "anyres":
-            tiles = cut_anyres(picture, shape, image_grid_pinpoints)
-        elif image_aspect_ratio == "pad":
-            tiles = [pad_to_tile(picture, shape, tuple(int(level * 255) for level in image_mean))]
+        shape = read_tile_shape(*(settings[name] for name in SHAPE_FIELDS))
+        if settings["image_aspect_ratio"] == "anyres":
+            tiles = cut_anyres(picture, shape, settings["image_grid_pinpoints"])
+        elif settings["image_aspect_ratio"] == "pad":
+            fill = tuple(int(level * 255) for level in settings["image_mean"])
+            tiles = [pad_to_tile(picture, shape, fill)]
         else:
             tiles = [resize_to_tile(picture, shape)]
         return CutImage(tiles, scale, (picture.height, picture.width))

@@ -52,17 +52,16 @@ def read_webp_costs(data: bytes) -> tuple[int, float]:
         if chunks and chunks[-1][0] == b"ANMF":
             chunks = list(walk_webp(data[: chunks[-1][2]], chunks[-1][1] + 24))
         ((kind, start, _),) = [chunk for chunk in chunks if chunk[0] in (b"VP8 ", b"VP8L")]
-        # Two sides of 16 bits, of which 14 count, or both in 28 bits.
-        (sides,) = struct.unpack_from("<L", data, start + (9 if kind == b"VP8L" else 14))
-        width, height = sides & 0x3FFF, sides >> 16 & 0x3FFF
-        if kind == b"VP8L":
-            width, height = (sides & 0x3FFF) + 1, (sides >> 14 & 0x3FFF) + 1
+        is_lossless = kind == b"VP8L"
+        (sides,) = struct.unpack_from("<L", data, start + (9 if is_lossless else 14))
+        width = (sides & 0x3FFF) + is_lossless
+        height = (sides >> (14 if is_lossless else 16) & 0x3FFF) + is_lossless
         for kind, start, stop in chunks:
             if kind == b"VP8L" or (kind == b"ALPH" and data[start + 8] & 3):
                 codes = _Codes(data[start + (13 if kind == b"VP8L" else 9) : stop])
                 num_bytes += codes.count_bytes(width, height)
                 seconds += codes.seconds
-    except (IndexError, ValueError, struct.error) as error:
+    except (LookupError, ValueError, struct.error) as error:
         raise ValueError(
             f"got a WebP that cannot be decoded ({error}); expected a whole image; save it again"
         ) from error
@@ -76,12 +75,11 @@ class _Codes:
         self.seconds = 0.0
 
     def count_bytes(self, width: int, height: int) -> int:
-        kinds = [0] * 4
+        left = {0, 1, 2, 3}
         while self.read(1):
             kind = self.read(2)
-            kinds[kind] += 1
-            if kinds[kind] > 1:
-                raise ValueError("a transform twice")
+            # Each at most once; another is a KeyError.
+            left.remove(kind)
             if kind == 3:
                 num_colours = self.read(8) + 1
                 self.read_image(num_colours)
@@ -121,18 +119,18 @@ class _Codes:
             raise ValueError("it breaks off")
         return largest
 
-    def read(self, num_bits: int) -> int:
+    def peek(self) -> int:
         start = self.position >> 3
-        value = int.from_bytes(self.data[start : start + 4], "little") >> (self.position & 7)
+        return int.from_bytes(self.data[start : start + 4], "little") >> (self.position & 7)
+
+    def read(self, num_bits: int) -> int:
+        value = self.peek() & (1 << num_bits) - 1
         self.position += num_bits
-        return value & (1 << num_bits) - 1
+        return value
 
     def read_symbol(self, code: Code) -> int:
         mask, entries = code
-        if not mask:
-            return entries[0]
-        start = self.position >> 3
-        entry = entries[int.from_bytes(self.data[start : start + 3], "little") >> (self.position & 7) & mask]
+        entry = entries[self.peek() & mask] if mask else entries[0]
         self.position += entry & 15
         return entry >> 4
 
@@ -171,7 +169,7 @@ def _build_code(lengths: list[int]) -> Code:
     used = sorted((length, symbol) for symbol, length in enumerate(lengths) if length)
     if len(used) == 1:
         # It takes no bit.
-        return 0, [used[0][1]]
+        return 0, [used[0][1] << 4]
     if sum(1 << 15 - length for length, _ in used) != 1 << 15:
         raise ValueError("a code that is not complete")
     longest = used[-1][0]
