@@ -63,8 +63,8 @@ test-vllm: $(READY)  ## vLLM reads an exported checkpoint; installs it into an e
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # built for CUDA, and not needed
 	ANYLLAVA_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/vllm_suite
 
-fuzz: $(READY)  ## random image files, records, messages, texts, folders and requests to the page, a minute each
-	for target in images records messages texts folders; do \
+fuzz: $(READY)  ## random image files, objects, records, messages, texts, folders and requests to the page, a minute each
+	for target in images objects records messages texts folders; do \
 		HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz $$target --seconds 60 || exit 1; done
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.spaces_demo.fuzz_requests --seconds 60
 

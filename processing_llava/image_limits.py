@@ -16,7 +16,7 @@ from .image_webp import keep_first_picture, walk_webp
 MAX_JPEG_SCANS = 50
 """Each scan of a progressive JPEG is a pass over the whole image; encoders write about ten."""
 MAX_TABLES = {b"\x89": ("PNG", 100, 2000), b"\xff": ("JPEG", 1000, 200_000)}
-"""Pieces and bytes beside the pixels, which Pillow reads in Python; encoders write 20 of 1,000, a preview has 65,000."""
+"""Pieces and bytes beside the pixels, which Pillow reads in Python; encoders write 20 of 1,000 bytes."""
 
 Piece = tuple[bytes, int, int]
 """Kind, and the range of bytes [start, stop). `_OTHER` are bytes that a decoder passes over one by one."""

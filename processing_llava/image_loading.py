@@ -286,6 +286,8 @@ def read_file_object(source: BinaryIO, *, limits: ImageLimits = DEFAULT_LIMITS) 
             with suppress(AttributeError, OSError):
                 source.seek(0)
             data = source.read(limits.max_bytes + 1)
+    except AttributeError:
+        data = None
     except Exception as error:
         data, problem = None, f" ({shorten(error) or type(error).__name__})"
     if not isinstance(data, bytes):

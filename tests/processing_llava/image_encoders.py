@@ -69,12 +69,15 @@ def jpeg_frame(
     return b"\xff\xd8" + JPEG_QUANTA + tables + frame + scans + b"\xff\xd9"
 
 
-def progressive_jpeg(width: int, height: int, *, scans: int, components: int = 3, refines: bool = False) -> bytes:
-    """Nothing at all, said again and again."""
+def progressive_jpeg(
+    width: int, height: int, *, scans: int, components: int = 3, refines: bool = False, averages: bool = False
+) -> bytes:
+    """Nothing at all, said again and again; of averages, with a bit for each block."""
     num_blocks = -(-width // 8) * -(-height // 8)
     names = range(1, components + 1)
     passes = [jpeg_scan(names, last=0, data=bytes(num_blocks * components // 8 + 8))]
-    for number in range(scans - 1):
+    passes *= scans if averages else 1
+    for number in range(scans - len(passes)):
         passes.append(
             jpeg_scan(
                 range(number % components + 1, number % components + 2),
