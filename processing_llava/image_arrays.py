@@ -12,11 +12,7 @@ from .image_limits import DEFAULT_LIMITS, ImageLimits, check_costs, check_image_
 NUM_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 """Grey, RGB, and RGB with alpha."""
 BAND_VALUES = 400_000
-"""Values are looked at in bands of rows of about this many, so that nothing of the size of the array is in memory."""
-SECONDS_OF_VALUE = {1: 0.3e-9, 2: 0.9e-9, 4: 1.3e-9, 8: 1.7e-9}
-"""By its bytes."""
-SECONDS_OF_PLANE, SECONDS_OF_SCATTERED, SECONDS_OF_SLOW = 0.4e-9, 2.5e-9, 18e-9
-"""More for values whose neighbours are those of other pixels, or none; and for floats without a unit in a CPU."""
+"""Values that are looked at in one piece."""
 
 
 class ArrayImage:
@@ -43,22 +39,14 @@ class ArrayImage:
     ) -> None:
         self.info: dict[str, object] = {}
         self.is_rescaled = False
-        """Whether the values are floats of 0..1. Those are truncated to levels as transformers does."""
+        """Whether the values are floats of 0..1, which are truncated to levels as transformers does."""
         try:
             self._read_shape(array, channels, limits)
-            rows = self._read_rows(0, 1)
-            dtype = rows.dtype
-            if dtype.kind not in "buif":
-                raise ValueError(f"got an image array of {shorten(dtype)}; expected plain numbers; convert it")
-            self.seconds = self._read_seconds(rows)
-            costs = {"max_milliseconds": math.ceil(1000 * self.seconds)}
-            check_costs(self.height, self.width, costs, limits=limits)
-            if dtype != np.uint8:
-                self._read_range()
+            self._read_values(self._read_rows(0, 1), limits)
         except ValueError:
             raise
         except Exception as error:
-            # Whatever numpy and torch say of tensors without memory, of other layouts, and of other types.
+            # Tensors without memory, of other layouts, of other types.
             raise ValueError(
                 f"got an image array of type {shorten(type(array).__name__)} ({shorten(error)}); expected plain "
                 "numbers; convert it"
@@ -69,7 +57,7 @@ class ArrayImage:
         if isinstance(array, np.ndarray):
             if isinstance(array, np.ma.MaskedArray):
                 raise ValueError("got an image array with a mask; expected plain numbers; pass array.filled(...)")
-            # Matrices and other kinds have rules of their own.
+            # A matrix has rules of its own.
             array = np.asarray(array)
         if len(shape) == 2:
             array, channels, shape = array[..., None], "last", (*shape, 1)
@@ -97,25 +85,26 @@ class ArrayImage:
             rows = (rows.float() if rows.is_floating_point() else rows).numpy()
         return np.moveaxis(rows, 0, -1) if self.has_channels_first else rows
 
-    def _read_seconds(self, rows: np.ndarray) -> float:
+    def _read_values(self, rows: np.ndarray, limits: ImageLimits) -> None:
         kind, itemsize = rows.dtype.kind, rows.dtype.itemsize
+        if kind not in "buif":
+            raise ValueError(f"got an image array of {shorten(rows.dtype)}; expected plain numbers; convert it")
+        # Floats without a unit in a CPU take longest; and no neighbours in memory, longer.
         is_slow = kind == "f" and (itemsize not in (4, 8) or self.array.itemsize == 1)
-        seconds = SECONDS_OF_SLOW if is_slow else SECONDS_OF_VALUE[itemsize]
-        if not rows.flags.c_contiguous:
-            seconds += SECONDS_OF_PLANE if rows[..., 0].flags.c_contiguous else SECONDS_OF_SCATTERED
-        return self.height * self.width * len(self.mode) * seconds
-
-    def _read_range(self) -> None:
-        low, high, are_levels = np.inf, -np.inf, True
+        is_scattered = not (rows.flags.c_contiguous or rows[..., 0].flags.c_contiguous)
+        rate = (18e-9 if is_slow else 1.5e-9 if itemsize > 1 else 0.3e-9) + 2.5e-9 * is_scattered
+        self.seconds = rate * self.height * self.width * len(self.mode)
+        check_costs(self.height, self.width, {"max_milliseconds": math.ceil(1000 * self.seconds)}, limits=limits)
+        if rows.dtype == np.uint8:
+            return
+        low, high, are_levels = np.inf, -np.inf, kind != "b"
         num_rows = max(1, BAND_VALUES // (self.width * len(self.mode)))
         for start in range(0, self.height, num_rows):
             rows = self._read_rows(start, start + num_rows)
-            # Of numpy, since Python's would lose what is no number.
+            # Python's would lose what is no number.
             low, high = np.minimum(low, float(rows.min())), np.maximum(high, float(rows.max()))
-            are_levels = are_levels and (
-                rows.dtype.kind in "ui" or (rows.dtype.kind == "f" and np.array_equal(rows, np.rint(rows)))
-            )
-        self.is_rescaled = bool(not are_levels and high <= 1 and np.issubdtype(rows.dtype, np.floating))
+            are_levels = are_levels and (kind != "f" or np.array_equal(rows, np.rint(rows)))
+        self.is_rescaled = bool(kind == "f" and not are_levels and high <= 1)
         if min(low, 255 - high) < 0 or not (are_levels or self.is_rescaled):
             raise ValueError(
                 f"got an image array of {rows.dtype} from {low:g} to {high:g}; expected levels of 0..255, or floats "
@@ -123,7 +112,7 @@ class ArrayImage:
             )
 
     def load(self) -> None:
-        """Nothing: the pixels are there."""
+        """They are there."""
 
     def crop(self, box: tuple[int, int, int, int]) -> Image.Image:
         """Whole rows, of mode L, RGB or RGBA."""
@@ -150,11 +139,9 @@ _read_capsule.restype, _read_capsule.argtypes = ctypes.c_void_p, (ctypes.py_obje
 
 
 def view_pixels(image: Image.Image) -> torch.Tensor:
-    """The levels of an RGB image, not to be written to: uint8 [height, width, 3], or [height, width, 4] with a last
-    channel of padding.
+    """The levels of an RGB image, not to be written to: uint8 [height, width, 3], or 4 with a last channel of padding.
 
-    Pillow keeps four bytes for each pixel. Where they lie in one piece, which holds up to 4 million pixels, they are
-    not copied.
+    Pillow keeps four bytes for each pixel. Up to 4 million lie in one piece, and are not copied.
     """
     try:
         capsules = image.__arrow_c_array__()

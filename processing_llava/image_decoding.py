@@ -1,13 +1,12 @@
 """Opened files -> RGB pictures, within a budget of memory and time that is checked before a pixel is decoded.
 
-A decoder in C cannot be stopped, so that the header of a file tells what it will cost, at rates that were measured
-with files made to be slow (one core of an AMD EPYC, Pillow 12.3). Where the budget would not do otherwise and a vision
-tower needs far fewer pixels, libjpeg decodes at 1/2, 1/4 or 1/8 of the size (`Image.draft`), and pixels are averaged
-(`Image.reduce`), as long as three remain, on each axis, for one that is needed: tiles of photographs change by two
-levels of 255 at most, except for one value in a few thousand where colours are out of range.
+A decoder in C cannot be stopped: the header tells what it will cost, at rates measured with files made to be slow (one
+core of an AMD EPYC, Pillow 12.3). Where the budget asks for it and a vision tower needs far fewer pixels, libjpeg
+decodes at a part of the size (`Image.draft`), and pixels are averaged (`Image.reduce`), as long as three remain, on
+each axis, for one that is needed: tiles change by two levels of 255 at most, but for one value in a few thousand.
 
-What may surprise: pixels are converted in bands, as no picture of another mode is ever whole in memory beside the one
-in RGB; and of PNG, whose time no header tells, the decoder gets small pieces until its time is over.
+What may surprise: pixels are converted in bands, so that no picture of another mode is ever whole beside the RGB one;
+and of PNG, whose time no header tells, the decoder gets small pieces until its time is over.
 """
 
 import io
@@ -41,19 +40,12 @@ PNG_PIECE, PNG_SHARE = 2048, 0.95
 """Bytes, which inflate to 2 MB at most, and the share of the time after which none follows."""
 
 Need = Callable[[int, int], tuple[float, float, float]]
-"""Of an upright picture of this height and width: how many rows and columns suffice, and how many pixels are read, at
-full size, to make the tiles."""
+"""Of an upright picture's height and width: rows and columns that suffice, and pixels that are read for the tiles."""
 
 # EXIF orientation -> what brings the stored pixels upright; 1 means "leave as it is".
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURN = Image.Transpose
+UPRIGHT = {2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM, 5: _TURN.TRANSPOSE}
+UPRIGHT |= {6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90}
 _BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2}
 """Bytes that Pillow keeps for a pixel, where they are not four."""
 
@@ -153,8 +145,8 @@ def decode(
     _check_mode(image)
     width, height = image.size
     upright = (width, height) if orientation >= 5 else (height, width)
-    is_array = isinstance(image, ArrayImage)
-    is_changed = is_array or orientation != 1 or image.mode != "RGB" or "transparency" in image.info
+    is_changed = orientation != 1 or image.mode != "RGB" or "transparency" in image.info
+    is_changed = is_changed or isinstance(image, ArrayImage)
     draft, factor, memory, rest = _plan(image, file, upright, is_changed=is_changed, limits=limits, need=need)
     with _memory.take(memory):
         has_16_bits, start = _has_16_bits(image), time.thread_time()
@@ -181,7 +173,7 @@ def decode(
         except MemoryError:
             raise
         except Exception as error:
-            # Whatever Pillow 12.3 trips over, such as its assertion about a palette, is damage of the file.
+            # Whatever Pillow trips over is damage of the file.
             raise ValueError(
                 f"got an image that cannot be decoded ({shorten(error) or type(error).__name__}); expected a whole "
                 "image; save it again"
@@ -211,9 +203,9 @@ def _plan(
         # All rows, of fewer columns, are in memory, of which Pillow or the system keep as much again; and tiles.
         narrowed = 8 * width * upright[0]
     num_bytes = seconds = pixel_bytes = pixel_seconds = 0
-    is_plain_array = isinstance(image, ArrayImage) and image.mode == "RGB"
+    changed = 4
     if isinstance(image, ArrayImage):
-        seconds = image.seconds
+        seconds, changed = image.seconds, 2 if image.mode == "RGB" else 4
     if file is not None:
         num_bytes, seconds, pixel_bytes, pixel_seconds = _read_costs(image, file, limits)
         num_bytes += file.is_copy * len(file.data)
@@ -227,8 +219,7 @@ def _plan(
         num_shown, is_copied = num_pixels / scale**2, is_changed or scale > draft
         memory = num_bytes + pixel_bytes * num_decoded + 4 * num_shown * is_copied
         memory += narrowed / scale + min(TILES, narrowed)
-        pixel_rest = 2 if is_plain_array else 4 if is_changed else 1.2 * is_copied
-        rest = 1e-9 * (pixel_rest * num_decoded + 6 * work / scale**2)
+        rest = 1e-9 * ((changed if is_changed else 1.2 * is_copied) * num_decoded + 6 * work / scale**2)
         milliseconds = 1000 * (seconds + pixel_seconds * num_decoded + rest)
         if memory <= limits.max_memory and milliseconds <= limits.max_milliseconds:
             return draft, scale // draft, int(memory), rest
@@ -326,7 +317,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _has_16_bits(image: Image.Image) -> bool:
-    """Whether each channel has 16 bits; of several channels, the upper 8 are kept (Pillow 12.3, PngImagePlugin.py)."""
+    """Of several channels, Pillow keeps the upper 8 bits (Pillow 12.3, PngImagePlugin.py)."""
     if image.mode.startswith("I;16"):
         return True
     tiles = image.tile if isinstance(image, ImageFile.ImageFile) else []

@@ -1,9 +1,7 @@
 """What an encoded image may cost, and what of it a decoder sees: pixels without metadata, in so many pieces at most.
 
-A file of a few megabytes can cost a decoder hours without being a large image: a GIF with a million tiny comments, a
-JPEG with a million empty scans, an EXIF block whose entries all point at the same megabytes. So the pieces of a file
-(chunks, segments, blocks) are counted here, and Pillow sees only those that it needs. Whatever is no image, or breaks
-off, is left for Pillow to refuse; `image_decoding.py` has what decoding costs.
+A million tiny comments or empty scans cost a decoder hours: so the pieces of a file are counted here, and Pillow sees
+those that it needs. What is no image, or breaks off, is left for Pillow to refuse.
 """
 
 import re
@@ -30,7 +28,7 @@ _LONE_MARKERS = {bytes([marker]) for marker in (0xC8, *range(0xD0, 0xDA), *range
 _APP1, _START_OF_SCAN, _END_OF_IMAGE = b"\xe1", b"\xda", b"\xd9"
 _FRAMES = {bytes([marker]) for marker in range(0xC0, 0xD0)} - {b"\xc4", b"\xc8", b"\xcc"}
 _DECODED_FRAMES = (b"\xc0", b"\xc1", b"\xc2", b"\xc9", b"\xca")
-"""Baseline, extended, progressive, and the last two in arithmetic coding; not lossless or hierarchical."""
+"""Not lossless or hierarchical."""
 # In a scan, FF is followed by 00 or the number of a restart. 01 has no content.
 MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
 _GIF_FRAME, _GIF_CONTROL = b",", b"!\xf9"
@@ -104,16 +102,9 @@ def check_image_size(height: int, width: int, *, limits: ImageLimits = DEFAULT_L
     """
     if height < 1 or width < 1:
         raise ValueError(f"got an image of {width} x {height} pixels; expected at least 1 x 1; send another image")
-    check_costs(
-        height,
-        width,
-        {
-            "max_side": max(height, width),
-            "max_pixels": height * width,
-            "max_aspect_ratio": max(height, width) / min(height, width),
-        },
-        limits=limits,
-    )
+    short, long = sorted((height, width))
+    costs = {"max_side": long, "max_pixels": height * width, "max_aspect_ratio": long / short}
+    check_costs(height, width, costs, limits=limits)
 
 
 def check_costs(height: int, width: int, costs: dict[str, float], *, limits: ImageLimits) -> None:
@@ -168,17 +159,16 @@ def strip_metadata(data: bytes, *, max_pieces: int, max_frames: int) -> tuple[by
         frame = b"ANMF"
         exif = (data[start + 8 : stop] for kind, start, stop in pieces if kind == b"EXIF")
         kept = keep_first_picture(pieces)
-        # The size of what follows, which is less now.
         num_bytes = 4 + sum(stop - start for _, start, stop in kept)
-        header = b"RIFF" + struct.pack("<L", num_bytes) + b"WEBP"
+        header = data[:4] + struct.pack("<L", num_bytes) + data[8:12]
     else:
         kept = [(_START, 0, len(data))]
     sizes = [stop - start for kind, start, stop in kept if kind not in (_START, b"IDAT", _START_OF_SCAN)]
     name, max_tables, max_bytes = MAX_TABLES.get(data[:1], ("", len(sizes), sum(sizes)))
     if len(sizes) > max_tables or sum(sizes) > max_bytes:
         raise ValueError(
-            f"got a {name} with {sum(sizes)} bytes of tables in {len(sizes)} pieces; expected at most {max_bytes} in "
-            f"{max_tables}; save the image again"
+            f"got a {name} with {len(sizes)} tables of {sum(sizes)} bytes; expected at most {max_tables} of "
+            f"{max_bytes}; save the image again"
         )
     num_frames = sum(kind == frame for kind, _, _ in pieces)
     if frame and num_frames > max_frames:
@@ -195,10 +185,7 @@ def strip_metadata(data: bytes, *, max_pieces: int, max_frames: int) -> tuple[by
 
 
 def read_orientation(exif: bytes) -> int:
-    """The EXIF orientation, 1 to 8; 1, as stored, where the block is absent or broken.
-
-    Only the first directory is read: other entries can point anywhere, each of them at megabytes.
-    """
+    """The EXIF orientation, 1 to 8, of the first directory; 1, as stored, where the block is absent or broken."""
     tiff = exif.removeprefix(b"Exif\0\0")
     order = ">" if tiff.startswith(b"MM") else "<"
     try:
@@ -259,7 +246,7 @@ def _walk_gif(data: bytes) -> Iterator[Piece]:
             position += 1
             continue
         while position < len(data) and data[position]:
-            # A file cannot hold very many of the others, which are full or nearly so.
+            # A file cannot hold very many of the others.
             if data[position] < 128:
                 yield _OTHER, position, position
             position += 1 + data[position]
@@ -273,7 +260,7 @@ def _size_of_colours(data: bytes, position: int) -> int:
 
 
 def _keep_first_picture(pieces: list[Piece]) -> list[Piece]:
-    """The first picture of a GIF, and the block with its transparent colour, if that has the size Pillow expects."""
+    """The first picture of a GIF, and the block with its transparent colour, of the size that Pillow expects."""
     first = next((index for index, (kind, _, _) in enumerate(pieces) if kind == _GIF_FRAME), len(pieces))
     controls = [piece for piece in pieces[:first] if piece[0] == _GIF_CONTROL and piece[2] - piece[1] == 8]
     return pieces[:1] + controls[-1:] + pieces[first : first + 1]
@@ -301,7 +288,7 @@ def _walk_jpeg(data: bytes) -> Iterator[Piece]:
 
 
 def _check_scans(data: bytes, *, max_pieces: int) -> None:
-    # What follows the image, such as the film of a phone's photograph, can hold the same bytes by chance.
+    # The film behind a phone's photograph can hold the same bytes by chance.
     if data.count(b"\xff" + _START_OF_SCAN) <= MAX_JPEG_SCANS:
         return
     num_scans = sum(kind == _START_OF_SCAN for kind, _, _ in limit_pieces(walk_scans(data), max_pieces))
@@ -324,10 +311,10 @@ class JpegParts:
     num_blocks: int
     """Blocks of 8 x 8 samples, of all components."""
     scans: list[tuple[int, bool, bool]]
-    """Blocks of each scan, whether it refines what earlier ones told, and whether each block has bits of its own."""
+    """Blocks, whether it refines earlier ones, and whether each block has bits of its own."""
     is_arithmetic: bool
     keeps_coefficients: bool
-    """Those of all blocks are in memory, since several scans make the image."""
+    """Several scans make the image."""
     num_bytes: int
     """Up to the end of the image."""
 

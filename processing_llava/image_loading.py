@@ -1,13 +1,10 @@
 """The single door for images: bytes, file, data URI, array, PIL image or URL in, RGB image out, or one clear error.
 
-An image that reaches a server may be hostile: a PNG of a hundred bytes can announce a billion pixels, or be one pixel
-wide and cost gigabytes once its short side is resized. Every limit is therefore checked on the header, before any
-pixel is decoded, and `image_decoding.py` keeps to a budget.
+A PNG of a hundred bytes can announce a billion pixels, so that every limit is checked on the header.
 
-What may surprise: no text opens a file, since it may be a stranger's and name any file of the machine; paths are
-`pathlib.Path`. EXIF orientation is applied (the original LLaVA never does), all other metadata goes, transparent
-pixels become white (a bare `convert("RGB")` shows the colour that hides below them), and 16-bit grey is scaled
-(Pillow 12.3 clips it, so that nearly everything turns white).
+What may surprise: no text opens a file, since it may be a stranger's; paths are `pathlib.Path`. EXIF orientation is
+applied (the original LLaVA never does), all other metadata goes, transparent pixels become white (a bare
+`convert("RGB")` shows the colour below them), and 16-bit grey is scaled (Pillow 12.3 clips it).
 """
 
 import os
@@ -129,7 +126,7 @@ def open_picture(
     with ExitStack() as stack:
         # What is opened has no name here, so that it goes once it is converted.
         with naming_source(source):
-            opened = decode(*_open(source, limits=limits, urls=urls), limits=limits, need=need)
+            opened = decode(*open_source(source, limits=limits, urls=urls), limits=limits, need=need)
             picture = stack.enter_context(opened)
         yield picture
 
@@ -143,19 +140,6 @@ def naming_picture(number: int, total: int) -> Iterator[None]:
         if total == 1:
             raise
         raise ValueError(f"picture {number} of {total}: {error}") from error
-
-
-def read_image_size(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
-    """(height, width) that `load_image` would give, from the header: damaged pixels go unseen.
-
-    Raises:
-        FileNotFoundError: there is no file at the path.
-        ValueError: as `load_image`, except for pixels that cannot be decoded.
-    """
-    with naming_source(source):
-        image, _, orientation, _ = _open(source, limits=limits)
-    # Orientations from 5 on exchange the sides.
-    return image.size if orientation >= 5 else image.size[::-1]
 
 
 class MissingImage(FileNotFoundError, ValueError):
@@ -190,11 +174,11 @@ def naming_source(source: ImageSource) -> Iterator[None]:
         raise (MissingImage if isinstance(error, MissingImage) else ValueError)(line) from error
 
 
-def _open(
+def open_source(
     source: ImageSource, *, limits: ImageLimits, urls: UrlReader | None = None
 ) -> tuple[Image.Image | ArrayImage, EncodedFile | None, int, Image.Image | None]:
-    """The image with its header read and its size checked, what it is read from, and its EXIF orientation; and the
-    same image as its owner opened it from a path, which reading closes."""
+    """The image with its header read and its size checked, what it is read from, its EXIF orientation, and the same
+    image as its owner opened it from a path."""
     source = unwrap_picture(source)
     # MPO is a JPEG with another one behind it, as phones write (Pillow 12.3, MpoImagePlugin.py).
     if isinstance(source, ImageFile.ImageFile) and source.format not in (*FORMATS, "MPO"):
@@ -227,7 +211,12 @@ def read_bytes(source: ImageSource, *, limits: ImageLimits, urls: UrlReader | No
     if isinstance(source, Base64File) or (isinstance(source, str) and source[:5].lower() == "data:"):
         return _decode_base64(source, limits=limits)
     if isinstance(source, str) and _URL.match(source):
-        return _fetch(source, limits=limits, urls=urls)
+        if urls is not None:
+            return urls.fetch(source, max_bytes=limits.max_bytes)
+        raise ValueError(
+            f"got the URL {shorten(source)}; expected bytes, a pathlib.Path or a data URI, because URLs are not "
+            "fetched here; download the image and pass its bytes, or allow hosts with urls=UrlPolicy(hosts=...)"
+        )
     if isinstance(source, str):
         raise ValueError(
             f"got the text {shorten(source)!r} for an image; expected bytes, a data URI or a PIL image, because no "
@@ -236,15 +225,6 @@ def read_bytes(source: ImageSource, *, limits: ImageLimits, urls: UrlReader | No
     if isinstance(source, os.PathLike):
         return _read_file(os.fspath(source), limits=limits)
     return read_file_object(source, limits=limits)
-
-
-def _fetch(url: str, *, limits: ImageLimits, urls: UrlReader | None) -> bytes:
-    if urls is None:
-        raise ValueError(
-            f"got the URL {shorten(url)}; expected bytes, a pathlib.Path or a data URI, because URLs are not fetched "
-            "here; download the image and pass its bytes, or allow hosts with urls=UrlPolicy(hosts=...)"
-        )
-    return urls.fetch(url, max_bytes=limits.max_bytes)
 
 
 def _read_file(path: str, *, limits: ImageLimits) -> bytes:
@@ -274,7 +254,7 @@ def _read_file(path: str, *, limits: ImageLimits) -> bytes:
 
 
 def read_file_object(source: BinaryIO, *, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """The content of a binary file from its beginning, wherever others have left it; one byte above the limit at most.
+    """The content of a binary file from its beginning; one byte above the limit at most.
 
     Raises:
         ValueError: this is no such file.
@@ -341,8 +321,7 @@ def _open_file(
             f"of {', '.join(FORMATS)}; convert the image"
         ) from None
     if any(tile.codec_name == "bmp_rle" for tile in image.tile):
-        # Decoded in Python (Pillow 12.3, BmpImagePlugin.py): seconds, and tens of bytes for each pixel that a short
-        # file skips.
+        # Decoded in Python (Pillow 12.3, BmpImagePlugin.py): seconds, and tens of bytes for each pixel.
         raise ValueError(
             "got a BMP that is compressed by run lengths; expected one without compression; save the image again"
         )

@@ -1,9 +1,8 @@
 """AnyLlavaImageProcessor: what AnyLlavaImageProcessorPil does, faster, and within a level or two of it.
 
 Images stay 8-bit tensors until they are normalised, and torch resizes those with vector instructions (BENCHMARKS.md:
-Preprocessing). No torchvision is needed. What may surprise: the filter weights of torch have fewer digits than
-Pillow's, so that some levels out of a thousand differ by one. The original's results bit for bit are those of the
-Pillow backend, which therefore stays the default; `backend="torch"` asks for this one.
+Preprocessing). What may surprise: the filter weights of torch have fewer digits than Pillow's, so that some levels out
+of a thousand differ by one. The Pillow backend, bit for bit the original, stays the default.
 """
 
 from collections.abc import Sequence
@@ -26,11 +25,9 @@ from .image_tiles import TileShape, fit_shorter_side, read_tile_shape, shrinks_c
 FILTERS = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}
 
 MAX_SQUARE_PIXELS = 4_000_000
-"""A larger square is not built to pad an image, as it could take twenty times the memory of a thin one, and a larger
-image is not copied."""
+"""A larger square, which could take twenty times the memory of a thin image, is not built to pad it."""
 MAX_RATIO = 8
-"""Longer side over shorter side. torch would hold several copies of what a thinner image becomes between its two
-steps."""
+"""Longer side over shorter side. torch would hold several copies of what a thinner image becomes."""
 
 
 class AnyLlavaImageProcessor(AnyLlavaImageProcessorPil):
@@ -126,7 +123,6 @@ def _pad_to_tile(image_CHW: torch.Tensor, shape: TileShape, fill: tuple[int, ...
     num_channels, height, width = image_CHW.shape
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
-    # Whole rows are copied at once, not three bytes at a time.
     row = torch.tensor(fill + (0,) * (num_channels - 3), dtype=torch.uint8).repeat(side)
     square_HWC = row.expand(side, -1).contiguous().view(side, side, num_channels)
     square_HWC[top : top + height, left : left + width] = image_CHW.permute(1, 2, 0)

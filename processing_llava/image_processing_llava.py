@@ -3,7 +3,6 @@
 What may surprise:
 
 - "pad" fills with the mean colour truncated to integers, (122, 116, 104) for CLIP, not rounded.
-- "anyres" stretches the whole image into its first tile; see `image_tiles.py`.
 - Images stay 8-bit PIL images until their last step, a table of 256 float32 levels per channel. The table gives
   exactly the values of "rescale in float64, normalise in float32".
 """

@@ -1,8 +1,8 @@
 """What a WebP holds: its first picture alone, and what its codes cost.
 
-A lossless picture, or transparency compressed as one, has groups of prefix codes, up to one for every 16 pixels:
-kilobytes and microseconds each, which no header tells. Their number stands behind small pictures of what was done to
-the pixels, which are read here as in RFC 9649, sections 3.7 and 4, but for copied pixels, which name no new group.
+A lossless picture, or transparency compressed as one, has groups of prefix codes, up to one for every 16 pixels, of
+kilobytes and microseconds each. Their number stands behind small pictures, which are read here (RFC 9649, sections 3.7
+and 4), but for copied pixels, which name no new group.
 """
 
 import struct
@@ -19,7 +19,7 @@ BYTES_OF_GROUP = 12_400
 """Without what the cache of colours adds (libwebp 1.6, src/dec/vp8l_dec.c)."""
 _ORDER = (17, 18, 0, 1, 2, 3, 4, 5, 16, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
 _REPEATS = {16: (2, 3), 17: (3, 3), 18: (7, 11)}
-"""Symbol -> bits that tell how many more, and the fewest."""
+"""Bits that tell how many more, and the fewest."""
 
 
 def walk_webp(data: bytes, position: int = 12) -> Iterator[Piece]:
@@ -58,7 +58,7 @@ def read_webp_costs(data: bytes) -> tuple[int, float]:
         height = (sides >> (14 if is_lossless else 16) & 0x3FFF) + is_lossless
         for kind, start, stop in chunks:
             if kind == b"VP8L" or (kind == b"ALPH" and data[start + 8] & 3):
-                codes = _Codes(data[start + (13 if kind == b"VP8L" else 9) : stop])
+                codes = _Codes(data[start + (9 if kind == b"ALPH" else 13) : stop])
                 num_bytes += codes.count_bytes(width, height)
                 seconds += codes.seconds
     except (LookupError, ValueError, struct.error) as error:
@@ -78,7 +78,6 @@ class _Codes:
         left = {0, 1, 2, 3}
         while self.read(1):
             kind = self.read(2)
-            # Each at most once; another is a KeyError.
             left.remove(kind)
             if kind == 3:
                 num_colours = self.read(8) + 1
@@ -96,7 +95,7 @@ class _Codes:
         return self.read_image(-(-width >> num_bits) * -(-height >> num_bits))
 
     def read_image(self, num_pixels: int) -> int:
-        """The largest number of a group, if the picture tells those: of red and green."""
+        """The largest number of a group, of red and green."""
         if num_pixels > MAX_BLOCKS:
             raise ValueError(f"{num_pixels} blocks, which no encoder writes")
         self.seconds += SECONDS_OF_BLOCK * num_pixels
@@ -135,10 +134,7 @@ class _Codes:
         return entry >> 4
 
     def read_cache_size(self) -> int:
-        num_bits = self.read(4) if self.read(1) else 0
-        if num_bits > 11:
-            raise ValueError(f"a cache of {num_bits} bits")
-        return 1 << num_bits if num_bits else 0
+        return 1 << self.read(4) if self.read(1) else 0
 
     def read_code(self, num_symbols: int) -> Code:
         lengths = [0] * max(num_symbols, 256)

@@ -89,7 +89,7 @@ def find_picture(item: dict[str, Any]) -> Any:
     else:
         sources = [item.get(key) for key in PICTURE_KEYS]
         if item.get("base64"):
-            # With and without the beginning of a data URI (transformers 5.23, image_utils.py).
+            # A data URI, too (transformers 5.23, image_utils.py).
             sources.append(Base64File(item["base64"], item["base64"].rfind(",") + 1))
     return unwrap_list(next((source for source in sources if not is_missing(source)), None))
 
@@ -109,26 +109,19 @@ class Base64File:
         return len(self.text)
 
     def read(self, size: int) -> bytes:
-        """The first bytes of it.
-
-        Raises:
-            ValueError: it is no base64.
-        """
         file, waiting = io.BytesIO(), b""
         for start in range(self.start, len(self.text), _BASE64_PIECE):
-            piece = self.text[start : start + _BASE64_PIECE].encode("ascii").translate(None, b" \t\r\n")
-            waiting += piece
-            # Four characters are three bytes. The last four, which alone may be filled up, wait.
+            waiting += self.text[start : start + _BASE64_PIECE].encode("ascii").translate(None, b" \t\r\n")
+            # The last four, which alone may be filled up, wait.
             num_whole = max(0, len(waiting) - 4) // 4 * 4
             if b"=" in waiting[:num_whole]:
                 raise ValueError("more text behind its end")
-            if file.tell() > size:
-                waiting = b""
-                break
             file.write(base64.b64decode(waiting[:num_whole], validate=True))
             waiting = waiting[num_whole:]
+            if file.tell() >= size:
+                file.truncate(size)
+                return file.getvalue()
         file.write(base64.b64decode(waiting, validate=True))
-        file.truncate(size)
         return file.getvalue()
 
 

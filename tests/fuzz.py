@@ -3,9 +3,9 @@
 Whatever comes, an image, be it a file or any object, is loaded or refused with a ValueError of one line, a record is
 used or refused, and messages become ids or a ValueError: within 2 seconds and 256 MB. No text of a message becomes a
 control token, in every template with every tokenizer; large vocabularies are read anew there, which takes longer. A
-folder loads, or is refused in one line, and nobody is asked. The seed of a failure is printed with the smallest input that fails.
-Memory is capped by the system, so that asking for more is an error too; what does not end within a minute is stopped
-with a traceback.
+folder loads, or is refused in one line, and nobody is asked. The seed of a failure is printed with the smallest input
+that fails. Memory is capped by the system, so that asking for more is an error too; what does not end within a minute
+is stopped with a traceback.
 """
 
 import argparse
@@ -31,8 +31,9 @@ from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 
 from processing_llava.data.data_check import RecordCheck
+from processing_llava.data.row_lengths import read_image_size
 from processing_llava.image_limits import ImageLimits
-from processing_llava.image_loading import load_image, read_image_size
+from processing_llava.image_loading import load_image
 from processing_llava.templates import load_template
 from tests.conftest import GOLDENS
 from tests.fuzz_folders import FOLDERS, build_folder_check

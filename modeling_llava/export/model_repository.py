@@ -322,17 +322,14 @@ SEAMS = {
         '    """Empty: the package reads folders of the original LLaVA here."""\n'
     ),
 }
-_SECTIONS = re.compile(r'\n\n( +)(?:Args|Returns|Raises):\n(?:(?: *|\1 +.*|\1(?:Args|Returns|Raises):)\n)*\1"""')
+_SECTIONS = re.compile(r'(?<!")\n\n( +)(?:Args|Returns|Raises):\n(?:(?: *|\1 +.*|\1(?:Args|Returns|Raises):)\n)*\1"""')
 _SIBLING = re.compile(r"^from (?:\.|(?:modeling|processing)_llava\.)(?:\w+\.)*(\w+) import", flags=re.MULTILINE)
 
 
 def write_remote_code(folder: Path) -> None:
     """Put the code beside a saved model and processor, and name it in their configurations."""
     first, last = (".".join(map(str, tested)) for tested in (FIRST, LAST))
-    header = (
-        f"# AnyLLaVA {version('anyllava')}, Apache-2.0; for trust_remote_code=True. Copied by `llava export`.\n"
-        f"# Tested with transformers {first} to {last}.\n"
-    )
+    header = f"# AnyLLaVA {version('anyllava')}, Apache-2.0; by `llava export`, for transformers {first} to {last}.\n"
     for name, text in collect_modules().items():
         (folder / f"{name}.py").write_text(header + text, encoding="utf-8")
     _add_auto_map(folder / "config.json", AUTO_MAP)
@@ -347,7 +344,7 @@ def collect_modules() -> dict[str, str]:
         name = waiting.pop()
         if name in modules:
             continue
-        text = SEAMS.get(name) or _SECTIONS.sub(r'\n\1"""', _read_module(name))
+        text = SEAMS.get(name) or _SECTIONS.sub('"""', _read_module(name))
         waiting += _SIBLING.findall(text)
         modules[name] = _SIBLING.sub(r"from .\1 import", text)
     return modules

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from processing_llava import ImageLimits, image_arrays, image_decoding
+from processing_llava.data.row_lengths import read_image_size
 from processing_llava.image_arrays import ArrayImage
-from processing_llava.image_loading import load_image, read_image_size
+from processing_llava.image_loading import load_image
 from processing_llava.processing_llava import IMAGE_BACKENDS
 from tests.processing_llava.hostile_images import png
 from tests.processing_llava.hostile_objects import TWO_LINES
