@@ -37,7 +37,7 @@ BAND_PIXELS = 125_000
 TILES = 2_000_000
 """Bytes of what is made for a model."""
 PNG_PIECE, PNG_SHARE = 2048, 0.95
-"""Bytes, which inflate to 2 MB at most, and the share of the time after which none follows."""
+"""Bytes, and the share of the time after which no more follow."""
 
 Need = Callable[[int, int], tuple[float, float, float]]
 """Of an upright picture's height and width: rows and columns that suffice, and pixels that are read for the tiles."""
@@ -52,7 +52,7 @@ _BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2}
 
 @dataclass(frozen=True)
 class Picture:
-    """An upright RGB image, which may show a picture of more pixels."""
+    """An upright RGB image of a picture, which may have more pixels."""
 
     image: Image.Image
     height: int

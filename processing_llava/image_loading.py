@@ -124,7 +124,7 @@ def open_picture(
     Until then, it counts as one of those that are decoded at a time. `need` tells how many of its pixels suffice.
     """
     with ExitStack() as stack:
-        # What is opened has no name here, so that it goes once it is converted.
+        # It has no name here, so that it goes once it is converted.
         with naming_source(source):
             opened = decode(*open_source(source, limits=limits, urls=urls), limits=limits, need=need)
             picture = stack.enter_context(opened)

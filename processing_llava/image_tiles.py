@@ -1,7 +1,7 @@
 """A picture -> the tiles that a vision tower sees, with Pillow, bit for bit as the original LLaVA.
 
-"anyres" stretches the whole image into its first tile, and pads the detail tiles with black: slips of the original that
-every released checkpoint was trained on.
+"anyres" stretches the whole image into its first tile, and pads the detail tiles with black: slips of the original on
+which every released checkpoint was trained.
 """
 
 import math
