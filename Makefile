@@ -76,8 +76,8 @@ test-llama-cpp: $(READY)  ## llama.cpp reads exported GGUF files; installs it in
 	$(LLAMA_CPP)/bin/python -m pip install --quiet xllamacpp==2026.10.11549
 	ANYLLAVA_LLAMA_CPP_PYTHON=$(CURDIR)/$(LLAMA_CPP)/bin/python HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/llama_cpp_suite
 
-fuzz: $(READY)  ## random image files, records, messages, texts, folders and requests to the page, a minute each
-	for target in images records messages texts folders; do \
+fuzz: $(READY)  ## random image files, objects, records, messages, texts, folders and requests to the page, a minute each
+	for target in images objects records messages texts folders; do \
 		HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz $$target --seconds 60 || exit 1; done
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.spaces_demo.fuzz_requests --seconds 60
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import transformers
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -29,7 +30,7 @@ from processing_llava.original.original_folder import (
     recognise,
 )
 from processing_llava.processing_llava import AnyLlavaProcessor
-from processing_llava.transformers_versions import AutoImageProcessor, warn_of_other_versions
+from processing_llava.transformers_versions import FIRST, LAST, VERSION, AutoImageProcessor
 
 from .checkpoints.checkpoint_mixin import refuse_bit_arguments, refuse_parts
 from .checkpoints.layouts import find_changed_fields, read_transformers_config, translate_config
@@ -184,9 +185,19 @@ def load_processor(load_upstream: Callable[..., ProcessorMixin], name: str, **kw
     return load_upstream(name, **kwargs)
 
 
+def _warn_of_other_versions() -> None:
+    """Say once that this version of transformers is not tested."""
+    if not FIRST <= VERSION <= LAST:
+        first, last = (".".join(map(str, version)) for version in (FIRST, LAST))
+        logger.warning_once(
+            f"got transformers {transformers.__version__}; AnyLLaVA is tested with {first} to {last}: if something "
+            f"fails, pip install 'transformers>={first},<={last}.99'"
+        )
+
+
 def register_classes() -> None:
     """Register with the Auto classes; calling it again changes nothing."""
-    warn_of_other_versions()
+    _warn_of_other_versions()
     AutoModel.register(AnyLlavaConfig, AnyLlavaModel, exist_ok=True)
     AutoModelForImageTextToText.register(AnyLlavaConfig, AnyLlavaForConditionalGeneration, exist_ok=True)
     AutoModelForMultimodalLM.register(AnyLlavaConfig, AnyLlavaForConditionalGeneration, exist_ok=True)

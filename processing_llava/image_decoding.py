@@ -1,13 +1,12 @@
 """Opened files -> RGB pictures, within a budget of memory and time that is checked before a pixel is decoded.
 
-A decoder in C cannot be stopped, so that the header of a file tells what it will cost, at rates that were measured
-with files made to be slow (one core of an AMD EPYC, Pillow 12.3). Where the budget would not do otherwise and a vision
-tower needs far fewer pixels, libjpeg decodes at 1/2, 1/4 or 1/8 of the size (`Image.draft`), and pixels are averaged
-(`Image.reduce`), as long as three remain, on each axis, for one that is needed: tiles of photographs change by two
-levels of 255 at most, except for one value in a few thousand where colours are out of range.
+A decoder in C cannot be stopped: the header tells what it will cost, at rates measured with files made to be slow (one
+core of an AMD EPYC, Pillow 12.3). Where the budget asks for it and a vision tower needs far fewer pixels, libjpeg
+decodes at a part of the size (`Image.draft`), and pixels are averaged (`Image.reduce`), as long as three remain, on
+each axis, for one that is needed: tiles change by two levels of 255 at most, but for one value in a few thousand.
 
-What may surprise: pixels are converted in bands, as no picture of another mode is ever whole in memory beside the one
-in RGB; and of PNG, whose time no header tells, the decoder gets small pieces until its time is over.
+What may surprise: pixels are converted in bands, so that no picture of another mode is ever whole beside the RGB one;
+and of PNG, whose time no header tells, the decoder gets small pieces until its time is over.
 """
 
 import io
@@ -24,7 +23,9 @@ import numpy as np
 from PIL import Image, ImageFile
 from transformers.utils import logging
 
-from .image_limits import ImageLimits, check_costs, read_jpeg
+from .image_arrays import ArrayImage
+from .image_limits import ImageLimits, check_costs, read_jpeg, shorten
+from .image_webp import read_webp_costs
 
 logger = logging.get_logger(__name__)
 
@@ -35,30 +36,23 @@ MAX_DECODING = 128_000_000
 BAND_PIXELS = 125_000
 TILES = 2_000_000
 """Bytes of what is made for a model."""
-PNG_PIECE = 2048
-"""Bytes, which inflate to 2 MB at most: 20 ms."""
+PNG_PIECE, PNG_SHARE = 2048, 0.95
+"""Bytes, and the share of the time after which no more follow."""
 
 Need = Callable[[int, int], tuple[float, float, float]]
-"""Of an upright picture of this height and width: how many rows and columns suffice, and how many pixels are read, at
-full size, to make the tiles."""
+"""Of an upright picture's height and width: rows and columns that suffice, and pixels that are read for the tiles."""
 
 # EXIF orientation -> what brings the stored pixels upright; 1 means "leave as it is".
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURN = Image.Transpose
+UPRIGHT = {2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM, 5: _TURN.TRANSPOSE}
+UPRIGHT |= {6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90}
 _BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2}
 """Bytes that Pillow keeps for a pixel, where they are not four."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An upright RGB image, which may show a picture of more pixels."""
+    """An upright RGB image of a picture, which may have more pixels."""
 
     image: Image.Image
     height: int
@@ -108,14 +102,16 @@ class EncodedFile(io.BytesIO):
     Args:
         data: The encoded image.
         is_copy: Whether it takes memory beside what the caller holds.
+        seconds: What it took to get the bytes.
     """
 
     deadline = math.inf
 
-    def __init__(self, data: bytes, *, is_copy: bool) -> None:
+    def __init__(self, data: bytes, *, is_copy: bool, seconds: float = 0.0) -> None:
         super().__init__(data)
         self.data = data
         self.is_copy = is_copy
+        self.seconds = seconds
 
     def read(self, size: int | None = -1) -> bytes:
         if time.thread_time() > self.deadline:
@@ -125,7 +121,7 @@ class EncodedFile(io.BytesIO):
 
 @contextmanager
 def decode(
-    image: Image.Image,
+    image: Image.Image | ArrayImage,
     file: EncodedFile | None,
     orientation: int,
     owned: Image.Image | None,
@@ -150,6 +146,7 @@ def decode(
     width, height = image.size
     upright = (width, height) if orientation >= 5 else (height, width)
     is_changed = orientation != 1 or image.mode != "RGB" or "transparency" in image.info
+    is_changed = is_changed or isinstance(image, ArrayImage)
     draft, factor, memory, rest = _plan(image, file, upright, is_changed=is_changed, limits=limits, need=need)
     with _memory.take(memory):
         has_16_bits, start = _has_16_bits(image), time.thread_time()
@@ -160,7 +157,7 @@ def decode(
                 image.draft(None, (width // draft, height // draft))
             if image.format == "PNG" and file is not None:
                 image.decodermaxblock = PNG_PIECE
-                file.deadline = start + limits.max_milliseconds / 1000 - rest
+                file.deadline = start + PNG_SHARE * limits.max_milliseconds / 1000 - rest - file.seconds
             image.load()
             if image.mode == "P" and image.palette is None:
                 raise ValueError("no palette")
@@ -171,11 +168,12 @@ def decode(
             elif factor > 1:
                 image = image.reduce(factor)
         except TimeoutError:
-            check_costs(*upright, {"max_milliseconds": 1000 * (time.thread_time() - start + rest)}, limits=limits)
+            seconds = time.thread_time() - start + rest + file.seconds
+            check_costs(*upright, {"max_milliseconds": 1000 * seconds / PNG_SHARE}, limits=limits)
         except MemoryError:
             raise
         except Exception as error:
-            # Whatever Pillow 12.3 trips over, such as its assertion about a palette, is damage of the file.
+            # Whatever Pillow trips over is damage of the file.
             raise ValueError(
                 f"got an image that cannot be decoded ({shorten(error) or type(error).__name__}); expected a whole "
                 "image; save it again"
@@ -184,7 +182,7 @@ def decode(
 
 
 def _plan(
-    image: Image.Image,
+    image: Image.Image | ArrayImage,
     file: EncodedFile | None,
     upright: tuple[int, int],
     *,
@@ -205,9 +203,13 @@ def _plan(
         # All rows, of fewer columns, are in memory, of which Pillow or the system keep as much again; and tiles.
         narrowed = 8 * width * upright[0]
     num_bytes = seconds = pixel_bytes = pixel_seconds = 0
+    changed = 4
+    if isinstance(image, ArrayImage):
+        seconds, changed = image.seconds, 2 if image.mode == "RGB" else 4
     if file is not None:
         num_bytes, seconds, pixel_bytes, pixel_seconds = _read_costs(image, file, limits)
         num_bytes += file.is_copy * len(file.data)
+        seconds += file.seconds
     drafts = (1, 2, 4, 8) if image.format == "JPEG" and file is not None else (1,)
     # One that is averaged is nearer to the whole picture than one that is decoded at a part of its size.
     for scale, draft in product(range(1, largest + 1), drafts):
@@ -217,7 +219,7 @@ def _plan(
         num_shown, is_copied = num_pixels / scale**2, is_changed or scale > draft
         memory = num_bytes + pixel_bytes * num_decoded + 4 * num_shown * is_copied
         memory += narrowed / scale + min(TILES, narrowed)
-        rest = 1e-9 * ((4 if is_changed else 1.2 * is_copied) * num_decoded + 6 * work / scale**2)
+        rest = 1e-9 * ((changed if is_changed else 1.2 * is_copied) * num_decoded + 6 * work / scale**2)
         milliseconds = 1000 * (seconds + pixel_seconds * num_decoded + rest)
         if memory <= limits.max_memory and milliseconds <= limits.max_milliseconds:
             return draft, scale // draft, int(memory), rest
@@ -233,7 +235,8 @@ def _read_costs(image: Image.Image, file: EncodedFile, limits: ImageLimits) -> t
         return _read_costs_of_jpeg(file, num_stored, limits)
     if image.format == "WEBP":
         # Two canvases, a frame as bytes, libwebp's own pixels, and two copies of the file.
-        return 2 * num_bytes, 27e-9 * num_bytes, 17, 22e-9
+        code_bytes, code_seconds = read_webp_costs(file.data)
+        return 2 * num_bytes + code_bytes, 27e-9 * num_bytes + code_seconds, 17, 22e-9
     if image.format == "PNG":
         # Half of the worst, as photographs are; where the time is over, the decoder stops.
         return 0, 0, num_stored, 4.2e-9 * len(image.getbands()) * (1 + _has_16_bits(image))
@@ -246,11 +249,14 @@ def _read_costs_of_jpeg(file: EncodedFile, num_stored: int, limits: ImageLimits)
     num_blocks, seconds = parts.num_blocks, 0
     if parts.is_arithmetic:
         # Nearly no bytes may hold a hundred decisions.
-        seconds += 50e-9 * parts.num_bytes + sum(1e-6 * num for num, _ in parts.scans)
+        seconds += 50e-9 * parts.num_bytes + sum(1e-6 * num for num, *_ in parts.scans)
     if not parts.keeps_coefficients:
         return 0, seconds + 20e-9 * num_blocks + 7.5e-9 * parts.num_bytes, num_stored, 4e-9
     # Refinement looks at every coefficient; other scans pass over blocks.
-    seconds += sum((50e-9 if is_refinement else 5e-9) * num for num, is_refinement in parts.scans)
+    rates = (
+        (num, 50e-9 if refines else 20e-9 if has_averages else 5e-9) for num, refines, has_averages in parts.scans
+    )
+    seconds += sum(num * rate for num, rate in rates)
     return 128 * num_blocks, seconds + 130e-9 * num_blocks + 25e-9 * parts.num_bytes, num_stored, 4e-9
 
 
@@ -311,7 +317,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _has_16_bits(image: Image.Image) -> bool:
-    """Whether each channel has 16 bits; of several channels, the upper 8 are kept (Pillow 12.3, PngImagePlugin.py)."""
+    """Of several channels, Pillow keeps the upper 8 bits (Pillow 12.3, PngImagePlugin.py)."""
     if image.mode.startswith("I;16"):
         return True
     tiles = image.tile if isinstance(image, ImageFile.ImageFile) else []
@@ -342,9 +348,3 @@ def _scale_levels(image: Image.Image) -> Image.Image:
     if isinstance(transparent, int):
         grey.paste(255, mask=Image.fromarray(np.asarray(wide) == transparent))
     return grey
-
-
-def shorten(value: object) -> str:
-    """At most 80 characters on one line: sources may be whole files."""
-    line = " ".join(str(value)[:200].split())
-    return line if len(line) <= 80 else f"{line[:77]}..."

@@ -1,9 +1,7 @@
 """What an encoded image may cost, and what of it a decoder sees: pixels without metadata, in so many pieces at most.
 
-A file of a few megabytes can cost a decoder hours without being a large image: a GIF with a million tiny comments, a
-JPEG with a million empty scans, an EXIF block whose entries all point at the same megabytes. So the pieces of a file
-(chunks, segments, blocks) are counted here, and Pillow sees only those that it needs. Whatever is no image, or breaks
-off, is left for Pillow to refuse; `image_decoding.py` has what decoding costs.
+A million tiny comments or empty scans cost a decoder hours: so the pieces of a file are counted here, and Pillow sees
+those that it needs. What is no image, or breaks off, is left for Pillow to refuse.
 """
 
 import re
@@ -11,10 +9,12 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
+from .image_webp import keep_first_picture, walk_webp
+
 MAX_JPEG_SCANS = 50
 """Each scan of a progressive JPEG is a pass over the whole image; encoders write about ten."""
-MAX_JPEG_HEADER = 200_000
-"""Bytes before the first scan, which Pillow reads in Python; encoders write 1,000 of tables, 65,000 of a preview."""
+MAX_TABLES = {b"\x89": ("PNG", 100, 2000), b"\xff": ("JPEG", 1000, 200_000)}
+"""Pieces and bytes beside the pixels, which Pillow reads in Python; encoders write 20 of 1,000 bytes."""
 
 Piece = tuple[bytes, int, int]
 """Kind, and the range of bytes [start, stop). `_OTHER` are bytes that a decoder passes over one by one."""
@@ -22,17 +22,15 @@ Piece = tuple[bytes, int, int]
 _START, _OTHER = b"start", b""
 _PNG_KEPT = {_START, b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 # JFIF and Adobe segments say how colours are meant; those of other applications and comments do not count.
-_JPEG_DROPPED = {_OTHER, b"\xfe", *(bytes([marker]) for marker in (*range(0xE1, 0xEE), 0xEF))}
-_JPEG_COLOURS, _JPEG_COLOURS_SIZE = (b"\xe0", b"\xee"), 18
-"""JFIF and Adobe, and the size of the former without a preview."""
+JPEG_DROPPED = {_OTHER, b"\xfe", *(bytes([marker]) for marker in (*range(0xE1, 0xEE), 0xEF))}
 # Markers without content for Pillow 12.3 (JpegImagePlugin.py): reserved ones, restarts, start and end.
 _LONE_MARKERS = {bytes([marker]) for marker in (0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE))}
 _APP1, _START_OF_SCAN, _END_OF_IMAGE = b"\xe1", b"\xda", b"\xd9"
 _FRAMES = {bytes([marker]) for marker in range(0xC0, 0xD0)} - {b"\xc4", b"\xc8", b"\xcc"}
 _DECODED_FRAMES = (b"\xc0", b"\xc1", b"\xc2", b"\xc9", b"\xca")
-"""Baseline, extended, progressive, and the last two in arithmetic coding; not lossless or hierarchical."""
+"""Not lossless or hierarchical."""
 # In a scan, FF is followed by 00 or the number of a restart. 01 has no content.
-_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
+MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
 _GIF_FRAME, _GIF_CONTROL = b",", b"!\xf9"
 _ORIENTATION, _SHORT = 0x0112, 3
 
@@ -72,6 +70,17 @@ class ImageLimits:
 DEFAULT_LIMITS = ImageLimits()
 
 
+def shorten(value: object, most: int = 80) -> str:
+    """At most so many characters on one line, all of which can be shown: sources may be whole files."""
+    try:
+        text = str(value)
+    except Exception:
+        text = type(value).__name__
+    line = " ".join(text[: 2 * most + 40].split())
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+    return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
 def check_num_bytes(num_bytes: int, *, limits: ImageLimits = DEFAULT_LIMITS) -> None:
     """Refuses a file above the limit.
 
@@ -93,16 +102,9 @@ def check_image_size(height: int, width: int, *, limits: ImageLimits = DEFAULT_L
     """
     if height < 1 or width < 1:
         raise ValueError(f"got an image of {width} x {height} pixels; expected at least 1 x 1; send another image")
-    check_costs(
-        height,
-        width,
-        {
-            "max_side": max(height, width),
-            "max_pixels": height * width,
-            "max_aspect_ratio": max(height, width) / min(height, width),
-        },
-        limits=limits,
-    )
+    short, long = sorted((height, width))
+    costs = {"max_side": long, "max_pixels": height * width, "max_aspect_ratio": long / short}
+    check_costs(height, width, costs, limits=limits)
 
 
 def check_costs(height: int, width: int, costs: dict[str, float], *, limits: ImageLimits) -> None:
@@ -138,9 +140,9 @@ def strip_metadata(data: bytes, *, max_pieces: int, max_frames: int) -> tuple[by
     Raises:
         ValueError: too many pieces, pictures or scans.
     """
-    pieces = list(_limit(_walk(data), max_pieces))
+    pieces = list(limit_pieces(_walk(data), max_pieces))
     frame, exif = _OTHER, iter([b""])
-    kept = pieces
+    kept, header = pieces, b""
     if data.startswith(b"\x89PNG"):
         frame = b"fcTL"
         exif = (data[start + 8 : stop - 4] for kind, start, stop in pieces if kind == b"eXIf")
@@ -149,21 +151,25 @@ def strip_metadata(data: bytes, *, max_pieces: int, max_frames: int) -> tuple[by
         _check_scans(data, max_pieces=max_pieces)
         segments = (data[start + 4 : stop] for kind, start, stop in pieces if kind == _APP1)
         exif = (segment for segment in segments if segment.startswith(b"Exif\0\0"))
-        kept = [piece for piece in pieces if piece[0] not in _JPEG_DROPPED]
-        num_bytes = sum(stop - start for kind, start, stop in kept if kind != _START_OF_SCAN)
-        if num_bytes > MAX_JPEG_HEADER:
-            raise ValueError(
-                f"got a JPEG whose tables take {num_bytes} bytes; expected at most {MAX_JPEG_HEADER}; save the image "
-                "again"
-            )
+        kept = [piece for piece in pieces if piece[0] not in JPEG_DROPPED]
     elif data.startswith(b"GIF8"):
         frame = _GIF_FRAME
         kept = _keep_first_picture(pieces)
-    else:
-        # libwebp skips the chunks of a WebP that it does not need.
+    elif data.startswith(b"RIFF"):
         frame = b"ANMF"
         exif = (data[start + 8 : stop] for kind, start, stop in pieces if kind == b"EXIF")
+        kept = keep_first_picture(pieces)
+        num_bytes = 4 + sum(stop - start for _, start, stop in kept)
+        header = data[:4] + struct.pack("<L", num_bytes) + data[8:12]
+    else:
         kept = [(_START, 0, len(data))]
+    sizes = [stop - start for kind, start, stop in kept if kind not in (_START, b"IDAT", _START_OF_SCAN)]
+    name, max_tables, max_bytes = MAX_TABLES.get(data[:1], ("", len(sizes), sum(sizes)))
+    if len(sizes) > max_tables or sum(sizes) > max_bytes:
+        raise ValueError(
+            f"got a {name} with {len(sizes)} tables of {sum(sizes)} bytes; expected at most {max_tables} of "
+            f"{max_bytes}; save the image again"
+        )
     num_frames = sum(kind == frame for kind, _, _ in pieces)
     if frame and num_frames > max_frames:
         raise ValueError(
@@ -171,44 +177,15 @@ def strip_metadata(data: bytes, *, max_pieces: int, max_frames: int) -> tuple[by
             f"{_allow('max_frames')}"
         )
     orientation = read_orientation(next(exif, b""))
-    if sum(stop - start for _, start, stop in kept) == len(data):
+    if len(header) + sum(stop - start for _, start, stop in kept) == len(data):
         # A copy would take memory for nothing.
         return data, orientation
     view = memoryview(data)
-    return b"".join(view[start:stop] for _, start, stop in kept), orientation
-
-
-def cut_to_pixels(data: bytes, *, max_pieces: int) -> bytes | None:
-    """A JPEG or PNG with its pixels alone; None if it has to be encoded again for that.
-
-    What `strip_metadata` leaves may still hold what no decoder reads: the film behind a phone's photograph, or a
-    preview of the whole picture beside the part that was cut out.
-
-    Args:
-        data: From `strip_metadata`.
-        max_pieces: As in `strip_metadata`.
-
-    Raises:
-        ValueError: too many pieces.
-    """
-    if data.startswith(b"\x89PNG"):
-        return data
-    if not data.startswith(b"\xff\xd8"):
-        return None
-    segments = list(_limit(_walk_scans(data), max_pieces))
-    end = _MARKER.search(data, segments[-1][2]) if segments else None
-    has_more = any(
-        kind in _JPEG_DROPPED or (kind in _JPEG_COLOURS and stop - start > _JPEG_COLOURS_SIZE)
-        for kind, start, stop in segments
-    )
-    return None if end is None or has_more else data[: end.end()]
+    return b"".join([header, *(view[start:stop] for _, start, stop in kept)]), orientation
 
 
 def read_orientation(exif: bytes) -> int:
-    """The EXIF orientation, 1 to 8; 1, as stored, where the block is absent or broken.
-
-    Only the first directory is read: other entries can point anywhere, each of them at megabytes.
-    """
+    """The EXIF orientation, 1 to 8, of the first directory; 1, as stored, where the block is absent or broken."""
     tiff = exif.removeprefix(b"Exif\0\0")
     order = ">" if tiff.startswith(b"MM") else "<"
     try:
@@ -224,7 +201,7 @@ def read_orientation(exif: bytes) -> int:
     return 1
 
 
-def _limit(pieces: Iterator[Piece], max_pieces: int) -> Iterator[Piece]:
+def limit_pieces(pieces: Iterator[Piece], max_pieces: int) -> Iterator[Piece]:
     for number, piece in enumerate(pieces):
         if number >= max_pieces:
             raise ValueError(
@@ -252,14 +229,6 @@ def _walk_png(data: bytes) -> Iterator[Piece]:
         position += 12 + length
 
 
-def _walk_webp(data: bytes) -> Iterator[Piece]:
-    position = 12
-    while position + 8 <= len(data):
-        kind, length = struct.unpack_from("<4sL", data, position)
-        yield kind, position, position + 8 + length
-        position += 8 + length + length % 2
-
-
 def _walk_gif(data: bytes) -> Iterator[Piece]:
     position = 13 + _size_of_colours(data, 10)
     yield _START, 0, position
@@ -277,7 +246,7 @@ def _walk_gif(data: bytes) -> Iterator[Piece]:
             position += 1
             continue
         while position < len(data) and data[position]:
-            # A file cannot hold very many of the others, which are full or nearly so.
+            # A file cannot hold very many of the others.
             if data[position] < 128:
                 yield _OTHER, position, position
             position += 1 + data[position]
@@ -291,7 +260,7 @@ def _size_of_colours(data: bytes, position: int) -> int:
 
 
 def _keep_first_picture(pieces: list[Piece]) -> list[Piece]:
-    """The first picture of a GIF, and the block with its transparent colour, if that has the size Pillow expects."""
+    """The first picture of a GIF, and the block with its transparent colour, of the size that Pillow expects."""
     first = next((index for index, (kind, _, _) in enumerate(pieces) if kind == _GIF_FRAME), len(pieces))
     controls = [piece for piece in pieces[:first] if piece[0] == _GIF_CONTROL and piece[2] - piece[1] == 8]
     return pieces[:1] + controls[-1:] + pieces[first : first + 1]
@@ -319,18 +288,18 @@ def _walk_jpeg(data: bytes) -> Iterator[Piece]:
 
 
 def _check_scans(data: bytes, *, max_pieces: int) -> None:
-    # What follows the image, such as the film of a phone's photograph, can hold the same bytes by chance.
+    # The film behind a phone's photograph can hold the same bytes by chance.
     if data.count(b"\xff" + _START_OF_SCAN) <= MAX_JPEG_SCANS:
         return
-    num_scans = sum(kind == _START_OF_SCAN for kind, _, _ in _limit(_walk_scans(data), max_pieces))
+    num_scans = sum(kind == _START_OF_SCAN for kind, _, _ in limit_pieces(walk_scans(data), max_pieces))
     if num_scans > MAX_JPEG_SCANS:
         raise ValueError(f"got a JPEG of {num_scans} scans; expected at most {MAX_JPEG_SCANS}; save the image again")
 
 
-def _walk_scans(data: bytes) -> Iterator[Piece]:
+def walk_scans(data: bytes) -> Iterator[Piece]:
     """Segments up to the end of the image, as libjpeg finds them."""
     position = 2
-    while (found := _MARKER.search(data, position)) and found[1] != _END_OF_IMAGE:
+    while (found := MARKER.search(data, position)) and found[1] != _END_OF_IMAGE:
         position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
         yield found[1], found.start(), position
 
@@ -341,11 +310,11 @@ class JpegParts:
 
     num_blocks: int
     """Blocks of 8 x 8 samples, of all components."""
-    scans: list[tuple[int, bool]]
-    """Blocks of each scan, and whether it refines what earlier ones told."""
+    scans: list[tuple[int, bool, bool]]
+    """Blocks, whether it refines earlier ones, and whether each block has bits of its own."""
     is_arithmetic: bool
     keeps_coefficients: bool
-    """Those of all blocks are in memory, since several scans make the image."""
+    """Several scans make the image."""
     num_bytes: int
     """Up to the end of the image."""
 
@@ -371,13 +340,15 @@ def read_jpeg(data: bytes, *, max_pieces: int) -> JpegParts:
     rows = -(-height // (8 * max(down for _, _, down in components)))
     blocks = [(name, columns * across * rows * down) for name, across, down in components]
     scans, stop, is_progressive = [], 0, kind in (b"\xc2", b"\xca")
-    for marker, start, stop in _limit(_walk_scans(data), max_pieces):
+    for marker, start, stop in limit_pieces(walk_scans(data), max_pieces):
         if marker == _START_OF_SCAN:
-            names, is_refinement = data[start + 5 : stop - 3 : 2], data[stop - 1 : stop] > b"\x0f"
-            scans.append((sum(num for name, num in blocks if name in names), is_refinement))
+            # From the average on, which no run of empty blocks skips.
+            has_averages, is_refinement = data[stop - 3 : stop - 2] == b"\0", data[stop - 1 : stop] > b"\x0f"
+            names = data[start + 5 : stop - 3 : 2]
+            scans.append((sum(num for name, num in blocks if name in names), is_refinement, has_averages))
             if not is_progressive and len(names) == len(blocks):
                 break
-    end = _MARKER.search(data, stop)
+    end = MARKER.search(data, stop)
     return JpegParts(
         num_blocks=sum(num for _, num in blocks),
         scans=scans,
@@ -391,5 +362,5 @@ _WALKS: dict[bytes, Callable[[bytes], Iterator[Piece]]] = {
     b"\x89PNG": _walk_png,
     b"\xff\xd8": _walk_jpeg,
     b"GIF8": _walk_gif,
-    b"RIFF": _walk_webp,
+    b"RIFF": walk_webp,
 }

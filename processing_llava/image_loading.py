@@ -1,45 +1,39 @@
 """The single door for images: bytes, file, data URI, array, PIL image or URL in, RGB image out, or one clear error.
 
-An image that reaches a server may be hostile: a PNG of a hundred bytes can announce a billion pixels, or be one pixel
-wide and cost gigabytes once its short side is resized. Every limit is therefore checked on the header, before any
-pixel is decoded, and `image_decoding.py` keeps to a budget.
+A PNG of a hundred bytes can announce a billion pixels, so that every limit is checked on the header.
 
-What may surprise: no text opens a file, since it may be a stranger's and name any file of the machine; paths are
-`pathlib.Path`. EXIF orientation is applied (the original LLaVA never does), all other metadata goes, transparent
-pixels become white (a bare `convert("RGB")` shows the colour that hides below them), and 16-bit grey is scaled
-(Pillow 12.3 clips it, so that nearly everything turns white).
+What may surprise: no text opens a file, since it may be a stranger's; paths are `pathlib.Path`. EXIF orientation is
+applied (the original LLaVA never does), all other metadata goes, transparent pixels become white (a bare
+`convert("RGB")` shows the colour below them), and 16-bit grey is scaled (Pillow 12.3 clips it).
 """
 
-import base64
-import binascii
-import io
 import os
 import re
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageFile
 
-from .image_arrays import image_from_levels, read_levels
-from .image_decoding import EncodedFile, Need, Picture, decode, shorten
+from .image_arrays import ArrayImage
+from .image_decoding import EncodedFile, Need, Picture, decode
 from .image_limits import (
     DEFAULT_LIMITS,
     ImageLimits,
     check_image_size,
     check_num_bytes,
-    cut_to_pixels,
     read_orientation,
+    shorten,
     strip_metadata,
 )
-from .messages import unwrap_picture
+from .messages import Base64File, unwrap_picture
 
 Pixels = Image.Image | np.ndarray | torch.Tensor
-ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Pixels | dict
+ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Pixels | ArrayImage | dict
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _SAVE = "save it as PNG or JPEG"
@@ -60,9 +54,12 @@ OTHER_FORMATS = {
 
 # Opening a pipe would wait for a writer; Windows has no pipes, and would change line ends.
 _OPEN_FLAGS = os.O_RDONLY | (os.O_NONBLOCK if os.name == "posix" else os.O_BINARY)
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://")
 _READING = threading.Lock()
 """Two rows of a batch may hold the same file."""
+MAX_LINE = 1000
+"""Characters of a message."""
+SECONDS_OF_BASE64 = 3e-9
 
 
 class UrlReader(Protocol):
@@ -96,8 +93,8 @@ def load_image(
         returned itself.
 
     Raises:
-        FileNotFoundError: there is no file at the path.
-        ValueError: the source is not allowed, of an unknown kind or format, damaged, or above a limit.
+        ValueError: the source is not allowed, of an unknown kind or format, damaged, or above a limit; if there is no
+            file at the path, it is a FileNotFoundError, too.
     """
 
     def need(height: int, width: int) -> tuple[float, float, int]:
@@ -126,8 +123,11 @@ def open_picture(
 
     Until then, it counts as one of those that are decoded at a time. `need` tells how many of its pixels suffice.
     """
-    # What is opened has no name here, so that it goes once it is converted.
-    with _naming(source), decode(*_open(source, limits=limits, urls=urls), limits=limits, need=need) as picture:
+    with ExitStack() as stack:
+        # It has no name here, so that it goes once it is converted.
+        with naming_source(source):
+            opened = decode(*open_source(source, limits=limits, urls=urls), limits=limits, need=need)
+            picture = stack.enter_context(opened)
         yield picture
 
 
@@ -142,63 +142,43 @@ def naming_picture(number: int, total: int) -> Iterator[None]:
         raise ValueError(f"picture {number} of {total}: {error}") from error
 
 
-def clean_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """An image, encoded before, that holds nothing but the pixels of `load_image`, for files that leave the machine.
-
-    JPEG and PNG lose their metadata and stay as they were encoded; all else becomes PNG, which changes no pixel.
-
-    Raises:
-        FileNotFoundError: there is no file at the path.
-        ValueError: as `load_image`.
-    """
-    with _naming(source):
-        data = _read_bytes(source, limits=limits, urls=None)
-        image = load_image(data, limits=limits)
-    stripped, orientation = strip_metadata(data, max_pieces=limits.max_pieces, max_frames=limits.max_frames)
-    kept = cut_to_pixels(stripped, max_pieces=limits.max_pieces) if orientation == 1 else None
-    if kept is not None:
-        return kept
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
-def read_image_size(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
-    """(height, width) that `load_image` would give, from the header: damaged pixels go unseen.
-
-    Raises:
-        FileNotFoundError: there is no file at the path.
-        ValueError: as `load_image`, except for pixels that cannot be decoded.
-    """
-    with _naming(source):
-        image, _, orientation, _ = _open(source, limits=limits)
-    # Orientations from 5 on exchange the sides.
-    return image.size if orientation >= 5 else image.size[::-1]
+class MissingImage(FileNotFoundError, ValueError):
+    """There is no file at a path."""
 
 
 @contextmanager
-def _naming(source: ImageSource) -> Iterator[None]:
-    """Errors name the file, where there is one, without its folders: a stranger may read them."""
-    path = source
-    if isinstance(source, dict):
-        path = source.get("path")
-    elif isinstance(source, ImageFile.ImageFile):
-        path = source.filename
-    is_path = isinstance(path, os.PathLike) or (isinstance(path, str) and path is not source)
-    name = shorten(os.path.basename(os.fsdecode(path))) if is_path else ""
+def naming_source(source: ImageSource) -> Iterator[None]:
+    """Whatever goes wrong is a ValueError of one line, which names the file, where there is one, without its folders:
+    a stranger may read it."""
     try:
         yield
-    except ValueError as error:
-        if not name or name in str(error):
-            raise
-        raise ValueError(f"{error}; the file is {name!r}") from error
+    except MemoryError:
+        # Of the machine: what a picture may take was checked.
+        raise
+    except Exception as error:
+        line = shorten(error, MAX_LINE)
+        if not line.startswith("got "):
+            line = (
+                f"got an image of type {shorten(type(source).__name__)} that cannot be read ({shorten(line)}); "
+                "expected what load_image takes; convert it"
+            )
+        path = source
+        with suppress(Exception):
+            if isinstance(source, dict):
+                path = source.get("path")
+            elif isinstance(source, ImageFile.ImageFile):
+                path = source.filename
+            if isinstance(path, os.PathLike) or (isinstance(path, str) and path is not source):
+                name = shorten(os.path.basename(os.fsdecode(path)))
+                line += f"; the file is {name!r}" if name and name not in line else ""
+        raise (MissingImage if isinstance(error, MissingImage) else ValueError)(line) from error
 
 
-def _open(
+def open_source(
     source: ImageSource, *, limits: ImageLimits, urls: UrlReader | None = None
-) -> tuple[Image.Image, EncodedFile | None, int, Image.Image | None]:
-    """The image with its header read and its size checked, what it is read from, and its EXIF orientation; and the
-    same image as its owner opened it from a path, which reading closes."""
+) -> tuple[Image.Image | ArrayImage, EncodedFile | None, int, Image.Image | None]:
+    """The image with its header read and its size checked, what it is read from, its EXIF orientation, and the same
+    image as its owner opened it from a path."""
     source = unwrap_picture(source)
     # MPO is a JPEG with another one behind it, as phones write (Pillow 12.3, MpoImagePlugin.py).
     if isinstance(source, ImageFile.ImageFile) and source.format not in (*FORMATS, "MPO"):
@@ -212,51 +192,48 @@ def _open(
         owned = source if source.filename else None
         image, file, orientation = _open_file(read_file_object(source.fp, limits=limits), limits=limits)
     elif isinstance(source, Image.Image):
-        image, orientation = source, read_orientation(source.info.get("exif", b""))
-    elif isinstance(source, (np.ndarray, torch.Tensor)):
-        image, orientation = image_from_levels(read_levels(source, limits=limits)[0]), 1
+        exif = source.info.get("exif")
+        image, orientation = source, read_orientation(exif if isinstance(exif, bytes) else b"")
+    elif isinstance(source, (np.ndarray, torch.Tensor, ArrayImage)):
+        image, orientation = source if isinstance(source, ArrayImage) else ArrayImage(source, limits=limits), 1
     else:
-        image, file, orientation = _open_file(_read_bytes(source, limits=limits, urls=urls), source, limits=limits)
+        image, file, orientation = _open_file(read_bytes(source, limits=limits, urls=urls), source, limits=limits)
     check_image_size(image.height, image.width, limits=limits)
     return image, file, orientation, owned
 
 
-def _read_bytes(source: ImageSource, *, limits: ImageLimits, urls: UrlReader | None) -> bytes:
+def read_bytes(source: ImageSource, *, limits: ImageLimits, urls: UrlReader | None) -> bytes:
     """The encoded image, never reading more than one byte above the limit."""
     if isinstance(source, (bytes, bytearray, memoryview)):
-        data = bytes(source)
-    elif isinstance(source, str) and source[:5].lower() == "data:":
-        data = _decode_data_uri(source, limits=limits)
-    elif isinstance(source, str) and _URL.match(source):
-        data = _fetch(source, limits=limits, urls=urls)
-    elif isinstance(source, str):
+        # A view may show the same bytes again and again.
+        check_num_bytes(memoryview(source).nbytes, limits=limits)
+        return bytes(source)
+    if isinstance(source, Base64File) or (isinstance(source, str) and source[:5].lower() == "data:"):
+        return _decode_base64(source, limits=limits)
+    if isinstance(source, str) and _URL.match(source):
+        if urls is not None:
+            return urls.fetch(source, max_bytes=limits.max_bytes)
+        raise ValueError(
+            f"got the URL {shorten(source)}; expected bytes, a pathlib.Path or a data URI, because URLs are not "
+            "fetched here; download the image and pass its bytes, or allow hosts with urls=UrlPolicy(hosts=...)"
+        )
+    if isinstance(source, str):
         raise ValueError(
             f"got the text {shorten(source)!r} for an image; expected bytes, a data URI or a PIL image, because no "
             "text opens a file here; if it is your own path, pass pathlib.Path(...)"
         )
-    elif isinstance(source, os.PathLike):
-        data = _read_file(os.fspath(source), limits=limits)
-    else:
-        data = read_file_object(source, limits=limits)
-    check_num_bytes(len(data), limits=limits)
-    return data
-
-
-def _fetch(url: str, *, limits: ImageLimits, urls: UrlReader | None) -> bytes:
-    if urls is None:
-        raise ValueError(
-            f"got the URL {shorten(url)}; expected bytes, a pathlib.Path or a data URI, because URLs are not fetched "
-            "here; download the image and pass its bytes, or allow hosts with urls=UrlPolicy(hosts=...)"
-        )
-    return urls.fetch(url, max_bytes=limits.max_bytes)
+    if isinstance(source, os.PathLike):
+        return _read_file(os.fspath(source), limits=limits)
+    return read_file_object(source, limits=limits)
 
 
 def _read_file(path: str, *, limits: ImageLimits) -> bytes:
-    place = _shorten_path(path)
+    # The end, where its name is.
+    place = shorten(str(path)[-77:])
     try:
         descriptor = os.open(path, _OPEN_FLAGS)
     except FileNotFoundError:
-        raise FileNotFoundError(f"got the path {place}; expected an image file there; correct it") from None
+        raise MissingImage(f"got the path {place}; expected an image file there; correct it") from None
     except (OSError, ValueError) as error:
         reason = shorten(error.strerror if isinstance(error, OSError) else error)
         raise ValueError(f"got the path {place} ({reason}); expected an image file; correct the path") from None
@@ -277,37 +254,43 @@ def _read_file(path: str, *, limits: ImageLimits) -> bytes:
 
 
 def read_file_object(source: BinaryIO, *, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """The content of a binary file from its beginning, wherever others have left it; one byte above the limit at most.
+    """The content of a binary file from its beginning; one byte above the limit at most.
 
     Raises:
         ValueError: this is no such file.
     """
+    problem = ""
     try:
         with _READING:
+            # A stream begins where it is.
             with suppress(AttributeError, OSError):
                 source.seek(0)
             data = source.read(limits.max_bytes + 1)
     except AttributeError:
         data = None
+    except Exception as error:
+        data, problem = None, f" ({shorten(error) or type(error).__name__})"
     if not isinstance(data, bytes):
         raise ValueError(
-            f"got an image of type {type(source).__name__}; expected bytes, a pathlib.Path, a data URI, a file "
-            "object opened as binary, an array or a PIL image; convert it"
+            f"got an image of type {shorten(type(source).__name__)}{problem}; expected bytes, a pathlib.Path, a data "
+            "URI, a file object opened as binary, an array or a PIL image; convert it"
         )
     return data
 
 
-def _decode_data_uri(uri: str, *, limits: ImageLimits) -> bytes:
-    header, comma, payload = uri.partition(",")
-    if not comma or not header.lower().endswith(";base64"):
-        raise ValueError(f"got the data URI {shorten(uri)}; expected 'data:image/png;base64,...'; encode it so")
+def _decode_base64(source: str | Base64File, *, limits: ImageLimits) -> bytes:
+    if isinstance(source, str):
+        comma = source.find(",", 0, 1000)
+        if comma < 0 or not source[:comma].lower().endswith(";base64"):
+            raise ValueError(f"got the data URI {shorten(source)}; expected 'data:image/png;base64,...'; encode it so")
+        source = Base64File(source, comma + 1)
     # Four characters carry three bytes; half leaves room for line breaks, and the exact check follows.
-    check_num_bytes(len(payload) // 2, limits=limits)
+    check_num_bytes((len(source) - source.start) // 2, limits=limits)
     try:
-        return base64.b64decode(payload.encode("ascii").translate(None, b" \t\r\n"), validate=True)
-    except (binascii.Error, ValueError) as error:
+        return source.read(limits.max_bytes + 1)
+    except ValueError as error:
         raise ValueError(
-            f"got the data URI {shorten(uri)} ({error}); expected base64 after the comma; encode it again"
+            f"got the data URI {shorten(source.text)} ({error}); expected base64 after the comma; encode it again"
         ) from None
 
 
@@ -315,8 +298,10 @@ def _open_file(
     data: bytes, source: ImageSource = None, *, limits: ImageLimits
 ) -> tuple[Image.Image, EncodedFile, int]:
     """Reads the header only."""
+    check_num_bytes(len(data), limits=limits)
     stripped, orientation = strip_metadata(data, max_pieces=limits.max_pieces, max_frames=limits.max_frames)
-    file = EncodedFile(stripped, is_copy=stripped is not source)
+    text = source if isinstance(source, (str, Base64File)) else ""
+    file = EncodedFile(stripped, is_copy=stripped is not source, seconds=SECONDS_OF_BASE64 * len(text))
     try:
         image = Image.open(file, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -336,15 +321,8 @@ def _open_file(
             f"of {', '.join(FORMATS)}; convert the image"
         ) from None
     if any(tile.codec_name == "bmp_rle" for tile in image.tile):
-        # Decoded in Python (Pillow 12.3, BmpImagePlugin.py): seconds, and tens of bytes for each pixel that a short
-        # file skips.
+        # Decoded in Python (Pillow 12.3, BmpImagePlugin.py): seconds, and tens of bytes for each pixel.
         raise ValueError(
             "got a BMP that is compressed by run lengths; expected one without compression; save the image again"
         )
     return image, file, orientation
-
-
-def _shorten_path(path: str) -> str:
-    """At most 110 characters on one line: the end, where the name of the file is."""
-    line = " ".join(str(path)[-200:].split())
-    return line if len(line) <= 110 else f"...{line[-107:]}"

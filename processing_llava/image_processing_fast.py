@@ -1,9 +1,8 @@
 """AnyLlavaImageProcessor: what AnyLlavaImageProcessorPil does, faster, and within a level or two of it.
 
 Images stay 8-bit tensors until they are normalised, and torch resizes those with vector instructions (BENCHMARKS.md:
-Preprocessing). No torchvision is needed. What may surprise: the filter weights of torch have fewer digits than
-Pillow's, so that some levels out of a thousand differ by one. The original's results bit for bit are those of the
-Pillow backend, which therefore stays the default; `backend="torch"` asks for this one.
+Preprocessing). What may surprise: the filter weights of torch have fewer digits than Pillow's, so that some levels out
+of a thousand differ by one. The Pillow backend, bit for bit the original, stays the default.
 """
 
 from collections.abc import Sequence
@@ -11,28 +10,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn.functional import interpolate
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
+from transformers.image_utils import PILImageResampling
 
 from .anyres_layout import fit_inside, select_grid
 from .image_arrays import view_pixels
 from .image_decoding import Picture
-from .image_loading import ImageSource
-from .image_processing_llava import AnyLlavaImageProcessorKwargs, AnyLlavaImageProcessorPil, CutImage
-from .image_tiles import TileShape, fit_shorter_side, pad_to_tile, read_tile_shape, shrinks_columns_first
+from .image_processing_llava import SHAPE_FIELDS, AnyLlavaImageProcessorKwargs, AnyLlavaImageProcessorPil, CutImage
+from .image_tiles import TileShape, fit_shorter_side, read_tile_shape, shrinks_columns_first
 
 # C 3 channels, or 4 of which the last is padding · H height · W width · S side of a tile
 
 FILTERS = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}
 
 MAX_SQUARE_PIXELS = 4_000_000
-"""A larger square is not built to pad an image, as it could take twenty times the memory of a thin one, and a larger
-image is not copied."""
+"""A larger square, which could take twenty times the memory of a thin image, is not built to pad it."""
 MAX_RATIO = 8
-"""Longer side over shorter side. torch would hold several copies of what a thinner image becomes between its two
-steps."""
+"""Longer side over shorter side. torch would hold several copies of what a thinner image becomes."""
 
 
 class AnyLlavaImageProcessor(AnyLlavaImageProcessorPil):
@@ -51,70 +46,24 @@ class AnyLlavaImageProcessor(AnyLlavaImageProcessorPil):
     def backend(self) -> str:
         return "torch"
 
-    def process_image(
-        self,
-        image: ImageSource,
-        input_data_format: str | ChannelDimension | None = None,
-        do_rescale: bool | None = None,
-        rescale_factor: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor | ImageSource, float]:
-        """As in the twin; of an array of RGB, the levels, uint8 [C, H, W]."""
-        if isinstance(image, (np.ndarray, torch.Tensor)):
-            scale = rescale_factor if do_rescale else 1.0
-            levels, scale = self._read_levels(image, input_data_format, scale)
-            if levels.shape[-1] == 3:
-                # torch 2.13 warns of arrays that cannot be written to.
-                return torch.from_numpy(np.require(levels, requirements="W")).permute(2, 0, 1), scale
-        return super().process_image(
-            image,
-            input_data_format=input_data_format,
-            do_rescale=do_rescale,
-            rescale_factor=rescale_factor,
-            **kwargs,
-        )
-
-    def cut_image(
-        self,
-        picture: torch.Tensor | Picture,
-        scale: float,
-        *,
-        image_aspect_ratio: str,
-        image_grid_pinpoints: list[list[int]] | None,
-        size: SizeDict,
-        crop_size: SizeDict | None,
-        do_center_crop: bool,
-        resample: int,
-        image_mean: Sequence[float],
-        **kwargs: Any,
-    ) -> CutImage:
+    def cut_image(self, picture: Picture, scale: float, **settings: Any) -> CutImage:
         """As in the twin, which cuts those that would take much memory here."""
-        if isinstance(picture, Picture):
-            side, short_side = max(picture.height, picture.width), min(picture.height, picture.width)
-            is_costly = side * (side if image_aspect_ratio == "pad" else short_side) > MAX_SQUARE_PIXELS
-            if is_costly or picture.is_reduced or side > MAX_RATIO * short_side:
-                cut = super().cut_image(
-                    picture,
-                    scale,
-                    image_aspect_ratio=image_aspect_ratio,
-                    image_grid_pinpoints=image_grid_pinpoints,
-                    size=size,
-                    crop_size=crop_size,
-                    do_center_crop=do_center_crop,
-                    resample=resample,
-                    image_mean=image_mean,
-                )
-                tiles = [torch.from_numpy(np.require(tile, requirements="W")).permute(2, 0, 1) for tile in cut.tiles]
-                return CutImage(tiles, scale, cut.size)
-            picture = view_pixels(picture.image).permute(2, 0, 1)
-        shape = read_tile_shape(size, crop_size, do_center_crop, resample)
-        height, width = picture.shape[1:]
-        if image_aspect_ratio == "anyres":
-            tiles = _cut_anyres(picture, shape, select_grid(height, width, image_grid_pinpoints))
-        elif image_aspect_ratio == "pad":
-            tiles = [_pad_to_tile(picture, shape, tuple(int(level * 255) for level in image_mean))]
+        mode, height, width = settings["image_aspect_ratio"], picture.height, picture.width
+        side, short_side = max(height, width), min(height, width)
+        is_costly = side * (side if mode == "pad" else short_side) > MAX_SQUARE_PIXELS
+        if is_costly or picture.is_reduced or side > MAX_RATIO * short_side:
+            cut = super().cut_image(picture, scale, **settings)
+            tiles = [torch.from_numpy(np.require(tile, requirements="W")).permute(2, 0, 1) for tile in cut.tiles]
+            return CutImage(tiles, scale, cut.size)
+        image_CHW = view_pixels(picture.image).permute(2, 0, 1)
+        shape = read_tile_shape(*(settings[name] for name in SHAPE_FIELDS))
+        if mode == "anyres":
+            tiles = _cut_anyres(image_CHW, shape, select_grid(height, width, settings["image_grid_pinpoints"]))
+        elif mode == "pad":
+            fill = tuple(int(level * 255) for level in settings["image_mean"])
+            tiles = [_pad_to_tile(image_CHW, shape, fill)]
         else:
-            tiles = [_resize_to_tile(picture, shape)]
+            tiles = [_resize_to_tile(image_CHW, shape)]
         return CutImage(tiles, scale, (height, width))
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
@@ -173,12 +122,7 @@ def _pad_to_tile(image_CHW: torch.Tensor, shape: TileShape, fill: tuple[int, ...
     """[C, S, S]"""
     num_channels, height, width = image_CHW.shape
     side = max(height, width)
-    if side * side > MAX_SQUARE_PIXELS:
-        image = Image.fromarray(image_CHW[:3].permute(1, 2, 0).contiguous().numpy())
-        picture = Picture(image, height, width, (0, 0, width, height))
-        return torch.from_numpy(pad_to_tile(picture, shape, fill).copy()).permute(2, 0, 1)
     top, left = (side - height) // 2, (side - width) // 2
-    # Whole rows are copied at once, not three bytes at a time.
     row = torch.tensor(fill + (0,) * (num_channels - 3), dtype=torch.uint8).repeat(side)
     square_HWC = row.expand(side, -1).contiguous().view(side, side, num_channels)
     square_HWC[top : top + height, left : left + width] = image_CHW.permute(1, 2, 0)

@@ -3,7 +3,6 @@
 What may surprise:
 
 - "pad" fills with the mean colour truncated to integers, (122, 116, 104) for CLIP, not rounded.
-- "anyres" stretches the whole image into its first tile; see `image_tiles.py`.
 - Images stay 8-bit PIL images until their last step, a table of 256 float32 levels per channel. The table gives
   exactly the values of "rescale in float64, normalise in float32".
 """
@@ -27,12 +26,11 @@ from transformers.image_utils import (
     ChannelDimension,
     PILImageResampling,
     SizeDict,
-    make_flat_list_of_images,
 )
 from transformers.processing_utils import ImagesKwargs
 
 from .anyres_layout import check_pinpoints
-from .image_arrays import image_from_levels, read_levels
+from .image_arrays import ArrayImage
 from .image_decoding import Picture
 from .image_limits import DEFAULT_LIMITS, ImageLimits
 from .image_loading import ImageSource, UrlReader, load_image, open_picture
@@ -41,6 +39,8 @@ from .messages import shorten
 
 IMAGE_ASPECT_RATIOS = ("pad", "square", "anyres")
 
+SHAPE_FIELDS = ("size", "crop_size", "do_center_crop", "resample")
+"""What `read_tile_shape` reads."""
 MACHINE_FIELDS = ("limits", "urls", "num_threads")
 """Fields that are never saved."""
 
@@ -205,23 +205,19 @@ class AnyLlavaImageProcessorPil(PilBackend):
             return [source]
 
         def need(height: int, width: int) -> tuple[float, float, float]:
-            names = ("size", "crop_size", "do_center_crop", "resample")
             return measure_need(
                 height,
                 width,
-                shape=read_tile_shape(*(settings[name] for name in names)),
+                shape=read_tile_shape(*(settings[name] for name in SHAPE_FIELDS)),
                 image_aspect_ratio=settings["image_aspect_ratio"],
                 pinpoints=settings["image_grid_pinpoints"],
             )
 
         # An array may hold several.
-        is_array = isinstance(source, (np.ndarray, torch.Tensor))
+        is_batch = isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 4
         cuts = []
-        for image in make_flat_list_of_images(source) if is_array else [source]:
+        for image in source if is_batch else [source]:
             image, scale = self.process_image(image, **settings)
-            if isinstance(image, torch.Tensor):
-                cuts.append(self.cut_image(image, scale, **settings))
-                continue
             with open_picture(image, limits=self.limits, urls=self.urls, need=need) as picture:
                 cuts.append(self.cut_image(picture, scale, **settings))
         return cuts
@@ -254,49 +250,30 @@ class AnyLlavaImageProcessorPil(PilBackend):
         """
         scale = rescale_factor if do_rescale else 1.0
         if isinstance(image, (np.ndarray, torch.Tensor)):
-            levels, scale = self._read_levels(image, input_data_format, scale)
-            image = image_from_levels(levels)
-        if isinstance(image, Image.Image) and not do_convert_rgb and image.mode != "RGB":
+            channels = None if input_data_format is None else ChannelDimension(input_data_format).name.lower()
+            image = ArrayImage(image, channels=channels, limits=self.limits)
+            scale = 1 / 255 if image.is_rescaled else scale
+        if isinstance(image, (Image.Image, ArrayImage)) and not do_convert_rgb and image.mode != "RGB":
             raise ValueError(f"got an image of mode {image.mode}; expected RGB; convert it or set do_convert_rgb=True")
         return image, scale
 
-    def cut_image(
-        self,
-        picture: Picture,
-        scale: float,
-        *,
-        image_aspect_ratio: str,
-        image_grid_pinpoints: list[list[int]] | None,
-        size: SizeDict,
-        crop_size: SizeDict | None,
-        do_center_crop: bool,
-        resample: int,
-        image_mean: Sequence[float],
-        **kwargs: Any,
-    ) -> CutImage:
+    def cut_image(self, picture: Picture, scale: float, **settings: Any) -> CutImage:
         """A picture as tiles.
 
         Args:
             picture: With as many pixels as the tiles need, or more.
             scale: Factor of its levels.
-            image_aspect_ratio: As in the class, like the settings after it.
-            **kwargs: The other settings of the call, not needed here.
+            **settings: All of the call.
         """
-        shape = read_tile_shape(size, crop_size, do_center_crop, resample)
-        if image_aspect_ratio == "anyres":
-            tiles = cut_anyres(picture, shape, image_grid_pinpoints)
-        elif image_aspect_ratio == "pad":
-            tiles = [pad_to_tile(picture, shape, tuple(int(level * 255) for level in image_mean))]
+        shape = read_tile_shape(*(settings[name] for name in SHAPE_FIELDS))
+        if settings["image_aspect_ratio"] == "anyres":
+            tiles = cut_anyres(picture, shape, settings["image_grid_pinpoints"])
+        elif settings["image_aspect_ratio"] == "pad":
+            fill = tuple(int(level * 255) for level in settings["image_mean"])
+            tiles = [pad_to_tile(picture, shape, fill)]
         else:
             tiles = [resize_to_tile(picture, shape)]
         return CutImage(tiles, scale, (picture.height, picture.width))
-
-    def _read_levels(
-        self, array: np.ndarray | torch.Tensor, input_data_format: str | ChannelDimension | None, scale: float
-    ) -> tuple[np.ndarray, float]:
-        channels = None if input_data_format is None else ChannelDimension(input_data_format).name.lower()
-        levels, is_rescaled = read_levels(array, channels=channels, limits=self.limits)
-        return levels, 1 / 255 if is_rescaled else scale
 
     def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
         kwargs["size"] = _read_size("size", kwargs["size"], to_square=bool(kwargs["default_to_square"]))

@@ -1,7 +1,7 @@
 """A picture -> the tiles that a vision tower sees, with Pillow, bit for bit as the original LLaVA.
 
-"anyres" stretches the whole image into its first tile, without regard to its aspect ratio, and pads the detail tiles
-with black: slips of the original that every released checkpoint was trained on.
+"anyres" stretches the whole image into its first tile, and pads the detail tiles with black: slips of the original on
+which every released checkpoint was trained.
 """
 
 import math
@@ -15,9 +15,9 @@ from .anyres_layout import fit_inside, select_grid
 from .image_decoding import MIN_RATIO, Picture
 
 BAND_PIXELS = 250_000
-"""Rows are padded and resized in bands of about this many pixels, 1 MB in Pillow's four bytes each."""
+"""Rows are padded and resized in bands of about this many."""
 BIG_PIXELS = 8_000_000
-"""An image of more is averaged before it becomes the first tile of anyres, since to resize it twice takes too long."""
+"""An image of more is averaged before it becomes the first tile of anyres: to resize it twice takes too long."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ What is surprising: content may be missing beside `tool_calls`, as other softwar
 neither text nor image are left to the chat template. A list of one picture is that picture, wherever one is expected.
 """
 
+import base64
 import dataclasses
+import io
 from collections.abc import Iterator, Mapping
 from numbers import Real
 from typing import Any
@@ -18,6 +20,7 @@ IMAGE_TYPES = ("image", "image_url")
 
 MAX_DEPTH = 100
 """Messages are read by functions that call themselves, which Python does to a limited depth."""
+_BASE64_PIECE = 1 << 16
 
 
 def check_messages(messages: Any) -> None:
@@ -86,9 +89,40 @@ def find_picture(item: dict[str, Any]) -> Any:
     else:
         sources = [item.get(key) for key in PICTURE_KEYS]
         if item.get("base64"):
-            # With and without the beginning of a data URI (transformers 5.23, image_utils.py).
-            sources.append("data:;base64," + item["base64"].rpartition(",")[2])
+            # A data URI, too (transformers 5.23, image_utils.py).
+            sources.append(Base64File(item["base64"], item["base64"].rfind(",") + 1))
     return unwrap_list(next((source for source in sources if not is_missing(source)), None))
+
+
+class Base64File:
+    """A binary file of what a text spells in base64, without a copy of the text.
+
+    Args:
+        text: With line breaks and blanks, if it has some.
+        start: Where the base64 begins.
+    """
+
+    def __init__(self, text: str, start: int = 0) -> None:
+        self.text, self.start = text, start
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def read(self, size: int) -> bytes:
+        file, waiting = io.BytesIO(), b""
+        for start in range(self.start, len(self.text), _BASE64_PIECE):
+            waiting += self.text[start : start + _BASE64_PIECE].encode("ascii").translate(None, b" \t\r\n")
+            # The last four, which alone may be filled up, wait.
+            num_whole = max(0, len(waiting) - 4) // 4 * 4
+            if b"=" in waiting[:num_whole]:
+                raise ValueError("more text behind its end")
+            file.write(base64.b64decode(waiting[:num_whole], validate=True))
+            waiting = waiting[num_whole:]
+            if file.tell() >= size:
+                file.truncate(size)
+                return file.getvalue()
+        file.write(base64.b64decode(waiting, validate=True))
+        return file.getvalue()
 
 
 def unwrap_list(picture: Any) -> Any:

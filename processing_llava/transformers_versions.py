@@ -11,9 +11,6 @@ from transformers import PreTrainedModel
 
 # transformers 5.17 shows a stand-in for it where torchvision is not installed (utils/import_utils.py there).
 from transformers.models.auto.image_processing_auto import AutoImageProcessor as AutoImageProcessor
-from transformers.utils import logging
-
-logger = logging.get_logger(__name__)
 
 FIRST, LAST = (5, 17), (5, 24)
 """The versions that the tests run with."""
@@ -30,16 +27,6 @@ CHECKPOINTING_FIELD = "activation_checkpointing" if VERSION >= (5, 23) else "gra
 """The field of TrainingArguments; from 5.23 on they warn of the old name."""
 CAN_CAPTURE_LAYERS = VERSION >= (5, 23)
 """Whether `output_hidden_states` takes a list of layers; before it is only true or false."""
-
-
-def warn_of_other_versions() -> None:
-    """Say once that this version of transformers is not tested."""
-    if not FIRST <= VERSION <= LAST:
-        first, last = (".".join(map(str, version)) for version in (FIRST, LAST))
-        logger.warning_once(
-            f"got transformers {transformers.__version__}; AnyLLaVA is tested with {first} to {last}: if something "
-            f"fails, pip install 'transformers>={first},<={last}.99'"
-        )
 
 
 def is_checkpointing(model: PreTrainedModel) -> bool:

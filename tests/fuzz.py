@@ -1,15 +1,17 @@
-"""Random files, records, texts and folders: `python -m tests.fuzz images|records|messages|texts|folders`.
+"""Random files, records, texts and folders: `python -m tests.fuzz images|objects|records|messages|texts|folders`.
 
-Whatever comes, an image is loaded or refused with a ValueError, a record is used or refused, and messages become ids
-or a ValueError: within 2 seconds and 256 MB. No text of a message becomes a control token, in every template with
-every tokenizer; large vocabularies are read anew there, which takes longer. A folder loads, or is refused in one line,
-and nobody is asked. The seed of a failure is printed with the smallest input that fails.
-Memory is capped by the system, so that asking for more is an error too; what does not end within a minute is stopped
-with a traceback.
+Whatever comes, an image, be it a file or any object, is loaded or refused with a ValueError of one line, a record is
+used or refused, and messages become ids or a ValueError: within 2 seconds and 256 MB. No text of a message becomes a
+control token, in every template with every tokenizer; large vocabularies are read anew there, which takes longer. A
+folder loads, or is refused in one line, and nobody is asked. The seed of a failure is printed with the smallest input
+that fails. Memory is capped by the system, so that asking for more is an error too; what does not end within a minute
+is stopped with a traceback.
 """
 
 import argparse
+import base64
 import faulthandler
+import math
 import os
 import resource
 import sys
@@ -23,18 +25,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import hypothesis
+import numpy as np
+import torch
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 
 from processing_llava.data.data_check import RecordCheck
+from processing_llava.data.row_lengths import read_image_size
 from processing_llava.image_limits import ImageLimits
-from processing_llava.image_loading import load_image, read_image_size
+from processing_llava.image_loading import load_image
 from processing_llava.templates import load_template
 from tests.conftest import GOLDENS
 from tests.fuzz_folders import FOLDERS, build_folder_check
 from tests.processing_llava.hostile_images import HANDLED, OF_ANY_SIZE, REFUSED
+from tests.processing_llava.hostile_objects import ERRORS, Cheat
 from tests.processing_llava.hostile_texts import TEMPLATES, TEXTS, TOKENIZERS, check_texts, load_any_tokenizer
 from tests.processing_llava.image_encoders import png, png_chunk
+from tests.processing_llava.test_image_arrays import NUMPY_TYPES, TORCH_TYPES
 from tests.processing_llava.test_image_limits import FILES
 from tests.tiny import tiny_processor
 
@@ -89,16 +96,42 @@ def repair_png(data: bytes) -> bytes:
     return b"".join(pieces)
 
 
-def check_image(data: bytes) -> None:
+def check_image(data: object) -> None:
     # Nothing is decoded here, so that the usual limits must do.
     with suppress(ValueError):
         read_image_size(data)
     try:
         image = load_image(data, limits=LIMITS)
-    except ValueError:
+    except ValueError as error:
+        assert str(error).isprintable() and len(str(error)) < 1000, error
         return
     assert image.mode == "RGB" and not image.info
     assert read_image_size(data, limits=LIMITS) == image.size[::-1]
+
+
+@st.composite
+def objects(draw: st.DrawFn) -> object:
+    """Arrays and tensors of any type, shape and values, files that give anything, and texts."""
+    kind = draw(st.sampled_from(["array", "tensor", "file", "text", "dict"]))
+    content = draw(st.sampled_from(SEEDS) | st.binary(max_size=200) | st.text(max_size=20) | st.none() | st.integers())
+    if kind == "file":
+        return Cheat(draw(st.sampled_from([content, *ERRORS])), seeks=draw(st.sampled_from([None, *ERRORS])))
+    if kind == "text":
+        data = content if isinstance(content, bytes) else b""
+        return draw(st.text(max_size=30)) + "," + base64.b64encode(data).decode() + draw(st.text("=A\n", max_size=9))
+    if kind == "dict":
+        return {"bytes": content, "path": draw(st.text() | st.text().map(Path) | st.none())}
+    shape = draw(st.lists(st.sampled_from([0, 1, 3, 4, 5, 20, 3000]), max_size=4))
+    value = draw(st.integers(-1, 256) | st.floats())
+    if kind == "tensor":
+        array, dtype = torch.tensor(value).expand(shape), draw(st.sampled_from(TORCH_TYPES))
+    else:
+        array, dtype = np.broadcast_to(value, shape), draw(st.sampled_from(NUMPY_TYPES))
+    # Larger ones stay views of one value; some numbers have no place in some types.
+    with suppress(NotImplementedError, OverflowError, RuntimeError, TypeError, ValueError):
+        if math.prod(shape) < 10**5:
+            return array.to(dtype) if kind == "tensor" else array.astype(dtype)
+    return array
 
 
 PATHS = ["a.png", "inside.png", "outside.png", "loop.png", str(GOLDENS / "tokenizer.model")]
@@ -243,6 +276,7 @@ class Target:
 
 TARGETS = {
     "images": Target(image_files(), lambda: check_image),
+    "objects": Target(objects(), lambda: check_image),
     "records": Target(RECORDS, build_record_check),
     "messages": Target(MESSAGES | st.lists(MESSAGES, max_size=3), build_message_check),
     # Encoders of Gemma 3 take a gigabyte while they are made, and seconds.

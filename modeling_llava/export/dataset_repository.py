@@ -113,8 +113,8 @@ def _clean_images(batch: dict[str, list]) -> dict[str, list]:
 
 
 def _clean_image(source: str | bytes | Path, row_id: str) -> dict[str, Any]:
+    from processing_llava.data.clean_images import clean_image
     from processing_llava.data.data_sources import PICTURE_LIMITS
-    from processing_llava.image_loading import clean_image
 
     try:
         return {"bytes": clean_image(source, limits=PICTURE_LIMITS), "path": None}

@@ -330,10 +330,7 @@ _SIBLING = re.compile(r"^from (?:\.|(?:modeling|processing)_llava\.)(?:\w+\.)*(\
 def write_remote_code(folder: Path) -> None:
     """Put the code beside a saved model and processor, and name it in their configurations."""
     first, last = (".".join(map(str, tested)) for tested in (FIRST, LAST))
-    header = (
-        f"# AnyLLaVA {version('anyllava')}, Apache-2.0; for trust_remote_code=True. Copied by `llava export`.\n"
-        f"# Tested with transformers {first} to {last}.\n"
-    )
+    header = f"# AnyLLaVA {version('anyllava')}, Apache-2.0; by `llava export`, for transformers {first} to {last}.\n"
     for name, text in collect_modules().items():
         (folder / f"{name}.py").write_text(header + text, encoding="utf-8")
     _add_auto_map(folder / "config.json", AUTO_MAP)

@@ -18,8 +18,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from modeling_llava.records.training_record import LICENSES
 from modeling_llava.records.yaml_fields import ACCESS_TOKEN
+from processing_llava.data.clean_images import clean_image
 from processing_llava.data.data_sources import PICTURE_LIMITS
-from processing_llava.image_loading import clean_image
 
 MAX_FILE_BYTES = 500_000_000_000
 """Size of the largest file that the Hub takes: https://huggingface.co/docs/hub/storage-limits."""

@@ -28,7 +28,7 @@ from datasets import (
 from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
-from processing_llava.image_arrays import image_from_levels, read_levels
+from processing_llava.image_arrays import ArrayImage
 from processing_llava.processing_llava import AnyLlavaProcessor
 
 from .conversations import ADDRESS, convert_record, drops_first_turn
@@ -254,7 +254,8 @@ def _pack_row(row: dict[str, Any]) -> dict[str, Any]:
 
 def _pack_image(image: Any) -> dict[str, Any]:
     if isinstance(image, (np.ndarray, torch.Tensor)):
-        image = image_from_levels(read_levels(image)[0])
+        array = ArrayImage(image)
+        image = array.crop((0, 0, *array.size))
     return Image().encode_example(str(image) if isinstance(image, Path) else image)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from processing_llava.image_limits import ImageLimits
-from processing_llava.image_loading import open_picture, read_image_size
+from processing_llava.image_limits import DEFAULT_LIMITS, ImageLimits
+from processing_llava.image_loading import ImageSource, naming_source, open_picture, open_source
 from processing_llava.processing_llava import AnyLlavaProcessor
 from processing_llava.prompt_ids import encode_prompt
 from processing_llava.user_text import compile_literals
@@ -112,6 +112,19 @@ def read_image_sizes(row: dict[str, Any], *, decode: bool, limits: ImageLimits) 
             "expected a picture; correct the record",
         ) from problem
     return sizes
+
+
+def read_image_size(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
+    """(height, width) that `load_image` would give, from the header: damaged pixels go unseen.
+
+    Raises:
+        FileNotFoundError: there is no file at the path.
+        ValueError: as `load_image`, except for pixels that cannot be decoded.
+    """
+    with naming_source(source):
+        image, _, orientation, _ = open_source(source, limits=limits)
+    # Orientations from 5 on exchange the sides.
+    return image.size if orientation >= 5 else image.size[::-1]
 
 
 def measure_row(

@@ -14,9 +14,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
+from tests.processing_llava.hostile_objects import HANDLED_OBJECTS, REFUSED_OBJECTS
 from tests.processing_llava.image_encoders import (
     JPEG_QUANTA,
     animated_webp,
@@ -26,6 +28,7 @@ from tests.processing_llava.image_encoders import (
     gif_canvas,
     jpeg_frame,
     jpeg_scan,
+    jpeg_segment,
     lossless_webp,
     png,
     png_chunk,
@@ -33,6 +36,9 @@ from tests.processing_llava.image_encoders import (
     riff_chunk,
     sequential_jpeg,
     vp8l,
+    vp8l_of_groups,
+    webp_of_groups,
+    webp_of_transparent_groups,
 )
 
 
@@ -108,6 +114,11 @@ HANDLED: dict[str, Callable[[], bytes]] = {
     ),
     "orientation of a million values": lambda: png(9, 6, before=png_chunk(b"eXIf", exif_orientation(6, count=10**6))),
     "orientation of 65535": lambda: turn_jpeg(sequential_jpeg(9, 6), exif_orientation(65_535, order=">")),
+    "WebP of 1,000 groups of codes": lambda: webp_of_groups(500, 500, groups=1000),
+    "WebP of 1,000 groups of the largest codes": lambda: webp_of_groups(500, 500, groups=1000, longest=True),
+    "text of 30 MB in a PNG": lambda: png(8, 8, before=png_chunk(b"tEXt", b"a\0" + bytes(29_900_000))),
+    "unknown chunk of 30 MB in a PNG": lambda: png(8, 8, before=png_chunk(b"abCd", bytes(29_900_000))),
+    "comments in a JPEG": lambda: jpeg(segments=b"\xff\xfe\0\2" * 19_000),
     "compressed profile": lambda: png(8, 8, before=png_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**8)))),
 }
 REFUSED: dict[str, Callable[[], bytes]] = {
@@ -123,6 +134,21 @@ REFUSED: dict[str, Callable[[], bytes]] = {
     "JPEG of segments between its scans": lambda: jpeg_frame(
         0xC0, 100, 100, jpeg_scan(range(1, 2)) + b"\xff\xfe\0\2" * 10**6 + jpeg_scan(range(2, 4))
     ),
+    **{
+        f"JPEG of 19,000 segments {marker:X}": lambda marker=marker, content=content: jpeg(
+            segments=jpeg_segment(marker, content) * 19_000
+        )
+        for marker, content in ((0xE0, b""), (0xEE, b""), (0xDD, bytes(2)), (0xC4, bytes(17)))
+    },
+    "WebP of 15,625 groups of codes": lambda: webp_of_groups(500, 500, groups=15_625),
+    "WebP of 62,500 groups of codes": lambda: webp_of_groups(1000, 1000, groups=62_500),
+    "WebP whose transparency has 15,625 groups of codes": lambda: webp_of_transparent_groups(500, 500, groups=15_625),
+    "animated WebP of 15,625 groups of codes": lambda: animated_webp(
+        500, 500, riff_chunk(b"VP8L", vp8l_of_groups(500, 500, groups=15_625)), (500, 500)
+    ),
+    "PNG with a palette of 30 MB": lambda: png(8, 8, colour=3, before=png_chunk(b"PLTE", bytes(29_900_000))),
+    "PNG with transparency of 30 MB": lambda: png(8, 8, colour=2, before=png_chunk(b"tRNS", bytes(29_900_000))),
+    "PNG with 19,000 palettes": lambda: png(8, 8, colour=3, before=png_chunk(b"PLTE", b"") * 19_000),
     "lossless JPEG": lambda: jpeg_frame(0xC3, 100, 100, jpeg_scan(range(1, 4))),
     "JPEG of two frames": lambda: jpeg_frame(0xC0, 9, 9, jpeg_frame(0xC0, 8000, 8000, jpeg_scan(range(1, 4)))[2:]),
     "JPEG of impossible factors": lambda: jpeg_frame(0xC0, 100, 100, jpeg_scan(range(1, 2)), factors=(0x00,)),
@@ -161,6 +187,7 @@ OF_ANY_SIZE: dict[str, Callable[[int, int], bytes]] = {
     "progressive JPEG of averages": partial(progressive_jpeg, scans=1),
     "JPEG of 50 scans": partial(progressive_jpeg, scans=50),
     "CMYK JPEG of 50 scans": partial(progressive_jpeg, scans=50, components=4),
+    "JPEG of 50 scans of averages": partial(progressive_jpeg, scans=50, averages=True),
     "grey JPEG of 50 scans that refine": partial(progressive_jpeg, scans=50, components=1, refines=True),
     "JPEG whose components come one by one": sequential_jpeg,
     "GIF of one pixel on a canvas": gif_canvas,
@@ -194,7 +221,7 @@ OF_ANY_SIZE: dict[str, Callable[[int, int], bytes]] = {
 MEGAPIXELS = (24, 12, 8, 6, 4, 2, 1, 0.5, 0.1)
 
 
-def prepare(data: bytes, *, backend: str, image_aspect_ratio: str, **limits: int) -> tuple[int, ...]:
+def prepare(data: object, *, backend: str, image_aspect_ratio: str, **limits: int) -> tuple[int, ...]:
     """The shape of what a model gets."""
     from processing_llava.image_limits import ImageLimits
     from processing_llava.processing_llava import IMAGE_BACKENDS
@@ -206,18 +233,24 @@ def prepare(data: bytes, *, backend: str, image_aspect_ratio: str, **limits: int
     return tuple(processor(data)["pixel_values"].shape)
 
 
-def load(data: bytes, **limits: int) -> tuple[int, int]:
+def load(data: object, **limits: int) -> tuple[int, int]:
     from processing_llava.image_limits import ImageLimits
     from processing_llava.image_loading import load_image
 
     return load_image(data, limits=ImageLimits(**limits)).size
 
 
+LARGE_ARRAYS: dict[str, Callable[[], object]] = {
+    "bytes of 24 megapixels": lambda: np.full((4000, 6000, 3), 7, np.uint8),
+    "floats of 24 megapixels": lambda: np.full((4000, 6000, 3), 0.5, np.float32),
+    "tensor of 24 megapixels": lambda: torch.full((3, 4000, 6000), 0.5),
+}
+"""What is reduced as it is read."""
 HALF_THE_TIME = {"max_milliseconds": 100}
 """What is allowed by it takes less than all of it on a machine that is twice as slow."""
 
 
-def measure(data: bytes, work: Callable[[bytes], object] = load) -> dict[str, object]:
+def measure(data: object, work: Callable[[object], object] = load) -> dict[str, object]:
     """Seconds and bytes that an image takes, and how it ends."""
     # What was freed before would be taken without being seen; 5 makes Linux forget the most memory until here.
     ctypes.CDLL(None).malloc_trim(0)
@@ -226,7 +259,9 @@ def measure(data: bytes, work: Callable[[bytes], object] = load) -> dict[str, ob
     try:
         outcome = str(work(data))
     except Exception as error:
-        outcome = f"{type(error).__name__}: {error}"
+        # `MissingImage` is a ValueError, too.
+        name = "ValueError" if isinstance(error, ValueError) else type(error).__name__
+        outcome = f"{name}: {error}"
     seconds, num_bytes = time.process_time() - start, read_memory("VmHWM") - before
     return {"seconds": seconds, "bytes": num_bytes, "outcome": outcome}
 
@@ -250,7 +285,8 @@ def main() -> None:
     for work in (load, *PREPARED.values()):
         work(png(400, 400))
     Image.init()
-    results = {name: measure(build()) for name, build in {**HANDLED, **REFUSED}.items()}
+    objects = {**HANDLED_OBJECTS, **REFUSED_OBJECTS}
+    results = {name: measure(build()) for name, build in {**HANDLED, **REFUSED, **objects}.items()}
     for name, build in OF_ANY_SIZE.items():
         for megapixels in MEGAPIXELS:
             height = int((megapixels * 750_000) ** 0.5)
@@ -261,7 +297,7 @@ def main() -> None:
                     work = partial(PREPARED[kind], **HALF_THE_TIME)
                     results[f"{name}, {megapixels} megapixels, {kind}"] = measure(data, work)
                 break
-    for name, build in HANDLED.items():
+    for name, build in {**HANDLED, **HANDLED_OBJECTS, **LARGE_ARRAYS}.items():
         results |= {f"{name}, {kind}": measure(build(), work) for kind, work in PREPARED.items()}
     sys.stdout.write(json.dumps(results, indent=1))
 

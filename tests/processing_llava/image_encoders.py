@@ -69,12 +69,15 @@ def jpeg_frame(
     return b"\xff\xd8" + JPEG_QUANTA + tables + frame + scans + b"\xff\xd9"
 
 
-def progressive_jpeg(width: int, height: int, *, scans: int, components: int = 3, refines: bool = False) -> bytes:
-    """Nothing at all, said again and again."""
+def progressive_jpeg(
+    width: int, height: int, *, scans: int, components: int = 3, refines: bool = False, averages: bool = False
+) -> bytes:
+    """Nothing at all, said again and again; of averages, with a bit for each block."""
     num_blocks = -(-width // 8) * -(-height // 8)
     names = range(1, components + 1)
     passes = [jpeg_scan(names, last=0, data=bytes(num_blocks * components // 8 + 8))]
-    for number in range(scans - 1):
+    passes *= scans if averages else 1
+    for number in range(scans - len(passes)):
         passes.append(
             jpeg_scan(
                 range(number % components + 1, number % components + 2),
@@ -129,6 +132,88 @@ def vp8l(width: int, height: int) -> bytes:
 
 def lossless_webp(width: int, height: int) -> bytes:
     return riff(riff_chunk(b"VP8L", vp8l(width, height)))
+
+
+class BitWriter:
+    """The lowest bit of each byte first."""
+
+    def __init__(self) -> None:
+        self.bits: list[str] = []
+
+    def write(self, value: int, num_bits: int) -> None:
+        self.bits.append(f"{value:0{num_bits}b}"[::-1] if num_bits else "")
+
+    def write_symbol(self, symbol: int) -> None:
+        """A code of one symbol, which then takes no bit."""
+        self.write(0b101 if symbol > 1 else 0b001, 3)
+        self.write(symbol, 8 if symbol > 1 else 1)
+
+    def write_bytes_code(self, num_symbols: int) -> None:
+        """A code of 8 bits for each of 256 symbols, whose bits are those of the symbol, the highest first."""
+        self.write(0, 1)
+        self.write(8, 4)
+        for length in (17, 18, 0, 1, 2, 3, 4, 5, 16, 6, 7, 8):
+            self.write(int(length in (0, 8)), 3)
+        self.write(0, 1)
+        for symbol in range(num_symbols):
+            self.write(int(symbol < 256), 1)
+
+    def write_longest_code(self, num_symbols: int) -> None:
+        """A code of 256 symbols whose tables are large: 31 beginnings of 8 bits, with codes of 9 to 15 bits."""
+        lengths = [*(9, 10, 11, 12, 13, 14, 15, 15) * 31, 1, 2, 3, 8, *[0] * (num_symbols - 252)]
+        self.write(0, 1)
+        self.write(15, 4)
+        for length in (17, 18, 0, 1, 2, 3, 4, 5, 16, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15):
+            self.write(4 if length < 16 else 0, 3)
+        self.write(0, 1)
+        for length in lengths:
+            self.write(int(f"{length:04b}"[::-1], 2), 4)
+
+    def close(self) -> bytes:
+        bits = "".join(self.bits)
+        return int(bits[::-1], 2).to_bytes(-(-len(bits) // 8), "little")
+
+
+def vp8l_of_groups(
+    width: int, height: int, *, groups: int, has_header: bool = True, block_bits: int = 2, longest: bool = False
+) -> bytes:
+    """A lossless picture whose blocks take one group of codes after the other."""
+    out = BitWriter()
+    if has_header:
+        out.write(0x2F | (width - 1) << 8 | (height - 1) << 22, 40)
+    # No transform, no cache of colours, groups, and the picture that tells them, which has no cache either.
+    out.write(0b100, 3)
+    out.write(block_bits - 2, 3)
+    out.write(0, 1)
+    out.write_bytes_code(280)
+    out.write_bytes_code(256)
+    for _ in range(3):
+        out.write_symbol(0)
+    for number in range(-(-width >> block_bits) * -(-height >> block_bits)):
+        for byte in ((number % groups) & 0xFF, (number % groups) >> 8):
+            out.write(int(f"{byte:08b}"[::-1], 2), 8)
+    for _ in range(groups):
+        for num_symbols in (280, 256, 256, 256):
+            if longest:
+                out.write_longest_code(num_symbols)
+            else:
+                out.write_symbol(0)
+        out.write_symbol(0)
+    if longest:
+        out.write(0, 64)
+    return out.close() + bytes(width * height if longest else 0)
+
+
+def webp_of_groups(width: int, height: int, *, groups: int, **options) -> bytes:
+    return riff(riff_chunk(b"VP8L", vp8l_of_groups(width, height, groups=groups, **options)))
+
+
+def webp_of_transparent_groups(width: int, height: int, *, groups: int) -> bytes:
+    """A lossy picture, and its transparency compressed as a lossless one."""
+    lossy = encode(Image.new("RGB", (width, height)), "WEBP", quality=1)
+    alpha = b"\1" + vp8l_of_groups(width, height, groups=groups, has_header=False)
+    canvas = struct.pack("<L", 0x10) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return riff(riff_chunk(b"VP8X", canvas) + riff_chunk(b"ALPH", alpha) + lossy[12:])
 
 
 def animated_webp(width: int, height: int, frame: bytes, size: tuple[int, int], *, frames: int = 2) -> bytes:

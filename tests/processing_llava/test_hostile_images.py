@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.processing_llava.hostile_images import HANDLED, OF_ANY_SIZE, PREPARED, REFUSED
+from tests.processing_llava.hostile_images import HANDLED, LARGE_ARRAYS, OF_ANY_SIZE, PREPARED, REFUSED
+from tests.processing_llava.hostile_objects import HANDLED_OBJECTS, REFUSED_OBJECTS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of a process from /proc")
 
@@ -20,7 +21,8 @@ def costs() -> dict[str, dict]:
     return json.loads(output)
 
 
-PREPARED_NAMES = [f"{name}, {kind}" for name in HANDLED for kind in PREPARED]
+LOADED = {**HANDLED, **HANDLED_OBJECTS}
+PREPARED_NAMES = [f"{name}, {kind}" for name in {**LOADED, **LARGE_ARRAYS} for kind in PREPARED]
 
 
 def check_cost(cost):
@@ -28,10 +30,11 @@ def check_cost(cost):
 
 
 def is_refusal(outcome):
-    return outcome.startswith("ValueError: got ") and "; expected " in outcome and outcome.count(";") >= 2
+    has_parts = outcome.startswith("ValueError: got ") and "; expected " in outcome and outcome.count(";") >= 2
+    return has_parts and outcome.isprintable() and len(outcome) < 1000
 
 
-@pytest.mark.parametrize("name", [*HANDLED, *REFUSED, *PREPARED_NAMES])
+@pytest.mark.parametrize("name", [*LOADED, *REFUSED, *REFUSED_OBJECTS, *PREPARED_NAMES])
 def test_at_most_200_milliseconds_and_64_megabytes(name, costs):
     check_cost(costs[name])
 
@@ -49,11 +52,11 @@ def test_every_size_is_refused_or_takes_as_little(name, costs):
     assert all(re.search(r"ImageLimits\(max_(memory|milliseconds)=", hint) for hint in hints)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", [*REFUSED, *REFUSED_OBJECTS])
 def test_refused_with_what_was_got_expected_and_to_do(name, costs):
     assert is_refusal(costs[name]["outcome"]), costs[name]
 
 
-@pytest.mark.parametrize("name", [*HANDLED, *PREPARED_NAMES])
+@pytest.mark.parametrize("name", [*LOADED, *PREPARED_NAMES])
 def test_handled(name, costs):
     assert costs[name]["outcome"].startswith("("), costs[name]

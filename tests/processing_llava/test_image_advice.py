@@ -17,8 +17,10 @@ from transformers.utils.logging import warning_once
 
 from modeling_llava.cli import main
 from modeling_llava.commands.answering import read_image_limits
+from processing_llava.data.clean_images import clean_image
+from processing_llava.data.row_lengths import read_image_size
 from processing_llava.image_limits import DEFAULT_LIMITS, ImageLimits
-from processing_llava.image_loading import OTHER_FORMATS, clean_image, load_image, read_image_size
+from processing_llava.image_loading import OTHER_FORMATS, load_image
 
 LEVELS = np.linspace(0, 65535, 40 * 30).reshape(30, 40).astype(np.uint16)
 EXPECTED = np.rint(LEVELS / 257)
