@@ -11,8 +11,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from processing_llava.messages import MAX_LINE
+from tests.modeling_llava.checkpoints import odd_values
 from tests.modeling_llava.checkpoints.folder_changes import LAYOUTS
-from tests.modeling_llava.checkpoints.hostile_folders import load
+from tests.modeling_llava.checkpoints.hostile_folders import answer, load
 
 NAMES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json",
@@ -28,9 +30,11 @@ VALUES = st.recursive(
     lambda values: st.lists(values, max_size=3) | st.dictionaries(TEXTS, values, max_size=3),
     max_leaves=6,
 )
+FIELDS = (*odd_values.GENERATION, *odd_values.CONFIG)
 PLACES = st.integers(0, 10**6)
 CHANGES = st.one_of(
     st.tuples(st.just("value"), PLACES, VALUES),
+    st.tuples(st.just("field"), PLACES, VALUES),
     st.tuples(st.just("remove"), PLACES, st.none()),
     st.tuples(st.just("bytes"), PLACES, st.binary(min_size=1, max_size=8)),
     st.tuples(st.just("cut"), PLACES, st.none()),
@@ -61,13 +65,16 @@ def change_value(content: Any, place: int, value: Any, *, remove: bool) -> None:
 
 def change_file(path: Path, kind: str, place: int, value: Any) -> None:
     """Change a file in place, if there is one of that kind."""
-    if kind in ("value", "remove"):
+    if kind in ("value", "remove", "field"):
         if path.suffix == ".json" and path.is_file():
             try:
                 content = json.loads(path.read_text())
             except ValueError:
                 return  # another change was there before
-            change_value(content, place, value, remove=kind == "remove")
+            if kind != "field":
+                change_value(content, place, value, remove=kind == "remove")
+            elif isinstance(content, dict):
+                content[FIELDS[place % len(FIELDS)]] = value
             path.write_text(json.dumps(content))
     elif kind == "content":
         path.unlink(missing_ok=True)
@@ -93,7 +100,7 @@ def refuse_to_answer(*arguments: object) -> str:
 
 
 def build_folder_check() -> Callable[[object], None]:
-    """What loads a changed folder: it does, or a line says why not."""
+    """What loads a changed folder and answers with it: it does, or a line says why not."""
     root = tempfile.TemporaryDirectory()
     for layout, write in LAYOUTS.items():
         write(Path(root.name) / layout)
@@ -110,8 +117,10 @@ def build_folder_check() -> Callable[[object], None]:
                 change_file(path, *change)
         try:
             load(layout, copied / "model")
+            if layout != "projector":
+                answer(copied / "model")
         except (ValueError, OSError) as error:
-            assert "\n" not in str(error), str(error)
+            assert "\n" not in str(error) and len(str(error)) <= MAX_LINE, str(error)
         finally:
             shutil.rmtree(copied)
 
