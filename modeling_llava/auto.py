@@ -22,7 +22,7 @@ from processing_llava.config_fields import naming_config
 from processing_llava.image_processing_fast import AnyLlavaImageProcessor
 from processing_llava.image_processing_llava import AnyLlavaImageProcessorPil
 from processing_llava.original.config_bounds import check_values
-from processing_llava.original.file_checks import read_json, select_download
+from processing_llava.original.file_checks import in_one_line, read_json, select_download
 from processing_llava.original.model_types import TRANSFORMERS_CONFIGS
 from processing_llava.original.original_folder import (
     find_layout,
@@ -33,10 +33,11 @@ from processing_llava.processing_llava import AnyLlavaProcessor
 from processing_llava.transformers_versions import FIRST, LAST, VERSION, AutoImageProcessor
 
 from .checkpoints.checkpoint_mixin import refuse_bit_arguments, refuse_parts
+from .checkpoints.generation_settings import check_generation_config, leave_out_settings
 from .checkpoints.layouts import find_changed_fields, read_transformers_config, translate_config
 from .checkpoints.original_adapters import load_adapted, needs_our_class
 from .checkpoints.original_weights import is_left_out
-from .checkpoints.weight_checks import check_fit, check_generation_config, refuse_unfit_weights
+from .checkpoints.weight_checks import check_fit, refuse_unfit_weights
 from .checkpoints.weight_files import Weight, has_model, read_model, refuse_integers
 from .checkpoints.weight_names import rename_to_ours
 from .configuration_llava import AnyLlavaConfig
@@ -52,6 +53,7 @@ class AutoModelForVision2Seq(_BaseAutoModelClass):
     _model_mapping = AutoModelForImageTextToText._model_mapping
 
     @classmethod
+    @in_one_line()
     def from_pretrained(cls, pretrained_model_name_or_path: str, *model_args, **kwargs) -> PreTrainedModel:
         """As in transformers; an original LLaVA is recognised whatever its model_type says.
 
@@ -101,6 +103,7 @@ class AutoModelForVision2Seq(_BaseAutoModelClass):
         names = {key: rename_to_ours(key, "transformers") for key in info["unexpected_keys"]}
         unexpected = [key for key, our_name in names.items() if not is_left_out(our_name, num_layers=num_layers)]
         refuse_unfit_weights(info | {"unexpected_keys": unexpected}, weights, name)
+        leave_out_settings(model, name)
         return (model, info) if wants_info else model
 
 
@@ -123,6 +126,7 @@ def needs_class_of_writer(name: str, raw: dict[str, Any], weights: dict[str, Wei
     return fits
 
 
+@in_one_line()
 def read_config(model_type: str, config_dict: dict[str, Any], **kwargs) -> PreTrainedConfig:
     """What a config.json of our model_type, or of one of the original LLaVA, is read as.
 
@@ -163,6 +167,7 @@ class NoCausalLM(PreTrainedModel):
         return cls.from_pretrained(config.name_or_path)
 
 
+@in_one_line()
 def load_processor(load_upstream: Callable[..., ProcessorMixin], name: str, **kwargs) -> ProcessorMixin:
     """What AutoProcessor.from_pretrained gives.
 

@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import logging
 
 from processing_llava.anyres_layout import check_merge_type, check_pinpoints, check_visual_tokens
 from processing_llava.config_fields import (
@@ -23,11 +24,14 @@ from processing_llava.messages import shorten
 
 from .image_encoder import check_projector_type, vision_tower_family
 
+logger = logging.get_logger(__name__)
+
 FEATURE_SELECT_STRATEGIES = ("patch", "cls_patch")
 PARTS = {"vision_config": "clip_vision_model", "text_config": "llama"}
 """Fields that hold a configuration, and the model_type of one that does not say it."""
 
 
+KERNEL_FIELDS = ("_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation")
 LOGIT_TRANSFORMS = (
     "final_logit_softcapping",
     "logit_scale",
@@ -119,7 +123,9 @@ class AnyLlavaConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "AnyLlavaConfig":
         _refuse_original(config_dict)
         check_sub_configs(config_dict, required=PARTS)
+        config_dict = _drop_kernels(config_dict)
         for part in PARTS:
+            config_dict[part] = _drop_kernels(config_dict[part])
             _sub_config(part, config_dict[part])
         return super().from_dict(config_dict, **kwargs)
 
@@ -220,6 +226,18 @@ def _refuse_original(fields: dict[str, Any]) -> None:
             "got the config.json of an original LLaVA as AnyLlavaConfig; expected AutoConfig.from_pretrained, which "
             "translates it"
         )
+
+
+def _drop_kernels(fields: PreTrainedConfig | dict) -> PreTrainedConfig | dict:
+    """Fields of a file without those that choose kernels, which may need packages: that is for the caller to say."""
+    if isinstance(fields, PreTrainedConfig):
+        return fields
+    found = [name for name in KERNEL_FIELDS if fields.get(name) is not None]
+    if found:
+        logger.warning_once(
+            f"config.json holds {found[0]}={shorten(fields[found[0]])}, which the caller chooses; no effect"
+        )
+    return {name: value for name, value in fields.items() if name not in KERNEL_FIELDS}
 
 
 def _sub_config(part: str, config: PreTrainedConfig | dict | None) -> PreTrainedConfig:

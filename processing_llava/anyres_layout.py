@@ -13,6 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .messages import shorten
+
 PATCH_MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 """What becomes of the features of the detail tiles. "flat": one tile after the other, whole. "spatial": the rows of
 the joined map. "spatial_unpad": those rows without the black borders, each closed by a newline feature."""
@@ -62,7 +64,7 @@ def check_merge_type(patch_merge_type: str) -> None:
     """
     if patch_merge_type not in PATCH_MERGE_TYPES:
         raise ValueError(
-            f"got patch_merge_type={patch_merge_type!r}; expected one of {', '.join(PATCH_MERGE_TYPES)}; "
+            f"got patch_merge_type={shorten(patch_merge_type)}; expected one of {', '.join(PATCH_MERGE_TYPES)}; "
             "set it in the model config"
         )
 

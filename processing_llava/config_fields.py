@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .messages import shorten
+from .messages import shorten, write_line
 
 SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -25,6 +25,8 @@ SIZES = (
 TILE_FIELDS = ("image_size", "patch_size", "num_channels")
 ACTIVATIONS = ("hidden_act", "hidden_activation")
 ROPE_TYPES = {"default", *ROPE_INIT_FUNCTIONS}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""Of weights, with or without "torch." before; torch has further ones that no layer computes in."""
 
 FAULTS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, StrictDataclassError, TypeError,
@@ -48,7 +50,7 @@ def naming_config(place: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except FAULTS as error:
-        text = " ".join(str(error).split())
+        text = write_line(error, 300)
         if isinstance(error, ValueError) and text.startswith("got "):
             raise
         raise ValueError(
@@ -101,15 +103,13 @@ def check_sub_configs(raw: dict[str, Any], *, required: Collection[str]) -> None
 
 
 def check_dtype(dtype: Any) -> None:
-    """Refuse what is no dtype of torch.
+    """Refuse what is no dtype of weights.
 
     Raises:
         ValueError: naming it.
     """
-    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else None
-    if dtype is None or isinstance(dtype, torch.dtype) or isinstance(getattr(torch, name or "", None), torch.dtype):
-        return
-    raise ValueError(f"got dtype={shorten(dtype)}; expected one of torch, such as 'bfloat16': correct config.json")
+    if dtype is not None and str(dtype).removeprefix("torch.") not in DTYPES:
+        raise ValueError(f"got dtype={shorten(dtype)}; expected one of {', '.join(DTYPES)}: correct config.json")
 
 
 def use_one_side(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -136,6 +136,8 @@ def check_part(part: str, config: PreTrainedConfig) -> None:
     Raises:
         ValueError: naming the field.
     """
+    if {"text_config", "vision_config"} & config.sub_configs.keys():
+        _refuse(part, "model_type", config.model_type, "a model that has no text_config and no vision_config")
     fields = config.to_dict()
     for name in SIZES:
         value = fields.get(name)

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,9 @@ IMAGE_ASPECT_RATIOS = ("pad", "square", "anyres")
 
 SHAPE_FIELDS = ("size", "crop_size", "do_center_crop", "resample")
 """What `read_tile_shape` reads."""
+_MAX_LEVEL, _MIN_SPREAD = 1e4, 1e-6
+"""Bounds of means, spreads and factors of levels; those of towers lie between 0.003 and 255."""
+
 MACHINE_FIELDS = ("limits", "urls", "num_threads")
 """Fields that are never saved."""
 
@@ -293,9 +297,13 @@ class AnyLlavaImageProcessorPil(PilBackend):
             )
         if not kwargs["do_resize"]:
             raise ValueError("got do_resize=False; expected True, because a vision tower takes one size; leave it out")
-        for name in ("image_mean", "image_std"):
-            if kwargs["do_normalize"] and np.shape(kwargs[name]) != (3,):
-                raise ValueError(f"got {name}={kwargs[name]!r}; expected three numbers, one per channel; correct it")
+        for name, least, is_used in (
+            ("image_mean", -_MAX_LEVEL, kwargs["do_normalize"]),
+            ("image_std", _MIN_SPREAD, kwargs["do_normalize"]),
+            ("rescale_factor", _MIN_SPREAD, kwargs["do_rescale"]),
+        ):
+            if is_used:
+                _check_levels(name, kwargs[name], least, num=1 if name == "rescale_factor" else 3)
         shape = read_tile_shape(kwargs["size"], kwargs["crop_size"], kwargs["do_center_crop"], kwargs["resample"])
         if kwargs["image_aspect_ratio"] == "anyres":
             if shape.edge != shape.tile_size:
@@ -354,6 +362,18 @@ def _read_size(name: str, value: Any, *, to_square: bool) -> SizeDict:
     except (AttributeError, LookupError, TypeError, ValueError):
         pass
     raise ValueError(f"got {name}={shorten(value)}; expected whole numbers of pixels: set those of the tower")
+
+
+def _check_levels(name: str, value: Any, least: float, *, num: int) -> None:
+    levels = [value] if num == 1 else value
+    is_right = isinstance(levels, (list, tuple, np.ndarray)) and np.shape(levels) == (num,)
+    if not is_right or not all(
+        isinstance(level, Real) and not isinstance(level, bool) and least <= level <= _MAX_LEVEL for level in levels
+    ):
+        amount = "a number" if num == 1 else "three numbers, one per channel,"
+        raise ValueError(
+            f"got {name}={shorten(value)}; expected {amount} from {least:g} to {_MAX_LEVEL:g}: correct it"
+        )
 
 
 def flatten_images(images: Any) -> list:

@@ -18,6 +18,8 @@ PICTURE_KEYS = ("image", "path", "url")
 
 IMAGE_TYPES = ("image", "image_url")
 
+MAX_LINE = 1000
+"""Characters of an error or a line of the log about files of strangers."""
 MAX_DEPTH = 100
 """Messages are read by functions that call themselves, which Python does to a limited depth."""
 _BASE64_PIECE = 1 << 16
@@ -233,3 +235,9 @@ def shorten(value: Any) -> str:
     """At most 80 characters of a value, for a message about it."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def write_line(message: Any, most: int = MAX_LINE) -> str:
+    """A message, or an exception's, as one line of printable characters and bounded length, without its middle."""
+    line = " ".join("".join(sign if sign.isprintable() else " " for sign in str(message)).split())
+    return line if len(line) <= most else f"{line[: most * 2 // 3]} ... {line[-most // 3 + 5 :]}"

@@ -22,7 +22,7 @@ from transformers.processing_utils import (
 )
 from transformers.utils import logging
 
-from .anyres_layout import check_visual_tokens, plan_image
+from .anyres_layout import check_merge_type, check_visual_tokens, plan_image
 from .image_processing_fast import AnyLlavaImageProcessor
 from .image_processing_llava import AnyLlavaImageProcessorPil, flatten_images, naming_setting
 from .messages import check_messages, is_missing, list_pictures, shorten
@@ -65,7 +65,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
             text of messages, and all other tokens, are spelled in characters.
 
     Raises:
-        ValueError: another `role_markers`, or a wrong `visual_tokens`.
+        ValueError: another `role_markers` or `patch_merge_type`, or a wrong `visual_tokens`.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class AnyLlavaProcessor(OriginalProcessorMixin):
         if role_markers not in TREATMENTS:
             raise ValueError(f"got role_markers={role_markers!r}; expected one of {', '.join(TREATMENTS)}")
         check_visual_tokens(visual_tokens)
+        check_merge_type(patch_merge_type)
         self.role_markers = role_markers
         self.patch_size = patch_size
         self.num_prefix_tokens = num_prefix_tokens

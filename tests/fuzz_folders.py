@@ -12,9 +12,11 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from processing_llava.messages import MAX_LINE
 from processing_llava.processing_llava import AnyLlavaProcessor
+from tests.modeling_llava.checkpoints import odd_values
 from tests.modeling_llava.checkpoints.folder_changes import LAYOUTS
-from tests.modeling_llava.checkpoints.hostile_folders import load
+from tests.modeling_llava.checkpoints.hostile_folders import answer, load
 from tests.modeling_llava.checkpoints.hostile_tokenizers import BYTES, chain, frame, precompile, split, swap
 
 NAMES = (
@@ -43,9 +45,11 @@ FILTERS = (
 )
 METHODS = (".strip()", ".upper()", ".split()", ".items()", " | replace('a', 'bbbb')", " | indent(999)", "[0]")
 CALLS = (" | join({})", ".split({})", ".replace('', {})", ".join({})", " | indent({})", " | default({})", ".strip({})")
+FIELDS = (*odd_values.GENERATION, *odd_values.CONFIG)
 PLACES = st.integers(0, 10**6)
 CHANGES = st.one_of(
     st.tuples(st.just("value"), PLACES, VALUES),
+    st.tuples(st.just("field"), PLACES, VALUES),
     st.tuples(st.just("remove"), PLACES, st.none()),
     st.tuples(st.just("bytes"), PLACES, st.binary(min_size=1, max_size=8)),
     st.tuples(st.just("cut"), PLACES, st.none()),
@@ -161,13 +165,16 @@ def change_file(path: Path, kind: str, place: int | str, value: Any) -> None:
             with suppress(ValueError, TypeError):  # another change was there before
                 path.write_text(json.dumps(json.loads(path.read_text()) | {place: value}))
         return
-    if kind in ("value", "remove"):
+    if kind in ("value", "remove", "field"):
         if path.suffix == ".json" and path.is_file():
             try:
                 content = json.loads(path.read_text())
             except ValueError:
                 return  # another change was there before
-            change_value(content, place, value, remove=kind == "remove")
+            if kind != "field":
+                change_value(content, place, value, remove=kind == "remove")
+            elif isinstance(content, dict):
+                content[FIELDS[place % len(FIELDS)]] = value
             path.write_text(json.dumps(content))
     elif kind == "content":
         path.unlink(missing_ok=True)
@@ -193,7 +200,7 @@ def refuse_to_answer(*arguments: object) -> str:
 
 
 def build_folder_check() -> Callable[[object], None]:
-    """What loads a changed folder: it does, or a line says why not."""
+    """What loads a changed folder and answers with it: it does, or a line says why not."""
     root = tempfile.TemporaryDirectory()
     for layout, write in LAYOUTS.items():
         write(Path(root.name) / layout)
@@ -214,8 +221,10 @@ def build_folder_check() -> Callable[[object], None]:
                 processor = AnyLlavaProcessor.from_pretrained(copied / "model")
                 messages = [{"role": "user", "content": "What is the aab?\n" * 20}]
                 processor.tokenizer.decode(processor.apply_chat_template(messages, tokenize=True)[0])
+            if layout != "projector":
+                answer(copied / "model")
         except (ValueError, OSError) as error:
-            assert "\n" not in str(error), str(error)
+            assert "\n" not in str(error) and len(str(error)) <= MAX_LINE, str(error)
         finally:
             shutil.rmtree(copied)
 

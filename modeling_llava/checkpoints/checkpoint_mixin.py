@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from modeling_llava.acceleration.devices import with_default_dtype
@@ -21,26 +21,36 @@ from modeling_llava.acceleration.quantization import (
     refuse_unchanged,
     with_quantization,
 )
-from processing_llava.original.file_checks import DOWNLOAD_KWARGS, find_file, select_download
+from processing_llava.messages import write_line
+from processing_llava.original.file_checks import DOWNLOAD_KWARGS, find_file, in_one_line, select_download
 from processing_llava.original.original_folder import OriginalFolder, check_model_type, override_tower, recognise
 
-from .layouts import merge_ids, restore_written, translate_config
+from .adapter_config import import_peft, read_adapter_config
+from .generation_settings import check_generation_config, leave_out_settings, read_generation_config
+from .layouts import restore_written, translate_config
 from .original_adapters import (
     PEFT_PREFIX,
     add_original_adapter,
     attach_adapter,
     has_original_names,
-    import_peft,
     load_adapted,
     load_original_adapter,
     read_adapter,
-    read_adapter_config,
     refuse_unfit_state,
 )
-from .original_weights import gather_original_weights, is_used
+from .original_weights import gather_original_weights, keep_used
 from .saving_mixin import SavingMixin
-from .weight_checks import check_fit, check_generation_config, refuse_unfit
-from .weight_files import Weight, find_base_dtype, has_model, read_as, read_model, refuse_integers, refuse_quantized
+from .weight_checks import check_fit, refuse_unfit
+from .weight_files import (
+    Weight,
+    find_base_dtype,
+    has_model,
+    read_as,
+    read_model,
+    refuse_integers,
+    refuse_needless_bits,
+    refuse_quantized,
+)
 from .weight_names import rename_to_ours
 
 logger = logging.get_logger(__name__)
@@ -53,6 +63,7 @@ class CheckpointMixin(SavingMixin):
     """Reads the layouts of other code, and writes them; to be listed before PreTrainedModel."""
 
     @classmethod
+    @in_one_line()
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | None,
@@ -156,9 +167,35 @@ class CheckpointMixin(SavingMixin):
             )
             if layout == "original" and find_file(name, "adapter_config.json", download) is not None:
                 model, adapter = load_original_adapter(model, folder, merge=merge), None
+        leave_out_settings(model, name)
         if adapter is not None:
             model.load_adapter(adapter)
         return (model, info) if wants_info else model
+
+    @classmethod
+    @in_one_line()
+    def check_files(
+        cls, name: str, config: PreTrainedConfig, *, base_model: str | None = None, vision_tower: str | None = None
+    ) -> None:
+        """Refuse weights that are not those of a configuration, as `from_pretrained` does, by the headers of files.
+
+        Args:
+            name: Folder or Hub id; of an adapter, its base is looked at.
+            config: What its config.json says.
+
+        Raises:
+            ValueError: naming file, weight and shapes.
+        """
+        found = recognise(name, {}, base_model=base_model)
+        if found.layout == "adapter":
+            cls.check_files(found.base, config)
+        elif found.layout == "any_llava":
+            if has_model(name, {}):
+                cls._check_own(name, config)
+        else:
+            folder = OriginalFolder(name=name, config=override_tower(found.raw, vision_tower), base_model=base_model)
+            weights, _ = read_layout(folder, config, found.layout)
+            check_fit(cls, config, keep_used(weights, config), name)
 
     @classmethod
     def _check_own(cls, name: str, config: PreTrainedConfig | dict[str, Any], **kwargs) -> None:
@@ -169,6 +206,7 @@ class CheckpointMixin(SavingMixin):
         """
         weights = read_model(name, select_download(kwargs))
         if isinstance(config, dict):
+            refuse_needless_bits(name, config, weights)
             fields = {key: value for key, value in kwargs.items() if key not in _NOT_FOR_CONFIG}
             config, _ = cls.config_class.from_dict(dict(config), return_unused_kwargs=True, **fields)
         is_quantized = bool(getattr(config, "quantization_config", None))
@@ -200,16 +238,10 @@ class CheckpointMixin(SavingMixin):
         name = folder.name
         checks, wants_info, takes_any_shape = _take_checks(kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key not in DOWNLOAD_KWARGS}
-        if layout == "original":
-            weights = gather_original_weights(folder, config, delta=delta)
-        else:
-            weights = read_model(name, folder.download)
-            if not folder.config.get("quantization_config"):
-                refuse_integers(name, weights)
-            if layout == "transformers":
-                refuse_quantized(name, folder.config, weights)
-                weights = {rename_to_ours(key, "transformers"): item for key, item in weights.items()}
-            weights = {key: item for key, item in weights.items() if is_used(key, config)}
+        weights, line = read_layout(folder, config, layout, delta=delta)
+        if line is not None:
+            logger.warning(write_line(line))
+        weights = keep_used(weights, config)
         is_exact = not (folder.config.get("quantization_config") or wants_info)
         check_fit(cls, config, weights, name, is_exact=is_exact, takes_any_shape=takes_any_shape)
         config.dtype = config.dtype or find_base_dtype(weights)
@@ -229,6 +261,7 @@ class CheckpointMixin(SavingMixin):
             model.source_folder = replace(folder, name=str(Path(name).resolve()) if Path(name).is_dir() else name)
         return model, info, wants_info
 
+    @in_one_line()
     def load_adapter(
         self,
         peft_model_id: str | None = None,
@@ -293,6 +326,25 @@ class CheckpointMixin(SavingMixin):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
 
+def read_layout(
+    folder: OriginalFolder, config: PreTrainedConfig, layout: str, *, delta: bool | None = None
+) -> tuple[dict[str, Weight], str | None]:
+    """The weights of a folder in any layout, under our names; and a line on where they come from, if that may differ.
+
+    Raises:
+        ValueError: naming the file that cannot be read, or weights that are stored in fewer bits.
+    """
+    if layout == "original":
+        return gather_original_weights(folder, config, delta=delta)
+    weights = read_model(folder.name, folder.download)
+    if not folder.config.get("quantization_config"):
+        refuse_integers(folder.name, weights)
+    if layout == "transformers":
+        refuse_quantized(folder.name, folder.config, weights)
+        weights = {rename_to_ours(key, "transformers"): item for key, item in weights.items()}
+    return weights, None
+
+
 def _take_checks(kwargs: dict[str, Any]) -> tuple[dict[str, bool], bool, bool]:
     """Take two arguments out: what transformers is told in place of them, and what the caller said."""
     wants_info = kwargs.pop("output_loading_info", False)
@@ -331,13 +383,3 @@ def refuse_bit_arguments(kwargs: dict[str, Any]) -> None:
                 f"got {argument}=True; expected quantization_config=BitsAndBytesConfig({argument}=True), or "
                 "quantization= with a name, such as 'int8' on a CPU or 'nf4' on a GPU"
             )
-
-
-def read_generation_config(name: str, config: PreTrainedConfig, download: dict[str, Any]) -> GenerationConfig:
-    """The generation settings of a checkpoint, which also stop at the token that ends an answer in its format."""
-    if find_file(name, "generation_config.json", download) is not None:
-        settings = GenerationConfig.from_pretrained(name, **download)
-    else:
-        settings = GenerationConfig.from_model_config(config)
-    settings.eos_token_id = merge_ids(settings.eos_token_id, config.text_config.eos_token_id)
-    return settings

@@ -7,24 +7,19 @@ of a model without weights, before the adapter is attached.
 """
 
 import copy
-import re
-import time
-from types import ModuleType
 from typing import Any
 
-import regex
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from processing_llava.config_fields import naming_config
-from processing_llava.messages import shorten
 from processing_llava.original.file_checks import find_file, read_json
 from processing_llava.original.original_folder import OriginalFolder
 
-from .original_weights import is_used, read_trained_parts
+from .adapter_config import import_peft, naming_adapter, read_adapter_config, write_out_patterns
+from .original_weights import PROJECTOR_PREFIX, is_used, read_trained_parts
 from .weight_checks import refuse_unfit_weights
-from .weight_files import Weight, read_file, refuse_integers
+from .weight_files import Weight, read_file, refuse_infinite, refuse_integers
 from .weight_names import rename_from_ours, rename_to_ours
 
 logger = logging.get_logger(__name__)
@@ -35,9 +30,6 @@ PROJECTOR = "mm_projector"
 PEFT_PREFIX = "base_model.model."
 """How every name in an adapter's file begins."""
 _ORIGINAL_LAYERS = ("model.layers.", "transformer.blocks.")
-_PLAIN_PATTERN = re.compile(r"[\w.^$\\|-]*")
-"""Regular expressions whose time grows with what they are matched with, and no faster."""
-_MATCHING_SECONDS = 1.0
 _TUNER_PREFIXES = {
     "LORA": "lora_",
     "IA3": "ia3_",
@@ -78,63 +70,6 @@ def load_adapted(
     return (model, loaded[1]) if isinstance(loaded, tuple) else model
 
 
-def import_peft() -> ModuleType:
-    """PEFT, which only adapters need.
-
-    Raises:
-        ImportError: with the command that installs it.
-    """
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError("got an adapter, and PEFT is not installed; expected it: pip install peft") from error
-    return peft
-
-
-def read_adapter_config(name: str, download: dict[str, Any]) -> Any:
-    """The configuration of an adapter of PEFT.
-
-    Raises:
-        ValueError: naming the file, if none can be made of it, or it holds a pattern that may match forever.
-    """
-    fields = read_json(name, "adapter_config.json", download) or {}
-    for field in ("rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save"):
-        patterns = fields.get(field) or ()
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            if not isinstance(pattern, str) or not _PLAIN_PATTERN.fullmatch(pattern):
-                raise ValueError(
-                    f"got {field}={shorten(patterns)} in {name}/adapter_config.json; expected names of modules, which "
-                    "repeat nothing: write them out"
-                )
-    with naming_config(f"{name}/adapter_config.json"):
-        return import_peft().PeftConfig.from_pretrained(name, **download)
-
-
-def write_out_patterns(names: list[str], peft_config: Any, name: str) -> None:
-    """Give an adapter, in place, the modules that its patterns match: PEFT would match them without an end.
-
-    Args:
-        names: Names of all modules, as the adapter calls them.
-
-    Raises:
-        ValueError: naming the pattern, if it takes too long or is none.
-    """
-    end = time.monotonic() + _MATCHING_SECONDS
-    for field in ("target_modules", "exclude_modules", "feedforward_modules"):
-        pattern = vars(peft_config).get(field)
-        if not isinstance(pattern, str) or pattern == "all-linear":
-            continue
-        try:
-            left = (max(end - time.monotonic(), 1e-3) for _ in names)
-            found = {item for item in names if regex.fullmatch(pattern, item, timeout=next(left))}
-        except (TimeoutError, regex.error) as error:
-            raise ValueError(
-                f"got {field}={shorten(pattern)} in {name}/adapter_config.json, a pattern that cannot be matched "
-                f"({error}); expected names of modules: write them out"
-            ) from error
-        setattr(peft_config, field, found)
-
-
 def needs_our_class(name: str, download: dict[str, Any]) -> bool:
     """Whether an adapter has names that transformers' own class has no place for, and ours has."""
     config = read_json(name, "adapter_config.json", download) or {}
@@ -165,16 +100,17 @@ def load_original_adapter(
     peft_config = read_adapter_config(folder.name, folder.download)
     if not isinstance(peft_config, peft.LoraConfig):
         raise ValueError(f"got adapter {folder.name} of type {peft_config.peft_type}; expected LORA")
-    check_adapter(model, weights)
     write_out_patterns([rename_from_ours(key, "original") for key in list_modules(model)], peft_config, folder.name)
     check_targets(model, peft_config, weights, folder.name)
-    peft_config.target_modules, peft_config.exclude_modules = {key.rsplit(".lora_", 1)[0] for key in weights}, None
+    adapted = {key.split(".lora_")[0] for key in weights if ".lora_" in key}
+    peft_config.target_modules, peft_config.exclude_modules = adapted, None
     peft_config.base_model_name_or_path = folder.base_name
     if not merge:
         attach_adapter(model, peft_config, weights, folder.name, adapter_name=adapter_name)
         return model
     check_adapter_weights(build_without_weights(model), peft_config, weights, folder.name)
-    peft_model = peft.PeftModel(model, peft_config)
+    with naming_adapter(folder.name):
+        peft_model = peft.PeftModel(model, peft_config)
     state_dict = {f"{PEFT_PREFIX}{key}": weight.data[...] for key, weight in weights.items()}
     peft.set_peft_model_state_dict(peft_model, state_dict)
     merged = peft_model.merge_and_unload(safe_merge=True)
@@ -199,12 +135,14 @@ def add_original_adapter(
         "mismatched_keys": [entry for entry in shapes if entry[1] != entry[2]],
         "unexpected_keys": [key for key in parts.keys() - own.keys() if is_used(key, model.config)],
     }
+    if any(key.startswith(PROJECTOR_PREFIX) for key in parts):  # which comes whole
+        found["missing_keys"] = [key for key in own.keys() - parts.keys() if key.startswith(PROJECTOR_PREFIX)]
     refuse_unfit_weights(found, parts, folder.name)
     model = load_original_adapter(model, folder, merge=merge, adapter_name=adapter_name)
     with torch.no_grad():
         for key, _, _ in shapes:
             own[key].copy_(parts[key].data[...])
-    if not any(key.startswith("model.mm_projector.") for key in parts):
+    if not any(key.startswith(PROJECTOR_PREFIX) for key in parts):
         logger.warning(f"{folder.name} holds an adapter without a projector; the projector is that of its base")
     return model
 
@@ -282,7 +220,8 @@ def attach_adapter(
     check_adapter_weights(build_without_weights(model), peft_config, weights, name)
     write_out_patterns(list_modules(model), peft_config, name)
     peft_config.inference_mode = not is_trainable
-    peft.inject_adapter_in_model(peft_config, model, adapter_name)
+    with naming_adapter(name):
+        peft.inject_adapter_in_model(peft_config, model, adapter_name)
     peft.set_peft_model_state_dict(model, {key: item.data[...] for key, item in weights.items()}, adapter_name)
     model._hf_peft_config_loaded = True
     if not is_trainable:
@@ -312,14 +251,16 @@ def check_adapter_file(model: PreTrainedModel, name: str) -> None:
 
 
 def check_adapter_weights(model: PreTrainedModel, peft_config: Any, weights: dict[str, Weight], name: str) -> None:
-    """As `check_adapter_file`, for an adapter that was read."""
+    """As `check_adapter_file`, for an adapter that was read; its numbers are looked at, too."""
+    refuse_infinite(weights)
     adapter_name, peft_config = "default", copy.deepcopy(peft_config)
     write_out_patterns(list_modules(model), peft_config, name)
-    with naming_config(f"{name}/adapter_config.json"), torch.device("meta"):
+    with naming_adapter(name), torch.device("meta"):
         import_peft().inject_adapter_in_model(peft_config, model, adapter_name)
     empty = {key: torch.empty(item.shape, dtype=item.dtype, device="meta") for key, item in weights.items()}
     try:
-        found = find_unfit(model, rename_for_model(model, empty, adapter_name), adapter_name)
+        renamed = rename_for_model(model, empty, adapter_name)
+        found = find_unfit(model, renamed, adapter_name, brought=list_embeddings(model))
     except KeyError as error:  # PEFT, of a part of a module that the adapter brings whole
         found = {"missing_keys": [error.args[0]], "mismatched_keys": [], "unexpected_keys": []}
     for kind in ("missing_keys", "unexpected_keys"):
@@ -328,22 +269,34 @@ def check_adapter_weights(model: PreTrainedModel, peft_config: Any, weights: dic
     refuse_unfit_weights(found, weights, name)
 
 
-def find_unfit(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], adapter_name: str) -> dict[str, list]:
+def list_embeddings(model: PreTrainedModel) -> set[str]:
+    """Weights of a model that PEFT writes beside an adapter: those of embeddings (peft 0.21, save_and_load.py)."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    ids = {id(parameter) for layer in layers if layer is not None for parameter in layer.parameters()}
+    return {key for key, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in ids}
+
+
+def find_unfit(
+    model: PreTrainedModel, state_dict: dict[str, torch.Tensor], adapter_name: str, *, brought: set[str] | None = None
+) -> dict[str, list]:
     """What does not fit of an adapter, compared with what PEFT would save of the model.
 
     Args:
         model: With the layers of the adapter.
         state_dict: The weights of the adapter by the names that the model gives them.
+        brought: Which of the model's own weights may be among them; None for all.
 
     Returns:
         `missing_keys`, `unexpected_keys`, and `mismatched_keys` with the shape that is found and the one expected.
     """
     saved = import_peft().get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     expected = rename_for_model(model, saved, adapter_name)
-    shapes = [(key, list(state_dict[key].shape), list(expected[key].shape)) for key in expected if key in state_dict]
+    own = model.state_dict()
+    shapes = [(key, list(item.shape), list(own[key].shape)) for key, item in state_dict.items() if key in own]
+    known = expected.keys() | (own.keys() if brought is None else brought)
     return {
         "missing_keys": sorted(expected.keys() - state_dict.keys()),
-        "unexpected_keys": sorted(state_dict.keys() - expected.keys() - model.state_dict().keys()),
+        "unexpected_keys": sorted(state_dict.keys() - known),
         "mismatched_keys": [entry for entry in shapes if entry[1] != entry[2]],
     }
 
@@ -397,27 +350,3 @@ def refuse_unfit_state(model: PreTrainedModel, state_dict: dict[str, Any], prefi
                 f"{error}; AutoModelForVision2Seq.from_pretrained(adapter) names the file, and reads those of the "
                 "original LLaVA too"
             ) from error
-
-
-def check_adapter(model: PreTrainedModel, weights: dict[str, Weight]) -> None:
-    """Refuse an adapter that does not fit.
-
-    Raises:
-        ValueError: naming file, weight and shapes.
-    """
-    modules = dict(model.named_modules())
-    for key, weight in weights.items():
-        module_name, _, kind = key.rpartition(".lora_")
-        module = modules.get(module_name)
-        if not isinstance(module, torch.nn.Linear):
-            raise ValueError(
-                f"got {weight.key} in {weight.file}, but {type(model).__name__} has no linear layer {module_name}; "
-                "expected an adapter of this architecture"
-            )
-        axis, expected = (1, module.in_features) if kind.startswith("A") else (0, module.out_features)
-        shape = weight.shape
-        if shape[axis] != expected:
-            raise ValueError(
-                f"got {weight.key} of shape {shape} in {weight.file}; expected {expected} in dimension {axis}: the "
-                "base model is another one"
-            )

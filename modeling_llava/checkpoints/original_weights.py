@@ -18,18 +18,29 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from processing_llava.messages import write_line
 from processing_llava.original.file_checks import find_file, read_json
 from processing_llava.original.model_parts import explain_tower
 from processing_llava.original.original_folder import OriginalFolder
 
 from .model_names import explain_missing
-from .weight_files import COMPUTED, Sum, Weight, has_model, read_file, read_model, refuse_integers, refuse_quantized
+from .weight_files import (
+    COMPUTED,
+    Sum,
+    Weight,
+    has_model,
+    read_file,
+    read_model,
+    refuse_infinite,
+    refuse_integers,
+    refuse_quantized,
+)
 from .weight_names import grow_rows, rename_to_ours
 
 logger = logging.get_logger(__name__)
 
 TOWER = "model.vision_tower."
-_PROJECTOR = "model.mm_projector."
+PROJECTOR_PREFIX = "model.mm_projector."
 _LANGUAGE_MODEL = "model.language_model."
 _DELTA_NORM = 0.02
 """Mean size of norm weights: those of a trained language model are far above, those of a delta far below."""
@@ -39,8 +50,8 @@ _TOKEN_MATRICES = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 
 def gather_original_weights(
     folder: OriginalFolder, config: PreTrainedConfig, *, delta: bool | None = None
-) -> dict[str, Weight]:
-    """All weights of an original checkpoint under our names.
+) -> tuple[dict[str, Weight], str]:
+    """All weights of an original checkpoint under our names, and a line on where they come from.
 
     Args:
         delta: Whether the weights are to be added to those of a base; None to look at its norms.
@@ -70,10 +81,12 @@ def gather_original_weights(
             )
         weights = _read_base(folder)
         trained = read_trained_parts(folder.name, folder.download)
+        if any(key.startswith(PROJECTOR_PREFIX) for key in trained):  # which comes whole
+            weights = {key: weight for key, weight in weights.items() if not key.startswith(PROJECTOR_PREFIX)}
         weights |= trained
         parts.append(f"language model of {folder.base_name}")
         parts += sorted({Path(weight.file).name for weight in trained.values()})
-        if not any(key.startswith(_PROJECTOR) for key in trained):
+        if not any(key.startswith(PROJECTOR_PREFIX) for key in trained):
             parts.append(f"projector of {folder.base_name}")
         grow_token_matrices(weights, config.text_config.vocab_size)
     if any(key.startswith(TOWER) for key in weights):
@@ -82,7 +95,20 @@ def gather_original_weights(
         with explain_tower(folder.vision_tower):
             weights |= read_named_tower(folder.vision_tower, folder.base_download)
         parts.append(f"vision tower of {folder.vision_tower}")
-    logger.warning(f"{folder.name}: {', '.join(parts)}")
+    return weights, f"{folder.name}: {', '.join(parts)}"
+
+
+def keep_used(weights: dict[str, Weight], config: PreTrainedConfig) -> dict[str, Weight]:
+    """The weights that have a place; a line names an output layer that the configuration says not to use."""
+    head, embeddings = weights.get("lm_head.weight"), weights.get(_TOKEN_MATRICES[0])
+    has_both = config.tie_word_embeddings and head is not None and embeddings is not None
+    if has_both and not torch.equal(head.data[...], embeddings.data[...]):
+        logger.warning(
+            write_line(
+                f"{head.key} in {head.file} is not used: config.json ties the output layer to {embeddings.key} "
+                "(tie_word_embeddings), which differs from it"
+            )
+        )
     return {key: weight for key, weight in weights.items() if is_used(key, config)}
 
 
@@ -94,6 +120,7 @@ def read_trained_parts(name: str, download: dict[str, Any]) -> dict[str, Weight]
         if path is not None:
             parts = read_file(path)
             refuse_integers(name, parts)
+            refuse_infinite(parts)
             weights |= _rename(parts)
     return weights
 

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from processing_llava.config_fields import naming_config
-from processing_llava.original.file_checks import read_json
 
 from .original_weights import is_left_out, is_used
 from .weight_files import Weight, read_model
@@ -201,15 +200,3 @@ def refuse_unfit_weights(found: dict[str, Any], weights: dict[str, Weight], name
             f"got {len(unexpected)} weights without a place in the model, {place(unexpected[0])} among them; expected "
             "those of this architecture alone: they are of another model"
         )
-
-
-def check_generation_config(name: str, download: dict[str, Any]) -> None:
-    """Refuse a generation_config.json that cannot be read.
-
-    Raises:
-        ValueError: naming the file.
-    """
-    fields = read_json(name, "generation_config.json", download)
-    if fields is not None:
-        with naming_config(f"{name}/generation_config.json"):
-            GenerationConfig.from_dict(fields)

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from modeling_llava.acceleration.devices import release_mapped
+from processing_llava.config_fields import DTYPES
 from processing_llava.messages import shorten
 from processing_llava.original.file_checks import find_file, read_json
 
@@ -121,7 +122,14 @@ def read_model(name: str, download: dict[str, Any]) -> dict[str, Weight]:
             shard_path = find_file(name, shard, download)
             if shard_path is None:
                 raise ValueError(f"got {path}, which lists {shard}; expected that file beside it: download it again")
-            weights |= read_file(shard_path)
+            shard_weights = read_file(shard_path)
+            for key in weights.keys() & shard_weights.keys():
+                if not torch.equal(weights[key].data[...], shard_weights[key].data[...]):
+                    raise ValueError(
+                        f"got {key} in {shard_path}, and another one in {weights[key].file}; expected it once: "
+                        "download them again"
+                    )
+            weights |= shard_weights
         return weights
     raise ValueError(f"got {name!r} without weights; expected one of {', '.join(MODEL_FILES)}")
 
@@ -172,6 +180,26 @@ def refuse_quantized(name: str, config: dict[str, Any] | None, weights: dict[str
     refuse_integers(name, weights)
 
 
+def refuse_needless_bits(name: str, config: dict[str, Any], weights: dict[str, Weight]) -> None:
+    """Refuse a config.json that says how weights in few bits are to be read, where all are stored whole.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return
+    is_stored = any(
+        key.rsplit(".", 1)[-1] in QUANTIZED_PARTS or str(weight.dtype).removeprefix("torch.") not in DTYPES
+        for key, weight in weights.items()
+    )
+    if not is_stored:
+        raise ValueError(
+            f"got quantization_config={shorten(quantization)} in {name}/config.json, and weights of which none is "
+            "stored in fewer bits; expected neither: take the field out, and load it with quantization= instead"
+        )
+
+
 def refuse_integers(name: str, weights: dict[str, Weight]) -> None:
     """Refuse integers where a model computes with floating-point weights: their scale is missing.
 
@@ -184,6 +212,21 @@ def refuse_integers(name: str, weights: dict[str, Weight]) -> None:
             raise ValueError(
                 f"got {weight.key} in {weight.file}, of {weight.dtype}; expected 16 or 32 bits, since nothing in "
                 f"{name} says how to scale it: take the unquantized checkpoint"
+            )
+
+
+def refuse_infinite(weights: dict[str, Weight]) -> None:
+    """Refuse weights that hold NaN or infinite values, with which a model answers nothing or noise.
+
+    Raises:
+        ValueError: naming file and weight.
+    """
+    for weight in weights.values():
+        values = weight.data[...]
+        if values.is_floating_point() and not values.float().isfinite().all():
+            raise ValueError(
+                f"got {weight.key} in {weight.file} with NaN or infinite values; expected finite ones: the training "
+                "that wrote it failed, or the file is damaged"
             )
 
 

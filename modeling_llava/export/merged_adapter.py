@@ -16,14 +16,13 @@ from transformers import AutoProcessor, BatchFeature, PreTrainedModel, Processor
 
 from modeling_llava.acceleration.quantization import four_bit_config
 from modeling_llava.auto import AutoModelForVision2Seq
+from modeling_llava.checkpoints.adapter_config import read_adapter_config, write_out_patterns
 from modeling_llava.checkpoints.original_adapters import (
     check_adapter_weights,
     has_original_names,
     list_modules,
     needs_our_class,
     read_adapter,
-    read_adapter_config,
-    write_out_patterns,
 )
 from modeling_llava.checkpoints.weight_files import has_model
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration

@@ -33,6 +33,7 @@ from modeling_llava.configuration_llava import AnyLlavaConfig
 from modeling_llava.generation import count_spare_tokens
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
 from processing_llava.anyres_layout import ImageLayout
+from processing_llava.original.file_checks import in_one_line
 from processing_llava.original.original_folder import find_installed, recognise
 from processing_llava.transformers_versions import KV_CACHE
 
@@ -52,6 +53,7 @@ class GenerationMemory:
         return self.weights + self.cache + self.activations
 
 
+@in_one_line()
 def read_config(
     name: str,
     *,
@@ -87,14 +89,13 @@ WEIGHT_BITS = {"int8": 8, "fp8": 8, "int4": 4.25, "nf4": 4.13}
 """Bits of a parameter of a quantized language model, with its share of the scale of 128 or 64 parameters."""
 
 
-def count_weight_bytes(config: AnyLlavaConfig, *, dtype: torch.dtype, quantization: str | None = None) -> int:
-    """Bytes of the parameters and buffers of a model; arguments as those of `predict_generation`."""
-    model = _build_without_memory(config, dtype)
-    return _count_weights(model, quantization)
-
-
 def predict_loading(
-    config: AnyLlavaConfig, *, dtype: torch.dtype, quantization: str | None = None, num_threads: int = 1
+    config: AnyLlavaConfig,
+    *,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+    num_threads: int = 1,
+    model: AnyLlavaForConditionalGeneration | None = None,
 ) -> int:
     """Bytes at the largest moment of loading on a CPU, where weights are converted as they are read.
 
@@ -106,9 +107,10 @@ def predict_loading(
         dtype: As `predict_generation` takes it.
         quantization: As `predict_generation` takes it.
         num_threads: Threads that round weights.
+        model: What `build_without_memory` made of the configuration; it is changed.
     """
-    model = _build_without_memory(config, dtype)
-    weights = _count_weights(model, quantization)
+    model = build_without_memory(config, dtype) if model is None else model
+    weights = count_weight_bytes(model, quantization)
     if quantization is None:
         return weights + max(parameter.nbytes for parameter in model.parameters())
     stored = dtype if config.dtype is None else config.dtype
@@ -130,6 +132,7 @@ def predict_generation(
     num_text_tokens: int = 64,
     num_new_tokens: int = 256,
     num_rows: int = 1,
+    model: AnyLlavaForConditionalGeneration | None = None,
 ) -> GenerationMemory:
     """The memory of `generate` with a cache that grows, for rows of equal length.
 
@@ -141,6 +144,7 @@ def predict_generation(
         num_text_tokens: Tokens of the prompt of each row, beside those of its images.
         num_new_tokens: Tokens of each answer.
         num_rows: Rows that are generated together.
+        model: What `build_without_memory` made of the configuration; it is changed.
 
     Raises:
         ValueError: if a number is too small, the quantization is unknown, or the operations of the language model
@@ -157,7 +161,7 @@ def predict_generation(
         if number < smallest:
             raise ValueError(f"got {name}={number}; expected at least {smallest}")
     try:
-        model = _build_without_memory(config, dtype).eval()
+        model = (build_without_memory(config, dtype) if model is None else model).eval()
         with FakeTensorMode(allow_non_fake_inputs=True), _LiveBytes() as live, torch.no_grad():
             model.to_empty(device="cpu").tie_weights()
             size, layout = _plan_largest_image(model)
@@ -188,21 +192,22 @@ def predict_generation(
             "expected one that does not: measure its memory instead"
         ) from error
     return GenerationMemory(
-        weights=_count_weights(model, quantization),
+        weights=count_weight_bytes(model, quantization),
         cache=num_cached,
         activations=max(0, max(peaks) - start - num_cached),
         num_prompt_tokens=num_prompt_tokens,
     )
 
 
-def _build_without_memory(config: AnyLlavaConfig, dtype: torch.dtype) -> AnyLlavaForConditionalGeneration:
+def build_without_memory(config: AnyLlavaConfig, dtype: torch.dtype) -> AnyLlavaForConditionalGeneration:
+    """A model of a configuration, on "meta"."""
     with torch.device("meta"):
         # `_from_config` writes the dtype into the configuration (transformers 5.23, modeling_utils.py).
         return AnyLlavaForConditionalGeneration._from_config(copy.deepcopy(config), dtype=dtype)
 
 
-def _count_weights(model: AnyLlavaForConditionalGeneration, quantization: str | None) -> int:
-    """Bytes of parameters and buffers."""
+def count_weight_bytes(model: AnyLlavaForConditionalGeneration, quantization: str | None = None) -> int:
+    """Bytes of the parameters and buffers of a model, on "meta" too."""
     num_bytes = sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
     if quantization is None:
         return num_bytes

@@ -7,6 +7,7 @@ does not fit, bfloat16 may, on a CPU with units for it, or int8; on a GPU 4 bits
 import importlib.util
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,10 +22,17 @@ from modeling_llava.acceleration.quantization import ON_CPU, ON_GPU, check_quant
 from modeling_llava.checkpoints.shared_values import check_pair
 from modeling_llava.configuration_llava import AnyLlavaConfig
 from modeling_llava.modeling_llava import AnyLlavaForConditionalGeneration
+from processing_llava.original.file_checks import in_one_line
 from processing_llava.original.original_folder import EMBEDDED_NAME, find_installed
 from processing_llava.processing_llava import AnyLlavaProcessor
 
-from .generation_memory import count_weight_bytes, predict_generation, predict_loading, read_config
+from .generation_memory import (
+    build_without_memory,
+    count_weight_bytes,
+    predict_generation,
+    predict_loading,
+    read_config,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -32,6 +40,7 @@ EMBEDDED_MODEL = find_installed(EMBEDDED_NAME)
 """The small LLaVA that ships in this package."""
 
 
+@in_one_line()
 def load_for_inference(
     name: str = EMBEDDED_MODEL,
     *,
@@ -69,6 +78,7 @@ def load_for_inference(
     name = find_installed(name)
     base = {} if base_model is None else {"base_model": find_installed(base_model)}
     base |= {} if vision_tower is None else {"vision_tower": vision_tower}
+    parts = dict(base)
     base |= {} if visual_tokens is None else {"visual_tokens": visual_tokens}
     chosen = {} if template is None else {"template": template}
     device = find_device(device)
@@ -76,7 +86,15 @@ def load_for_inference(
     try:
         processor = AnyLlavaProcessor.from_pretrained(name, **chosen, **base)
         config = read_config(name, **base)
-        precision = choose_precision(config, device, name=name, dtype=dtype, quantization=quantization, memory=memory)
+        precision = choose_precision(
+            config,
+            device,
+            name=name,
+            dtype=dtype,
+            quantization=quantization,
+            memory=memory,
+            check=lambda: AnyLlavaForConditionalGeneration.check_files(name, config, **parts),
+        )
         settings = {"dtype": precision.dtype}
         if precision.quantization is not None:
             placement = {} if device.type == "cpu" else {"device_map": device}
@@ -200,6 +218,7 @@ def choose_precision(
     dtype: str | torch.dtype | None = None,
     quantization: str | None = None,
     memory: int | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Precision:
     """The precision that somebody chose, or the first that fits; one line says so where it is not the usual one.
 
@@ -209,6 +228,7 @@ def choose_precision(
         name: Its folder or Hub id, for messages.
         dtype: Overrules the choice, and so does `quantization`.
         memory: Bytes that the model and an answer about one picture may take; what is free by default.
+        check: Compares the configuration with the files, before it is believed that it does not fit.
 
     Raises:
         ValueError: if nothing fits, with the bytes that each takes, or the device cannot run what was chosen.
@@ -223,7 +243,7 @@ def choose_precision(
     free = count_free_bytes(device) if memory is None else memory
     needs: dict[Precision, int] = {}
     for precision in _list_precisions(config, device):
-        needs[precision] = _estimate(config, precision, free=free)
+        needs[precision] = _estimate(config, precision, free=free, check=check if not needs else lambda: None)
         if needs[precision] <= free:
             if len(needs) > 1:
                 logger.warning(
@@ -251,12 +271,14 @@ def _list_precisions(config: AnyLlavaConfig, device: torch.device) -> list[Preci
     return precisions
 
 
-def _estimate(config: AnyLlavaConfig, precision: Precision, *, free: int) -> int:
+def _estimate(config: AnyLlavaConfig, precision: Precision, *, free: int, check: Callable[[], None]) -> int:
     """Bytes of a model and of an answer about one picture; of the weights alone where they are far below `free`."""
-    weights = count_weight_bytes(config, dtype=precision.dtype, quantization=precision.quantization)
+    model = build_without_memory(config, precision.dtype)
+    weights = count_weight_bytes(model, precision.quantization)
     if 2 * weights + 2 * HEADROOM <= free:
         return weights
-    settings = {"dtype": precision.dtype, "quantization": precision.quantization}
+    check()
+    settings = {"dtype": precision.dtype, "quantization": precision.quantization, "model": model}
     try:
         predicted = predict_generation(config, **settings).total
     except ValueError:  # a mixture of experts: its operations depend on its data

@@ -26,7 +26,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from processing_llava.messages import shorten
+from processing_llava.messages import shorten, write_line
 from processing_llava.prompt_ids import refusing_panics
 
 from .tokenizer_bounds import check_tokenizer
@@ -245,6 +245,23 @@ def _read_constant(name: str) -> float:
     return float(name)
 
 
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Makes one line of the errors inside, which quote files of strangers: names of weights, of files, of fields.
+
+    Raises:
+        ValueError: in place of one whose text has several lines or no end.
+        OSError: the same.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        line = write_line(error)
+        if line == str(error):
+            raise
+        raise (ValueError if isinstance(error, ValueError) else OSError)(line) from error
+
+
 PROCESSOR_FILES = (
     "processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "tokenizer.json", "vocab.json", "chat_template.json",
@@ -286,7 +303,7 @@ def naming_file(name: str, download: dict[str, Any]) -> Iterator[None]:
             read_json(name, filename, download)
         if isinstance(error, OSError) or (isinstance(error, ValueError) and str(error).startswith("got ")):
             raise
-        found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        found = f"{type(error).__name__}: {write_line(error, 300)}"
         raise ValueError(
             f"got {name}, of whose files no processor can be made ({found}); expected those of its tokenizer and "
             "image processor: copy them again"

@@ -16,7 +16,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from processing_llava.config_fields import build_config, check_dtype, check_part, check_sub_configs, use_one_side
-from processing_llava.messages import shorten
+from processing_llava.messages import shorten, write_line
 
 from .config_bounds import check_values, log_ignored_code
 from .file_checks import find_file, read_json, select_download
@@ -350,4 +350,6 @@ def check_fields(folder: OriginalFolder) -> None:
             )
         unknown.append(name)
     if unknown:
-        logger.warning(f"{folder.name}: config.json holds {', '.join(unknown)}, of which nothing is known; no effect")
+        logger.warning(
+            write_line(f"{folder.name}: config.json holds {', '.join(unknown)}, of which nothing is known; no effect")
+        )

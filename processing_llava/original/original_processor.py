@@ -29,7 +29,7 @@ from processing_llava.template_bounds import CostlyTemplateError
 from processing_llava.templates import change_template, load_template
 
 from .config_bounds import log_ignored_code
-from .file_checks import check_tokenizer_files, find_file, naming_file, read_json, select_download
+from .file_checks import check_tokenizer_files, find_file, in_one_line, naming_file, read_json, select_download
 from .model_parts import has_tokenizer, read_image_fields, read_image_processor, read_tokenizer, read_vision_config
 from .older_versions import read_old_activation
 from .original_folder import OriginalFolder, check_fields, check_model_type, override_tower, read_built_in, recognise
@@ -119,6 +119,7 @@ class OriginalProcessorMixin(ProcessorMixin):
     """A ProcessorMixin that reads original folders, and formats by name."""
 
     @classmethod
+    @in_one_line()
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str,

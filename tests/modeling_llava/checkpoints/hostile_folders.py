@@ -2,9 +2,10 @@
 
 Each entry of `CHANGES` changes a folder in place, and says by its name what is wrong with it. A folder in the list is
 refused in one line; those in `HARMLESS` load. `python -m` with lines of JSON on its standard input is the worker of
-the tests: one process for many folders, which measures the time and memory of each.
+the tests, and of those of `odd_values.py`: one process for many folders, which measures time and memory of each.
 """
 
+import functools
 import io
 import json
 import os
@@ -21,9 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from modeling_llava import AutoModelForVision2Seq
 from modeling_llava.inference.loading import load_for_inference
+from tests.modeling_llava.checkpoints import odd_values
 from tests.modeling_llava.checkpoints.folder_changes import (
     LAYOUTS,
     MIB,
@@ -77,6 +81,16 @@ CONFIG_CHANGES: dict[str, Callable[[Path], None]] = {
     "rope of nobody": lambda f: change_text(f, rope_parameters={"rope_type": "foo", "rope_theta": 1.0}),
     "rope without its fields": lambda f: change_text(f, rope_parameters={"rope_type": "yarn"}, rope_scaling=None),
     "dtype of nobody": lambda f: change_json(f, "config.json", dtype="float99", torch_dtype="float99"),
+    "dtype of no weights": lambda f: change_json(f, "config.json", dtype="float8_e4m3fn", torch_dtype="float8_e4m3fn"),
+    "dtype of integers": lambda f: change_json(f, "config.json", dtype="int8", torch_dtype="int8"),
+    "a method as a field": lambda f: change_json(f, "config.json", to_dict=1),
+    "names for other fields": lambda f: change_json(f, "config.json", attribute_map={"hidden_size": "x"}),
+    "an end token of letters": lambda f: change_json(f, "config.json", eos_token_id="a"),
+    "a million beams": lambda f: change_json(f, "config.json", num_beams=10**6),
+    "bits that nothing is stored in": lambda f: change_json(
+        f, "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}
+    ),
+    "a key of many lines": lambda f: change_json(f, "config.json", model_type="a\nb" * 10**4, architectures=None),
     "patch_size 0": lambda f: change_tower(f, patch_size=0),
     "patch_size 1": lambda f: change_tower(f, patch_size=1),
     "image_size 1e6": lambda f: change_tower(f, image_size=10**6),
@@ -120,6 +134,9 @@ FILE_CHANGES: dict[str, Callable[[Path], None]] = {
     "generation_config.json of odd values": lambda f: replace(
         f, "generation_config.json", '{"max_length": "a", "num_beams": [], "watermarking_config": 3}'
     ),
+    "generation_config.json of 1e12 tokens": lambda f: replace(f, "generation_config.json", '{"max_length": 1e12}'),
+    "generation_config.json of letters": lambda f: replace(f, "generation_config.json", '{"temperature": "x"}'),
+    "generation_config.json NaN": lambda f: replace(f, "generation_config.json", '{"top_p": NaN}'),
     "generation_config.json a pipe": lambda f: make_special(f, "generation_config.json", "pipe"),
     "generation_config.json a link to /dev/zero": lambda f: link(f, "generation_config.json", "/dev/zero"),
     "tokenizer.json a list": lambda f: replace(f, "tokenizer.json", "[]"),
@@ -146,6 +163,10 @@ PROCESSOR_CHANGES: dict[str, Callable[[Path], None]] = {
     "pictures of 1e6 pixels": lambda f: change_pictures(f, size={"shortest_edge": 10**6}),
     "pictures cut to 1e6 pixels": lambda f: change_pictures(f, crop_size={"height": 10**6, "width": 10**6}),
     "pictures of odd sizes": lambda f: change_pictures(f, size={"shortest_edge": "a"}),
+    "pictures of a mean of 1e308": lambda f: change_pictures(f, image_mean=[1e308] * 3),
+    "pictures of a spread of 0": lambda f: change_pictures(f, image_std=[0, 1, 1]),
+    "pictures of four channels": lambda f: change_pictures(f, image_std=[1] * 4),
+    "pictures without a scale": lambda f: change_pictures(f, rescale_factor=float("inf")),
     "an audio tokenizer": lambda f: change_json(
         f,
         "processor_config.json",
@@ -157,6 +178,9 @@ PROCESSOR_CHANGES: dict[str, Callable[[Path], None]] = {
 WEIGHT_CHANGES: dict[str, Callable[[Path], None]] = {
     "a weight less": lambda f: change_weights(f, lambda weights: weights.pop(next(iter(weights)))),
     "a foreign weight": lambda f: change_weights(f, lambda weights: weights.update(foo=torch.ones(2))),
+    "a foreign weight of many lines": lambda f: change_weights(
+        f, lambda weights: weights.update({"a\nb" * 10**4: torch.ones(2)})
+    ),
     "another shape": lambda f: change_weights(f, resize),
     "no weights": lambda f: change_weights(f, lambda weights: weights.clear()),
     "weights a link out": lambda f: move_out(f, weight_file(f).name),
@@ -235,6 +259,17 @@ TORCH_CHANGES: dict[str, Callable[[Path], None]] = {
 }
 
 
+def split_unequal(folder: Path) -> None:
+    """Two shards, of which both hold a weight, with other values."""
+    weights = load_file(folder / "model.safetensors")
+    key = min(weights)
+    (folder / "model.safetensors").unlink()
+    for number, shard in enumerate((weights, {key: weights[key] + 1})):
+        save_file(shard, folder / f"model-{number}.safetensors", {"format": "pt"})
+    weight_map = dict.fromkeys(weights, "model-0.safetensors") | {key: "model-1.safetensors"}
+    replace(folder, "model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
 ADAPTER_CHANGES: dict[str, Callable[[Path], None]] = {
     "adapter_config.json a list": lambda f: replace(f, "adapter_config.json", "[]"),
     "adapter_config.json a pipe": lambda f: make_special(f, "adapter_config.json", "pipe"),
@@ -244,6 +279,24 @@ ADAPTER_CHANGES: dict[str, Callable[[Path], None]] = {
     "a base that is nowhere": lambda f: change_json(f, "adapter_config.json", base_model_name_or_path="../nowhere"),
     "a rank of 1e9": lambda f: change_json(f, "adapter_config.json", r=10**9),
     "a rank of words": lambda f: change_json(f, "adapter_config.json", r="a"),
+    "a factor of 0": lambda f: change_json(f, "adapter_config.json", lora_alpha=0),
+    "a factor without end": lambda f: change_json(f, "adapter_config.json", lora_alpha=float("inf")),
+    "weights that are no numbers": lambda f: change_weights(
+        f, lambda weights: weights.update({key: value * torch.nan for key, value in weights.items()})
+    ),
+    "an output layer of another size": lambda f: change_weights(
+        f, lambda weights: weights.update({"base_model.model.lm_head.weight": torch.zeros(301, 32)})
+    ),
+    "input embeddings of another size": lambda f: change_weights(
+        f,
+        lambda weights: weights.update(
+            {"base_model.model.model.language_model.embed_tokens.weight": torch.zeros(301, 32)}
+        ),
+    ),
+    "a weight of the base": lambda f: change_weights(
+        f, lambda weights: weights.update({"base_model.model.model.language_model.norm.weight": torch.zeros(32)})
+    ),
+    "a method of another package": lambda f: change_json(f, "adapter_config.json", megatron_config={"a": 1}),
     "a rank of 0": lambda f: change_json(f, "adapter_config.json", r=0),
     "peft_type of nobody": lambda f: change_json(f, "adapter_config.json", peft_type="FOO"),
     "targets that take forever": lambda f: change_json(f, "adapter_config.json", target_modules="(.*)*(.*)*(.*)*x"),
@@ -296,6 +349,17 @@ for _changes, _layouts in (
     (TORCH_CHANGES, ("shards", "projector")),
     (ADAPTER_CHANGES, ("adapter",)),
     (PART_CHANGES, ("original",)),
+    ({"a LLaVA as the language model": lambda f: change_text(f, model_type="any_llava")}, PROCESSORS),
+    ({"one weight in two shards": split_unequal}, ("any_llava", "llava", "original")),
+    (
+        {
+            "half of a projector": lambda f: change_weights(f, lambda weights: weights.pop(next(iter(weights)))),
+            "a projector without numbers": lambda f: change_weights(
+                f, lambda weights: weights.update({key: value * torch.inf for key, value in weights.items()})
+            ),
+        },
+        ("projector",),
+    ),
 ):
     CHANGES |= {name: (change, _layouts) for name, change in _changes.items()}
 HARMLESS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
@@ -331,12 +395,21 @@ def load(layout: str, folder: Path) -> None:
         AutoModelForVision2Seq.from_pretrained(folder)
 
 
-def measure(layout: str, folder: Path) -> dict[str, Any]:
+def answer(folder: Path) -> None:
+    """A token about a picture, as `generate` of transformers chooses it."""
+    model, processor = load_for_inference(str(folder))
+    content = [{"type": "image", "image": Image.new("RGB", (40, 30), "red")}, {"type": "text", "text": "What?"}]
+    messages = [{"role": "user", "content": content}]
+    settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    model.generate(**processor.apply_chat_template(messages, **settings), max_new_tokens=1)
+
+
+def measure(folder: Path, use: Callable[[Path], None]) -> dict[str, Any]:
     """What became of a folder, and what it cost: seconds of the CPU, and bytes beyond what the process had."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before, start = read_status("VmRSS"), time.process_time()
     try:
-        load(layout, folder)
+        use(folder)
         result = "loaded"
     except (ValueError, OSError) as error:
         result = str(error)
@@ -358,11 +431,14 @@ def main() -> None:
     lines, sys.stdin = sys.stdin.read().splitlines(), io.StringIO("y\n" * 1000)
     for number, line in enumerate(lines):
         layout, name, prepared = json.loads(line)
-        change, _ = (CHANGES | HARMLESS)[name]
         copy = Path(prepared) / f"copy{number}"
         shutil.copytree(Path(prepared) / layout, copy)
-        change(copy / "model")
-        result = measure(layout, copy / "model")
+        if name.startswith("["):
+            odd_values.make_change(copy / "model", name)
+            result = measure(copy / "model", answer)
+        else:
+            (CHANGES | HARMLESS)[name][0](copy / "model")
+            result = measure(copy / "model", functools.partial(load, layout))
         result["asked"] = sys.stdin.tell() > 0
         sys.stdin.seek(0)
         sys.stdout.write(json.dumps([layout, name, result]) + "\n")

@@ -100,6 +100,20 @@ def test_weight_of_another_shape(checkpoint):
     )
 
 
+def test_an_output_layer_that_is_not_used_is_named(checkpoint, caplog):
+    change_config(checkpoint, tie_word_embeddings=True)
+    model = AutoModelForVision2Seq.from_pretrained(checkpoint)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert "model.safetensors is not used: config.json ties the output layer to model.embed_tokens" in caplog.text
+    weights = load_file(checkpoint / "model.safetensors")
+    save_file(
+        weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, checkpoint / "model.safetensors"
+    )
+    caplog.clear()
+    AutoModelForVision2Seq.from_pretrained(checkpoint)
+    assert "is not used" not in caplog.text
+
+
 def test_delta_of_another_size(checkpoint, tmp_path):
     tower = folders.make_tower("clip")
     other = folders.make_model(tower, text="gemma")

@@ -152,7 +152,7 @@ def test_adapter_of_another_architecture(run):
     path = folder / "result" / "adapter_model.bin"
     weights = torch.load(path, weights_only=True)
     torch.save({key.replace("q_proj", "c_attn"): value for key, value in weights.items()}, path)
-    with pytest.raises(ValueError, match=r"c_attn.*adapter_model\.bin.*expected an adapter of this architecture"):
+    with pytest.raises(ValueError, match=r"result without lora_A\.weight of .*q_proj; .* of another model"):
         AutoModelForVision2Seq.from_pretrained(folder / "result")
 
 
@@ -162,7 +162,7 @@ def test_adapter_of_another_size(run):
     path = folder / "result" / "adapter_model.bin"
     weights = {key: torch.cat([value, value], dim=1) for key, value in torch.load(path, weights_only=True).items()}
     torch.save(weights, path)
-    with pytest.raises(ValueError, match=r"lora_A\.weight of shape \[4, 64\] in .*adapter_model\.bin; expected 32"):
+    with pytest.raises(ValueError, match=r"lora_A\.weight of shape \[4, 96\] in .*model\.bin; expected \[4, 48\]"):
         AutoModelForVision2Seq.from_pretrained(folder / "result")
 
 
@@ -226,6 +226,36 @@ def test_integers_are_no_weights_of_an_adapter_or_a_projector(run, filename, dty
         ValueError, match=rf"got .* in .*{filename}, of torch.{'int8' if dtype == torch.int8 else 'bool'}"
     ):
         AutoModelForVision2Seq.from_pretrained(folder / "result")
+
+
+@pytest.mark.parametrize("over", ["a language model", "a complete LLaVA"])
+def test_half_of_a_projector(run, over):
+    """The other half would be that of the base, or another one."""
+    folder, model = run
+    write_lora(folder / "result", model)
+    if over == "a complete LLaVA":
+        (folder / "result" / "config.json").unlink()
+        folders.write_safetensors(folder / "base", folders.original_weights(model))
+        folders.write_config(folder / "base", model, vision_tower="../tower", text="llama")
+    path = folder / "result" / "non_lora_trainables.bin"
+    trained = torch.load(path)
+    trained.pop("base_model.model.model.mm_projector.0.bias")
+    torch.save(trained, path)
+    with pytest.raises(ValueError, match=r"without 1 weights, model\.mm_projector\.0\.bias among them"):
+        AutoModelForVision2Seq.from_pretrained(folder / "result")
+
+
+def test_weights_that_are_no_numbers(run):
+    folder, model = run
+    write_lora(folder / "result", model)
+    for filename in ("adapter_model.bin", "non_lora_trainables.bin"):
+        path = folder / "result" / filename
+        weights = torch.load(path)
+        key = min(weights)
+        torch.save(weights | {key: torch.full_like(weights[key], torch.nan)}, path)
+        with pytest.raises(ValueError, match=rf"got {key} in .*{filename} with NaN"):
+            AutoModelForVision2Seq.from_pretrained(folder / "result")
+        torch.save(weights, path)
 
 
 def test_peft_adapters_of_this_package_are_left_to_peft(run, tmp_path):

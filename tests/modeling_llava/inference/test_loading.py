@@ -8,8 +8,13 @@ from peft import LoraConfig, get_peft_model
 
 from modeling_llava import AnyLlavaForConditionalGeneration
 from modeling_llava.acceleration import devices
-from modeling_llava.inference import loading
-from modeling_llava.inference.generation_memory import count_weight_bytes, predict_generation, predict_loading
+from modeling_llava.inference import generation_memory, loading
+from modeling_llava.inference.generation_memory import (
+    build_without_memory,
+    count_weight_bytes,
+    predict_generation,
+    predict_loading,
+)
 from modeling_llava.inference.loading import (
     EMBEDDED_MODEL,
     HEADROOM,
@@ -18,6 +23,7 @@ from modeling_llava.inference.loading import (
     load_for_inference,
     parse_memory,
 )
+from tests.modeling_llava.checkpoints.folder_changes import LAYOUTS, change_text
 from tests.modeling_llava.inference.session_models import build_transformers_own
 from tests.tiny import save_tiny_checkpoint, tiny_config, tiny_processor
 
@@ -117,7 +123,7 @@ def test_the_best_that_fits(config, has_units, caplog):
 
 def test_what_is_far_below_is_not_predicted(config, monkeypatch):
     monkeypatch.setattr(loading, "predict_generation", None)
-    weights = count_weight_bytes(config, dtype=torch.float32)
+    weights = count_weight_bytes(build_without_memory(config, torch.float32))
     assert choose_precision(config, CPU, name="it", memory=2 * weights + 2 * HEADROOM).quantization is None
 
 
@@ -162,6 +168,28 @@ def test_loading_obeys(tmp_path):
     assert load_for_inference(str(tmp_path), device="cpu", dtype="bfloat16")[0].dtype == torch.bfloat16
     with pytest.raises(ValueError, match="int8 takes"):
         load_for_inference(str(tmp_path), device="cpu", memory="1MiB")
+
+
+@pytest.mark.parametrize("layout", ["any_llava", "llava", "original", "adapter"])
+def test_files_are_named_before_memory_is(layout, tmp_path):
+    LAYOUTS[layout](tmp_path)
+    change_text(tmp_path / ("base" if layout == "adapter" else "model"), hidden_size=10**5)
+    with pytest.raises(ValueError, match=r"^got [^\n]*\.weight of shape [^\n]*safetensors; expected \["):
+        load_for_inference(str(tmp_path / "model"), device="cpu", memory="1GiB")
+
+
+def test_a_model_is_built_once_for_each_precision(config, monkeypatch):
+    built = []
+
+    def build(*arguments):
+        built.append(arguments)
+        return build_without_memory(*arguments)
+
+    monkeypatch.setattr(loading, "build_without_memory", build)
+    monkeypatch.setattr(generation_memory, "build_without_memory", None)
+    with pytest.raises(ValueError, match="int8 takes"):
+        choose_precision(config, CPU, name="it", memory=1)
+    assert len(built) == len(loading._list_precisions(config, CPU))
 
 
 def test_mapped_files_give_their_memory_back(tmp_path):
