@@ -15,7 +15,7 @@ from modeling_llava.acceleration.cpu_layers import Int8Linear
 from modeling_llava.acceleration.devices import count_free_bytes
 from modeling_llava.checkpoints.model_names import explain_missing
 from modeling_llava.inference.chat_cache import ChatCache
-from modeling_llava.inference.generation_memory import count_weight_bytes, read_config
+from modeling_llava.inference.generation_memory import build_without_memory, count_weight_bytes, read_config
 from modeling_llava.inference.loading import (
     EMBEDDED_MODEL,
     choose_dtype,
@@ -179,7 +179,7 @@ def estimate_bytes(
     with explain_missing(name):
         config = read_config(name)
     chosen = choose_dtype(config, device, quantization=quantization) if dtype is None else read_dtype(dtype)
-    return count_weight_bytes(config, dtype=chosen, quantization=quantization)
+    return count_weight_bytes(build_without_memory(config, chosen), quantization)
 
 
 def _label(names: list[str]) -> dict[str, str]:

@@ -123,8 +123,8 @@ def test_a_model_with_fewer_image_tokens_brings_the_code_that_chooses_them(tmp_p
 def test_the_code_is_flat_small_and_says_its_version(only_ours):
     files = sorted((only_ours / "out").glob("*.py"))
     assert {path.stem for path in files} == collect_modules().keys()
-    # 183,000 for transformers 5.23 alone; a range of versions, and the refusals that came with it, took the rest.
-    assert sum(path.stat().st_size for path in files) < 250_000
+    # 183,000 for transformers 5.23 alone; a range of versions took 25,000, bounds of templates and pictures 40,000.
+    assert sum(path.stat().st_size for path in files) < 260_000
     for path in files:
         first, text = path.read_text().split("\n", 1)
         assert re.fullmatch(r"# AnyLLaVA \d+\.\d+\.\d+, Apache-2.0; .*", first), path.name
