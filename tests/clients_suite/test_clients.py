@@ -78,7 +78,7 @@ import os, subprocess, tempfile
 folder = tempfile.mkdtemp()
 with open(f"{folder}/extra-openai-models.yaml", "w") as file:
     json.dump([{"model_id": "llava", "model_name": "embedded", "api_base": url, "vision": True,
-                "supports_schema": True}], file)
+                "supports_schema": True, "api_key_name": "llava"}], file)
 
 def ask(*options):
     command = [sys.executable, "-m", "llm", "prompt", "-m", "llava", "--key", key, "-a", picture, question, *options]
@@ -129,11 +129,11 @@ def test_a_client_gets_the_answer(name, server, expected, tmp_path):
 
 def test_the_client_of_openai_in_an_event_loop_gets_the_answer(server, expected):
     async def run() -> list[str]:
-        client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY)
         settings = {"model": "embedded", "messages": [ask(QUESTION, EXAMPLES[0])]}
-        whole = await client.chat.completions.create(**settings)
-        async with await client.chat.completions.create(**settings, stream=True) as stream:
-            pieces = [event.choices[0].delta.content or "" async for event in stream]
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY) as client:
+            whole = await client.chat.completions.create(**settings)
+            async with await client.chat.completions.create(**settings, stream=True) as stream:
+                pieces = [event.choices[0].delta.content or "" async for event in stream]
         return [whole.choices[0].message.content, "".join(pieces)]
 
     assert asyncio.run(run()) == [expected] * 2
