@@ -65,7 +65,7 @@ test-vllm: $(READY)  ## vLLM reads an exported checkpoint; installs it into an e
 
 CLIENTS := $(CURDIR)/.venv-clients
 test-clients: $(READY)  ## OpenAI's, LlamaIndex's and other clients ask llava serve, 64 at a time, and 10,000 times
-	for client in haystack-ai==3.4.1 langchain-openai==1.7.4 litellm llama-index-llms-openai-like==0.8.1 llm==0.36; do \
+	for client in haystack-ai==3.4.1 langchain-openai==1.7.4 litellm==1.110.2 llama-index-llms-openai-like==0.8.1 llm==0.36; do \
 		$(PYTHON) -m venv $(CLIENTS)/$${client%%==*} && \
 		$(CLIENTS)/$${client%%==*}/bin/python -m pip install --quiet $$client || exit 1; done
 	ANYLLAVA_CLIENTS=$(CLIENTS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -s tests/clients_suite
