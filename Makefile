@@ -76,10 +76,11 @@ test-llama-cpp: $(READY)  ## llama.cpp reads exported GGUF files; installs it in
 	$(LLAMA_CPP)/bin/python -m pip install --quiet xllamacpp==2026.10.11549
 	ANYLLAVA_LLAMA_CPP_PYTHON=$(CURDIR)/$(LLAMA_CPP)/bin/python HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/llama_cpp_suite
 
+FUZZ_SECONDS ?= 60
 fuzz: $(READY)  ## random image files, objects, records, messages, texts, folders and requests to the page, a minute each
 	for target in images objects records messages texts folders; do \
-		HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz $$target --seconds 60 || exit 1; done
-	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.spaces_demo.fuzz_requests --seconds 60
+		HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz $$target --seconds $(FUZZ_SECONDS) || exit 1; done
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.spaces_demo.fuzz_requests --seconds $(FUZZ_SECONDS)
 
 bench: $(READY)  ## everything that is measured, beside transformers' own classes; BENCH="--device cuda --size 7b"
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(BENCH)

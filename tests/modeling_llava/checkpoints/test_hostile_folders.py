@@ -17,7 +17,7 @@ from tests.modeling_llava.checkpoints.folder_changes import LAYOUTS, MIB, write_
 from tests.modeling_llava.checkpoints.hostile_folders import CHANGES, HARMLESS
 
 MAX_SECONDS, MAX_BYTES = 2.0, 300 * MIB
-NUM_QUICK, SLOW_STEP = 80, 3
+NUM_QUICK, SLOW_STEP = 60, 40
 """Of the odd values: how many are tried always, and of how many one in the slow suite, where all take 20 minutes."""
 WORKER = "tests.modeling_llava.checkpoints.hostile_folders"
 ALL = [(layout, name) for table in (HARMLESS, CHANGES) for name, (_, layouts) in table.items() for layout in layouts]
