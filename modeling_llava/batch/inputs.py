@@ -196,21 +196,25 @@ def _walk(folder: Path, follow_links: bool) -> Iterator[str]:
     """Names of the pictures of a folder, from there, in the order of their names; one line says what is left out."""
     left_out: Counter[str] = Counter()
     for place, folders, names in os.walk(folder, onerror=_fail, followlinks=follow_links):
+        if follow_links and _leads_back(place):
+            left_out["links to a folder above"] += 1
+            folders.clear()
+            continue
         hidden = [name for name in folders if name.startswith(".")]
         linked = [name for name in folders if not follow_links and os.path.islink(os.path.join(place, name))]
         left_out.update({"folders that begin with a dot": len(hidden), "links to folders": len(linked)})
         folders[:] = sorted(name for name in folders if name not in hidden)
-        if follow_links and _leads_back(place):
-            folders.clear()
         for name in sorted(names):
             ending = os.path.splitext(name)[1].lower()
-            if ending in (*PICTURES, *OTHER_PICTURES) and not name.startswith("."):
+            if name.startswith("."):
+                left_out["files that begin with a dot"] += 1
+            elif ending in (*PICTURES, *OTHER_PICTURES):
                 yield os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/")
             else:
                 left_out[f"files {ending}" if ending else "files without an ending"] += 1
     if +left_out:
         what = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common() if count)
-        logger.warning_once(f"{folder}: no pictures by their names, left out: {what}")
+        logger.warning_once(f"{folder}: left out is what is no picture by its name: {what}")
 
 
 def _fail(error: OSError) -> None:
