@@ -198,7 +198,7 @@ class BatchEngine:
         )
 
     def answer(self, questions: Iterable[Question]) -> Iterator[Result]:
-        """Answers in the order in which they finish.
+        """Answers in the order in which they finish; where the input breaks off, after those of what came before.
 
         Raises:
             ValueError: if the model fails at one question after the other, each asked alone.
@@ -211,14 +211,17 @@ class BatchEngine:
             pool.shutdown(cancel_futures=True)
 
     def _answer(self, questions: Iterator[Question], pool: ThreadPoolExecutor) -> Iterator[Result]:
-        batch, is_open, num_failures = self.batch, True, 0
+        batch, is_open, num_failures, broken = self.batch, True, 0, None
         ahead: deque[tuple[Question, Future[PreparedRequest]]] = deque()
         asked: dict[int, Question] = {}
         again: deque[Question] = deque()
         numbers = count()
         while is_open or ahead or asked or again:
             while is_open and len(ahead) < AHEAD:
-                question = next(questions, None)
+                try:
+                    question = next(questions, None)
+                except Exception as error:
+                    question, broken = None, error
                 is_open = question is not None
                 if is_open:
                     ahead.append((question, pool.submit(self._prepare, next(numbers), question)))
@@ -248,6 +251,8 @@ class BatchEngine:
                         yield Result(question, answer.text, answer.finish_reason, answer.error)
                     else:
                         again.append(question)
+        if broken is not None:
+            raise broken
 
     def _ask_alone(self, question: Question, pool: ThreadPoolExecutor) -> Result:
         try:
