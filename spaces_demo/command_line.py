@@ -102,6 +102,7 @@ def _add_batch(commands) -> None:
     batch.add_argument("--name", help="configuration of a Hub dataset")
     batch.add_argument("--split", default="train", help="split of a dataset that has several")
     batch.add_argument("--streaming", action="store_true", help="do not copy the dataset to the disk first")
+    batch.add_argument("--engine", default="own", help="own (default), or vllm, which computes on many GPUs")
     batch.add_argument("--max-rows", type=int, default=16, help="answers at a time (default: 16)")
     batch.add_argument("--max-cache-tokens", type=int, default=16384, help="tokens of all of them (default: 16384)")
     _add_answer_options(batch)

@@ -40,12 +40,11 @@ class AnswerFile:
     """A file of answers that this process alone writes.
 
     Args:
-        path: The file, which is made with its first record.
+        path: The file, which is made with its first record, and its folder before.
         order: What its records have to be answers to.
         resume: Go on with the records that are there.
 
     Raises:
-        FileNotFoundError: there is no such folder.
         ValueError: it is there without `resume`, another process writes to it, it holds something else, or answers to
             another order.
     """
@@ -55,10 +54,9 @@ class AnswerFile:
         self.order = order
         self.done: dict[bytes, bytes] = {}
         """The rows that have a record, and the digests of their questions where rows bring their own."""
-        self.num_errors = 0
+        self.num_records = self.num_errors = 0
         self._descriptor: int | None = None
-        if not self.path.parent.is_dir():
-            raise FileNotFoundError(f"got --out {str(path)!r}; expected a file in a folder that is there; make it")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists() and not self.path.is_file():
             raise ValueError(f"got --out {str(path)!r}, which is no file; expected one; name another")
         self._stack = ExitStack()
@@ -111,7 +109,7 @@ class AnswerFile:
                 f"got {self.path}, which takes no more ({error.strerror}); expected room for every record: {remedy}, "
                 "then add --resume, which goes on behind the last one"
             ) from error
-        self.num_errors += "error" in record
+        self._count(record)
 
     def _read_done(self) -> None:
         end = cut_broken_end(self.path)
@@ -127,7 +125,11 @@ class AnswerFile:
                 )
             is_own = self.order.asked == (None,)
             self.done[digest] = digest_question(record["question"]) if is_own else b""
-            self.num_errors += "error" in record
+            self._count(record)
+
+    def _count(self, record: dict[str, Any]) -> None:
+        self.num_records += 1
+        self.num_errors += "error" in record
 
     def _check(self, record: dict[str, Any], number: int) -> None:
         expected = {"task": self.order.task, "model": self.order.model, "settings": self.order.settings}

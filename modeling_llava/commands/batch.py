@@ -48,7 +48,9 @@ def run_batch(options: argparse.Namespace) -> int:
     )
     with AnswerFile(options.out, order, resume=options.resume) as file:
         if options.resume:
-            print(f"{file.path}: {len(file.done):,} rows are done, {file.num_errors:,} with an error", file=sys.stderr)
+            print(
+                f"{file.path}: {file.num_records:,} rows are done, {file.num_errors:,} with an error", file=sys.stderr
+            )
         # A pass for their number, which also finds what is wrong with the input before a model is loaded.
         left = None
         if not options.streaming:
@@ -66,6 +68,7 @@ def run_batch(options: argparse.Namespace) -> int:
             write_csv(file.path, Path(options.csv))
         if options.gallery:
             write_gallery(file.path, open_rows(source), Path(options.gallery), limits=limits)
+        print(f"{file.path}: {file.num_records:,} rows, {file.num_errors:,} with an error")
     return ALL_FAILED if failed else 0
 
 
@@ -77,7 +80,7 @@ def _answer(file: AnswerFile, engine: Engine, questions: Any, progress: Progress
     except BaseException:
         progress.finish(f"{progress.describe()}; stopped: --resume goes on behind what is in {file.path}")
         raise
-    progress.finish(f"{progress.describe()}; written to {file.path}")
+    progress.finish(progress.describe())
     return progress.num_errors == progress.num_rows
 
 
@@ -135,9 +138,17 @@ def _read_text(path: str, what: str) -> str:
 
 
 def _start_engine(options: argparse.Namespace, order: Order, limits: ImageLimits) -> Engine:
+    from modeling_llava.inference.loading import EMBEDDED_MODEL
+
+    if options.engine not in _ENGINES:
+        raise ValueError(f"got --engine {options.engine!r}; expected one of {', '.join(_ENGINES)}; choose one")
+    return _ENGINES[options.engine](options, order, limits, options.model or EMBEDDED_MODEL)
+
+
+def _start_own_engine(options: argparse.Namespace, order: Order, limits: ImageLimits, name: str) -> Engine:
     from modeling_llava.inference.answer_requests import AnswerRequest
     from modeling_llava.inference.constraints import Constraint
-    from modeling_llava.inference.loading import EMBEDDED_MODEL, load_for_inference
+    from modeling_llava.inference.loading import load_for_inference
 
     # A schema that is none is refused before the model is loaded.
     constraint = None if order.schema is None else Constraint.follow_schema(order.schema)
@@ -150,7 +161,7 @@ def _start_engine(options: argparse.Namespace, order: Order, limits: ImageLimits
     )
     request.check()
     model, processor = load_for_inference(
-        options.model or EMBEDDED_MODEL,
+        name,
         template=options.template,
         base_model=options.base_model,
         vision_tower=options.vision_tower,
@@ -170,3 +181,28 @@ def _start_engine(options: argparse.Namespace, order: Order, limits: ImageLimits
         max_cache_tokens=options.max_cache_tokens,
         compile=options.compile,
     )
+
+
+def _start_vllm(options: argparse.Namespace, order: Order, limits: ImageLimits, name: str) -> Engine:
+    from modeling_llava.batch.vllm_engine import VllmEngine
+    from processing_llava.processing_llava import AnyLlavaProcessor
+
+    for option in ("base_model", "vision_tower", "quantization", "memory", "visual_tokens", "compile"):
+        if getattr(options, option):
+            raise ValueError(
+                f"got --{option.replace('_', '-')} beside --engine vllm, which decides that itself; expected none; "
+                "take it out"
+            )
+    template = {} if options.template is None else {"template": options.template}
+    return VllmEngine(
+        name,
+        AnyLlavaProcessor.from_pretrained(name, **template),
+        limits=limits,
+        system=options.system,
+        dtype=options.dtype,
+        schema=order.schema,
+        sampling={"max_tokens": options.max_new_tokens, "temperature": options.temperature, "seed": options.seed},
+    )
+
+
+_ENGINES = {"own": _start_own_engine, "vllm": _start_vllm}

@@ -31,6 +31,7 @@ EXTRAS = {
     "deepspeed": "deepspeed",
     "fastapi": "'transformers[serving]'",
     "torchao": "torchao",
+    "vllm": "vllm",
 }
 """Packages that a command may need, and the argument of pip that installs them."""
 

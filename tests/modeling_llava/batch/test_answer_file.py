@@ -92,8 +92,7 @@ def test_an_existing_file_is_left_alone_without_resume(tmp_path):
     assert path.read_text() == "mine"
     with pytest.raises(ValueError, match="is no file"):
         AnswerFile(tmp_path, ORDER, resume=False)
-    with pytest.raises(FileNotFoundError, match="a folder that is there"):
-        AnswerFile(tmp_path / "missing" / "a.jsonl", ORDER, resume=False)
+    fill(tmp_path / "missing" / "below" / "a.jsonl")
 
 
 @pytest.mark.parametrize("line", [b"{}", b"7", b"{broken", b"[]", b"", b"\xff", b'{"key": 1}', b"[" * 10_000])
