@@ -56,13 +56,14 @@ class VllmEngine:
         self.limits = limits
         self.system = system
         end = find_answer_end(processor)
-        structure = {} if schema is None else {"structured_outputs": StructuredOutputsParams(json=schema)}
-        self.sampling = SamplingParams(**sampling, stop=[end] if end else None, **structure)
-        try:
+        structured, config = {}, {}
+        if schema is not None:
+            structured = {"structured_outputs": StructuredOutputsParams(json=schema)}
             # Small models write nothing but white space where they may.
-            self.engine = LLM(
-                model=name, dtype=dtype or "auto", structured_outputs_config={"disable_any_whitespace": True}
-            )
+            config = {"structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True}}
+        self.sampling = SamplingParams(**sampling, stop=[end] if end else None, **structured)
+        try:
+            self.engine = LLM(model=name, dtype=dtype or "auto", **config)
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
