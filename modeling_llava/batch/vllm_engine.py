@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from modeling_llava.inference.token_stream import find_answer_end
+from modeling_llava.inference.token_stream import cut_at_end, decode_answer, find_answer_end
 from processing_llava.image_limits import ImageLimits
 from processing_llava.image_loading import load_image, naming_picture
 from processing_llava.messages import list_pictures
@@ -55,13 +55,13 @@ class VllmEngine:
         self.processor = processor
         self.limits = limits
         self.system = system
-        end = find_answer_end(processor)
+        self.end = find_answer_end(processor)
         structured, config = {}, {}
         if schema is not None:
             structured = {"structured_outputs": StructuredOutputsParams(json=schema)}
             # Small models write nothing but white space where they may.
             config = {"structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True}}
-        self.sampling = SamplingParams(**sampling, stop=[end] if end else None, **structured)
+        self.sampling = SamplingParams(**sampling, stop=[self.end] if self.end else None, **structured)
         try:
             self.engine = LLM(model=name, dtype=dtype or "auto", **config)
         except Exception as error:
@@ -98,7 +98,11 @@ class VllmEngine:
             return
         for (question, _), output in zip(prepared, outputs, strict=True):
             answer = output.outputs[0]
-            yield Result(question, answer.text, answer.finish_reason)
+            # vLLM's own text leaves out half a character at the end.
+            text = decode_answer(
+                list(answer.token_ids), self.processor.tokenizer, learn_tokens=self.processor.learn_tokens
+            )
+            yield Result(question, cut_at_end(text, self.end), answer.finish_reason)
 
     def _prepare(self, question: Question) -> dict[str, Any]:
         messages = question.build_messages(self.system)

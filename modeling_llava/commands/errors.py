@@ -18,7 +18,6 @@ EXTRAS = {
     "datasets": "'anyllava[train]'",
     "accelerate": "'anyllava[train]'",
     "matplotlib": "'anyllava[train]'",
-    "filelock": "'anyllava[train]'",
     "pyarrow": "'anyllava[train]'",
     "gradio": "'anyllava[demo]'",
     "gradio_client": "'anyllava[demo]'",
