@@ -75,14 +75,22 @@ def finish_alt_text(text: str) -> str:
     Raises:
         ValueError: nothing remains.
     """
-    text = " ".join(text.split()).strip(" \"'*_")
+    text = _unwrap(" ".join(text.split()))
     while opening := _OPENING.match(text):
-        text = text[opening.end() :].strip(" \"'*_")
+        text = _unwrap(text[opening.end() :])
     text = _IMAGE_OF.sub(lambda found: f"{'P' if found[1] == 'I' else 'p'}icture{found[2]}{found[3]}", text)
     text = re.sub(r"\b([Aa])n( pictures? of)\b", r"\1\2", text)
     text = _cut(text[:1].upper() + text[1:], MOST_ALT_CHARACTERS)
     if not re.search(r"\w", text):
         raise ValueError("got an answer without a description; expected text; ask another question")
+    return text
+
+
+def _unwrap(text: str) -> str:
+    """Without quotes around all of it, and without the marks of Markdown at its ends."""
+    text = text.strip(" *_")
+    while len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        text = text[1:-1].strip(" *_")
     return text
 
 
