@@ -24,6 +24,7 @@ from .tasks import Order
 logger = logging.get_logger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_START = b'{"key": '
 _FIELDS = ("key", "number", "question", "task", "model", "settings")
 
 
@@ -112,9 +113,7 @@ class AnswerFile:
         self._count(record)
 
     def _read_done(self) -> None:
-        end = cut_broken_end(self.path)
-        if end:
-            logger.warning(f"{self.path}: the last line is half a record of {end:,} bytes, which is cut off")
+        is_own = self.order.asked == (None,)
         for number, (_, record) in enumerate(read_records(self.path), start=1):
             self._check(record, number)
             digest = digest_row(record["key"], record["number"])
@@ -123,9 +122,12 @@ class AnswerFile:
                     f"got {self.path}, whose line {number} has the key {record['key'][:80]!r} again; expected each "
                     "once; take one of the lines out"
                 )
-            is_own = self.order.asked == (None,)
             self.done[digest] = digest_question(record["question"]) if is_own else b""
             self._count(record)
+        # Only now, as the file is known to be one of answers.
+        num_bytes = cut_broken_end(self.path)
+        if num_bytes:
+            logger.warning(f"{self.path}: the last line is half a record of {num_bytes:,} bytes, which is cut off")
 
     def _count(self, record: dict[str, Any]) -> None:
         self.num_records += 1
@@ -144,6 +146,37 @@ class AnswerFile:
                 )
 
 
+def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Where each record begins, and the record; half of one at the end is left out.
+
+    Raises:
+        ValueError: naming the line that is no record.
+    """
+    with path.open("rb") as file:
+        offset = 0
+        for number, line in enumerate(file, start=1):
+            is_half = not line.endswith(b"\n")
+            record = None if is_half else _parse(line)
+            if record is None and not (is_half and line[: len(_START)] == _START[: len(line)]):
+                raise ValueError(
+                    f"got {path}, whose line {number} is no record of llava batch; expected its own file; name "
+                    "another --out, or take the line out"
+                )
+            if record is not None:
+                yield offset, record
+            offset += len(line)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A record; None of what is none."""
+    try:
+        record = json.loads(line)
+        is_record = all(name in record for name in _FIELDS) and ("answer" in record) != ("error" in record)
+        return record if is_record and isinstance(record["key"], str) and isinstance(record["number"], int) else None
+    except (ValueError, TypeError, RecursionError):
+        return None
+
+
 def cut_broken_end(path: Path) -> int:
     """Cut off a last line that has no line break; returns its bytes."""
     with path.open("r+b") as file:
@@ -159,30 +192,6 @@ def cut_broken_end(path: Path) -> int:
         if position < end:
             file.truncate(position)
         return end - position
-
-
-def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Where each record begins, and the record.
-
-    Raises:
-        ValueError: naming the line that is no record.
-    """
-    with path.open("rb") as file:
-        offset = 0
-        for number, line in enumerate(file, start=1):
-            try:
-                record = json.loads(line)
-                names = [name for name in _FIELDS if name not in record]
-                is_record = not names and isinstance(record["key"], str) and isinstance(record["number"], int)
-            except (ValueError, TypeError, RecursionError):
-                is_record = False
-            if not is_record or ("answer" in record) == ("error" in record):
-                raise ValueError(
-                    f"got {path}, whose line {number} is no record of llava batch; expected its own file; name "
-                    "another --out, or take the line out"
-                )
-            yield offset, record
-            offset += len(line)
 
 
 def _shorten(value: Any) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 import sys
 from itertools import chain
 from pathlib import Path
@@ -32,6 +33,7 @@ def run_batch(options: argparse.Namespace) -> int:
     Raises:
         ValueError: an option or the input is wrong, or the disk is full; what was answered is in the file.
     """
+    _check_files(options)
     order, limits = read_order(options), read_image_limits(options.image_limit)
     shard = Shard.read(options.shard)
     source = BatchInput(
@@ -70,6 +72,22 @@ def run_batch(options: argparse.Namespace) -> int:
             write_gallery(file.path, open_rows(source), Path(options.gallery), limits=limits)
         print(f"{file.path}: {file.num_records:,} rows, {file.num_errors:,} with an error")
     return ALL_FAILED if failed else 0
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    """Refuse outputs that would take the place of the input, or of each other; make their folders."""
+    files = {"INPUT": options.input, "--out": options.out, "--csv": options.csv, "--gallery": options.gallery}
+    places: dict[str, str] = {}
+    for name, path in files.items():
+        if path is None:
+            continue
+        other = places.setdefault(os.path.realpath(path), name)
+        if other != name:
+            raise ValueError(f"got {path!r} as {other} and as {name}; expected a file for each; name another")
+        if name in ("--csv", "--gallery"):
+            if os.path.isdir(path):
+                raise ValueError(f"got {name} {path!r}, which is a folder; expected a file; name one in it")
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 def _answer(file: AnswerFile, engine: Engine, questions: Any, progress: Progress) -> bool:

@@ -105,6 +105,15 @@ def test_a_line_that_is_no_record_is_named(line, tmp_path):
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize("content", [b'{"id": 1, "image": "a.png"}', b"notes", b'{"id": 1}\n{"id": 2}', b"\xff"])
+def test_a_file_of_somebody_else_stays_as_it_is(content, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="whose line 1 is no record of llava batch"):
+        AnswerFile(path, ORDER, resume=True)
+    assert path.read_bytes() == content
+
+
 CHANGES = {
     "model": Order(model="other", questions=ORDER.questions, settings=ORDER.settings),
     "task": Order(model="m", questions=ORDER.questions, settings=ORDER.settings, task="tags"),

@@ -206,6 +206,8 @@ BAD = {
         ["--resume", "--question", "a", "--engine", "vllm", "--quantization", "int8"],
         "got --quantization beside --engine vllm",
     ),
+    "a table in place of the answers": (["--resume", "--question", "a", "--csv", "OUT"], "as --out and as --csv"),
+    "a page in place of the input": (["--resume", "--question", "a", "--gallery", "IN"], "as INPUT and as --gallery"),
     "a shard": (["--resume", "--question", "a", "--shard", "3/2"], "expected I/N"),
     "a missing file of questions": (["--resume", "--questions", "missing.txt"], "missing.txt"),
     "columns beside a question": (["--resume", "--question", "a", "--question-column", "b"], "expected one of them"),
@@ -217,6 +219,7 @@ def test_bad_options_are_one_line_and_lose_nothing(name, pictures, tmp_path, cap
     options, message = BAD[name]
     out = tmp_path / "a.jsonl"
     out.write_bytes(b"")
+    options = [{"OUT": str(out), "IN": str(pictures)}.get(option, option) for option in options]
     assert main(["batch", str(pictures), *options, "--out", str(out)]) == 2
     error = capsys.readouterr().err
     assert message in error.splitlines()[-1] and error.splitlines()[-1].startswith("llava: ")
