@@ -1,4 +1,4 @@
-"""`llava ...`: ask, chat, demo, serve, assemble, check-data, train, merge, export, push, and what each of them takes.
+"""`llava ...`: ask, chat, batch, demo, serve, assemble, check-data, train, merge, export, push, and what each takes.
 
 What they do is in modeling_llava/commands, which is imported when it runs; what `llava demo` does stands at the end
 of this file. The command starts here because importing anything of modeling_llava imports torch and transformers and
@@ -78,6 +78,36 @@ def _add_answering(commands) -> None:
     chat.add_argument("images", nargs="*", default=[], metavar="IMAGE", help="pictures to start with")
     _add_answer_options(chat)
     chat.set_defaults(run="modeling_llava.commands.answering:run_chat")
+    _add_batch(commands)
+
+
+def _add_batch(commands) -> None:
+    batch = commands.add_parser("batch", help="ask the same about many pictures, into a file that outlives a crash")
+    batch.add_argument("input", metavar="INPUT", help="folder of pictures, .jsonl, .json, .csv, .parquet, Hub dataset")
+    batch.add_argument("--out", required=True, metavar="FILE.jsonl", help="file of answers, one line for each")
+    batch.add_argument("--resume", action="store_true", help="go on with FILE.jsonl, if it is there")
+    batch.add_argument("--task", help="caption, alt-text or tags; --question asks for it in other words")
+    batch.add_argument("--question", action="append", default=[], help="may be repeated: all of each picture")
+    batch.add_argument("--questions", metavar="FILE", help="the same, a question in each line")
+    batch.add_argument("--schema", metavar="FILE.json", help="JSON Schema that answers follow")
+    batch.add_argument("--shard", default="1/1", metavar="I/N", help="the I-th of N parts, each for one machine")
+    batch.add_argument("--csv", metavar="FILE", help="write the answers as a table afterwards")
+    batch.add_argument("--gallery", metavar="FILE", help="write a page of pictures and answers afterwards")
+    batch.add_argument("--image-folder", help="where image paths start (default: the folder of INPUT)")
+    batch.add_argument(
+        "--follow-links", action="store_true", help="symbolic links in the image folder may lead out of it"
+    )
+    batch.add_argument("--key-column", metavar="NAME", help="default: key, id, question_id, or the number of the row")
+    batch.add_argument("--image-column", metavar="NAME", help="default: image, images, file_name or path")
+    batch.add_argument("--question-column", metavar="NAME", help="default: question, if no option asks")
+    batch.add_argument("--name", help="configuration of a Hub dataset")
+    batch.add_argument("--split", default="train", help="split of a dataset that has several")
+    batch.add_argument("--streaming", action="store_true", help="do not copy the dataset to the disk first")
+    batch.add_argument("--engine", default="own", help="own (default), or vllm, which computes on many GPUs")
+    batch.add_argument("--max-rows", type=int, default=16, help="answers at a time (default: 16)")
+    batch.add_argument("--max-cache-tokens", type=int, default=16384, help="tokens of all of them (default: 16384)")
+    _add_answer_options(batch)
+    batch.set_defaults(run="modeling_llava.commands.batch:run_batch")
 
 
 def _add_answer_options(parser: argparse.ArgumentParser) -> None:

@@ -35,12 +35,13 @@ IMPORTS = {
     "modeling_llava/records": {"hub_cards", "processing_llava", "processing_llava/data"},
     "modeling_llava/training": _MODEL | _RECORDS | _DATA,
     "modeling_llava/export": _MODEL | _RECORDS | _DATA | {"hub_cards"},
+    "modeling_llava/batch": _ANSWERS | _RECORDS | _DATA,
     "modeling_llava/serving": _ANSWERS | _DATA | {"modeling_llava/commands/errors"},
     "modeling_llava/tiny_llava": _ANSWERS | _RECORDS | _DATA | {"modeling_llava/training"},
     "modeling_llava/commands": _ANSWERS
     | _RECORDS
     | _DATA
-    | {"modeling_llava/training", "modeling_llava/export", "modeling_llava/serving"},
+    | {"modeling_llava/batch", "modeling_llava/training", "modeling_llava/export", "modeling_llava/serving"},
     "hub_cards": set(),
     "spaces_demo": _ANSWERS | {"modeling_llava/commands", "modeling_llava/serving"},
 }

@@ -18,7 +18,6 @@ EXTRAS = {
     "datasets": "'anyllava[train]'",
     "accelerate": "'anyllava[train]'",
     "matplotlib": "'anyllava[train]'",
-    "filelock": "'anyllava[train]'",
     "pyarrow": "'anyllava[train]'",
     "gradio": "'anyllava[demo]'",
     "gradio_client": "'anyllava[demo]'",
@@ -32,6 +31,7 @@ EXTRAS = {
     "gguf": "'anyllava[gguf]'",
     "fastapi": "'transformers[serving]'",
     "torchao": "torchao",
+    "vllm": "vllm",
 }
 """Packages that a command may need, and the argument of pip that installs them."""
 

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,18 +21,18 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 from trl import SFTConfig
+
+from modeling_llava.records.locks import hold_lock
 
 from .recipe import Recipe
 from .starting_model import LORA_DEFAULTS
 
 logger = logging.get_logger(__name__)
 
-_LOCK, _OWNER = ".lock", ".lock.json"
 _CHECKPOINTS = ("checkpoint-*",)
 _MODELS = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "adapter_config.json", "config.json",
@@ -51,35 +50,9 @@ def lock_folder(output_dir: str | Path) -> Iterator[None]:
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    lock, owner = FileLock(folder / _LOCK), folder / _OWNER
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(
-            f"got output_dir {str(output_dir)!r}, to which {_name_owner(owner)} writes; expected one run at a time: "
-            "wait for it, or choose another output_dir"
-        ) from None
-    except (OSError, NotImplementedError) as error:
-        # What some network disks say: filelock before 4.0 raises the second one (filelock 4.3, _native/_unix.py).
-        if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        logger.warning(f"{output_dir} cannot be locked ({error}): a second run in it would not be noticed")
-    try:
-        write_whole(owner, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+    remedy = "expected one run at a time: wait for it, or choose another output_dir"
+    with hold_lock(folder / ".lock", what=f"output_dir {str(output_dir)!r}", remedy=remedy):
         yield
-    finally:
-        with contextlib.suppress(OSError):
-            owner.unlink()
-        lock.release()
-
-
-def _name_owner(path: Path) -> str:
-    try:
-        owner = json.loads(path.read_text())
-        return f"process {owner['pid']} on {owner['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        # It has the lock, and has not told yet.
-        return "another process"
 
 
 def refuse_earlier_run(output_dir: str | Path, *, resume: bool, checkpoint: str | None) -> None:

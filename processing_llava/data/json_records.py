@@ -21,18 +21,19 @@ BLOCK_CHARACTERS = 2**20
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def stream_records(path: str | Path) -> Iterator[Any]:
+def stream_records(path: str | Path, *, keys: frozenset[str] = RECORD_KEYS) -> Iterator[Any]:
     """The records of a file, as they are.
 
     Args:
         path: `.json` (a list of records, or one alone) or JSON Lines, in UTF-8.
+        keys: One of them is in a record that is a file alone, whose object might be anything else; empty for any.
 
     Yields:
         Whatever JSON holds; for a line that is not JSON, the `RefusedRecord` that says so.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not text in UTF-8, a list that breaks off, or one object that holds no conversation.
+        ValueError: it is not text in UTF-8, a list that breaks off, or one object that holds no key.
     """
     path = Path(path)
     if not path.is_file():
@@ -48,7 +49,7 @@ def stream_records(path: str | Path) -> Iterator[Any]:
                 return
             alone = _read_single_object(file, path)
             if alone is not None:
-                _check_record_keys(alone, path)
+                _check_record_keys(alone, path, keys)
                 yield alone
                 return
             file.seek(0)
@@ -88,12 +89,12 @@ def _read_single_object(file: TextIO, path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _check_record_keys(single: dict[str, Any], path: Path) -> None:
-    if not RECORD_KEYS & single.keys():
-        keys = ", ".join(repr(key[:40]) for key in sorted(single)[:10])
+def _check_record_keys(single: dict[str, Any], path: Path, keys: frozenset[str]) -> None:
+    if keys and not keys & single.keys():
+        found = ", ".join(repr(key[:40]) for key in sorted(single)[:10])
         raise ValueError(
-            f"got {path}, which is one JSON object with the keys {keys}; expected a list of records, or a record in "
-            f"each line, with {', '.join(sorted(RECORD_KEYS))}: write its rows as such, as README.md does with those "
+            f"got {path}, which is one JSON object with the keys {found}; expected a list of records, or a record in "
+            f"each line, with {', '.join(sorted(keys))}: write its rows as such, as README.md does with those "
             "of a CSV file"
         )
 

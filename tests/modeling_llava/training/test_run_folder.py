@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from modeling_llava import AutoModelForVision2Seq
 from modeling_llava.cli import main
+from modeling_llava.records import locks
 from modeling_llava.training import run_folder
 from modeling_llava.training.recipe import read_recipe
 from modeling_llava.training.run import train
@@ -307,10 +308,10 @@ def test_a_disk_that_cannot_be_locked_is_one_warning(tmp_path, caplog, monkeypat
     def refuse(self, timeout):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run_folder.FileLock, "acquire", refuse)
+    monkeypatch.setattr(locks.FileLock, "acquire", refuse)
     with run_folder.lock_folder(tmp_path / "out"):
         pass
-    assert "out cannot be locked ([Errno 37] No locks available)" in caplog.text
+    assert "out' cannot be locked ([Errno 37] No locks available)" in caplog.text
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EIO, errno.ESTALE])
@@ -320,7 +321,7 @@ def test_a_disk_that_takes_no_files_is_one_line(workspace, tmp_path, capsys, mon
         raise OSError(number, os.strerror(number))
 
     if place == "lock":
-        monkeypatch.setattr(run_folder.FileLock, "acquire", refuse)
+        monkeypatch.setattr(locks.FileLock, "acquire", refuse)
     else:
         monkeypatch.setattr(Trainer, "save_model", refuse)
     recipe = write_recipe(workspace, trainer=TRAINER, output_dir=str(tmp_path / "out"))
