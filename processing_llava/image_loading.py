@@ -55,6 +55,8 @@ OTHER_FORMATS = {
 # Opening a pipe would wait for a writer; Windows has no pipes, and would change line ends.
 _OPEN_FLAGS = os.O_RDONLY | (os.O_NONBLOCK if os.name == "posix" else os.O_BINARY)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://")
+MAX_PATH = 180
+"""Characters of a path in a message."""
 _READING = threading.Lock()
 """Two rows of a batch may hold the same file."""
 MAX_LINE = 1000
@@ -228,8 +230,8 @@ def read_bytes(source: ImageSource, *, limits: ImageLimits, urls: UrlReader | No
 
 
 def _read_file(path: str, *, limits: ImageLimits) -> bytes:
-    # The end, where its name is.
-    place = shorten(str(path)[-77:])
+    # Where it is too long, the end, where its name is.
+    place = shorten(str(path)[-MAX_PATH:], MAX_PATH)
     try:
         descriptor = os.open(path, _OPEN_FLAGS)
     except FileNotFoundError:

@@ -300,7 +300,7 @@ class AnyLlavaImageProcessorPil(PilBackend):
         for name, least, is_used in (
             ("image_mean", -_MAX_LEVEL, kwargs["do_normalize"]),
             ("image_std", _MIN_SPREAD, kwargs["do_normalize"]),
-            ("rescale_factor", _MIN_SPREAD, kwargs["do_rescale"]),
+            ("rescale_factor", -_MAX_LEVEL, kwargs["do_rescale"]),
         ):
             if is_used:
                 _check_levels(name, kwargs[name], least, num=1 if name == "rescale_factor" else 3)

@@ -11,7 +11,20 @@ import pytest
 from tests.conftest import ROOT
 from tests.tiny import save_tiny_checkpoint
 
-COMMANDS = ("ask", "chat", "batch", "demo", "assemble", "merge", "doctor", "check-data", "train", "export", "push")
+COMMANDS = (
+    "ask",
+    "chat",
+    "batch",
+    "demo",
+    "serve",
+    "assemble",
+    "merge",
+    "doctor",
+    "check-data",
+    "train",
+    "export",
+    "push",
+)
 RUN = """
 import json, sys
 try:

@@ -260,7 +260,7 @@ def check_adapter_weights(model: PreTrainedModel, peft_config: Any, weights: dic
     empty = {key: torch.empty(item.shape, dtype=item.dtype, device="meta") for key, item in weights.items()}
     try:
         renamed = rename_for_model(model, empty, adapter_name)
-        found = find_unfit(model, renamed, adapter_name, brought=list_embeddings(model))
+        found = find_unfit(model, renamed, adapter_name, brought=list_brought(model))
     except KeyError as error:  # PEFT, of a part of a module that the adapter brings whole
         found = {"missing_keys": [error.args[0]], "mismatched_keys": [], "unexpected_keys": []}
     for kind in ("missing_keys", "unexpected_keys"):
@@ -269,11 +269,13 @@ def check_adapter_weights(model: PreTrainedModel, peft_config: Any, weights: dic
     refuse_unfit_weights(found, weights, name)
 
 
-def list_embeddings(model: PreTrainedModel) -> set[str]:
-    """Weights of a model that PEFT writes beside an adapter: those of embeddings (peft 0.21, save_and_load.py)."""
+def list_brought(model: PreTrainedModel) -> set[str]:
+    """Weights of a model that may stand beside an adapter: those of embeddings, which PEFT writes (peft 0.21,
+    save_and_load.py), and the newline, which is no layer that PEFT adapts (`training/starting_model.py`)."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     ids = {id(parameter) for layer in layers if layer is not None for parameter in layer.parameters()}
-    return {key for key, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in ids}
+    named = model.named_parameters(remove_duplicate=False)
+    return {key for key, parameter in named if id(parameter) in ids or key.endswith("image_newline")}
 
 
 def find_unfit(

@@ -177,13 +177,13 @@ def _check_template(name: str, processor: ProcessorMixin, download: dict[str, An
     Raises:
         ValueError: naming its file.
     """
-    template = processor.chat_template
-    if template is None:
-        return
-    if not isinstance(template, str):
-        raise ValueError(
-            f"got {name} with several chat templates ({shorten(template)}); expected one: remove the others"
-        )
+    stored = processor.chat_template
+    templates = stored if isinstance(stored, dict) else {} if stored is None else {"default": stored}
+    for template in templates.values():
+        _check_one_template(name, template, processor, download)
+
+
+def _check_one_template(name: str, template: str, processor: ProcessorMixin, download: dict[str, Any]) -> None:
     try:
         list_turn_texts(template, processor.tokenizer.special_tokens_map)
     except CostlyTemplateError as error:

@@ -413,7 +413,7 @@ def test_a_card_to_keep_says_licence_and_base(tmp_path, capsys, metadata, messag
             ["--license", "apache 2", "--base-model", "a/b"],
             "got license='apache 2'; expected an identifier",
         ),
-        ([*BASE, "--layout", "gguf"], "got layout='gguf'; expected one of any_llava, original, transformers"),
+        ([*BASE, "--layout", "hf"], "got layout='hf'; expected one of any_llava, original, transformers"),
         ([*BASE, "--with-code"], "got code for the layout 'transformers'"),
         ([*BASE, "--card", "llava-v9"], "got card 'llava-v9'; expected a YAML file or one of llava-13b-v0-science_qa"),
         ([*BASE, "--data-manifest", "nowhere.yaml"], "got 'nowhere.yaml'; expected a YAML file"),
