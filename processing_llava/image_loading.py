@@ -55,7 +55,7 @@ OTHER_FORMATS = {
 # Opening a pipe would wait for a writer; Windows has no pipes, and would change line ends.
 _OPEN_FLAGS = os.O_RDONLY | (os.O_NONBLOCK if os.name == "posix" else os.O_BINARY)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://")
-MAX_PATH = 150
+MAX_PATH = 120
 """Characters of a path in a message."""
 _READING = threading.Lock()
 """Two rows of a batch may hold the same file."""
