@@ -131,13 +131,23 @@ class EngineThread:
                     self.batch.leave(news)
                 elif news.index in self._followers:
                     self.batch.join(news)
-            answers = self.batch.step()
+            answers = self._step()
             for row in self.batch.running:
                 self._tell(row.index, row.ids, row.logprobs, None)
             for answer in answers:
                 if answer.error is not None and not isinstance(answer.error, ValueError):
                     log_error(answer.error)
                 self._tell(answer.index, answer.ids, answer.logprobs, answer)
+
+    def _step(self) -> list[BatchedAnswer]:
+        """A step; where it fails as a whole, no request is left waiting."""
+        try:
+            return self.batch.step()
+        except Exception as error:
+            lost = list(self._followers)
+            for number in lost:
+                self.batch.leave(number)
+            return [BatchedAnswer(number, error=error.with_traceback(None)) for number in lost]
 
     def _tell(self, number: int, ids: list[int], logprobs: list[TokenLogprobs], answer: BatchedAnswer | None) -> None:
         follower = self._followers.get(number)
