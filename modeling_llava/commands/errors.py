@@ -30,6 +30,7 @@ EXTRAS = {
     "bitsandbytes": "bitsandbytes",
     "deepspeed": "deepspeed",
     "gguf": "'anyllava[gguf]'",
+    "vllm": "'anyllava[vllm]'",
     "fastapi": "'transformers[serving]'",
     "torchao": "torchao",
 }
