@@ -82,7 +82,8 @@ LAYOUTS: dict[str, tuple[PreTrainedConfig, PreTrainedConfig, dict[str, Any], dic
     ),
     "siglip gemma scaled features": (
         SiglipVisionConfig(**_VISION),
-        GemmaConfig(**_TEXT, **_GROUPED),
+        # Untied: of random tied weights, Gemma's answer would be one token for ever.
+        GemmaConfig(**_TEXT, **_GROUPED, tie_word_embeddings=False),
         {"scale_image_features": True},
         {},
     ),
