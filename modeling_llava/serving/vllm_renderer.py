@@ -40,7 +40,9 @@ class AnyLlavaRenderer(HfRenderer):
         processor = cached_processor_from_config(self.model_config, processor_cls=AnyLlavaProcessor)
         given = params.get_apply_chat_template_kwargs()
         variables = {name: value for name, value in given.items() if name not in _OF_TOKENIZERS}
-        prompt = processor.apply_chat_template(conversation, **variables)
+        # OpenAI's later word for the system.
+        messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in conversation]
+        prompt = processor.apply_chat_template(messages, **variables)
         ids, _ = encode_prompt(
             prompt,
             processor.tokenizer,

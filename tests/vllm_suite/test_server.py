@@ -111,6 +111,13 @@ def test_a_stream_says_what_an_answer_says(client):
     assert len(pieces) > 2 and "".join(pieces) == whole
 
 
+def test_a_developer_is_the_system(client):
+    turns = [[{"role": role, "content": "Be brief."}, *REQUESTS[0]["messages"]] for role in ("developer", "system")]
+    found = [ask(client, {"messages": messages}) for messages in turns]
+    assert found[0].usage.prompt_tokens == found[1].usage.prompt_tokens
+    assert found[0].choices[0].token_ids == found[1].choices[0].token_ids
+
+
 HOSTILE = {
     "penalties": {"presence_penalty": 1, "frequency_penalty": 1, "extra_body": {"repetition_penalty": 1.3}},
     "prompt_logprobs": {"extra_body": {"prompt_logprobs": 1}},
