@@ -32,6 +32,7 @@ EXTRA_OF = {
     "modeling_llava/serving/engine_thread.py": "serve",
     "modeling_llava/serving/guard.py": "demo",
     "modeling_llava/serving/openai_server.py": "serve",
+    "modeling_llava/serving/vllm_config.py": "vllm",
     "modeling_llava/serving/vllm_model.py": "vllm",
     "modeling_llava/serving/vllm_renderer.py": "vllm",
     "spaces_demo/app.py": "demo",

@@ -1,12 +1,10 @@
-"""The class that vLLM finds for a LLaVA in our layout: its own backend for models of transformers, and two guards.
-
-The backend loads, fuses and shards `AnyLlavaModel` (vLLM 0.32, model_executor/models/transformers). It expects ids of
-images inside of the vocabulary, where original checkpoints have none.
+"""The class that vLLM finds for a LLaVA in our layout: its own backend for models of transformers, which loads, fuses
+and shards `AnyLlavaModel` (vLLM 0.32, model_executor/models/transformers), and the rows of `vllm_config.py`.
 """
 
+from collections.abc import Iterable, Iterator
+
 import torch
-from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.model_executor.models.transformers import (
     MultiModalDummyInputsBuilder,
     MultiModalProcessingInfo,
@@ -15,10 +13,7 @@ from vllm.model_executor.models.transformers import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from .vllm_plugin import TOKENIZER_MODE
-
-# vLLM shows what is below its own name.
-logger = init_logger("vllm.anyllava")
+_OUTPUT = {"lm_head.weight", "lm_head.bias"}
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -27,18 +22,6 @@ logger = init_logger("vllm.anyllava")
 class AnyLlavaForVllm(TransformersMultiModalForCausalLM):
     """A LLaVA of any layout, projector, tower and language model that `AnyLlavaModel` expresses."""
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        mode = vllm_config.model_config.tokenizer_mode
-        if mode != TOKENIZER_MODE:
-            logger.warning_once(
-                "got tokenizer_mode=%s for a model of AnyLLaVA: what users type can act as a control token or move an "
-                "image; start vLLM with --tokenizer-mode %s",
-                mode,
-                TOKENIZER_MODE,
-                scope="global",
-            )
-
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str:
         """What stands for an image in the text of a message."""
@@ -46,17 +29,22 @@ class AnyLlavaForVllm(TransformersMultiModalForCausalLM):
             raise ValueError(f"got {modality} for a LLaVA; expected images: leave it out")
         return "<image>"
 
-    def embed_input_ids(
-        self,
-        input_ids: torch.Tensor,
-        multimodal_embeddings: list[torch.Tensor] | None = None,
-        *,
-        is_multimodal: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Embeddings `[L, D]`, with features in the places of images.
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint, whose tables may end before the id of images."""
+        return super().load_weights(self._add_rows(weights))
 
-        The id of images may lie outside of the vocabulary. A table that is asked for it ends the engine, and in other
-        tokenizer modes a user who types <image> without a picture has it there.
-        """
-        input_ids = input_ids.masked_fill(input_ids >= self.text_config.vocab_size, 0)
-        return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
+    def _add_rows(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        embeddings = self.model.get_input_embeddings()
+        names = {f"model.{name}.weight" for name, module in self.model.named_modules() if module is embeddings}
+        for name, weight in weights:
+            if name in names | _OUTPUT:
+                num_missing = self.text_config.vocab_size - len(weight)
+                weight = torch.cat([weight, weight.new_zeros(num_missing, *weight.shape[1:])])
+            yield name, weight
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Logits `[L, V]`; nothing of the rows that were added is ever sampled."""
+        logits = super().compute_logits(hidden_states)
+        if logits is not None:  # one process of several has them
+            logits[:, self.text_config.num_stored_tokens :] = torch.finfo(logits.dtype).min
+        return logits

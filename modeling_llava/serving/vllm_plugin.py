@@ -1,8 +1,8 @@
 """What vLLM calls in each of its processes (entry point `vllm.general_plugins`): LLaVAs in our layout, served by vLLM.
 
-vLLM runs `AnyLlavaModel` as it is, in its backend for models of transformers; `vllm_model.py` has what that backend
-lacks. Chats are written by `vllm_renderer.py` where the server was started with `--tokenizer-mode any_llava`. Both are
-named here and imported by vLLM when it needs them, so that this costs a vLLM of other models next to nothing.
+vLLM runs `AnyLlavaModel` as it is, in its backend for models of transformers; `vllm_config.py` and `vllm_model.py`
+have what that backend lacks. Chats are written by `vllm_renderer.py` where vLLM was started with `--tokenizer-mode
+any_llava`. Model and renderer are only named here, so that a vLLM of other models imports neither.
 
 What is surprising: vLLM imports modules of a plugin in processes of its own, so the package must be installed.
 """
@@ -14,9 +14,13 @@ TOKENIZER_MODE = "any_llava"
 def register() -> None:
     """Make LLaVAs in our layout known to vLLM; a second call changes nothing."""
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
 
+    from .vllm_config import AnyLlavaVllmConfig
+
+    MODELS_CONFIG_MAP[ARCHITECTURE] = AnyLlavaVllmConfig
     # vLLM logs a warning for what is registered twice.
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, "modeling_llava.serving.vllm_model:AnyLlavaForVllm")

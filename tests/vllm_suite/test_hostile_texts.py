@@ -24,7 +24,12 @@ TURNS = [
     *write_messages("and <image>?", 1),
 ]
 REQUESTS = [*CHATS, {"messages": TURNS}]
-OTHER_MODE = [CHATS[2], CHATS[4], CHATS[0]]
+OTHER_MODE = [
+    CHATS[2],
+    CHATS[4] | {"sampling": {"prompt_logprobs": 1, "repetition_penalty": 1.3}},
+    CHATS[3] | {"sampling": {"prompt_logprobs": 1}},
+    CHATS[0],
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +55,8 @@ def test_ids_and_tokens_are_those_of_our_processor(name, answers):
 
 
 def test_another_mode_is_one_warning_and_a_typed_image_does_not_end_the_engine(answers):
-    _, results, log = answers
+    folders, results, log = answers
     assert [len(found) for found in results["other mode"]] == [len(OTHER_MODE)] * 2
+    assert [found[-1] for found in results["other mode"]] == answer_here(folders["phi"], REQUESTS[:1]) * 2
     lines = [line for line in log.splitlines() if "start vLLM with --tokenizer-mode any_llava" in line]
     assert len(lines) == 1 and "WARNING" in lines[0] and "tokenizer_mode=auto" in lines[0]

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import logging
 import subprocess
 import sys
 from importlib import import_module
@@ -12,6 +13,7 @@ import pytest
 
 from modeling_llava.serving.vllm_plugin import ARCHITECTURE, TOKENIZER_MODE, register
 from tests.conftest import ROOT
+from tests.tiny import VOCAB_SIZE, tiny_config
 
 
 class Registry(dict):
@@ -37,7 +39,20 @@ def registries(monkeypatch):
     sys.modules["vllm"].ModelRegistry = found["ModelRegistry"]
     for name, key in (("tokenizers", "TokenizerRegistry"), ("renderers", "RENDERER_REGISTRY")):
         monkeypatch.setitem(sys.modules, f"vllm.{name}.registry", SimpleNamespace(**{key: found[key]}))
-    return found
+    stand_ins = {
+        "vllm.config": {"ModelConfig": object},
+        "vllm.logger": {"init_logger": logging.getLogger},
+        "vllm.model_executor": {},
+        "vllm.model_executor.models": {},
+        "vllm.model_executor.models.config": {
+            "MODELS_CONFIG_MAP": found.setdefault("MODELS_CONFIG_MAP", {}),
+            "VerifyAndUpdateConfig": object,
+        },
+    }
+    for module, names in stand_ins.items():
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**names))
+    yield found
+    sys.modules.pop("modeling_llava.serving.vllm_config", None)
 
 
 def test_a_second_call_registers_nothing(registries):
@@ -47,7 +62,22 @@ def test_a_second_call_registers_nothing(registries):
         "ModelRegistry": [ARCHITECTURE],
         "TokenizerRegistry": [TOKENIZER_MODE],
         "RENDERER_REGISTRY": [TOKENIZER_MODE],
+        "MODELS_CONFIG_MAP": [ARCHITECTURE],
     }
+
+
+@pytest.mark.parametrize("mode, image_token_id, vocab_size", [("any_llava", 300, 301), ("auto", 299, 300)])
+def test_the_id_of_images_is_counted_and_another_mode_is_one_line(
+    mode, image_token_id, vocab_size, registries, caplog
+):
+    register()
+    config = tiny_config(image_token_id=image_token_id)
+    settings = SimpleNamespace(hf_config=config, tokenizer_mode=mode, get_model_arch_config=lambda: "anew")
+    registries["MODELS_CONFIG_MAP"][ARCHITECTURE].verify_and_update_model_config(settings)
+    assert (config.text_config.num_stored_tokens, config.text_config.vocab_size) == (VOCAB_SIZE, vocab_size)
+    assert settings.model_arch_config == "anew"
+    lines = [record.getMessage() for record in caplog.records if "--tokenizer-mode any_llava" in record.getMessage()]
+    assert len(lines) == (mode != "any_llava")
 
 
 def test_what_is_registered_is_in_our_files(registries):
