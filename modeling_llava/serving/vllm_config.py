@@ -11,7 +11,6 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from .vllm_plugin import TOKENIZER_MODE
 
-
 # vLLM shows what is below its own name.
 logger = init_logger("vllm.anyllava")
 
