@@ -13,13 +13,14 @@ ENGINE = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "limi
 SAMPLING = {"temperature": 0, "max_tokens": 16, "ignore_eos": True}
 
 
-def ask(engine: LLM, requests: list[dict]) -> list[dict]:
+def ask(engine: LLM, requests: list[dict], **options) -> list[dict]:
     """Ids and greedy tokens of conversations, which are answered together."""
     adapters = sorted({request["lora"] for request in requests if "lora" in request})
     outputs = engine.chat(
         [request["messages"] for request in requests],
         [SamplingParams(**SAMPLING | request.get("sampling", {})) for request in requests],
         use_tqdm=False,
+        **options,
         lora_request=[
             LoRARequest(request["lora"], adapters.index(request["lora"]) + 1, request["lora"])
             if "lora" in request
@@ -35,7 +36,7 @@ if __name__ == "__main__":
     for job in jobs:
         engine = LLM(model=job["model"], **ENGINE | job["settings"])
         # The second round is answered from the caches of prefixes and images.
-        results[job["name"]] = [ask(engine, job["requests"]) for _ in range(2)]
+        results[job["name"]] = [ask(engine, job["requests"], **job.get("options", {})) for _ in range(2)]
         Path(sys.argv[2]).write_text(json.dumps(results))
         del engine
         gc.collect()

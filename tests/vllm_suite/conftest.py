@@ -55,7 +55,7 @@ def run_vllm(jobs: list[dict[str, Any]], folder: Path) -> dict[str, list[list[di
     """What engines answer: for each job by its name, two rounds of ids and tokens.
 
     Args:
-        jobs: Each with "name", "model", "requests" and "settings" of the engine.
+        jobs: Each with "name", "model", "requests", "settings" of the engine, and "options" of its chat or none.
         folder: For files of the run.
     """
     prepare_path(folder)

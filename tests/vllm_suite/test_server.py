@@ -82,7 +82,7 @@ def is_alive(address: str) -> bool:
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=f"{server[1]}/v1", api_key=KEY, timeout=300, max_retries=0)
+    return openai.OpenAI(base_url=f"{server[1]}/v1", api_key=KEY, timeout=300, max_retries=1)
 
 
 def ask(client, request, model="base", **settings):
@@ -128,6 +128,18 @@ HOSTILE = {
     "bad_words": {"extra_body": {"bad_words": ["<image>"]}},
     "chat_template": {"extra_body": {"chat_template": "{{ messages }}"}},
     "variables": {"extra_body": {"chat_template_kwargs": {"conversation": 1, "tokenize": True, "other": 1}}},
+    **{
+        f"other pixels: {', '.join(settings)}": {"extra_body": {"mm_processor_kwargs": settings}}
+        for settings in (
+            {"size": {"shortest_edge": 14}, "crop_size": {"height": 14, "width": 14}},
+            {"crop_size": {"height": 56, "width": 56}},
+            {"image_aspect_ratio": "square"},
+            {"image_aspect_ratio": "pad", "image_grid_pinpoints": None},
+            {"image_grid_pinpoints": [[28, 280]]},
+            {"do_center_crop": False, "do_resize": False},
+            {"nothing": 1},
+        )
+    },
     "continued": {"extra_body": {"continue_final_message": True, "add_generation_prompt": False}},
     "both": {"extra_body": {"continue_final_message": True}},
 }
@@ -155,7 +167,7 @@ def test_no_request_ends_the_engine(name, client, server):
     ids=["no picture", "another host", "a file", "an image without one", "a video"],
 )
 def test_what_is_no_picture_is_an_error(content, client):
-    """vLLM 0.32 says 500 of a path, and 400 of the others."""
+    """vLLM 0.32 says 500 of a path, and closes the connection behind it; 400 of the others."""
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": "What?"}]}]
     with pytest.raises(openai.APIStatusError):
         ask(client, {"messages": messages})
