@@ -77,16 +77,19 @@ def export_for_vllm(source: Path, out: Path, *, base_model: str | None = None) -
     matrices, parts = _sort_weights(weights, name)
     bits = read_base_bits(read_json(name, RECORD_FILE, {}) or {})
     load = load_4_bits if bits == 4 else load_16_bits
-    base = find_installed(base_model) if base_model else resolve_beside(name, config.base_model_name_or_path)
+    named = config.base_model_name_or_path
+    if not base_model and not named:
+        raise ValueError(f"got {name}/{CONFIG_FILE} that names no base; expected a base: give --base-model")
+    base = find_installed(base_model) if base_model else resolve_beside(name, named)
     model = load(AnyLlavaForConditionalGeneration, base)
     check_adapter_weights(build_without_weights(model), config, weights, name)
     if bits == 4:
         # The adapter corrects the rounding of its base too.
         model = model.dequantize()
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if key in parts:
-                parameter.copy_(parts.pop(key).data[...])
+        for key, part in parts.items():
+            parameters[key].copy_(part.data[...])
     processor = AutoProcessor.from_pretrained(source)
     out.mkdir(parents=True, exist_ok=True)
     try:

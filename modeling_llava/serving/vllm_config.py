@@ -6,13 +6,9 @@ vocabulary, in more places than the embeddings: one request for `prompt_logprobs
 """
 
 from vllm.config import ModelConfig
-from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from .vllm_plugin import TOKENIZER_MODE
-
-# vLLM shows what is below its own name.
-logger = init_logger("vllm.anyllava")
+from .vllm_plugin import TOKENIZER_MODE, logger
 
 
 class AnyLlavaVllmConfig(VerifyAndUpdateConfig):

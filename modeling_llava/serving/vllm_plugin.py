@@ -4,8 +4,14 @@ vLLM runs `AnyLlavaModel` as it is, in its backend for models of transformers; `
 have what that backend lacks. Chats are written by `vllm_renderer.py` where vLLM was started with `--tokenizer-mode
 any_llava`. Model and renderer are only named here, so that a vLLM of other models imports neither.
 
-What is surprising: vLLM imports modules of a plugin in processes of its own, so the package must be installed.
+What is surprising: vLLM calls this whatever it serves, wherever this package is installed, and imports the named modules
+in processes of its own: a path in `sys.path` is not enough.
 """
+
+import logging
+
+# vLLM shows what is below its own name.
+logger = logging.getLogger("vllm.anyllava")
 
 ARCHITECTURE = "AnyLlavaForConditionalGeneration"
 TOKENIZER_MODE = "any_llava"
@@ -13,12 +19,17 @@ TOKENIZER_MODE = "any_llava"
 
 def register() -> None:
     """Make LLaVAs in our layout known to vLLM; a second call changes nothing."""
-    from vllm import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-    from vllm.renderers.registry import RENDERER_REGISTRY
-    from vllm.tokenizers.registry import TokenizerRegistry
+    try:
+        from vllm import ModelRegistry
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+        from vllm.renderers.registry import RENDERER_REGISTRY
+        from vllm.tokenizers.registry import TokenizerRegistry
 
-    from .vllm_config import AnyLlavaVllmConfig
+        from .vllm_config import AnyLlavaVllmConfig
+    except ImportError as error:
+        # An error here would end a vLLM of whatever model (vLLM 0.32, plugins/__init__.py).
+        logger.warning("got a vLLM without what models of AnyLLaVA need (%s); expected 0.32: install it", error)
+        return
 
     MODELS_CONFIG_MAP[ARCHITECTURE] = AnyLlavaVllmConfig
     # vLLM logs a warning for what is registered twice.

@@ -11,6 +11,8 @@ from transformers import AutoProcessor
 
 from modeling_llava import AnyLlavaForConditionalGeneration, AutoModelForVision2Seq
 from modeling_llava.cli import main
+from tests.modeling_llava.export.conftest import train_tiny
+from tests.modeling_llava.export.test_merged_adapter import save_wide_checkpoint
 from tests.original_folders import example_inputs, logits_of
 from tests.tiny import save_tiny_checkpoint
 
@@ -51,6 +53,35 @@ def test_base_and_lora_apart_compute_the_same(name, tmp_path, capsys, request):
     # The same pair by the adapter's own word for its base.
     assert torch.equal(logits_of(AutoModelForVision2Seq.from_pretrained(out / "adapter"), inputs), expected)
     AutoProcessor.from_pretrained(out / "adapter")
+
+
+def test_a_4_bit_base_is_written_as_it_was_rounded(workspace, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    start = save_wide_checkpoint(tmp_path / "start")
+    lora = {"r": 4, "lora_alpha": 8}
+    adapter = train_tiny(workspace, "qlora", model=str(start), lora=lora, output_dir=str(tmp_path / "adapter"))
+    assert main(["export", str(adapter), "--out", str(tmp_path / "out"), "--for", "vllm"]) == 0
+    assert main(["merge", str(adapter), "--out", str(tmp_path / "merged")]) == 0
+    merged = AutoModelForVision2Seq.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    apart = AutoModelForVision2Seq.from_pretrained(tmp_path / "out" / "adapter", dtype=torch.float32)
+    inputs = example_inputs(merged)
+    expected = logits_of(merged, inputs)
+    # The merged model was rounded to 16 bits once more.
+    torch.testing.assert_close(logits_of(apart, inputs), expected, rtol=0, atol=0.02 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("base", ["someone/nothing", "nowhere"])
+def test_a_base_that_is_not_there(base, plain, tmp_path, capsys):
+    arguments = ["export", str(plain), "--out", str(tmp_path / "out"), "--for", "vllm", "--base-model", base]
+    assert main(arguments) == 2
+    assert f"llava: {base} is neither a folder nor" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_names_no_base(plain, tmp_path, capsys):
+    changed = change_adapter(plain, tmp_path / "changed", {"base_model_name_or_path": None})
+    assert main(["export", str(changed), "--out", str(tmp_path / "out"), "--for", "vllm"]) == 2
+    assert "expected a base: give --base-model" in capsys.readouterr().err
 
 
 def test_another_base(plain, tmp_path):

@@ -2,7 +2,6 @@
 
 import ast
 import configparser
-import logging
 import subprocess
 import sys
 from importlib import import_module
@@ -41,7 +40,6 @@ def registries(monkeypatch):
         monkeypatch.setitem(sys.modules, f"vllm.{name}.registry", SimpleNamespace(**{key: found[key]}))
     stand_ins = {
         "vllm.config": {"ModelConfig": object},
-        "vllm.logger": {"init_logger": logging.getLogger},
         "vllm.model_executor": {},
         "vllm.model_executor.models": {},
         "vllm.model_executor.models.config": {
@@ -78,6 +76,14 @@ def test_the_id_of_images_is_counted_and_another_mode_is_one_line(
     assert settings.model_arch_config == "anew"
     lines = [record.getMessage() for record in caplog.records if "--tokenizer-mode any_llava" in record.getMessage()]
     assert len(lines) == (mode != "any_llava")
+
+
+def test_another_version_of_vllm_goes_on_without_us(registries, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "vllm.renderers.registry", None)
+    register()
+    assert not any(registries.values())
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "vllm.renderers.registry" in line and "expected 0.32" in line
 
 
 def test_what_is_registered_is_in_our_files(registries):
