@@ -4,8 +4,8 @@ vLLM runs `AnyLlavaModel` as it is, in its backend for models of transformers; `
 have what that backend lacks. Chats are written by `vllm_renderer.py` where vLLM was started with `--tokenizer-mode
 any_llava`. Model and renderer are only named here, so that a vLLM of other models imports neither.
 
-What is surprising: vLLM calls this whatever it serves, wherever this package is installed, and imports the named modules
-in processes of its own: a path in `sys.path` is not enough.
+What is surprising: vLLM calls this whatever it serves, wherever this package is installed. It imports what is named in
+processes of its own, for which a path in `sys.path` is not enough.
 """
 
 import logging
