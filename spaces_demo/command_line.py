@@ -290,10 +290,18 @@ def _add_training(commands) -> None:
 
 
 def _add_hub(commands) -> None:
-    export = commands.add_parser("export", help="write a folder as it goes to the Hub, or as llama.cpp takes it")
+    export = commands.add_parser(
+        "export", help="write a folder as it goes to the Hub, or as llama.cpp or vLLM takes it"
+    )
     export.add_argument("source", metavar="DIR", help="model, adapter, Space, or data (folder or file)")
     export.add_argument("--out", required=True, help="folder to write")
     export.add_argument("--repo-id", help="for the card: OWNER/NAME on the Hub (default: the name of --out)")
+    export.add_argument(
+        "--for",
+        dest="engine",
+        metavar="ENGINE",
+        help="vllm: an adapter as OUT/base and OUT/adapter, for vLLM",
+    )
     export.add_argument("--quantize", help="with --layout gguf: q8_0 or q4_k_m, for the language model")
     export.add_argument(
         "--for-llama-cpp-with-issue-25814",

@@ -29,9 +29,9 @@ EXTRAS = {
     "bitsandbytes": "bitsandbytes",
     "deepspeed": "deepspeed",
     "gguf": "'anyllava[gguf]'",
+    "vllm": "'anyllava[vllm]'",
     "fastapi": "'transformers[serving]'",
     "torchao": "torchao",
-    "vllm": "vllm",
 }
 """Packages that a command may need, and the argument of pip that installs them."""
 

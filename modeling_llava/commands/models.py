@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -114,22 +115,36 @@ def run_export(options: argparse.Namespace) -> None:
     if options.layout == "gguf":
         _show_exported(_export_gguf(options))
         return
-    from modeling_llava.export.repository import export_repository
-
     if options.quantize is not None or options.for_llama_cpp_with_issue_25814:
         raise ValueError("got an option for GGUF files without --layout gguf; expected both or neither: add it")
+    if options.engine is not None:
+        _show_exported(_export_for_vllm(options))
+        return
+    from modeling_llava.export.repository import export_repository
+
     _show_exported(export_repository(_find_source(options), Path(options.out), _export_settings(options)))
+
+
+_OF_REPOSITORIES = ("with_code", "card", "keep_card", "data_manifest", "image_folder")
+"""Options of an export that say something about a repository of the Hub alone."""
+
+
+def _refuse_options(options: argparse.Namespace, names: Iterable[str], *, beside: str, expected: str) -> None:
+    for name in names:
+        if getattr(options, name):
+            raise ValueError(
+                f"got --{name.replace('_', '-')} with {beside}, where it has no effect; expected {expected} or none: "
+                "leave it out"
+            )
 
 
 def _export_gguf(options: argparse.Namespace):
     from modeling_llava.export.gguf_files import GgufSettings, export_gguf
 
-    for name in ("with_code", "base_model", "card", "keep_card", "data_manifest", "image_folder"):
-        if getattr(options, name):
-            raise ValueError(
-                f"got --{name.replace('_', '-')} with --layout gguf, where it has no effect; expected --repo-id, "
-                "--license, --quantize or none: leave it out"
-            )
+    if options.engine is not None:
+        raise ValueError(f"got --layout gguf and --for {options.engine}; expected one of them")
+    names = (*_OF_REPOSITORIES, "base_model")
+    _refuse_options(options, names, beside="--layout gguf", expected="--repo-id, --license, --quantize")
     out = Path(options.out)
     settings = GgufSettings(
         name=(options.repo_id or out.resolve().name).split("/")[-1],
@@ -138,6 +153,19 @@ def _export_gguf(options: argparse.Namespace):
         license=options.license,
     )
     return export_gguf(_find_source(options), out, settings)
+
+
+def _export_for_vllm(options: argparse.Namespace):
+    from modeling_llava.export.vllm_adapter import export_for_vllm
+
+    if options.engine != "vllm":
+        raise ValueError(f"got --for {options.engine}; expected vllm")
+    names = (*_OF_REPOSITORIES, "layout", "license", "repo_id")
+    _refuse_options(options, names, beside="--for vllm", expected="--base-model")
+    bases = options.base_model or [None]
+    if len(bases) > 1:
+        raise ValueError(f"got --base-model {' and '.join(bases)} with --for vllm; expected one base")
+    return export_for_vllm(_find_source(options), Path(options.out), base_model=bases[0])
 
 
 def run_push(options: argparse.Namespace) -> None:

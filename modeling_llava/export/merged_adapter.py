@@ -8,6 +8,7 @@ import copy
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ def merge_adapter(
     try:
         record = read_json(adapter, RECORD_FILE, {}) or {}
         if base_bits is None:
-            base_bits = 4 if record.get("recipe", {}).get("stage") == "qlora" else 16
+            base_bits = read_base_bits(record)
         before, merged, processor = _merge(adapter, base_model=base_model, base_bits=base_bits)
     except (OSError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split("\n")[:2])
@@ -89,6 +90,11 @@ def merge_adapter(
         text = json.dumps(record | {"merged": asdict(report)}, indent=1) + "\n"
         (out / RECORD_FILE).write_text(text, encoding="utf-8")
     return report
+
+
+def read_base_bits(record: dict[str, Any]) -> int:
+    """Bits of the base that a run trained its adapter on, by its training record."""
+    return 4 if record.get("recipe", {}).get("stage") == "qlora" else 16
 
 
 def compare(before: torch.Tensor, after: torch.Tensor, *, base_bits: int) -> MergeReport:
@@ -133,7 +139,7 @@ def _merge(
     # the trained one out without an error (peft 0.21, peft_model.py).
     is_ours = needs_our_class(adapter, {})
     model_class = AnyLlavaForConditionalGeneration if is_ours else AutoModelForVision2Seq
-    load = _load_4_bits if base_bits == 4 else _load_16_bits
+    load = load_4_bits if base_bits == 4 else load_16_bits
     model = load(model_class, base_model)
     with torch.device("meta"):
         skeleton = type(model)(copy.deepcopy(model.config))
@@ -150,11 +156,11 @@ def _merge(
     return before, merged, processor
 
 
-def _load_16_bits(model_class: type, base_model: str) -> PreTrainedModel:
+def load_16_bits(model_class: type, base_model: str) -> PreTrainedModel:
     return model_class.from_pretrained(base_model, dtype="auto")
 
 
-def _load_4_bits(model_class: type, base_model: str) -> PreTrainedModel:
+def load_4_bits(model_class: type, base_model: str) -> PreTrainedModel:
     return model_class.from_pretrained(base_model, dtype=torch.bfloat16, quantization_config=four_bit_config())
 
 

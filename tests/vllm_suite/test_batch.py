@@ -1,17 +1,41 @@
-"""`llava batch --engine vllm` writes what the own engine writes. Opt-in, as the other test of this folder is."""
+"""`llava batch --engine vllm` writes what the own engine writes. Opt-in, as the others of this folder."""
 
 import json
 import os
 import shutil
 import subprocess
 
-import pytest
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig
 
+from modeling_llava import AnyLlavaConfig, AnyLlavaForConditionalGeneration
 from modeling_llava.cli import main
 from tests.conftest import ROOT
-from tests.vllm_suite.test_greedy_tokens import PYTHON, SETTINGS, SITECUSTOMIZE, save_model
+from tests.original_folders import widen
+from tests.tiny import PATCH_SIZE, TILE_SIZE, VOCAB_SIZE, tiny_processor
 
-pytestmark = pytest.mark.skipif(PYTHON is None, reason="opt-in: run `make test-vllm`")
+from .conftest import PYTHON, SETTINGS, prepare_path
+
+
+def save_model(folder) -> None:
+    """Heads are 64 wide: vLLM's attention takes no smaller ones."""
+    processor = tiny_processor()
+    text = LlamaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=TILE_SIZE,
+        patch_size=PATCH_SIZE,
+    )
+    torch.manual_seed(0)
+    model = AnyLlavaForConditionalGeneration(AnyLlavaConfig(vision, text, image_token_id=processor.image_token_id))
+    widen(model)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def test_a_batch_on_vllm_is_the_same_batch(tmp_path):
@@ -23,7 +47,7 @@ def test_a_batch_on_vllm_is_the_same_batch(tmp_path):
     for path in (ROOT / "spaces_demo" / "examples").glob("*.png"):
         shutil.copy(path, pictures)
     (pictures / "broken.png").write_bytes(b"none")
-    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    prepare_path(tmp_path)
     schema = tmp_path / "schema.json"
     schema.write_text(json.dumps({"enum": ["animal", "thing"]}))
     # What a row spells is no image and no end, for vLLM either.

@@ -48,9 +48,10 @@ def test_a_token_takes_what_the_cache_of_a_batch_takes(name, monkeypatch):
 def test_what_nobody_asks_makes_room_and_what_answers_stays(folders):
     size = estimate_bytes(folders[0], torch.device("cpu"))
     model, _ = load_for_inference(folders[0])
-    cache = 2 * 256 * count_token_bytes(model)
+    # Less than the second model needs.
+    cache = 2 * 192 * count_token_bytes(model)
     assert cache < size
-    models = ServedModels(folders, memory=size + cache + HEADROOM, max_cache_tokens=256, **SETTINGS)
+    models = ServedModels(folders, memory=size + cache + HEADROOM, max_cache_tokens=192, **SETTINGS)
     first, second = models.names
     assert asyncio.run(read(models.load(first))) is not None
     models.load(second)
