@@ -20,7 +20,9 @@ pytestmark = pytest.mark.core
 
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
-REQUIREMENTS = "".join([SETUP["options"]["install_requires"], *SETUP["options.extras_require"].values()])
+EXTRAS = {name: text for name, text in SETUP["options.extras_require"].items() if name != "vllm"}
+"""vLLM comes into an environment of its own, with its own versions of the others: `make test-vllm`."""
+REQUIREMENTS = "".join([SETUP["options"]["install_requires"], *EXTRAS.values()])
 
 
 def read_pins(name: str) -> dict[str, str]:
