@@ -25,7 +25,8 @@ test: $(READY)  ## the tests
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO_PROCESSES) -m 'not gpu and not slow'
 
 test-slow: $(READY)  ## the tests that take long: several processes, a browser, a Hub
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not gpu and slow'
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(TWO_PROCESSES) -m 'not gpu and slow' --ignore tests/spaces_demo
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not gpu and slow' tests/spaces_demo  # a browser wants both cores
 
 # Environments of their own, made anew each time. torch comes from the index as it is there, with CUDA: 3 GB.
 FLOOR := .venv-floor

