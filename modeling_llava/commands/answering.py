@@ -79,6 +79,13 @@ def run_chat(options: argparse.Namespace) -> None:
 
 def _start_session(options: argparse.Namespace, limits):
     from modeling_llava.inference.chat_session import ChatSession
+
+    model, processor = load_model(options, limits)
+    return ChatSession(model, processor, system=options.system, compile=options.compile)
+
+
+def load_model(options: argparse.Namespace, limits: ImageLimits):
+    """The model and processor that the options of answering name, with these limits of pictures."""
     from modeling_llava.inference.loading import EMBEDDED_MODEL, load_for_inference
 
     model, processor = load_for_inference(
@@ -92,7 +99,7 @@ def _start_session(options: argparse.Namespace, limits):
         visual_tokens=options.visual_tokens,
     )
     processor.image_processor.limits = limits
-    return ChatSession(model, processor, system=options.system, compile=options.compile)
+    return model, processor
 
 
 def _settings(options: argparse.Namespace) -> dict:

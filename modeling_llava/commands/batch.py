@@ -17,7 +17,7 @@ from modeling_llava.batch.reports import write_csv, write_gallery
 from modeling_llava.batch.tasks import Order
 from processing_llava.image_limits import ImageLimits
 
-from .answering import read_image_limits
+from .answering import load_model, read_image_limits
 
 ALL_FAILED = 1
 """The exit code where every row that was asked has an error."""
@@ -156,17 +156,14 @@ def _read_text(path: str, what: str) -> str:
 
 
 def _start_engine(options: argparse.Namespace, order: Order, limits: ImageLimits) -> Engine:
-    from modeling_llava.inference.loading import EMBEDDED_MODEL
-
     if options.engine not in _ENGINES:
         raise ValueError(f"got --engine {options.engine!r}; expected one of {', '.join(_ENGINES)}; choose one")
-    return _ENGINES[options.engine](options, order, limits, options.model or EMBEDDED_MODEL)
+    return _ENGINES[options.engine](options, order, limits)
 
 
-def _start_own_engine(options: argparse.Namespace, order: Order, limits: ImageLimits, name: str) -> Engine:
+def _start_own_engine(options: argparse.Namespace, order: Order, limits: ImageLimits) -> Engine:
     from modeling_llava.inference.answer_requests import AnswerRequest
     from modeling_llava.inference.constraints import Constraint
-    from modeling_llava.inference.loading import load_for_inference
 
     # A schema that is none is refused before the model is loaded.
     constraint = None if order.schema is None else Constraint.follow_schema(order.schema)
@@ -178,17 +175,7 @@ def _start_own_engine(options: argparse.Namespace, order: Order, limits: ImageLi
         constraint=constraint,
     )
     request.check()
-    model, processor = load_for_inference(
-        name,
-        template=options.template,
-        base_model=options.base_model,
-        vision_tower=options.vision_tower,
-        dtype=options.dtype,
-        quantization=options.quantization,
-        memory=options.memory,
-        visual_tokens=options.visual_tokens,
-    )
-    processor.image_processor.limits = limits
+    model, processor = load_model(options, limits)
     return BatchEngine(
         model,
         processor,
@@ -201,8 +188,9 @@ def _start_own_engine(options: argparse.Namespace, order: Order, limits: ImageLi
     )
 
 
-def _start_vllm(options: argparse.Namespace, order: Order, limits: ImageLimits, name: str) -> Engine:
+def _start_vllm(options: argparse.Namespace, order: Order, limits: ImageLimits) -> Engine:
     from modeling_llava.batch.vllm_engine import VllmEngine
+    from modeling_llava.inference.loading import EMBEDDED_MODEL
     from processing_llava.processing_llava import AnyLlavaProcessor
 
     for option in ("base_model", "vision_tower", "quantization", "memory", "visual_tokens", "compile"):
@@ -212,6 +200,7 @@ def _start_vllm(options: argparse.Namespace, order: Order, limits: ImageLimits, 
                 "take it out"
             )
     template = {} if options.template is None else {"template": options.template}
+    name = options.model or EMBEDDED_MODEL
     return VllmEngine(
         name,
         AnyLlavaProcessor.from_pretrained(name, **template),

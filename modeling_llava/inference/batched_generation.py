@@ -151,8 +151,9 @@ class BatchedGeneration:
             fixed=compile,
         )
         ends = self._generation_config.eos_token_id
-        self._end = find_answer_end(processor)
-        end_ids = {*(ends if isinstance(ends, list) else [ends]), find_end_token(processor.tokenizer, self._end)}
+        self.end = find_answer_end(processor)
+        """The text before which an answer ends."""
+        end_ids = {*(ends if isinstance(ends, list) else [ends]), find_end_token(processor.tokenizer, self.end)}
         self._end_ids = frozenset(end_ids - {None})
         self._rows: list[PreparedRequest] = []
         self._waiting: deque[PreparedRequest] = deque()
@@ -374,8 +375,8 @@ class BatchedGeneration:
     def _has_ended(self, row: PreparedRequest) -> bool:
         """Whether the text of an answer holds its end."""
         # A token is at least a byte; twice as many tokens leave room for some that decode to no text.
-        num_tokens = 2 * len(self._end.encode())
-        if num_tokens > 0 and self._end in self.processor.tokenizer.decode(row.ids[-num_tokens:]):
+        num_tokens = 2 * len(self.end.encode())
+        if num_tokens > 0 and self.end in self.processor.tokenizer.decode(row.ids[-num_tokens:]):
             return True
         text = self._decode(row) if row.request.stop else ""
         return any(stop in text for stop in row.request.stop)
@@ -386,7 +387,7 @@ class BatchedGeneration:
     def _finish(self, row: PreparedRequest, finish_reason: str) -> BatchedAnswer:
         return BatchedAnswer(
             row.index,
-            cut_at_end(self._decode(row), self._end, *row.request.stop),
+            cut_at_end(self._decode(row), self.end, *row.request.stop),
             row.ids,
             finish_reason=finish_reason,
             logprobs=row.logprobs,

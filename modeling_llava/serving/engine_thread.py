@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 
 from modeling_llava.inference.answer_requests import AnswerRequest, BatchedAnswer, PreparedRequest, TokenLogprobs
 from modeling_llava.inference.batched_generation import BatchedGeneration
-from modeling_llava.inference.token_stream import StreamedText, find_answer_end
+from modeling_llava.inference.token_stream import StreamedText
 
 from .guard import log_error
 
@@ -49,7 +49,6 @@ class EngineThread:
     def __init__(self, batch: BatchedGeneration, *, max_open: int) -> None:
         self.batch = batch
         self.max_open = max_open
-        self._end = find_answer_end(batch.processor)
         self._numbers = itertools.count()
         self._preparing = Lock()
         self._followers: dict[int, _Follower] = {}
@@ -76,7 +75,9 @@ class EngineThread:
             raise Busy(f"got more than {self.max_open} requests at a time; expected fewer; try again later")
         number = next(self._numbers)
         processor = self.batch.processor
-        text = StreamedText(processor.tokenizer, end=self._end, stop=request.stop, learn_tokens=processor.learn_tokens)
+        text = StreamedText(
+            processor.tokenizer, end=self.batch.end, stop=request.stop, learn_tokens=processor.learn_tokens
+        )
         self._followers[number] = _Follower(text, tell)
         return number
 
